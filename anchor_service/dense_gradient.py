@@ -1,0 +1,86 @@
+"""M: the dense, full-coverage gradient of an old snapshot on its own batch, without any codec."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from codec.frames import FrameError, unpack
+from rl.batch import Batch
+from rl.config import GrpoConfig
+from rl.objective import loss_terms, microbatches
+from rl.policy import EMBEDDING, Span, Stage
+
+
+class DenseGradient:
+    """The whole model on the anchor's device.
+
+    `stages` are the spans of the swarm's pipeline: snapshots arrive, and corrections leave, by stage.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        stages: list[Span],
+        dtype: torch.dtype,
+        device: torch.device,
+        micro_batch_size: int,
+        grpo: GrpoConfig,
+        temperature: float,
+    ):
+        self.model = Stage(folder, Span(0, stages[0].total, stages[0].total), dtype, device)
+        self.stages, self.device, self.size = stages, device, micro_batch_size
+        self.grpo, self.temperature = grpo, temperature
+        self.tied = bool(self.model.config.tie_word_embeddings)
+
+    def load(self, parts: list[np.ndarray], tick: int) -> None:
+        """Weights frames, one a stage, all of `tick`. Raises FrameError if one is missing or of another tick."""
+        weights = self.model.weights
+        offset = 0
+        for stage, part in enumerate(parts):
+            header, arrays = unpack(part, f"stage {stage}")
+            if (header.get("tick"), header.get("stage")) != (tick, stage):
+                raise FrameError(f"stage {stage}", "tick", f"expected tick {tick}, got {header}")
+            flat = arrays["weights"]
+            weights.master[offset : offset + len(flat)].copy_(torch.from_numpy(flat))
+            offset += len(flat)
+        if offset != weights.numel:
+            raise FrameError("all stages", "weights", f"{offset} parameters, the model has {weights.numel}")
+        weights.publish()
+
+    def gradient(self, batch: Batch) -> Tensor:
+        """∇L at the loaded weights on `batch`, fp32 [numel]; token-mean over the batch.
+
+        The ratio is taken to the log-probs that the rollout engine recorded: its model is the
+        uncompressed one too. The result is overwritten by the next call.
+        """
+        weights = self.model.weights
+        weights.grad.zero_()
+        for micro in microbatches(batch, np.argsort(-batch.total, kind="stable"), self.size, self.device):
+            hidden = self.model(micro.ids, micro.real, cuts={})
+            terms = loss_terms(
+                self.model, hidden, micro, micro.rollout_logprobs, batch.response_tokens, self.grpo, self.temperature
+            )
+            terms.loss.backward()
+            weights.collect()
+        return weights.grad
+
+    def shard(self, m: Tensor, stage: int) -> Tensor:
+        """The part of flat `m` that stage `stage` holds; its tied embedding, if any, comes last."""
+        weights, span = self.model.weights, self.stages[stage]
+        names = [n for n in weights.names if self._owner(n) == stage]
+        start, stop = weights.slice_of(names[0]).start, weights.slice_of(names[-1]).stop
+        part = m[start:stop]
+        if self.tied and span.last and not span.first:
+            part = torch.cat([part, m[weights.slice_of(EMBEDDING)]])
+        return part
+
+    def _owner(self, name: str) -> int:
+        """Which stage trains the parameter `name`."""
+        if name.startswith("model.layers."):
+            layer = int(name.split(".")[2])
+            return next(p for p, span in enumerate(self.stages) if span.lo <= layer < span.hi)
+        return 0 if name == EMBEDDING else len(self.stages) - 1

@@ -1,0 +1,27 @@
+"""Errors that name who did not answer and which knob to turn. Plain arguments, so that they survive pickling."""
+
+from __future__ import annotations
+
+
+class WaitTimeout(RuntimeError):
+    """A deadline passed."""
+
+    def __init__(self, who: str, what: str, seconds: float, knob: str):
+        super().__init__(who, what, seconds, knob)
+        self.who, self.what, self.seconds, self.knob = who, what, seconds, knob
+
+    def __str__(self) -> str:
+        return (
+            f"{self.who} did not deliver {self.what} within {self.seconds:g} s; if it is only slow, raise {self.knob}"
+        )
+
+
+class ReplicaMismatch(RuntimeError):
+    """Replicas of a stage no longer hold the same weights, or do not hold the same correction."""
+
+    def __init__(self, what: str, tick: int, version: int, ranks: list[str]):
+        super().__init__(what, tick, version, ranks)
+        self.what, self.tick, self.version, self.ranks = what, tick, version, ranks
+
+    def __str__(self) -> str:
+        return f"{self.what} at tick {self.tick}, correction version {self.version}: {'; '.join(self.ranks)}"

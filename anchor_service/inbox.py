@@ -1,0 +1,38 @@
+"""Corrections that a rank holds. Ranks may receive them at different times; they merge only what all hold."""
+
+from __future__ import annotations
+
+import threading
+
+from anchor_service.messages import Correction
+
+
+class Inbox:
+    """Versions held by one rank. `put` may be called from another thread than the tick's."""
+
+    def __init__(self) -> None:
+        self._held: dict[int, Correction] = {}
+        self._lock = threading.Lock()
+
+    def put(self, correction: Correction) -> None:
+        with self._lock:
+            self._held[correction.version] = correction
+
+    def newest(self) -> int:
+        """Highest version held; 0 if none."""
+        with self._lock:
+            return max(self._held, default=0)
+
+    def adopt(self, version: int) -> Correction | None:
+        """The agreed version, to be merged from now on; older ones are dropped. None for version 0.
+
+        Raises KeyError if this rank does not hold it.
+        """
+        with self._lock:
+            self._held = {v: c for v, c in self._held.items() if v >= version}
+            return self._held[version] if version else None
+
+    def held(self) -> list[Correction]:
+        """All corrections held, oldest first; for checkpoints."""
+        with self._lock:
+            return [self._held[v] for v in sorted(self._held)]

@@ -1,0 +1,78 @@
+"""Messages of the circuit. Each names its two ends. What is large travels as frames, by reference."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from codec import frames, signs
+
+
+@dataclass(frozen=True)
+class FireJob:
+    """coordinator -> anchor: compute one correction."""
+
+    version: int
+    source_tick: int
+    first_tick: int
+    snapshot: list[Any]  # reference to a weights frame, one a stage
+    replay: list[Any]  # reference to a batch frame, one element
+
+
+@dataclass(frozen=True)
+class TickPlan:
+    """coordinator -> worker: what one tick needs. References are fetched by the worker itself."""
+
+    tick: int
+    mini_batch: int  # which of the step's mini-batches
+    correction: Any | None  # reference to this stage's correction frame, in the tick that first merges it
+    version: int  # version that must be merged in this tick; 0 before the first fire
+
+
+@dataclass(frozen=True)
+class Correction:
+    """anchor -> worker: M̄, or its sign, of one stage's parameters, flat."""
+
+    version: int
+    source_tick: int
+    first_tick: int
+    values: Tensor  # int8 signs or float32 M̄, [numel of the stage]
+    digest: str
+
+
+def pack_correction(m: Tensor, payload: str, version: int, source_tick: int, first_tick: int, stage: int) -> np.ndarray:
+    """Correction frame of one stage. `m` is M̄ [numel]; `payload` is `sign` or `dense`."""
+    arrays = signs.encode(m, f"stage {stage}") if payload == "sign" else {"dense": m.cpu().numpy()}
+    header = {
+        "kind": "correction",
+        "payload": payload,
+        "version": version,
+        "source_tick": source_tick,
+        "first_tick": first_tick,
+        "stage": stage,
+        "numel": m.numel(),
+    }
+    return frames.pack(header, arrays)
+
+
+def unpack_correction(frame: np.ndarray, stage: int, numel: int) -> Correction:
+    """Raises FrameError if the frame is damaged or meant for another stage or model."""
+    header, arrays = frames.unpack(frame, "the anchor")
+    for field, expected in (("kind", "correction"), ("stage", stage), ("numel", numel)):
+        if header.get(field) != expected:
+            raise frames.FrameError("the anchor", field, f"is {header.get(field)!r}, this rank needs {expected!r}")
+    if header["payload"] == "sign":
+        values = signs.decode(arrays, numel)
+    else:
+        values = torch.from_numpy(arrays["dense"].copy())
+    return Correction(
+        version=header["version"],
+        source_tick=header["source_tick"],
+        first_tick=header["first_tick"],
+        values=values,
+        digest=frames.digest_of(frame),
+    )

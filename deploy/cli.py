@@ -1,0 +1,84 @@
+"""`northstar`: the command line."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from deploy.config import ConfigError, RunConfig, load
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.callback()
+def northstar() -> None:
+    """Post-train language models with GRPO over slow links: a compressed fast swarm and its slow, dense anchor."""
+
+
+@app.command()
+def run(
+    source: Annotated[
+        str, typer.Argument(metavar="PRESET_OR_TOML", help="a preset (`northstar presets`) or a TOML file")
+    ],
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a key, for example merger.dose=0.5")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="run folder; default runs/NAME-TIME")] = None,
+    resume: Annotated[bool, typer.Option(help="go on from the newest checkpoint in --out")] = False,
+    address: Annotated[
+        str | None, typer.Option(help="a running Ray cluster, for example auto or ray://host:10001")
+    ] = None,
+) -> None:
+    """Run an experiment to its end: live progress, a run folder, a summary table. Exit 0 only if it ran to the end."""
+    config = _checked(source, set_ or [])
+    folder = _run_folder(config, out, resume)
+    # After the checks: a bad config is refused before torch and Ray are even imported
+    from deploy.launch import execute
+    from deploy.progress import Display, print_summary
+
+    with Display(config, folder) as display:
+        try:
+            summary = execute(config, folder, display, resume, address)
+        except Exception as error:
+            display.close()
+            typer.secho(f"{type(error).__name__}: {error}", fg="red", err=True)
+            raise typer.Exit(1) from error
+    print_summary(summary, folder)
+    raise typer.Exit(0 if summary["status"] == "completed" else 130)
+
+
+@app.command()
+def presets() -> None:
+    """List the shipped presets."""
+    from deploy.config import preset_names
+
+    for name in preset_names():
+        config = load(name)
+        typer.echo(f"{name:20} {config.model.path} on {config.task.name}, {config.run.steps} steps")
+
+
+def _checked(source: str, overrides: list[str]) -> RunConfig:
+    try:
+        return load(source, overrides)
+    except (ConfigError, ValueError) as error:
+        typer.secho(str(error), fg="red", err=True)
+        raise typer.Exit(2) from error
+
+
+def _run_folder(config: RunConfig, out: Path | None, resume: bool) -> Path:
+    if resume and out is None:
+        typer.secho("--resume needs --out: the folder of the run to go on with", fg="red", err=True)
+        raise typer.Exit(2)
+    folder = out or Path("runs") / f"{config.run.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if not resume and (folder / "metrics.jsonl").exists():
+        typer.secho(f"{folder} already holds a run: choose another --out, or add --resume", fg="red", err=True)
+        raise typer.Exit(2)
+    return folder
+
+
+def main() -> None:
+    sys.exit(app())

@@ -1,0 +1,189 @@
+"""The whole config: composed from each package's section, read from TOML, checked before anything heavy starts.
+
+No torch, no Ray. What a check needs of the model is read from the model's own metadata.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from pathlib import Path
+from typing import Any, get_args
+
+import tomli_w
+from pydantic import Field, ValidationError, model_validator
+
+from anchor_service.config import AnchorConfig
+from codec.config import CodecConfig, Section
+from merger.config import MergerConfig
+from rl.config import GrpoConfig, ModelConfig, RolloutConfig, TaskConfig, ValConfig
+from rl.model_files import model_shape
+from rl.tasks import check_task_name
+from swarm.config import SwarmConfig
+
+PRESETS = Path(__file__).parent.parent / "experiments" / "presets"
+
+
+class ConfigError(ValueError):
+    """One readable message for everything that is wrong with a config."""
+
+
+class RunSection(Section):
+    """The run itself."""
+
+    name: str = Field("run", pattern=r"^[A-Za-z0-9._-]+$", description="name of the run; its folder is named after it")
+    seed: int = Field(0, ge=0, lt=2**31, description="seeds prompts, sampling and the first Q")
+    steps: int = Field(75, ge=1, description="global steps")
+    checkpoint_every: int = Field(0, ge=0, description="checkpoint every so many steps; 0: never")
+
+
+class RunConfig(Section):
+    """All sections. `resolved()` gives the TOML that runs the same again."""
+
+    run: RunSection = RunSection()
+    model: ModelConfig = ModelConfig()
+    task: TaskConfig = TaskConfig()
+    grpo: GrpoConfig = GrpoConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    swarm: SwarmConfig = SwarmConfig()
+    codec: CodecConfig = CodecConfig(kind="none")
+    anchor: AnchorConfig = AnchorConfig()
+    merger: MergerConfig = MergerConfig()
+    val: ValConfig = ValConfig()
+
+    @property
+    def q_cadence(self) -> int:
+        """Q is refreshed with M unless told otherwise."""
+        return self.codec.q_cadence or self.anchor.cadence
+
+    @model_validator(mode="after")
+    def _sections_fit(self) -> RunConfig:
+        if self.merger.kind != "none" and not self.anchor.enabled:
+            raise ValueError(
+                f"merger.kind {self.merger.kind!r} needs the anchor: set anchor.enabled=true or merger.kind=none"
+            )
+        samples = self.grpo.ppo_mini_batch_size * self.grpo.group_size
+        if samples % self.swarm.dp:
+            raise ValueError(
+                f"swarm.dp {self.swarm.dp} does not divide the {samples} samples of a tick "
+                f"(grpo.ppo_mini_batch_size x grpo.group_size)"
+            )
+        check_task_name(self.task.name)
+        self._fits_model()
+        return self
+
+    def _fits_model(self) -> None:
+        shape = model_shape(self.model.path)
+        if shape is None:
+            return  # a hub id that is not on this machine: checked again once it is there
+        for boundary in self.swarm.boundaries:
+            if boundary >= shape.layers:
+                raise ValueError(
+                    f"swarm.boundaries: {boundary} is outside the model, which has {shape.layers} layers "
+                    f"(allowed: 1 to {shape.layers - 1})"
+                )
+        if self.codec.kind != "none":
+            try:
+                self.codec.rank_for(shape.hidden)
+            except ValueError as error:
+                raise ValueError(f"codec.rank: {error}") from None
+
+
+def load(source: str, overrides: list[str] | None = None) -> RunConfig:
+    """A preset name or a TOML file, with `section.key=value` overrides. Raises ConfigError."""
+    data = _read(source)
+    for override in overrides or []:
+        _apply(data, override)
+    try:
+        return RunConfig.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, source)) from None
+
+
+def preset_names() -> list[str]:
+    return sorted(p.stem for p in PRESETS.glob("*.toml"))
+
+
+def _read(source: str, seen: tuple[str, ...] = ()) -> dict[str, Any]:
+    """TOML of a preset or file, on top of the preset that its `extends` names."""
+    file = PRESETS / f"{source}.toml"
+    if not file.exists():
+        file = Path(source).expanduser()
+        if not file.is_file():
+            near = difflib.get_close_matches(source, preset_names(), n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"no preset or TOML file {source!r}: presets are {', '.join(preset_names())}{hint}")
+    if source in seen:
+        raise ConfigError(f"{source!r} extends itself: {' -> '.join([*seen, source])}")
+    try:
+        data = tomllib.loads(file.read_text())
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{file}: not valid TOML: {error}") from None
+    base = data.pop("extends", None)
+    return _overlay(_read(base, (*seen, source)), data) if base else data
+
+
+def _overlay(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in top.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _overlay(merged[key], value) if both else value
+    return merged
+
+
+def _apply(data: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    keys = path.strip().split(".")
+    if not equals or len(keys) < 2 or not all(keys):
+        raise ConfigError(f"--set {override!r}: write it as section.key=value, for example merger.dose=0.5")
+    try:
+        value = tomllib.loads(f"value = {text.strip()}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()  # a bare word is a string
+    for key in keys[:-1]:
+        data = data.setdefault(key, {})
+        if not isinstance(data, dict):
+            raise ConfigError(f"--set {override!r}: {key!r} is not a section")
+    data[keys[-1]] = value
+
+
+def to_toml(config: RunConfig) -> str:
+    """The resolved config, re-runnable as it is."""
+    return tomli_w.dumps(config.model_dump(exclude_none=True, mode="json"))
+
+
+def _explain(error: ValidationError, source: str) -> str:
+    lines = [_explain_one(e) for e in error.errors()]
+    return f"{source}: " + "\n".join(lines)
+
+
+def _explain_one(e: dict[str, Any]) -> str:
+    where = ".".join(str(part) for part in e["loc"])
+    if e["type"] == "extra_forbidden":
+        allowed = _fields_at(e["loc"][:-1])
+        near = difflib.get_close_matches(str(e["loc"][-1]), allowed, n=1, cutoff=0.4)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        return f"unknown key {where!r}{hint} (allowed: {', '.join(allowed)})"
+    if e["type"] == "literal_error":
+        near = difflib.get_close_matches(str(e["input"]), _literals_at(e["loc"]), n=1, cutoff=0.3)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        return f"{where} = {e['input']!r}: must be {e['ctx']['expected']}{hint}"
+    message = e["msg"].removeprefix("Value error, ")
+    if e["type"] == "value_error":
+        return f"{where}: {message}" if where else message
+    return f"{where} = {e['input']!r}: {message}"
+
+
+def _section_at(loc: tuple) -> type[Section]:
+    section: type[Section] = RunConfig
+    for part in loc:
+        section = section.model_fields[part].annotation
+    return section
+
+
+def _fields_at(loc: tuple) -> list[str]:
+    return sorted(_section_at(loc).model_fields)
+
+
+def _literals_at(loc: tuple) -> list[str]:
+    return [str(v) for v in get_args(_section_at(loc[:-1]).model_fields[loc[-1]].annotation)]

@@ -1,0 +1,104 @@
+"""What a user sees of a run: a live progress line, one line a validation, a table at the end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from codec.ledger import CHANNELS
+from deploy.config import RunConfig
+
+console = Console()
+
+
+class Display:
+    """Listener of the telemetry. On a terminal a live line, elsewhere a plain line every few steps."""
+
+    def __init__(self, config: RunConfig, folder: Path):
+        self.config, self.folder = config, folder
+        self.lag = self.age = self.accuracy = None
+        self.live = console.is_terminal
+        self.progress = Progress(
+            TextColumn("[bold]{task.fields[phase]}"),
+            BarColumn(bar_width=20),
+            TextColumn("step {task.completed:g}/{task.total:g} {task.fields[facts]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not self.live,
+        )
+        self.task = self.progress.add_task("run", total=config.run.steps, phase="starting", facts="")
+
+    def __enter__(self) -> Display:
+        c = self.config
+        anchor = f"anchor K={c.anchor.delay_k}/{c.anchor.cadence}" if c.anchor.enabled else "no anchor"
+        console.print(
+            f"[bold]{c.run.name}[/] seed {c.run.seed}: {c.model.path} on {c.task.name}, "
+            f"dp={c.swarm.dp} pp={c.swarm.pp}, codec {c.codec.kind}, {anchor}, merger {c.merger.kind}"
+        )
+        console.print(f"run folder {self.folder}; starting Ray and the actors …")
+        self.progress.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self.progress.stop()
+
+    def __call__(self, record: dict[str, Any]) -> None:
+        kind = record["kind"]
+        if kind == "tick":
+            self.lag, self.age = record.get("anchor/lag"), record.get("anchor/age")
+        elif kind == "val":
+            self.accuracy = record["accuracy"]
+            console.print(f"step {record['step']:4d}  validation accuracy {self.accuracy:.3f}")
+        elif kind == "step":
+            self._step(record)
+        elif kind == "event":
+            console.print(f"step {record['step']:4d}  {record['event']}")
+
+    def _step(self, record: dict[str, Any]) -> None:
+        lag = "–" if self.lag is None else f"{self.lag:g}"
+        facts = (
+            f"tick {record['tick']}  reward {record['critic/rewards/mean']:.3f}  "
+            f"length {record['response_length/mean']:.1f}  val {self.accuracy:.3f}  lag {lag}  "
+            f"bytes {record.get('comm/bytes_ratio', 1):.4f}  total {record['comm/total_ratio']:.3f}"
+        )
+        self.progress.update(self.task, completed=record["step"], phase="training", facts=facts)
+        if not self.live and (record["step"] % 5 == 0 or record["step"] == 1):
+            console.print(f"step {record['step']:4d}  {facts}", soft_wrap=True)
+
+
+def print_summary(summary: dict[str, Any], folder: Path) -> None:
+    """The table at the end of a run."""
+    table = Table(title=f"{summary['name']}: {summary['status']}", show_header=False)
+    accuracies = "  ".join(f"@{v['step']} {v['accuracy']:.3f}" for v in summary["validations"])
+    table.add_row("validation accuracy", accuracies or "–")
+    table.add_row("steps, ticks, anchor backwards", "{steps}, {ticks}, {anchor_backwards}".format_map(_zeros(summary)))
+    for channel in CHANNELS:
+        if channel in summary.get("bytes", {}):
+            entry = summary["bytes"][channel]
+            table.add_row(f"bytes {channel}", f"{_mb(entry['sent'])}  (dense {_mb(entry['dense'])})")
+    if summary.get("comm/total_ratio") is not None:
+        table.add_row("bytes_ratio (published definition)", f"{summary.get('comm/bytes_ratio') or 1:.4f}")
+        table.add_row("total_ratio (everything)", f"{summary['comm/total_ratio']:.4f}")
+    seconds = summary["seconds"]
+    phases = ("step", "gen", "old_log_prob", "ticks")
+    table.add_row("seconds by phase", "  ".join(f"{p} {seconds.get(f'timing_s/{p}', 0):.1f}" for p in phases))
+    table.add_row("wall seconds with start-up", f"{summary['wall_s']:.1f}")
+    console.print(table)
+    console.print(f"run folder {folder}")
+
+
+def _zeros(summary: dict[str, Any]) -> dict[str, Any]:
+    return {"steps": 0, "ticks": 0, "anchor_backwards": 0} | summary
+
+
+def _mb(n: float) -> str:
+    return f"{n / 1e6:,.2f} MB"

@@ -1,0 +1,1 @@
+"""Presets and the scripts that make what the repository ships."""

@@ -1,0 +1,26 @@
+"""delta: add what the codec lost at the source tick, δ = M̄ - G_comp(source), held from the fire."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from merger.config import MergerConfig
+from merger.dose import Norm, dose_at, local_norm
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Delta:
+    """G = G_comp + d·δ. Needs M̄ in full, and every rank keeps its G_comp of the ticks a fire may come from."""
+
+    payload = "dense"
+
+    def __init__(self, config: MergerConfig):
+        self.config = config
+        self.dose = 0.0
+
+    def __call__(self, g_comp: Tensor, correction: Tensor, age: int, norm: Norm = local_norm) -> Tensor:
+        """`g_comp` fp32 [n], `correction` δ fp32 [n] -> merged fp32 [n]."""
+        self.dose = dose_at(self.config, age, correction, g_comp, norm)
+        return g_comp + self.dose * correction

@@ -1,0 +1,1 @@
+"""Policy, tasks, GRPO loss and rollouts. No Ray."""

@@ -1,0 +1,81 @@
+"""Config of the model, task, GRPO, rollouts and validation. No torch."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from codec.config import Section
+
+
+class ModelConfig(Section):
+    """The policy."""
+
+    path: str = Field("builtin:tiny", description="`builtin:NAME`, a Hugging Face folder, a .gguf file, or a hub id")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="compute dtype; master weights stay float32")
+
+
+class TaskConfig(Section):
+    """Where prompts and rewards come from."""
+
+    name: str = Field("sums", description="`sums`, `reasoning_gym:NAME` or `jsonl:PATH`")
+    params: dict[str, Any] = Field(default_factory=dict, description="parameters of a reasoning_gym task")
+    instruction: str = Field("", description="text put in front of every prompt")
+    chat: bool = Field(False, description="wrap prompts in the tokenizer's chat template")
+
+
+class GrpoConfig(Section):
+    """One global step: train_batch_size prompts, group_size samples each, in mini-batches of one tick."""
+
+    train_batch_size: int = Field(16, ge=1, description="prompts a global step")
+    ppo_mini_batch_size: int = Field(8, ge=1, description="prompts a tick; divides train_batch_size")
+    group_size: int = Field(8, ge=2, description="samples for each prompt (verl: rollout.n)")
+    clip_ratio: float = Field(0.2, gt=0, lt=1, description="ratio is clipped to [1-c, 1+c]")
+    lr: float = Field(1e-6, gt=0, le=1, description="Adam's learning rate, constant")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="Adam's betas")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
+    grad_clip: float = Field(1.0, gt=0, description="largest global gradient norm over all stages")
+    max_prompt_length: int = Field(64, ge=1, description="longer prompts are refused, in tokens")
+    max_response_length: int = Field(40, ge=1, description="longer answers are cut and score 0, in tokens")
+    old_logprobs: Literal["trainer", "rollout"] = Field(
+        "trainer", description="`trainer`: recomputed through the codec at the start of a step; `rollout`: the engine's"
+    )
+    kl_loss_coef: float = Field(0.0, ge=0, description="weight of the KL to the base policy; 0 is off")
+    entropy_coeff: float = Field(0.0, ge=0, description="weight of the entropy bonus; 0 is off")
+
+    @model_validator(mode="after")
+    def _whole_ticks(self) -> GrpoConfig:
+        if self.train_batch_size % self.ppo_mini_batch_size:
+            raise ValueError(
+                f"train_batch_size {self.train_batch_size} is not a multiple of "
+                f"ppo_mini_batch_size {self.ppo_mini_batch_size}: a step must be a whole number of ticks"
+            )
+        if not all(0 <= b < 1 for b in self.betas):
+            raise ValueError(f"betas {self.betas} must lie in [0, 1)")
+        return self
+
+    @property
+    def ticks_per_step(self) -> int:
+        return self.train_batch_size // self.ppo_mini_batch_size
+
+
+class RolloutConfig(Section):
+    """The engines that sample answers from the uncompressed weights."""
+
+    engine: Literal["transformers"] = Field("transformers", description="which engine samples")
+    replicas: int = Field(1, ge=1, description="engine actors; results do not depend on their number")
+    temperature: float = Field(1.0, gt=0, description="sampling temperature, also of the trainer's log-probs")
+    batch_size: int = Field(
+        8, ge=1, description="prompts an engine takes at a time; results are fixed for a fixed value"
+    )
+    val_temperature: float | None = Field(None, gt=0, description="temperature of validation; default: `temperature`")
+    timeout_s: float = Field(600.0, gt=0, description="deadline of one batch of prompts")
+    device: Literal["cpu", "cuda"] = Field("cpu", description="device of an engine")
+
+
+class ValConfig(Section):
+    """Validation on prompts that training never sees."""
+
+    every: int = Field(25, ge=1, description="validate every so many steps, and before the first and after the last")
+    size: int = Field(256, ge=1, description="validation prompts, one sample each")

@@ -1,0 +1,73 @@
+"""GRPO as functions of tensors. Shao et al. 2024, arXiv:2402.03300; token-mean as in DAPO, arXiv:2503.14476."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rl.config import GrpoConfig
+
+
+def group_advantages(rewards: Tensor, group_size: int) -> Tensor:
+    """(r - mean) / (std + 1e-6) within each group of `group_size` consecutive samples.
+
+    `rewards` [groups * group_size] -> the same shape; std is the unbiased one, as in verl and TRL.
+    Raises ValueError if the rewards do not divide in groups of at least two.
+    """
+    if group_size < 2 or rewards.numel() % group_size:
+        raise ValueError(f"{rewards.numel()} rewards do not divide in groups of {group_size} (at least 2 each)")
+    r = rewards.float().view(-1, group_size)
+    return ((r - r.mean(1, keepdim=True)) / (r.std(1, keepdim=True) + 1e-6)).view(-1)
+
+
+def token_logprobs(logits: Tensor, targets: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor | None]:
+    """Log-probability of `targets` [N] under `logits` [N, V], and the entropy [N] if asked for, in fp32."""
+    logp = torch.log_softmax(logits.float(), dim=-1)
+    chosen = logp.gather(1, targets[:, None]).squeeze(1)
+    return chosen, -(logp.exp() * logp).sum(-1) if with_entropy else None
+
+
+@dataclass
+class LossTerms:
+    """Sums over tokens, so that microbatches and ranks add up; divide by the token count for means."""
+
+    loss: Tensor  # already divided by the global denominator
+    sums: dict[str, Tensor]
+
+
+def policy_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    denominator: float,
+    config: GrpoConfig,
+    entropy: Tensor | None = None,
+    ref_logprobs: Tensor | None = None,
+) -> LossTerms:
+    """Clipped-ratio loss of response tokens, all [N], divided by one `denominator` for all ranks.
+
+    `denominator` is the number of response tokens in the global mini-batch (token-mean).
+    KL is the k3 estimator of Schulman (verl's low_var_kl) against `ref_logprobs`.
+    """
+    log_ratio = logprobs - old_logprobs
+    ratio = log_ratio.exp()
+    surrogate = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1 - config.clip_ratio, 1 + config.clip_ratio)
+    per_token = torch.maximum(surrogate, clipped)
+    sums = {
+        "actor/pg_loss": per_token.detach().sum(),
+        "actor/pg_clipfrac": (clipped > surrogate).float().sum(),
+        "actor/ppo_kl": -log_ratio.detach().sum(),
+    }
+    if entropy is not None:
+        sums["actor/entropy"] = entropy.detach().sum()
+        if config.entropy_coeff:
+            per_token = per_token - config.entropy_coeff * entropy
+    if ref_logprobs is not None and config.kl_loss_coef:
+        diff = ref_logprobs - logprobs
+        kl = diff.exp() - diff - 1
+        sums["actor/kl_loss"] = kl.detach().sum()
+        per_token = per_token + config.kl_loss_coef * kl
+    return LossTerms(per_token.sum() / denominator, sums)

@@ -1,0 +1,159 @@
+"""Where a model's files are and what shape it has. No torch: used before anything heavy starts."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+BUILTIN = Path(__file__).parent / "builtin"
+_LAYER_STACKS = {"llama", "qwen2", "qwen3", "mistral"}
+
+
+class ModelNotFound(ValueError):
+    """`model.path` names nothing that can be loaded."""
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What a config check and a byte count need to know of a model."""
+
+    hidden: int
+    layers: int
+    vocab: int
+    tied: bool
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept; `NORTHSTAR_CACHE` moves it."""
+    return Path(os.environ.get("NORTHSTAR_CACHE", Path.home() / ".cache" / "northstar"))
+
+
+def model_shape(path: str) -> ModelShape | None:
+    """Shape from the model's own metadata; None for a hub id that is not on this machine yet.
+
+    Raises ModelNotFound if a local path does not exist or holds no supported model.
+    """
+    if path.endswith(".gguf"):
+        return _gguf_shape(_existing(path))
+    folder = local_folder(path)
+    return None if folder is None else _folder_shape(folder, path)
+
+
+def local_folder(path: str) -> Path | None:
+    """The Hugging Face folder behind `path` if it is on this machine, else None (a hub id)."""
+    if path.startswith("builtin:"):
+        folder = BUILTIN / path.removeprefix("builtin:")
+        if not folder.is_dir():
+            names = ", ".join(sorted(p.name for p in BUILTIN.iterdir() if p.is_dir()))
+            raise ModelNotFound(f"no built-in model {path!r}; there are: {names}")
+        return folder
+    if path.startswith((".", "/", "~")) or Path(path).is_dir() or path.count("/") != 1:
+        return _existing(path)
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = try_to_load_from_cache(path, "config.json")
+    return Path(cached).parent if isinstance(cached, str) else None
+
+
+def resolve(path: str) -> Path:
+    """A local Hugging Face folder with safetensors: converts a GGUF file once, downloads a hub id."""
+    if path.endswith(".gguf"):
+        return _convert_gguf(_existing(path))
+    folder = local_folder(path)
+    if folder is None or not list(folder.glob("*.safetensors")):
+        from huggingface_hub import snapshot_download
+
+        folder = Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja"]))
+    return folder
+
+
+def tensor_files(folder: Path) -> dict[str, Path]:
+    """Tensor name -> safetensors file, read from the headers or the index."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        return {k: folder / v for k, v in json.loads(index.read_text())["weight_map"].items()}
+    found = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with file.open("rb") as f:
+            (size,) = struct.unpack("<Q", f.read(8))
+            found |= {k: file for k in json.loads(f.read(size)) if k != "__metadata__"}
+    if not found:
+        raise ModelNotFound(f"{folder} holds no *.safetensors file")
+    return found
+
+
+def _existing(path: str) -> Path:
+    found = Path(path).expanduser()
+    if not found.exists():
+        raise ModelNotFound(f"no such model: {path!r} is not a folder, a .gguf file or a hub id of the form owner/name")
+    return found
+
+
+def _folder_shape(folder: Path, path: str) -> ModelShape:
+    file = folder / "config.json"
+    if not file.exists():
+        raise ModelNotFound(f"{path!r} has no config.json")
+    config = json.loads(file.read_text())
+    if config.get("model_type") not in _LAYER_STACKS:
+        raise ModelNotFound(
+            f"{path!r} is a {config.get('model_type')!r} model; supported are {', '.join(sorted(_LAYER_STACKS))}"
+        )
+    return ModelShape(
+        hidden=config["hidden_size"],
+        layers=config["num_hidden_layers"],
+        vocab=config["vocab_size"],
+        tied=config.get("tie_word_embeddings", False),
+    )
+
+
+def _gguf_shape(file: Path) -> ModelShape:
+    reader = _gguf_reader(file)
+    arch = reader.get_field("general.architecture").contents()
+    if arch not in _LAYER_STACKS:
+        raise ModelNotFound(f"{str(file)!r} is a {arch!r} model; supported are {', '.join(sorted(_LAYER_STACKS))}")
+    names = {t.name for t in reader.tensors}
+    embedding = next(t for t in reader.tensors if t.name == "token_embd.weight")
+    return ModelShape(
+        hidden=int(reader.get_field(f"{arch}.embedding_length").contents()),
+        layers=int(reader.get_field(f"{arch}.block_count").contents()),
+        vocab=int(embedding.shape[1]),
+        tied="output.weight" not in names,
+    )
+
+
+def _gguf_reader(file: Path):
+    try:
+        from gguf import GGUFReader
+    except ImportError as error:
+        raise ModelNotFound(f"{str(file)!r} needs the gguf extra: pip install 'northstar[gguf]'") from error
+    return GGUFReader(file)
+
+
+def _convert_gguf(file: Path) -> Path:
+    """Dequantise once into a folder of float32 safetensors, so that stages can read single layers of it."""
+    from filelock import FileLock
+
+    out = cache_folder() / f"{file.stem}-{file.stat().st_size}"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{out}.lock", timeout=1800):
+        if not out.exists():
+            import torch
+            from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+            # dequantize=True: else the weights stay packed and can be neither saved nor trained
+            model = AutoModelForCausalLM.from_pretrained(
+                file.parent,
+                gguf_file=file.name,
+                quantization_config=GgufConfig(dequantize=True),
+                dtype=torch.float32,
+            )
+            partial = out.with_name(out.name + ".partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            model.save_pretrained(partial)
+            AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(partial)
+            partial.rename(out)
+    return out

@@ -1,0 +1,86 @@
+"""From a batch to microbatches, log-probs and loss terms. Shared by the swarm's last stage and the anchor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rl.batch import Batch
+from rl.config import GrpoConfig
+from rl.grpo import LossTerms, policy_loss, token_logprobs
+from rl.policy import Stage
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Some samples, right-padded to their longest. R is the number of their response tokens."""
+
+    ids: Tensor  # int64 [B, L]
+    real: Tensor  # bool [B, L], False at padding
+    predicts: tuple[Tensor, Tensor]  # (row, position) of the hidden state that predicts each response token, [R] each
+    targets: Tensor  # int64 [R]
+    advantages: Tensor  # float32 [R]
+    rollout_logprobs: Tensor  # float32 [R]
+    ref_logprobs: Tensor | None  # float32 [R]
+    tokens: int  # real tokens
+
+
+def deal(batch: Batch, ranks: int, rank: int) -> np.ndarray:
+    """Samples of data-parallel `rank`, longest first: dealt back and forth so that ranks weigh the same."""
+    order = np.argsort(-batch.total, kind="stable")
+    position = np.arange(len(order)) % (2 * ranks)
+    return order[np.minimum(position, 2 * ranks - 1 - position) == rank]
+
+
+def microbatches(batch: Batch, samples: np.ndarray, size: int, device: torch.device) -> list[MicroBatch]:
+    """`samples` in the given order, `size` at a time."""
+    return [_microbatch(batch, samples[i : i + size], device) for i in range(0, len(samples), size)]
+
+
+def _microbatch(batch: Batch, samples: np.ndarray, device: torch.device) -> MicroBatch:
+    token_at = np.concatenate([[0], np.cumsum(batch.total)])
+    response_at = np.concatenate([[0], np.cumsum(batch.response_lengths)])
+    total = batch.total[samples]
+    ids = np.zeros((len(samples), int(total.max())), np.int64)
+    real = np.arange(ids.shape[1]) < total[:, None]
+    ids[real] = np.concatenate([batch.tokens[token_at[i] : token_at[i + 1]] for i in samples])
+    columns = np.arange(ids.shape[1])
+    response = (columns >= batch.prompt[samples][:, None]) & real
+    row, position = np.nonzero(response)
+
+    def per_token(flat: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.concatenate([flat[response_at[i] : response_at[i + 1]] for i in samples])).to(device)
+
+    return MicroBatch(
+        ids=torch.from_numpy(ids).to(device),
+        real=torch.from_numpy(real).to(device),
+        predicts=(torch.from_numpy(row).to(device), torch.from_numpy(position - 1).to(device)),
+        targets=torch.from_numpy(ids[response]).to(device),
+        advantages=torch.from_numpy(np.repeat(batch.advantages[samples], batch.response_lengths[samples])).to(device),
+        rollout_logprobs=per_token(batch.rollout_logprobs),
+        ref_logprobs=per_token(batch.ref_logprobs) if len(batch.ref_logprobs) else None,
+        tokens=int(real.sum()),
+    )
+
+
+def logprobs(stage: Stage, hidden: Tensor, micro: MicroBatch, temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropy [R] of the response tokens, from the last stage's hidden states [B, L, H]."""
+    logits = stage.logits(hidden[micro.predicts]) / temperature
+    return token_logprobs(logits, micro.targets, with_entropy=True)
+
+
+def loss_terms(
+    stage: Stage,
+    hidden: Tensor,
+    micro: MicroBatch,
+    old_logprobs: Tensor,
+    denominator: float,
+    config: GrpoConfig,
+    temperature: float,
+) -> LossTerms:
+    """Loss of one microbatch; `denominator` counts the response tokens of the global mini-batch."""
+    new, entropy = logprobs(stage, hidden, micro, temperature)
+    return policy_loss(new, old_logprobs, micro.advantages, denominator, config, entropy, micro.ref_logprobs)

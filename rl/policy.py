@@ -1,0 +1,209 @@
+"""A Hugging Face causal LM cut into stages, with its weights in one flat buffer.
+
+A stage is built on the meta device and reads only its own tensors from safetensors, so no process
+holds more of the model than it trains.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from codec.boundary import pack_rows, unpack_rows
+from rl.model_files import tensor_files
+
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+
+
+@dataclass(frozen=True)
+class Span:
+    """Decoder layers [lo, hi) of `total`."""
+
+    lo: int
+    hi: int
+    total: int
+
+    @property
+    def first(self) -> bool:
+        return self.lo == 0
+
+    @property
+    def last(self) -> bool:
+        return self.hi == self.total
+
+
+def spans(layers: int, boundaries: list[int], stages: int) -> list[Span]:
+    """Cut at `boundaries`, then deal the len(boundaries)+1 segments evenly over `stages`."""
+    cuts = [0, *boundaries, layers]
+    each = (len(cuts) - 1) // stages
+    return [Span(cuts[p * each], cuts[(p + 1) * each], layers) for p in range(stages)]
+
+
+def skeleton(folder: Path) -> PreTrainedModel:
+    """The whole model on the meta device: no memory, but real rotary tables (they are not in checkpoints)."""
+    config = AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
+    return model.eval()
+
+
+def is_tied(model: PreTrainedModel) -> bool:
+    return bool(model.config.tie_word_embeddings)
+
+
+class Weights:
+    """All parameters of a model part as one flat fp32 buffer, its gradient likewise.
+
+    The parameters are views into it, so merging, clipping, Adam, digests and snapshots are each one
+    operation on one tensor. With `dtype=bfloat16` the model computes in a bf16 copy and the fp32
+    buffers are the masters. The last `numel - owned` entries repeat another stage's tied embedding.
+    """
+
+    def __init__(
+        self,
+        parts: list[tuple[str, nn.Module]],
+        folder: Path,
+        dtype: torch.dtype,
+        device: torch.device,
+        trainable: bool,
+        owned_parts: int | None = None,
+    ):
+        slots = [
+            (f"{prefix}{name}", prefix, module, name)
+            for prefix, module in parts
+            for name, _ in module.named_parameters()
+        ]
+        self.names = [full for full, *_ in slots]
+        self.shapes = [tuple(module.get_parameter(name).shape) for _, _, module, name in slots]
+        sizes = [prod(shape) for shape in self.shapes]
+        self.offsets = [sum(sizes[:i]) for i in range(len(sizes) + 1)]
+        self.numel = self.offsets[-1]
+        owned_prefixes = {prefix for prefix, _ in parts[:owned_parts]}
+        self.owned = sum(n for n, (_, prefix, *_rest) in zip(sizes, slots) if prefix in owned_prefixes)
+
+        self.master = torch.empty(self.numel, dtype=torch.float32, device=device)
+        self.compute = self.master if dtype == torch.float32 else torch.empty(self.numel, dtype=dtype, device=device)
+        self.grad = torch.zeros_like(self.master) if trainable else None
+        self._compute_grad = torch.zeros_like(self.compute) if trainable and dtype != torch.float32 else self.grad
+        self._bind(slots, trainable)
+        self._read(folder)
+
+    def _bind(self, slots: list, trainable: bool) -> None:
+        for i, (_, _, module, name) in enumerate(slots):
+            view = self.view(i, self.compute)
+            parameter = nn.Parameter(view, requires_grad=trainable)
+            if trainable:
+                parameter.grad = self.view(i, self._compute_grad)
+            *path, leaf = name.split(".")
+            owner = module.get_submodule(".".join(path))
+            owner._parameters[leaf] = parameter
+
+    def _read(self, folder: Path) -> None:
+        files = tensor_files(folder)
+        by_file = defaultdict(list)
+        for i, name in enumerate(self.names):
+            if name not in files:
+                raise KeyError(f"{folder} holds no tensor {name!r}")
+            by_file[files[name]].append(i)
+        for file, indices in by_file.items():
+            with safe_open(file, framework="pt") as f:
+                for i in indices:
+                    self.view(i, self.master).copy_(f.get_tensor(self.names[i]))
+        self.publish()
+
+    def view(self, i: int, flat: Tensor) -> Tensor:
+        """Parameter i inside `flat`."""
+        return flat[self.offsets[i] : self.offsets[i + 1]].view(self.shapes[i])
+
+    def slice_of(self, name: str) -> slice:
+        i = self.names.index(name)
+        return slice(self.offsets[i], self.offsets[i + 1])
+
+    def publish(self) -> None:
+        """Copy the masters into the compute weights; nothing to do in fp32."""
+        if self.compute is not self.master:
+            self.compute.copy_(self.master)
+
+    def collect(self) -> None:
+        """Add the compute gradients of a microbatch to the fp32 ones; in fp32 autograd already did."""
+        if self._compute_grad is not self.grad:
+            self.grad.add_(self._compute_grad)
+            self._compute_grad.zero_()
+
+
+class Stage(nn.Module):
+    """Decoder layers of one span, with the embedding if first and the norm and head if last."""
+
+    def __init__(self, folder: Path, span: Span, dtype: torch.dtype, device: torch.device, trainable: bool = True):
+        super().__init__()
+        model = skeleton(folder)
+        self.span, self.config = span, model.config
+        self.tied_away = is_tied(model) and span.last and not span.first
+        self.embed = model.model.embed_tokens if span.first else None
+        self.layers = nn.ModuleList(model.model.layers[span.lo : span.hi])
+        self.norm = model.model.norm if span.last else None
+        self.lm_head = model.lm_head if span.last else None
+        self.rotary = model.model.rotary_emb.to(device)
+        parts: list[tuple[str, nn.Module]] = []
+        if span.first:
+            parts.append(("model.embed_tokens.", self.embed))
+        parts += [(f"model.layers.{span.lo + i}.", layer) for i, layer in enumerate(self.layers)]
+        if span.last:
+            parts.append(("model.norm.", self.norm))
+        owned = len(parts)
+        if span.last and not (is_tied(model) and span.first):
+            # a tied head on another stage than the embedding is a copy of it, under its name
+            parts.append(("model.embed_tokens." if self.tied_away else "lm_head.", self.lm_head))
+        self.weights = Weights(parts, folder, dtype, device, trainable, owned if self.tied_away else None)
+        if span.first and span.last and is_tied(model):
+            self.lm_head.weight = self.embed.weight
+        self.train()
+
+    def forward(self, x: Tensor, real: Tensor, cuts: Mapping[int, Callable[[Tensor], Tensor]]) -> Tensor:
+        """Token ids [B, L] (first stage) or hidden states [B, L, H] -> hidden states [B, L, H].
+
+        Sequences are right-padded, so causal attention needs no mask: no real token can see padding.
+        `cuts[i]` maps the real rows [N, H] that enter layer i (a virtual boundary).
+        """
+        hidden = self.embed(x) if self.span.first else x
+        position_ids = torch.arange(hidden.shape[1], device=hidden.device)[None]
+        position_embeddings = self.rotary(hidden, position_ids)
+        for i, layer in enumerate(self.layers, start=self.span.lo):
+            if i in cuts:
+                hidden = unpack_rows(cuts[i](pack_rows(hidden, real)), real)
+            hidden = layer(
+                hidden, attention_mask=None, position_ids=position_ids, position_embeddings=position_embeddings
+            )
+        return hidden
+
+    def logits(self, rows: Tensor) -> Tensor:
+        """Hidden rows [N, H] -> logits [N, V]; last stage only."""
+        return self.lm_head(self.norm(rows))
+
+
+def whole_model(folder: Path, dtype: torch.dtype, device: torch.device) -> tuple[PreTrainedModel, Weights]:
+    """The Hugging Face model itself, for generation, with its parameters in one flat buffer.
+
+    The buffer has the order of all stages' owned parameters one after the other.
+    """
+    model = skeleton(folder)
+    parts = [("model.embed_tokens.", model.model.embed_tokens)]
+    parts += [(f"model.layers.{i}.", layer) for i, layer in enumerate(model.model.layers)]
+    parts.append(("model.norm.", model.model.norm))
+    if not is_tied(model):
+        parts.append(("lm_head.", model.lm_head))
+    weights = Weights(parts, folder, dtype, device, trainable=False)
+    if is_tied(model):
+        model.lm_head.weight = model.model.embed_tokens.weight
+    model.model.rotary_emb.to(device)
+    return model, weights

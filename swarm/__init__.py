@@ -1,0 +1,1 @@
+"""The fast swarm. Start with `swarm/tick.py`."""

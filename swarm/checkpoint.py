@@ -1,0 +1,118 @@
+"""Checkpoints: safetensors a rank, written under a temporary name and renamed when complete.
+
+A resumed run takes the same ticks as one that was never stopped: Adam's moments, every basis and
+its statistics, error feedback, the held correction and the fires under way are all part of it.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from anchor_service.messages import Correction
+from swarm.tick import Rank
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be resumed from."""
+
+
+def folder_of(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step-{step:06d}"
+
+
+def newest(run: Path) -> Path:
+    """The newest complete checkpoint. Raises CheckpointError if there is none."""
+    found = sorted((run / "checkpoints").glob("step-??????"))
+    if not found:
+        raise CheckpointError(f"{run} has no checkpoint to resume from: set run.checkpoint_every, or start a new run")
+    return found[-1]
+
+
+class Writer:
+    """A checkpoint folder that appears under its name only when `commit` is called."""
+
+    def __init__(self, run: Path, step: int, keep: int = 2):
+        self.final, self.keep = folder_of(run, step), keep
+        self.path = self.final.with_name(self.final.name + ".partial")
+        shutil.rmtree(self.path, ignore_errors=True)
+        self.path.mkdir(parents=True)
+
+    def commit(self, state: dict[str, Any], frames: dict[str, np.ndarray]) -> None:
+        """`state` as JSON, `frames` as raw bytes; then rename, and drop all but the newest `keep`."""
+        for name, frame in frames.items():
+            (self.path / f"{name}.frame").write_bytes(frame.tobytes())
+        (self.path / "state.json").write_text(json.dumps(state))
+        shutil.rmtree(self.final, ignore_errors=True)
+        self.path.rename(self.final)
+        for old in sorted(self.final.parent.glob("step-??????"))[: -self.keep]:
+            shutil.rmtree(old)
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "state.json").read_text())
+
+
+def read_frame(folder: Path, name: str) -> np.ndarray:
+    return np.fromfile(folder / f"{name}.frame", np.uint8)
+
+
+def rank_file(folder: str, rank: Rank) -> Path:
+    return Path(folder) / f"rank-d{rank.grid.d}p{rank.grid.p}.safetensors"
+
+
+def save_rank(rank: Rank, folder: str, step: int) -> None:
+    """All that this rank needs to go on after `step`."""
+    tensors: dict[str, Tensor] = {"weights": rank.stage.weights.master.detach()}
+    for name, value in rank.optimizer.state_dict()["state"].get(0, {}).items():
+        tensors[f"adam.{name}"] = value
+    for layer, boundary in rank.cuts.items():
+        if boundary.codec.basis is not None:
+            tensors |= {f"codec.{layer}.{k}": getattr(boundary.codec, k) for k in ("basis", "v", "energy")}
+    tensors |= {f"reducer.{k}": v for k, v in rank.reducer.state().items()}
+    tensors |= {f"source.{s}": g for s, g in rank.sources.pending().items()}
+    fields: dict[str, Any] = {"step": step}
+    if rank.correction is not None:
+        tensors["correction"] = rank.correction.values
+        fields["correction"] = {
+            k: getattr(rank.correction, k) for k in ("version", "source_tick", "first_tick", "digest")
+        }
+    tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    save_file(tensors, rank_file(folder, rank), metadata={"fields": json.dumps(fields)})
+
+
+def restore_rank(rank: Rank, folder: str) -> None:
+    """Raises CheckpointError if the grid or the model is not the one that was saved."""
+    file = rank_file(folder, rank)
+    if not file.exists():
+        raise CheckpointError(f"{folder} holds no {file.name}: swarm.dp and swarm.pp must be those of the saved run")
+    with safe_open(file, framework="pt") as f:
+        tensors = {k: f.get_tensor(k) for k in f.keys()}
+        fields = json.loads(f.metadata()["fields"])
+    weights = rank.stage.weights
+    if tensors["weights"].shape != weights.master.shape:
+        raise CheckpointError(f"{file.name} holds {len(tensors['weights'])} weights, this stage has {weights.numel}")
+    with torch.no_grad():
+        weights.master.copy_(tensors["weights"])
+    weights.publish()
+    device = weights.master.device
+    state = rank.optimizer.state_dict()
+    state["state"] = {0: {k.removeprefix("adam."): v for k, v in tensors.items() if k.startswith("adam.")}}
+    rank.optimizer.load_state_dict(state)
+    for layer, boundary in rank.cuts.items():
+        for k in ("basis", "v", "energy") if boundary.codec.basis is not None else ():
+            setattr(boundary.codec, k, tensors[f"codec.{layer}.{k}"].to(device))
+    rank.reducer.restore({k.removeprefix("reducer."): v for k, v in tensors.items() if k.startswith("reducer.")})
+    for key in (k for k in tensors if k.startswith("source.")):
+        rank.sources.put(int(key.removeprefix("source.")), tensors[key].to(device))
+    if "correction" in tensors:
+        rank.correction = Correction(values=tensors["correction"].to(device), **fields["correction"])
+        rank.inbox.put(rank.correction)

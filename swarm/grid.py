@@ -1,0 +1,188 @@
+"""The dp x pp grid of one rank: who its neighbours are, and every exchange with them.
+
+Ranks are numbered replica by replica: rank = d·pp + p. Nothing here knows what is exchanged.
+Activations and gradients use two process groups: with NCCL, opposite directions on one
+communicator can wait for each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+
+from anchor_service.errors import WaitTimeout
+from codec.ledger import Ledger
+
+_HEADER = 16  # sequence number and payload size, int64 each: raw P2P reports neither a short nor a stale message
+
+
+class Desync(RuntimeError):
+    """A neighbour sent something else than this rank expected."""
+
+    def __init__(self, sender: str, expected: list[int], got: list[int]):
+        super().__init__(sender, expected, got)
+        self.sender, self.expected, self.got = sender, expected, got
+
+    def __str__(self) -> str:
+        return f"{self.sender} sent message (number, bytes) {self.got}, expected {self.expected}: the ranks are out of step"
+
+
+class Grid:
+    """One rank's place. With dp = pp = 1 every method is local and no process group exists."""
+
+    def __init__(
+        self, rank: int, dp: int, pp: int, device: torch.device, ledger: Ledger, timeout_s: float = 60.0, init: str = ""
+    ):
+        self.rank, self.dp, self.pp, self.device, self.ledger = rank, dp, pp, device, ledger
+        self.d, self.p = divmod(rank, pp)
+        self.timeout_s = timeout_s
+        self._inflight: list[tuple[dist.Work, Tensor]] = []
+        self._sent = {"fwd": 0, "bwd": 0}
+        self._received = {"fwd": 0, "bwd": 0}
+        if dp * pp > 1:
+            self._connect(init)
+
+    @property
+    def name(self) -> str:
+        return self._name(self.d, self.p)
+
+    @staticmethod
+    def _name(d: int, p: int) -> str:
+        return f"worker d{d}p{p}"
+
+    @property
+    def first(self) -> bool:
+        return self.p == 0
+
+    @property
+    def last(self) -> bool:
+        return self.p == self.pp - 1
+
+    def _connect(self, init: str) -> None:
+        backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
+        timeout = timedelta(seconds=self.timeout_s)
+        dist.init_process_group(
+            backend, init_method=init, rank=self.rank, world_size=self.dp * self.pp, timeout=timeout
+        )
+        mesh = init_device_mesh(self.device.type, (self.dp, self.pp), mesh_dim_names=("dp", "pp"))
+        self._dp_group, pp_group = mesh["dp"].get_group(), mesh["pp"].get_group()
+        self._groups = {"fwd": pp_group, "bwd": None}
+        self._ends = None
+        for d in range(self.dp):  # every rank must make every group, in one order
+            column = list(range(d * self.pp, (d + 1) * self.pp))
+            backward = dist.new_group(column, timeout=timeout)
+            ends = dist.new_group([column[0], column[-1]], timeout=timeout) if self.pp > 1 else None
+            if d == self.d:
+                self._groups["bwd"], self._ends = backward, ends
+
+    def close(self) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    @contextmanager
+    def _waiting(self, who: str, what: str) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            if "imed out" in str(error) or "imeout" in str(error):
+                raise WaitTimeout(who, f"{what} to {self.name}", self.timeout_s, "swarm.timeout_s") from error
+            raise RuntimeError(f"{self.name}: {what} with {who} failed: {error}") from error
+
+    # --- along a pipeline ---------------------------------------------------------------------
+
+    def send(self, way: str, tensor: Tensor) -> None:
+        """To the next stage (`fwd`) or the previous (`bwd`), without waiting for it to arrive."""
+        raw = tensor.contiguous().view(-1).view(torch.uint8)
+        header = torch.tensor([self._sent[way], raw.numel()], dtype=torch.int64, device=self.device)
+        self._sent[way] += 1
+        message = torch.cat([header.view(torch.uint8), raw])
+        peer = self.rank + (1 if way == "fwd" else -1)
+        self._inflight.append((dist.isend(message, peer, group=self._groups[way]), message))
+        self.ledger.add("control", _HEADER, _HEADER)
+
+    def recv(self, way: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """From the previous stage (`fwd`) or the next (`bwd`). Raises WaitTimeout or Desync."""
+        size = torch.Size(shape).numel() * dtype.itemsize
+        message = torch.empty(_HEADER + size, dtype=torch.uint8, device=self.device)
+        peer = self.rank - (1 if way == "fwd" else -1)
+        sender = self._name(*divmod(peer, self.pp))
+        with self._waiting(sender, "an activation" if way == "fwd" else "a gradient"):
+            dist.recv(message, peer, group=self._groups[way])
+        expected = [self._received[way], size]
+        got = message[:_HEADER].view(torch.int64).tolist()
+        if got != expected:
+            raise Desync(sender, expected, got)
+        self._received[way] += 1
+        return message[_HEADER:].view(dtype).view(shape)
+
+    def flush(self) -> None:
+        """Wait until everything sent has left."""
+        with self._waiting("a neighbouring stage", "accepting what was sent"):
+            for work, _ in self._inflight:
+                work.wait()
+        self._inflight.clear()
+
+    def sum_ends(self, tensor: Tensor) -> None:
+        """Sum in place over the first and last stage of this pipeline; only those two call it."""
+        if self.pp > 1:
+            with self._waiting("the other end of the pipeline", "the tied gradient"):
+                dist.all_reduce(tensor, group=self._ends)
+            self.ledger.add("tied", tensor.nbytes, tensor.nbytes)
+
+    def sum_pp(self, value: Tensor) -> Tensor:
+        """Sum of a small tensor over the stages of this pipeline."""
+        if self.pp == 1:
+            return value
+        value = value.clone()
+        with self._waiting("the stages of a replica", "a norm"):
+            dist.all_reduce(value, group=self._groups["fwd"])
+        self._count_ring("control", value.nbytes, self.pp)
+        return value
+
+    # --- over replicas ------------------------------------------------------------------------
+
+    def sum_dp(self, tensor: Tensor, channel: str, dense_bytes: float | None = None) -> None:
+        """Sum in place over the replicas of this stage; bit-identical on all of them."""
+        if self.dp > 1:
+            with self._waiting("the replicas of a stage", f"a sum ({channel})"):
+                dist.all_reduce(tensor, group=self._dp_group)
+            self._count_ring(channel, tensor.nbytes, self.dp, dense_bytes)
+
+    def from_first_replica(self, tensor: Tensor, channel: str) -> None:
+        """Overwrite `tensor` with that of replica 0."""
+        if self.dp > 1:
+            with self._waiting(self._name(0, self.p), f"a broadcast ({channel})"):
+                dist.broadcast(tensor, src=self.p, group=self._dp_group)
+            if self.d == 0:
+                self.ledger.add(channel, (self.dp - 1) * tensor.nbytes, 0)
+
+    def gather_dp(self, value: int) -> list[int]:
+        """One signed 64-bit number from each replica of this stage."""
+        if self.dp == 1:
+            return [value]
+        mine = torch.tensor([value], dtype=torch.int64, device=self.device)
+        found = [torch.zeros_like(mine) for _ in range(self.dp)]
+        with self._waiting("the replicas of a stage", "a digest"):
+            dist.all_gather(found, mine, group=self._dp_group)
+        self.ledger.add("control", 8 * (self.dp - 1), 0)
+        return [t.item() for t in found]
+
+    def min_world(self, value: int) -> int:
+        """The smallest of all ranks' numbers."""
+        if self.dp * self.pp == 1:
+            return value
+        tensor = torch.tensor([value], dtype=torch.int64, device=self.device)
+        with self._waiting("all ranks", "the agreement on a version"):
+            dist.all_reduce(tensor, op=dist.ReduceOp.MIN)
+        self._count_ring("control", 8, self.dp * self.pp, dense_bytes=0)
+        return tensor.item()
+
+    def _count_ring(self, channel: str, nbytes: int, ranks: int, dense_bytes: float | None = None) -> None:
+        share = 2 * (ranks - 1) / ranks
+        self.ledger.add(channel, share * nbytes, share * (nbytes if dense_bytes is None else dense_bytes))

@@ -1,0 +1,102 @@
+"""Microbatches through the stages: forward payloads up, backward payloads down, one forward one backward (1F1B).
+
+    stage 0   F0 F1 ───── B0 F2 B1 F3 B2 ── B3
+    stage 1      F0 B0 F1 B1 F2 B2 F3 B3            pp = 2, four microbatches
+
+Both ends of a link know the microbatch, so shapes are never sent; lengths may differ between microbatches.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from codec.boundary import Boundary, pack_rows, unpack_rows
+from rl.grpo import LossTerms
+from rl.objective import MicroBatch, logprobs
+from rl.policy import Stage
+from swarm.grid import Grid
+
+Loss = Callable[[Tensor, MicroBatch, int], LossTerms]
+
+
+def schedule(p: int, pp: int, count: int) -> list[tuple[str, int]]:
+    """1F1B order of stage `p`: ("F", i) and ("B", i) for each of `count` microbatches."""
+    ahead = min(pp - 1 - p, count)
+    order = [("F", i) for i in range(ahead)]
+    for i in range(count - ahead):
+        order += [("F", ahead + i), ("B", i)]
+    return order + [("B", i) for i in range(count - ahead, count)]
+
+
+class Pipeline:
+    """One rank's stage between its neighbours. `cuts` maps a layer number to the boundary in front of it."""
+
+    def __init__(self, stage: Stage, cuts: dict[int, Boundary], grid: Grid):
+        self.stage, self.grid = stage, grid
+        span = stage.span
+        self.upstream = cuts.get(span.lo)  # its sender is the previous stage
+        self.downstream = cuts.get(span.hi)  # its sender is this stage
+        self.virtual = {i: b for i, b in cuts.items() if span.lo < i < span.hi}
+        self.dtype = stage.weights.compute.dtype
+
+    @torch.no_grad()
+    def logprobs(self, micros: list[MicroBatch], temperature: float) -> list[Tensor]:
+        """Log-probs [R] of each microbatch through the codec, on the last stage; [] elsewhere."""
+        found = []
+        for micro in micros:
+            _, hidden = self._up(micro, observe=False)
+            if self.grid.last:
+                found.append(logprobs(self.stage, hidden, micro, temperature)[0])
+        self.grid.flush()
+        return found
+
+    def train(self, micros: list[MicroBatch], loss: Loss) -> dict[str, float]:
+        """Forward and backward of all microbatches; gradients add up in the stage's weights.
+
+        Returns the summed loss terms on the last stage, {} elsewhere.
+        """
+        alive: dict[int, tuple[Tensor | None, Tensor]] = {}
+        sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.grid.device))
+        for step, i in schedule(self.grid.p, self.grid.pp, len(micros)):
+            if step == "F":
+                entry, out = self._up(micros[i], observe=True)
+                if self.grid.last:
+                    terms = loss(out, micros[i], i)
+                    out = terms.loss
+                    for name, value in terms.sums.items():
+                        sums[name] += value
+                alive[i] = (entry, out)
+            else:
+                self._down(*alive.pop(i), micros[i])
+        self.grid.flush()
+        return {name: value.item() for name, value in sums.items()}
+
+    def _up(self, micro: MicroBatch, observe: bool) -> tuple[Tensor | None, Tensor]:
+        """Forward of one microbatch: the rows that came in (to be differentiated), and what goes on."""
+        entry, x = None, micro.ids
+        if not self.grid.first:
+            payload = self.grid.recv("fwd", (micro.tokens, self.upstream.codec.width()), self.dtype)
+            entry = self.upstream.decode(payload).requires_grad_(torch.is_grad_enabled())
+            x = unpack_rows(entry, micro.real)
+        cuts = {i: lambda rows, b=b: b.virtual(rows, observe) for i, b in self.virtual.items()}
+        hidden = self.stage(x, micro.real, cuts)
+        if self.grid.last:
+            return entry, hidden
+        rows = pack_rows(hidden, micro.real)
+        self.grid.send("fwd", self.downstream.encode(rows.detach(), observe))
+        return entry, rows
+
+    def _down(self, entry: Tensor | None, out: Tensor, micro: MicroBatch) -> None:
+        """Backward of one microbatch, from the loss or from the next stage's payload."""
+        if self.grid.last:
+            out.backward()
+        else:
+            payload = self.grid.recv("bwd", (micro.tokens, self.downstream.codec.width()), self.dtype)
+            out.backward(self.downstream.decode_backward(payload))
+        self.stage.weights.collect()
+        if not self.grid.first:
+            self.grid.send("bwd", self.upstream.encode_backward(entry.grad))

@@ -1,0 +1,143 @@
+"""What a run writes down: metrics.jsonl, corrections.jsonl, summary.json, TensorBoard events."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol, TextIO
+
+from torch.utils.tensorboard import SummaryWriter
+
+Entries = dict[str, tuple[float, float]]
+
+
+def combine(reports: list[dict[str, Any]], tokens: int) -> tuple[dict[str, float], Entries]:
+    """Reports of all ranks -> metrics and ledger entries.
+
+    `sums` are over response tokens and become means; `values` are averaged over the ranks that have
+    them; of `timing` the slowest rank counts.
+    """
+    sums: dict[str, float] = defaultdict(float)
+    values: dict[str, list[float]] = defaultdict(list)
+    timing: dict[str, float] = defaultdict(float)
+    ledger: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+    for report in reports:
+        for name, value in report["sums"].items():
+            sums[name] += value / tokens
+        for name, value in report["values"].items():
+            values[name].append(value)
+        for name, value in report["timing"].items():
+            timing[name] = max(timing[name], value)
+        for channel, (sent, dense) in report["ledger"].items():
+            ledger[channel][0] += sent
+            ledger[channel][1] += dense
+    metrics = dict(sums) | {k: sum(v) / len(v) for k, v in values.items()} | dict(timing)
+    return metrics, {channel: (sent, dense) for channel, (sent, dense) in ledger.items()}
+
+
+class Listener(Protocol):
+    """A display: told of every record as it is written."""
+
+    def __call__(self, record: dict[str, Any]) -> None: ...
+
+
+class Telemetry:
+    """The files of one run folder. Lines are written whole and flushed, so a killed run stays readable."""
+
+    def __init__(self, run: Path, listener: Listener):
+        self.run, self.listener = run, listener
+        self.started = time.time()
+        self.validations: list[dict[str, float]] = []
+        self.last: dict[str, Any] = {}
+        self.digests: list[str] = []
+        self.seconds: dict[str, float] = defaultdict(float)
+        self._metrics = (run / "metrics.jsonl").open("a")
+        self._corrections = (run / "corrections.jsonl").open("a")
+        self._board = SummaryWriter(str(run))
+
+    def tick(self, step: int, tick: int, metrics: dict[str, Any]) -> None:
+        self._write("tick", step, tick, metrics)
+
+    def step(self, step: int, tick: int, metrics: dict[str, Any]) -> None:
+        self._write("step", step, tick, metrics)
+
+    def val(self, step: int, tick: int, metrics: dict[str, Any], accuracy: float) -> None:
+        self.validations.append({"step": step, "tick": tick, "accuracy": accuracy})
+        self._write("val", step, tick, metrics | {"accuracy": accuracy})
+
+    def fire(self, step: int, tick: int, report: dict[str, Any]) -> None:
+        """A correction was merged for the first time."""
+        keys = ("version", "source_tick", "first_tick", "digest", "bytes")
+        line = {k: report[k] for k in keys} | {"lag": report["first_tick"] - report["source_tick"]}
+        self._corrections.write(json.dumps(line) + "\n")
+        self._corrections.flush()
+        self._write("fire", step, tick, {k: v for k, v in report.items() if not isinstance(v, list)})
+
+    def event(self, step: int, tick: int, name: str, **fields: Any) -> None:
+        self._write("event", step, tick, {"event": name} | fields)
+
+    def final_digest(self, digests: list[str]) -> None:
+        self.digests = digests
+
+    def _write(self, kind: str, step: int, tick: int, metrics: dict[str, Any]) -> None:
+        record = {"kind": kind, "step": step, "tick": tick} | metrics
+        self._metrics.write(json.dumps(record) + "\n")
+        self._metrics.flush()
+        self.last[kind] = record
+        for name, value in metrics.items():
+            if isinstance(value, (int, float)) and "/" in name:
+                # step records have the same names as the means of their ticks, on another axis
+                self._board.add_scalar(
+                    name if kind != "step" else f"step/{name}", value, step if kind == "step" else tick
+                )
+            if kind == "step" and name.startswith("timing_s/"):
+                self.seconds[name] += value
+        self.listener(record)
+
+    def state(self) -> dict[str, Any]:
+        return {"validations": self.validations, "seconds": dict(self.seconds)}
+
+    def restore(self, state: dict[str, Any], step: int, tick: int) -> None:
+        """Go on after `step`: records of later ones, which the stopped run had begun, are dropped."""
+        self.validations = state["validations"]
+        self.seconds.update(state["seconds"])
+        self._metrics = _keep(self._metrics, lambda record: record["step"] <= step)
+        self._corrections = _keep(self._corrections, lambda record: record["first_tick"] <= tick)
+
+    def finish(self, status: str, extra: dict[str, Any]) -> dict[str, Any]:
+        """Write summary.json and close the files."""
+        accuracies = [v["accuracy"] for v in self.validations]
+        summary = {
+            "status": status,
+            "validations": self.validations,
+            "val_start": accuracies[0] if accuracies else None,
+            "val_end": accuracies[-1] if accuracies else None,
+            "wall_s": time.time() - self.started,
+            "seconds": dict(self.seconds),
+            "last_step": self.last.get("step"),
+            "weights_digests": self.digests,
+        } | extra
+        _replace(self.run / "summary.json", json.dumps(summary, indent=2) + "\n")
+        self._metrics.close()
+        self._corrections.close()
+        self._board.close()
+        return summary
+
+
+def _keep(file: TextIO, wanted: Callable[[dict[str, Any]], bool]) -> TextIO:
+    """The file again, with only the lines that are whole and wanted, open for appending."""
+    file.close()
+    path = Path(file.name)
+    lines = [line for line in path.read_text().splitlines() if line.endswith("}") and wanted(json.loads(line))]
+    _replace(path, "".join(f"{line}\n" for line in lines))
+    return path.open("a")
+
+
+def _replace(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    os.replace(partial, path)

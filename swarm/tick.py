@@ -1,0 +1,241 @@
+"""One tick: the circuit in one function. Start here.
+
+    coordinator ── plan ──▶ rank (d, p)                                       anchor
+                            │ refresh Q if due      V summed over d, orth once, sent up the pipeline
+                            │ forward / backward    Y ─▶ next stage, dY ◀─ next stage
+                            │ G_comp                summed over d (waits for the slowest replica)
+                            │ correction            waits only in the tick that first merges it ◀── M̄
+                            │ agree                 MIN of the versions held, over all ranks
+                            │ G = merge(G_comp, correction, age)
+                            │ clip (norm over p), Adam
+                            └ compare digests       over d
+
+A rank waits for its pipeline neighbours, for its replicas, and for a correction that is due; each
+wait ends at `swarm.timeout_s` or `anchor.timeout_s` with an error that names who was late.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import xxhash
+from torch import Tensor
+
+from anchor_service.config import AnchorConfig
+from anchor_service.errors import ReplicaMismatch
+from anchor_service.inbox import Inbox
+from anchor_service.messages import Correction, TickPlan
+from anchor_service.ring import SnapshotRing, q_should_refresh
+from codec.boundary import Boundary
+from merger import MERGERS
+from merger.config import MergerConfig
+from rl.config import GrpoConfig
+from rl.objective import MicroBatch, loss_terms
+from rl.policy import EMBEDDING, Stage
+from swarm.grid import Grid
+from swarm.pipeline import Pipeline
+
+
+@dataclass
+class MiniBatch:
+    """This rank's share of one tick's samples, and what all ranks divide by."""
+
+    micros: list[MicroBatch]
+    old_logprobs: list[Tensor]  # one a microbatch, on the last stage
+    denominator: int  # response tokens of the global mini-batch
+
+
+@dataclass
+class Rules:
+    """The sections of the config that a tick reads."""
+
+    grpo: GrpoConfig
+    anchor: AnchorConfig
+    merger: MergerConfig
+    q_cadence: int
+    temperature: float
+    check_every: int
+
+
+class Rank:
+    """State of one rank between ticks."""
+
+    def __init__(self, stage: Stage, cuts: dict[int, Boundary], grid: Grid, rules: Rules, reducer: Any):
+        self.stage, self.cuts, self.grid, self.rules, self.reducer = stage, cuts, grid, rules, reducer
+        self.pipeline = Pipeline(stage, cuts, grid)
+        self.merger = MERGERS[rules.merger.kind](rules.merger)
+        self.inbox = Inbox()
+        self.correction: Correction | None = None
+        # G_comp of the ticks that a later fire will compare with; only `delta` needs them
+        self.sources: SnapshotRing[Tensor] = SnapshotRing(rules.anchor.cadence, rules.anchor.delay_k)
+        parameter = torch.nn.Parameter(stage.weights.master)
+        parameter.grad = stage.weights.grad
+        grpo = rules.grpo
+        self.optimizer = torch.optim.AdamW(
+            [parameter], lr=grpo.lr, betas=grpo.betas, weight_decay=grpo.weight_decay, fused=True
+        )
+        self.sealed: int | None = None  # digest of the weights at the end of the last checked tick
+        self.timing: dict[str, float] = defaultdict(float)
+
+    def norm(self, flat: Tensor) -> float:
+        """Norm over all stages' parameters, a tied embedding counted once."""
+        square = flat[: self.stage.weights.owned].double().square().sum()
+        return self.grid.sum_pp(square).sqrt().item()
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.timing[f"timing_s/{phase}"] += time.perf_counter() - start
+
+
+def tick(rank: Rank, plan: TickPlan, mini: MiniBatch, fetch: Callable[[Any], Correction]) -> dict[str, Any]:
+    """θ_{T-1} -> θ_T. `fetch` resolves the plan's reference to a correction. Returns what the tick measured."""
+    weights, rules = rank.stage.weights, rank.rules
+    _check_seal(rank, plan)
+    values = _refresh_bases(rank, plan.tick)
+
+    def loss(hidden: Tensor, micro: MicroBatch, i: int):
+        old = mini.old_logprobs[i]
+        return loss_terms(rank.stage, hidden, micro, old, mini.denominator, rules.grpo, rules.temperature)
+
+    with rank.timed("forward_backward"):
+        weights.grad.zero_()
+        sums = rank.pipeline.train(mini.micros, loss)
+    for boundary in _sent_by(rank):
+        values |= boundary.codec.health()
+    with rank.timed("reduce"):
+        rank.reducer(weights.grad)
+        _sum_tied(rank)  # after the replicas: then both copies add the same two numbers, bit for bit
+    if plan.correction is not None:
+        with rank.timed("anchor_wait"):
+            rank.inbox.put(fetch(plan.correction))
+    with rank.timed("merge"):
+        values |= _merge(rank, plan)
+    with rank.timed("optimizer"):
+        values["actor/grad_norm"] = _clip(rank, plan)
+        values["actor/lr"] = rules.grpo.lr
+        rank.optimizer.step()
+        weights.publish()
+    if rules.check_every and plan.tick % rules.check_every == 0:
+        with rank.timed("check"):
+            _compare_replicas(rank, plan)
+    timing, rank.timing = dict(rank.timing), defaultdict(float)
+    return {"sums": sums, "values": values, "timing": timing, "ledger": rank.grid.ledger.drain()}
+
+
+def _sent_by(rank: Rank) -> list[Boundary]:
+    """Boundaries whose upstream side is on this rank: that side sees X and gathers its statistics."""
+    pipeline = rank.pipeline
+    return [*pipeline.virtual.values(), *([pipeline.downstream] if pipeline.downstream else [])]
+
+
+def _refresh_bases(rank: Rank, tick: int) -> dict[str, float]:
+    """Q ← orth(V) on the Q schedule: V summed over replicas, one rank computes, the others receive."""
+    grid, values = rank.grid, {}
+    has_basis = any(b.codec.basis is not None for b in rank.cuts.values())
+    due = has_basis and q_should_refresh(tick, rank.rules.q_cadence)
+    if has_basis:
+        values["codec/q_refreshed"] = float(due)
+    with rank.timed("q_refresh"):
+        if due and rank.pipeline.upstream:
+            codec = rank.pipeline.upstream.codec
+            codec.load(grid.recv("fwd", tuple(codec.basis.shape), torch.float32).clone())
+        for boundary in _sent_by(rank):
+            if due:
+                values |= _refresh(rank, boundary)
+            boundary.codec.reset()
+        grid.flush()
+    return values
+
+
+def _refresh(rank: Rank, boundary: Boundary) -> dict[str, float]:
+    grid, codec = rank.grid, boundary.codec
+    grid.sum_dp(codec.v, "basis", dense_bytes=0)
+    basis = codec.refresh(codec.v) if grid.d == 0 else torch.empty_like(codec.basis)
+    grid.from_first_replica(basis, "basis")
+    if boundary is rank.pipeline.downstream:
+        grid.send("fwd", basis)
+    grid.ledger.add("basis", basis.nbytes, 0)  # to the other side of the boundary, wire or virtual
+    return {"codec/q_condition": codec.condition()} | codec.load(basis)
+
+
+def _sum_tied(rank: Rank) -> None:
+    """A tied embedding on two stages has two gradients; both copies take their sum."""
+    stage = rank.stage
+    if stage.tied_away:
+        rank.grid.sum_ends(stage.weights.grad[stage.weights.owned :])
+    elif stage.config.tie_word_embeddings and rank.grid.first and rank.grid.pp > 1:
+        rank.grid.sum_ends(stage.weights.grad[stage.weights.slice_of(EMBEDDING)])
+
+
+def _merge(rank: Rank, plan: TickPlan) -> dict[str, float]:
+    """Merge the version that every rank holds, in place of the gradient."""
+    g_comp = rank.stage.weights.grad
+    if rank.merger.payload is None:
+        return {}
+    if rank.merger.payload == "dense" and rank.sources.wants(plan.tick - 1):
+        rank.sources.put(plan.tick - 1, g_comp.clone())
+    version = rank.grid.min_world(rank.inbox.newest())
+    if version != plan.version:
+        held = f"{rank.grid.name} holds {rank.inbox.newest()}, all ranks hold {version}"
+        raise ReplicaMismatch(f"version {plan.version} is due but not held", plan.tick, version, [held])
+    held = rank.inbox.adopt(version)
+    if held is None:
+        return {}
+    if rank.correction is None or held.version != rank.correction.version:
+        values = held.values.to(g_comp.device)
+        if rank.merger.payload == "dense":
+            values = values - rank.sources.take(plan.tick)
+        rank.correction = Correction(held.version, held.source_tick, held.first_tick, values, held.digest)
+    correction = rank.correction
+    merged = rank.merger(g_comp, correction.values, plan.tick - correction.first_tick, rank.norm)
+    stats = {
+        "anchor/lag": plan.tick - correction.source_tick,
+        "anchor/age": plan.tick - correction.first_tick,
+        "anchor/sign_agreement": (correction.values.sign() == g_comp.sign()).float().mean().item(),
+        "merger/dose": rank.merger.dose,
+        "merger/flip_fraction": (merged * g_comp < 0).float().mean().item(),
+    }
+    g_comp.copy_(merged)
+    return stats
+
+
+def _clip(rank: Rank, plan: TickPlan) -> float:
+    norm = rank.norm(rank.stage.weights.grad)
+    if not math.isfinite(norm):
+        raise FloatingPointError(f"{rank.grid.name}: the gradient norm of tick {plan.tick} is {norm}; lower grpo.lr")
+    rank.stage.weights.grad.mul_(min(1.0, rank.rules.grpo.grad_clip / (norm + 1e-6)))
+    return norm
+
+
+def weights_digest(rank: Rank) -> int:
+    """64-bit digest of the stage's weights, signed so that it fits an int64 tensor."""
+    raw = rank.stage.weights.master.detach().cpu().numpy()
+    return xxhash.xxh3_64_intdigest(raw) - (1 << 63)
+
+
+def _check_seal(rank: Rank, plan: TickPlan) -> None:
+    """Nothing may touch the weights between two ticks."""
+    if rank.sealed is not None and weights_digest(rank) != rank.sealed:
+        who = f"{rank.grid.name} changed since tick {plan.tick - 1}"
+        raise ReplicaMismatch("weights changed outside a tick", plan.tick, plan.version, [who])
+    rank.sealed = None
+
+
+def _compare_replicas(rank: Rank, plan: TickPlan) -> None:
+    rank.sealed = weights_digest(rank)
+    digests = rank.grid.gather_dp(rank.sealed)
+    common = max(set(digests), key=digests.count)
+    odd = [d for d, found in enumerate(digests) if found != common]
+    if odd:
+        p = rank.grid.p
+        names = [f"worker d{d}p{p} holds {found:x}" for d, found in enumerate(digests)]
+        raise ReplicaMismatch(f"replicas of stage {p} differ (odd: {odd})", plan.tick, plan.version, names)

@@ -1,0 +1,150 @@
+"""The actor around one rank: fetches references, builds the rank, calls the tick."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from ray.exceptions import GetTimeoutError
+
+from anchor_service.errors import WaitTimeout
+from anchor_service.messages import Correction, TickPlan, unpack_correction
+from codec.boundary import Boundary
+from codec.config import CodecConfig
+from codec.frames import pack
+from codec.gradient import DenseSum, PowerSGDSum
+from codec.ledger import Ledger
+from rl.batch import Batch
+from rl.config import ModelConfig
+from rl.model_files import model_shape, resolve
+from rl.objective import deal, microbatches
+from rl.policy import Stage, spans
+from swarm import checkpoint
+from swarm.config import SwarmConfig
+from swarm.grid import Grid
+from swarm.tick import MiniBatch, Rank, Rules, tick, weights_digest
+
+
+@dataclass(frozen=True)
+class WorkerSetup:
+    """coordinator -> worker: everything a rank is built from."""
+
+    rank: int
+    seed: int
+    model: ModelConfig
+    codec: CodecConfig
+    swarm: SwarmConfig
+    rules: Rules
+
+
+class Worker:
+    """One process of the swarm."""
+
+    def __init__(self, setup: WorkerSetup):
+        self.setup = setup
+        torch.set_num_threads(setup.swarm.threads)
+        self.minis: list[MiniBatch] = []
+
+    def address(self) -> str:
+        """Where the process groups of this swarm meet; asked of rank 0."""
+        ip = ray.util.get_node_ip_address()
+        with socket.socket() as s:
+            s.bind((ip, 0))
+            return f"tcp://{ip}:{s.getsockname()[1]}"
+
+    def build(self, init: str) -> None:
+        """Join the grid and load this stage's part of the model."""
+        setup, swarm = self.setup, self.setup.swarm
+        device = torch.device(swarm.device)
+        if device.type == "cuda":
+            # Ray's masking is off (it makes NCCL slow or hang), so the GPU is chosen here
+            device = torch.device("cuda", int(ray.get_gpu_ids()[0]))
+            torch.cuda.set_device(device)
+        elif ray.util.get_node_ip_address() == "127.0.0.1":
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        ledger = Ledger()
+        grid = Grid(setup.rank, swarm.dp, swarm.pp, device, ledger, swarm.timeout_s, init)
+        folder = resolve(setup.model.path)
+        dtype = getattr(torch, setup.model.dtype)
+        layers = model_shape(str(folder)).layers
+        stage = Stage(folder, spans(layers, swarm.boundaries, swarm.pp)[grid.p], dtype, device)
+        cuts = self._boundaries(stage, ledger, device)
+        self.rank = Rank(stage, cuts, grid, setup.rules, self._reducer(stage, grid))
+
+    def _boundaries(self, stage: Stage, ledger: Ledger, device: torch.device) -> dict[int, Boundary]:
+        """Boundaries inside the stage and at its two ends."""
+        hidden, span = stage.config.hidden_size, stage.span
+        cuts = {}
+        for index, layer in enumerate(self.setup.swarm.boundaries):
+            if span.lo <= layer <= span.hi:
+                cuts[layer] = Boundary(self.setup.codec, index, hidden, self.setup.seed, ledger)
+                cuts[layer].codec.to(device)
+        return cuts
+
+    def _reducer(self, stage: Stage, grid: Grid) -> DenseSum | PowerSGDSum:
+        def sum_dp(tensor: torch.Tensor, dense_bytes: float) -> None:
+            grid.sum_dp(tensor, "grad_dp", dense_bytes)
+
+        config = self.setup.codec.gradient
+        if config.kind == "none" or grid.dp == 1:
+            return DenseSum(sum_dp)
+        return PowerSGDSum(stage.weights.shapes, config.rank, grid.dp, self.setup.seed, sum_dp, grid.device)
+
+    def begin_step(self, *frames: np.ndarray) -> dict[str, Any]:
+        """Take this rank's share of a step's mini-batches; recompute old log-probs if asked to."""
+        rank, grid = self.rank, self.rank.grid
+        self.minis = []
+        sums = {"training/rollout_probs_diff_mean": 0.0, "rollout_corr/kl": 0.0}
+        start = time.perf_counter()
+        for frame in frames:
+            _, batch = Batch.from_frame(frame, "the coordinator")
+            mine = deal(batch, grid.dp, grid.d)
+            micros = microbatches(batch, mine, self.setup.swarm.micro_batch_size, grid.device)
+            old = [micro.rollout_logprobs for micro in micros]
+            if rank.rules.grpo.old_logprobs == "trainer":
+                old = rank.pipeline.logprobs(micros, rank.rules.temperature)
+                for trainer, micro in zip(old, micros):
+                    diff = (trainer.exp() - micro.rollout_logprobs.exp()).abs()
+                    sums["training/rollout_probs_diff_mean"] += diff.sum().item()
+                    sums["rollout_corr/kl"] += (micro.rollout_logprobs - trainer).sum().item()
+            self.minis.append(MiniBatch(micros, old, batch.response_tokens))
+        recomputed = rank.rules.grpo.old_logprobs == "trainer" and grid.last
+        timing = {"timing_s/old_log_prob": time.perf_counter() - start}
+        return {"sums": sums if recomputed else {}, "values": {}, "timing": timing, "ledger": grid.ledger.drain()}
+
+    def tick(self, plan: TickPlan) -> dict[str, Any]:
+        return tick(self.rank, plan, self.minis[plan.mini_batch], self._fetch_correction)
+
+    def _fetch_correction(self, reference: list[Any]) -> Correction:
+        seconds = self.rank.rules.anchor.timeout_s
+        try:
+            (frame,) = ray.get(reference, timeout=seconds)
+        except GetTimeoutError as error:
+            what = f"a correction that is due to {self.rank.grid.name}"
+            raise WaitTimeout("the anchor", what, seconds, "anchor.timeout_s") from error
+        return unpack_correction(frame, self.rank.grid.p, self.rank.stage.weights.numel)
+
+    def weights(self, tick: int) -> tuple[np.ndarray, int]:
+        """Weights frame of this stage after `tick` ticks, and its size; a tied copy is left to its owner."""
+        weights = self.rank.stage.weights
+        flat = weights.master[: weights.owned].detach().cpu().numpy()
+        frame = pack({"kind": "weights", "tick": tick, "stage": self.rank.grid.p}, {"weights": flat})
+        return frame, frame.nbytes
+
+    def digest(self) -> int:
+        return weights_digest(self.rank)
+
+    def save(self, folder: str, step: int) -> None:
+        checkpoint.save_rank(self.rank, folder, step)
+
+    def restore(self, folder: str) -> None:
+        checkpoint.restore_rank(self.rank, folder)
+
+    def close(self) -> None:
+        self.rank.grid.close()
