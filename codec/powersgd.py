@@ -26,7 +26,8 @@ def orthonormalise(v: Tensor) -> Tensor:
     if not torch.isfinite(v).all():
         raise ValueError("cannot orthonormalise: the matrix holds a NaN or an infinity")
     q, r = torch.linalg.qr(v.float())
-    return q * torch.where(r.diagonal() < 0, -1.0, 1.0)
+    # contiguous: QR returns column-major, a received copy is row-major, and a product may round by layout
+    return (q * torch.where(r.diagonal() < 0, -1.0, 1.0)).contiguous()
 
 
 def random_basis(hidden: int, rank: int, seed: int) -> Tensor:

@@ -1,0 +1,118 @@
+"""Fixtures: small random models on disk, random batches, and ranks in forked processes with real gloo groups."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import multiprocessing
+import socket
+import traceback
+from pathlib import Path
+from typing import Any, Callable
+
+import numpy as np
+import pytest
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from rl.batch import Batch
+
+torch.set_num_threads(1)
+
+
+def make_model(folder: Path, tied: bool, layers: int = 4, hidden: int = 32, vocab: int = 48) -> Path:
+    """A random Qwen2 on disk. Larger than usual weights, so that gradients are not all alike."""
+    torch.manual_seed(7)
+    config = Qwen2Config(
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        tie_word_embeddings=tied,
+        initializer_range=0.15,
+        eos_token_id=1,
+        pad_token_id=0,
+        bos_token_id=None,
+    )
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tied_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("tied"), tied=True)
+
+
+@pytest.fixture(scope="session")
+def untied_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("untied"), tied=False)
+
+
+@pytest.fixture(params=["tied", "untied"])
+def model(request: pytest.FixtureRequest) -> Path:
+    return request.getfixturevalue(f"{request.param}_model")
+
+
+def make_batch(samples: int = 16, vocab: int = 48, seed: int = 0) -> Batch:
+    """Random samples of different lengths with random advantages and plausible log-probs."""
+    rng = np.random.default_rng(seed)
+    prompt = rng.integers(3, 6, samples).astype(np.int32)
+    response = rng.integers(2, 12, samples).astype(np.int32)
+    return Batch(
+        tokens=rng.integers(2, vocab, int((prompt + response).sum())).astype(np.int32),
+        prompt=prompt,
+        total=prompt + response,
+        rollout_logprobs=rng.normal(-3.5, 0.5, int(response.sum())).astype(np.float32),
+        ref_logprobs=np.zeros(0, np.float32),
+        rewards=rng.integers(0, 2, samples).astype(np.float32),
+        advantages=rng.normal(0, 1, samples).astype(np.float32),
+        truncated=np.zeros(samples, bool),
+    )
+
+
+def free_address() -> str:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return f"tcp://127.0.0.1:{s.getsockname()[1]}"
+
+
+def on_ranks(world: int, work: Callable[..., Any], *args: Any) -> list[Any]:
+    """`work(rank, init, *args)` in `world` forked processes; their results, or the first traceback."""
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    context = multiprocessing.get_context("fork")
+    init = free_address()
+    pipes, processes = [], []
+    for rank in range(world):
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(target=_child, args=(sender, work, rank, init, args), daemon=True)
+        process.start()
+        pipes.append(receiver)
+        processes.append(process)
+    try:
+        results = []
+        for rank, pipe in enumerate(pipes):
+            if not pipe.poll(120):
+                raise TimeoutError(f"rank {rank} of {world} did not answer in 120 s")
+            ok, result = pipe.recv()
+            assert ok, f"rank {rank}:\n{result}"
+            results.append(result)
+        return results
+    finally:
+        for process in processes:
+            process.join(5)
+            process.kill()
+
+
+def _child(pipe: Any, work: Callable[..., Any], rank: int, init: str, args: tuple) -> None:
+    torch.set_num_threads(1)
+    try:
+        pipe.send((True, work(rank, init, *args)))
+    except BaseException:
+        pipe.send((False, traceback.format_exc()))

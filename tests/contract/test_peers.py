@@ -1,0 +1,194 @@
+"""Peers' implementations as oracles: torch.distributed.pipelining and PyTorch's PowerSGD hook."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook as hook
+from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
+
+from codec.boundary import Boundary
+from codec.config import CodecConfig
+from codec.gradient import PowerSGDSum
+from codec.ledger import Ledger
+from rl.policy import Stage, spans
+from swarm.grid import Grid
+from swarm.pipeline import Pipeline
+from tests.conftest import make_batch, on_ranks
+from tests.contract.harness import make_rank, mini_batch
+
+SAMPLES, LENGTH, MICROS = 8, 7, 4
+
+
+class _Half(nn.Module):
+    """A stage for torch's pipelining: the boundary is an ordinary matrix product at its edge."""
+
+    def __init__(self, folder: Path, p: int, q: torch.Tensor):
+        super().__init__()
+        self.stage = Stage(folder, spans(4, [2], 2)[p], torch.float32, torch.device("cpu"))
+        self.p, self.q = p, q
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        real = torch.ones(x.shape[:2], dtype=torch.bool)
+        if self.p == 0:
+            return self.stage(x, real, {}) @ self.q
+        return self.stage.logits(self.stage(x @ self.q.T, real, {}))
+
+
+def _torch_pipeline(rank: int, init: str, folder: Path, ids: torch.Tensor) -> dict[str, np.ndarray]:
+    dist.init_process_group("gloo", init_method=init, rank=rank, world_size=2)
+    q = Boundary(CodecConfig(rank=8), 0, 32, 3, Ledger()).codec.basis
+    half = _Half(folder, rank, q)
+    micro = ids[: SAMPLES // MICROS]
+    example = micro if rank == 0 else torch.zeros(*micro.shape, 8, requires_grad=True)
+    stage = PipelineStage(half, rank, 2, torch.device("cpu"), input_args=(example,))
+
+    def loss(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        logp = torch.log_softmax(logits[:, 2:-1], -1)
+        return -logp.gather(2, target[:, 3:, None]).sum()
+
+    schedule = ScheduleGPipe(stage, MICROS, loss_fn=loss, scale_grads=False)
+    schedule.step(ids) if rank == 0 else schedule.step(target=ids)
+    dist.destroy_process_group()
+    weights = half.stage.weights
+    return {n: weights.view(i, weights.grad).numpy().copy() for i, n in enumerate(weights.names)}
+
+
+def _our_pipeline(rank: int, init: str, folder: Path, ids: torch.Tensor) -> dict[str, np.ndarray]:
+    state = make_rank(folder, rank, pp=2, init=init)
+    batch = make_batch(SAMPLES)
+    fixed = {
+        "tokens": ids.numpy().astype(np.int32).reshape(-1),
+        "prompt": np.full(SAMPLES, 3, np.int32),
+        "total": np.full(SAMPLES, LENGTH, np.int32),
+        "rollout_logprobs": np.zeros(SAMPLES * (LENGTH - 3), np.float32),
+    }
+    mini = mini_batch(state, type(batch)(**(vars(batch) | fixed)), SAMPLES // MICROS)
+
+    def loss(hidden, micro, i):
+        from rl.grpo import LossTerms, token_logprobs
+
+        logp, _ = token_logprobs(state.stage.logits(hidden[micro.predicts]), micro.targets, False)
+        return LossTerms(-logp.sum(), {})
+
+    Pipeline(state.stage, state.cuts, state.grid).train(mini.micros, loss)
+    weights = state.stage.weights
+    return {n: weights.view(i, weights.grad).numpy().copy() for i, n in enumerate(weights.names)}
+
+
+def test_the_wire_boundary_equals_torch_pipelining(untied_model: Path):
+    ids = torch.randint(2, 48, (SAMPLES, LENGTH), generator=torch.Generator().manual_seed(1))
+    expected = on_ranks(2, _torch_pipeline, untied_model, ids)
+    found = on_ranks(2, _our_pipeline, untied_model, ids)
+    for e, f in zip(expected, found):
+        for name in e:
+            scale = np.abs(e[name]).max()
+            np.testing.assert_allclose(f[name], e[name], rtol=1e-4, atol=1e-5 * scale, err_msg=name)
+
+
+def _gradients(rank: int, rounds: int) -> list[list[torch.Tensor]]:
+    """Low-rank gradients plus noise, different on each rank: a matrix, a vector and another matrix."""
+    g = torch.Generator().manual_seed(100 + rank)
+    return [
+        [
+            torch.randn(24, 4, generator=g) @ torch.randn(4, 18, generator=g),
+            torch.randn(18, generator=g),
+            torch.randn(12, 20, generator=g),
+        ]
+        for _ in range(rounds)
+    ]
+
+
+class _Sum(nn.Module):
+    """A module whose gradient is what it is called with."""
+
+    def __init__(self, parameters: nn.ParameterList):
+        super().__init__()
+        self.values = parameters
+
+    def forward(self, gradients: list[torch.Tensor]) -> torch.Tensor:
+        return sum((p * g).sum() for p, g in zip(self.values, gradients))
+
+
+def _ours(rank: int, init: str, rounds: int) -> list[tuple[list[np.ndarray], np.ndarray]]:
+    grid = Grid(rank, 2, 1, torch.device("cpu"), Ledger(), 30, init)
+    shapes = [tuple(g.shape) for g in _gradients(rank, 1)[0]]
+    reduce = PowerSGDSum(shapes, 3, 2, 5, lambda t, dense: grid.sum_dp(t, "grad_dp", dense), grid.device)
+    found = []
+    for gradients in _gradients(rank, rounds):
+        flat = torch.cat([g.flatten() for g in gradients])
+        before = reduce.error.clone()
+        given = flat.clone()
+        reduce(flat)
+        found.append(
+            (
+                [p.numpy().copy() for p in flat.split([g.numel() for g in gradients])],
+                before.numpy(),
+                given.numpy(),
+                reduce.error.numpy().copy(),
+            )
+        )
+    grid.close()
+    return found
+
+
+def test_what_gradient_powersgd_drops_is_kept_as_error_and_replicas_agree():
+    rounds = 6
+    ours = on_ranks(2, _ours, rounds)
+    for t in range(rounds):
+        for a, b in zip(ours[0][t][0], ours[1][t][0]):
+            np.testing.assert_array_equal(a, b)  # replicas agree bit for bit
+        # the defining law: what was put in, with the old error, is what came out plus the new error
+        put_in = sum(rank[t][1] + rank[t][2] for rank in ours)
+        came_out = np.concatenate([p.reshape(-1) for p in ours[0][t][0]]) + sum(rank[t][3] for rank in ours)
+        np.testing.assert_allclose(put_in, came_out, rtol=1e-4, atol=1e-4)
+
+
+def test_rounds_equal_pytorchs_hook_from_the_same_start():
+    expected, found = on_ranks(2, _hook_round), on_ranks(2, _our_round)
+    for e, f in zip(expected, found):
+        np.testing.assert_allclose(f, e, rtol=1e-3, atol=1e-4)
+
+
+START = 9
+
+
+def _hook_round(rank: int, init: str) -> np.ndarray:
+    """Three rounds of PyTorch's hook on one matrix, its Q set by hand before the first."""
+    dist.init_process_group("gloo", init_method=init, rank=rank, world_size=2)
+    state = hook.PowerSGDState(None, 3, start_powerSGD_iter=2, min_compression_rate=1.0, warm_start=True)
+    parameter = nn.Parameter(torch.zeros(24, 18))
+    wrapped = nn.parallel.DistributedDataParallel(_Sum(nn.ParameterList([parameter])))
+    wrapped.register_comm_hook(state, hook.powerSGD_hook)
+    found = []
+    for i in range(5):
+        if i == 3:  # the hook made its memory in round 2, the first compressed one; restart it from our Q and no error
+            q = torch.randn(18, 3, generator=torch.Generator().manual_seed(START))
+            (bucket,) = state.q_memory_dict
+            state.q_memory_dict[bucket].copy_(q.flatten())
+            state.error_dict[bucket].zero_()
+        wrapped.zero_grad()
+        wrapped([_matrix(rank, i)]).backward()
+        found.append(parameter.grad.numpy().copy() * 2)  # the hook's is a mean, ours a sum
+    dist.destroy_process_group()
+    return np.stack(found[3:])
+
+
+def _our_round(rank: int, init: str) -> np.ndarray:
+    grid = Grid(rank, 2, 1, torch.device("cpu"), Ledger(), 30, init)
+    reduce = PowerSGDSum([(24, 18)], 3, 2, START, lambda t, dense: grid.sum_dp(t, "grad_dp", dense), grid.device)
+    found = []
+    for i in (3, 4):
+        flat = _matrix(rank, i).flatten()
+        reduce(flat)
+        found.append(flat.view(24, 18).numpy().copy())
+    grid.close()
+    return np.stack(found)
+
+
+def _matrix(rank: int, i: int) -> torch.Tensor:
+    return torch.randn(24, 18, generator=torch.Generator().manual_seed(1000 + 10 * i + rank))
