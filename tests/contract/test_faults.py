@@ -1,0 +1,127 @@
+"""What goes wrong between ranks is caught, in real processes, and its error names who and what."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+from anchor_service.errors import ReplicaMismatch, WaitTimeout
+from anchor_service.messages import Correction, TickPlan
+from codec.frames import FrameError
+from codec.ledger import Ledger
+from merger.config import MergerConfig
+from swarm.grid import Desync, Grid
+from swarm.tick import tick
+from tests.conftest import make_batch, on_ranks
+from tests.contract.harness import make_rank, mini_batch
+
+
+def _ticks(rank: int, init: str, folder: Path, fault) -> str:
+    """Two good ticks, then `fault` on this rank's state, then a third; what the third said."""
+    state = make_rank(folder, rank, dp=2, pp=1, init=init, merger=MergerConfig(kind="signed_ema"), timeout_s=5)
+    signs = torch.ones(state.stage.weights.numel, dtype=torch.int8)
+    batch = make_batch()
+    for t in (1, 2):
+        correction = Correction(1, 0, 2, signs, "") if t == 2 else None
+        tick(state, TickPlan(t, 0, correction, int(t == 2)), mini_batch(state, batch), lambda c: c)
+    fault(state, rank)
+    try:
+        tick(state, TickPlan(3, 0, None, 1), mini_batch(state, batch), lambda c: c)
+    except (ReplicaMismatch, WaitTimeout, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "fine"
+
+
+def _flip_at_rest(state, rank: int) -> None:
+    if rank == 1:
+        state.stage.weights.master.view(torch.int32)[17] ^= 1
+
+
+def _flip_during_the_tick(state, rank: int) -> None:
+    if rank == 1:
+        step = state.optimizer.step
+
+        def faulty() -> None:
+            step()
+            state.stage.weights.master.view(torch.int32)[17] ^= 1
+
+        state.optimizer.step = faulty
+
+
+def _lose_a_correction(state, rank: int) -> None:
+    if rank == 1:
+        state.inbox._held.clear()
+
+
+def test_a_bit_flipped_between_ticks_is_named_by_its_own_rank(untied_model: Path):
+    honest, faulty = on_ranks(2, _ticks, untied_model, _flip_at_rest)
+    assert "worker d1p0 changed since tick 2" in faulty and "tick 3" in faulty and "version 1" in faulty
+    assert "fine" not in honest
+
+
+def test_a_bit_flipped_within_a_tick_is_caught_by_comparing_replicas(untied_model: Path):
+    for report in on_ranks(2, _ticks, untied_model, _flip_during_the_tick):
+        assert report.startswith("ReplicaMismatch: replicas of stage 0 differ")
+        assert "worker d0p0 holds" in report and "worker d1p0 holds" in report and "tick 3" in report
+
+
+def test_a_rank_that_does_not_hold_the_due_version_stops_the_run(untied_model: Path):
+    for rank, report in enumerate(on_ranks(2, _ticks, untied_model, _lose_a_correction)):
+        assert "version 1 is due but not held at tick 3" in report
+        assert f"worker d{rank}p0 holds {1 - rank}, all ranks hold 0" in report
+
+
+def _silent(rank: int, init: str) -> str:
+    grid = Grid(rank, 1, 2, torch.device("cpu"), Ledger(), timeout_s=1.5, init=init)
+    if rank == 0:
+        import time
+
+        time.sleep(4)  # alive, but sends nothing
+        return ""
+    with pytest.raises(WaitTimeout) as caught:
+        grid.recv("fwd", (2, 3), torch.float32)
+    return str(caught.value)
+
+
+def test_a_silent_neighbour_is_named_with_the_knob(untied_model: Path):
+    _, report = on_ranks(2, _silent)
+    assert "worker d0p0 did not deliver an activation to worker d0p1 within 1.5 s" in report
+    assert "swarm.timeout_s" in report
+
+
+def _short(rank: int, init: str) -> str:
+    grid = Grid(rank, 1, 2, torch.device("cpu"), Ledger(), timeout_s=5, init=init)
+    if rank == 0:
+        grid.send("fwd", torch.zeros(2, 2))
+        grid.flush()
+        return ""
+    with pytest.raises(Desync) as caught:
+        grid.recv("fwd", (2, 3), torch.float32)
+    return str(caught.value)
+
+
+def test_a_message_shorter_than_expected_is_not_read_as_data(untied_model: Path):
+    _, report = on_ranks(2, _short)
+    assert "worker d0p0 sent message (number, bytes) [0, 16], expected [0, 24]" in report
+
+
+def test_errors_survive_pickling():
+    for error in (
+        WaitTimeout("the anchor", "M", 3.0, "anchor.timeout_s"),
+        ReplicaMismatch("weights differ", 3, 1, ["worker d0p0"]),
+        Desync("worker d0p0", [1, 2], [3, 4]),
+        FrameError("stage 0", "digest", "bad"),
+    ):
+        copy = pickle.loads(pickle.dumps(error))
+        assert type(copy) is type(error) and str(copy) == str(error)
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(untied_model: Path):
+    state = make_rank(untied_model)
+    batch = make_batch()
+    batch.advantages[0] = float("inf")
+    with pytest.raises(FloatingPointError, match=r"gradient norm of tick 1 is (nan|inf)"):
+        tick(state, TickPlan(1, 0, None, 0), mini_batch(state, batch), lambda c: c)

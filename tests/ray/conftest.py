@@ -1,0 +1,49 @@
+"""One local Ray cluster for all tests of this folder; a helper that runs a config on it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Iterator
+
+import pytest
+
+from deploy.config import RunConfig, load
+
+SMALL = (
+    "run.steps=6",
+    "grpo.train_batch_size=4",
+    "grpo.ppo_mini_batch_size=2",
+    "grpo.group_size=4",
+    "rollout.batch_size=2",
+    "rollout.replicas=1",
+    "swarm.micro_batch_size=4",
+    "anchor.delay_k=3",
+    "anchor.cadence=2",
+    "val.size=8",
+    "val.every=6",
+)
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    from deploy.launch import cluster
+
+    with cluster(small("swarm.dp=2", "swarm.pp=2"), address=None):
+        yield
+
+
+def small(*overrides: str) -> RunConfig:
+    """The preset k5 on a small scale: 6 steps of 2 ticks, an anchor at delay 3, cadence 2."""
+    return load("k5", [*SMALL, *overrides])
+
+
+def ignore(record: dict[str, Any]) -> None: ...
+
+
+def lines(run: Path, name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / name).read_text().splitlines()]
+
+
+def of_kind(run: Path, kind: str) -> list[dict[str, Any]]:
+    return [record for record in lines(run, "metrics.jsonl") if record["kind"] == kind]

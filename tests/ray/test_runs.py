@@ -1,0 +1,128 @@
+"""Whole runs with real actors: determinism, resume, replicas, the files a run leaves."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from pathlib import Path
+
+import pytest
+import ray
+
+from deploy.config import load
+from deploy.launch import drive, fleet
+from swarm.coordinator import Coordinator
+from swarm.telemetry import Telemetry
+from tests.ray.conftest import ignore, lines, of_kind, small
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
+
+
+@pytest.fixture(scope="module")
+def first(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that the others are compared with: one worker, a virtual boundary, checkpoints on the way."""
+    run = tmp_path_factory.mktemp("runs") / "first"
+    drive(small("run.checkpoint_every=3"), run, ignore)
+    return run
+
+
+def test_it_leaves_the_run_folder_of_the_design(first: Path):
+    summary = json.loads((first / "summary.json").read_text())
+    assert summary["status"] == "completed" and summary["steps"] == 6 and summary["ticks"] == 12
+    assert [v["step"] for v in summary["validations"]] == [0, 6]
+    assert load(str(first / "config.toml")) == small("run.checkpoint_every=3")  # re-runnable as it is
+    assert tomllib.loads((first / "config.toml").read_text())["codec"]["rank"] == 16
+    assert len(of_kind(first, "tick")) == 12 and len(of_kind(first, "step")) == 6
+    assert list(first.glob("events.out.tfevents.*"))
+    tick = of_kind(first, "tick")[-1]
+    expected = "actor/pg_loss actor/pg_clipfrac actor/ppo_kl actor/entropy actor/grad_norm actor/lr anchor/lag anchor/age"
+    expected += " anchor/backwards anchor/sign_agreement merger/dose merger/flip_fraction codec/q_error codec/q_refreshed"
+    assert set(expected.split()) <= set(tick)
+    step = of_kind(first, "step")[-1]
+    expected = "critic/rewards/mean response_length/mean response_length/max response_length/clip_ratio perf/throughput"
+    expected += " timing_s/gen timing_s/step training/rollout_probs_diff_mean rollout_corr/kl comm/bytes_ratio comm/total_ratio"
+    assert set(expected.split()) <= set(step)
+    assert "val-core/sums/acc/mean@1" in of_kind(first, "val")[0]
+
+
+def test_fires_lags_and_ages_follow_the_contract(first: Path):
+    fires = lines(first, "corrections.jsonl")
+    assert [f["first_tick"] for f in fires] == [4, 6, 8, 10, 12]  # T % 2 == 0 and T >= 3
+    assert [f["version"] for f in fires] == [1, 2, 3, 4, 5]
+    assert all(f["source_tick"] == f["first_tick"] - 3 and f["lag"] == 3 for f in fires)
+    for record in of_kind(first, "tick"):
+        tick = record["tick"]
+        if tick < 4:
+            assert "anchor/lag" not in record and "merger/dose" not in record
+        else:
+            assert record["anchor/age"] == tick % 2 and record["anchor/lag"] == 3 + tick % 2
+        assert record["codec/q_refreshed"] == float(tick >= 2 and tick % 2 == 0)
+
+
+def test_the_same_seed_gives_the_same_run_also_with_a_slow_anchor(first: Path, tmp_path: Path):
+    summary = drive(small("anchor.slowdown=5.0"), tmp_path / "slow", ignore)
+    assert lines(tmp_path / "slow", "corrections.jsonl") == lines(first, "corrections.jsonl")
+    assert summary["weights_digests"] == json.loads((first / "summary.json").read_text())["weights_digests"]
+
+
+def test_dense_corrections_give_the_same_weights_as_sign_planes_and_more_engines_too(first: Path, tmp_path: Path):
+    summary = drive(small("anchor.payload=dense", "rollout.replicas=2"), tmp_path / "dense", ignore)
+    reference = json.loads((first / "summary.json").read_text())
+    assert summary["weights_digests"] == reference["weights_digests"]
+    ratio = reference["bytes"]["correction"]["sent"] / summary["bytes"]["correction"]["sent"]
+    assert ratio < 1 / 31
+
+
+def test_a_resumed_run_ends_where_the_uninterrupted_one_did(first: Path, tmp_path: Path):
+    import shutil
+
+    run = tmp_path / "resumed"
+    shutil.copytree(first, run)
+    shutil.rmtree(run / "checkpoints" / "step-000006")  # as if it had been killed after step 3's checkpoint
+    summary = drive(small("run.checkpoint_every=3"), run, ignore, resume=True)
+    reference = json.loads((first / "summary.json").read_text())
+    assert summary["weights_digests"] == reference["weights_digests"]
+    assert lines(run, "corrections.jsonl") == lines(first, "corrections.jsonl")
+    assert summary["validations"] == reference["validations"]
+    assert [r["tick"] for r in of_kind(run, "tick")] == list(range(1, 13))
+    for channel, counted in reference["bytes"].items():
+        if channel != "rollout_sync":  # the engines are loaded once more
+            assert summary["bytes"][channel] == counted
+
+
+def test_a_grid_of_four_keeps_replicas_equal_and_names_a_flipped_bit(tmp_path: Path):
+    config = small("swarm.dp=2", "swarm.pp=2", "run.steps=2")
+    with fleet(config) as actors:
+        telemetry = Telemetry(_made(tmp_path / "grid"), ignore)
+        coordinator = Coordinator(config, actors, telemetry, tmp_path / "grid")
+        coordinator.run()
+        d0p0, d0p1, d1p0, d1p1 = telemetry.digests
+        assert d0p0 == d1p0 and d0p1 == d1p1 and d0p0 != d0p1
+
+        def flip(worker) -> None:
+            import torch
+
+            worker.rank.stage.weights.master.view(torch.int32)[1000] ^= 1
+
+        ray.get(actors.workers[3].__ray_call__.remote(flip), timeout=30)
+        coordinator.config = small("swarm.dp=2", "swarm.pp=2", "run.steps=3")
+        with pytest.raises(Exception, match=r"worker d1p1 changed since tick 4") as caught:
+            coordinator.run()
+        assert "ReplicaMismatch" in type(caught.value).__name__ or "ReplicaMismatch" in str(caught.value)
+
+
+def test_a_dead_engine_ends_the_run_with_its_name_and_a_valid_folder(tmp_path: Path):
+    config = small("run.steps=3", "anchor.enabled=false", "merger.kind=none")
+    with fleet(config) as actors:
+        telemetry = Telemetry(_made(tmp_path / "dead"), ignore)
+        coordinator = Coordinator(config, actors, telemetry, tmp_path / "dead")
+        ray.kill(actors.engines[0])
+        with pytest.raises(ray.exceptions.RayActorError):
+            coordinator.run()
+        telemetry.finish("failed", {"name": "dead", "error": "engine"})
+    assert json.loads((tmp_path / "dead" / "summary.json").read_text())["status"] == "failed"
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
