@@ -192,6 +192,7 @@ def execute(
     previous = signal.signal(signal.SIGTERM, _on_sigterm)
     try:
         with cluster(config, address):
+            signal.signal(signal.SIGTERM, _on_sigterm)  # again: ray.init puts a handler of its own there, which aborts
             return drive(config, run, listener, resume)
     finally:
         signal.signal(signal.SIGTERM, previous)
