@@ -18,6 +18,7 @@ from anchor_service.messages import FireJob, pack_correction
 from codec.frames import digest, digest_of
 from rl.batch import Batch
 from rl.config import GrpoConfig
+from rl.memory import peak_memory_gb
 from rl.model_files import resolve
 from rl.policy import Span
 
@@ -79,6 +80,7 @@ class Anchor:
             "bytes_by_stage": [c.nbytes for c in corrections],
             "anchor/grad_norm": m.norm().item(),
             "anchor/m_norm": self.m_bar.norm().item(),
+            "perf/max_memory_gb": peak_memory_gb(self.dense.device),
             "timing_s/anchor_pull": pulled - start,
             "timing_s/anchor_compute": computed - pulled,
             "timing_s/anchor_total": time.perf_counter() - start,

@@ -65,10 +65,13 @@ def unpack_correction(frame: np.ndarray, stage: int, numel: int) -> Correction:
     for field, expected in (("kind", "correction"), ("stage", stage), ("numel", numel)):
         if header.get(field) != expected:
             raise frames.FrameError("the anchor", field, f"is {header.get(field)!r}, this rank needs {expected!r}")
-    if header["payload"] == "sign":
-        values = signs.decode(arrays, numel)
-    else:
-        values = torch.from_numpy(arrays["dense"].copy())
+    for field in ("version", "source_tick", "first_tick"):
+        if type(header.get(field)) is not int:
+            raise frames.FrameError("the anchor", field, f"is {header.get(field)!r}, not a number")
+    try:
+        values = signs.decode(arrays, numel) if header.get("payload") == "sign" else _dense(arrays, numel)
+    except ValueError as error:
+        raise frames.FrameError("the anchor", "arrays", str(error)) from error
     return Correction(
         version=header["version"],
         source_tick=header["source_tick"],
@@ -76,3 +79,11 @@ def unpack_correction(frame: np.ndarray, stage: int, numel: int) -> Correction:
         values=values,
         digest=frames.digest_of(frame),
     )
+
+
+def _dense(arrays: dict[str, np.ndarray], numel: int) -> Tensor:
+    found = arrays.get("dense")
+    if found is None or found.dtype != np.float32 or found.shape != (numel,):
+        kind = "missing" if found is None else f"{found.dtype} {found.shape}"
+        raise ValueError(f"dense M̄ is {kind}, {numel} parameters need float32 ({numel},)")
+    return torch.from_numpy(found.copy())

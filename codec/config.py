@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 class Section(BaseModel):
     """Base of every config section: unknown keys are errors, values are never coerced silently."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class GradientConfig(Section):
@@ -32,7 +32,7 @@ class CodecConfig(Section):
     @model_validator(mode="after")
     def _one_rank(self) -> CodecConfig:
         if self.rank is not None and self.rank_ratio is not None:
-            raise ValueError("rank and rank_ratio are both set: remove one of them")
+            raise ValueError(f"rank {self.rank} and rank_ratio {self.rank_ratio} are both set: remove one of them")
         if self.kind == "powersgd" and self.rank is None and self.rank_ratio is None:
             raise ValueError("powersgd needs a rank: set rank or rank_ratio (0.05 is the published share)")
         return self

@@ -54,7 +54,8 @@ def pack(header: dict[str, Any], arrays: dict[str, np.ndarray]) -> np.ndarray:
         offset += -(-array.nbytes // _ALIGN) * _ALIGN
     body = np.zeros(offset, np.uint8)
     for (_, _, _, start), array in zip(table, arrays.values()):
-        body[start : start + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        native = np.ascontiguousarray(array, array.dtype.name)  # a big-endian array is called the same
+        body[start : start + array.nbytes] = native.reshape(-1).view(np.uint8)
     head = msgpack.packb({"fields": header, "arrays": table})
     if len(head) > MAX_HEADER:
         raise ValueError(f"frame header of {len(head)} bytes; at most {MAX_HEADER} fit")
@@ -109,4 +110,7 @@ def _array(body: memoryview, name: str, spec: list, sender: str) -> np.ndarray:
     nbytes = math.prod(shape) * np.dtype(dtype).itemsize
     if type(offset) is not int or offset < 0 or offset % _ALIGN or offset + nbytes > len(body):
         raise FrameError(sender, f"arrays.{name}.offset", f"{nbytes} bytes at {offset!r} do not fit in {len(body)}")
-    return np.frombuffer(body[offset : offset + nbytes], dtype).reshape(shape)
+    try:
+        return np.frombuffer(body[offset : offset + nbytes], dtype).reshape(shape)
+    except ValueError as error:  # no bytes at all, for example, but absurd other dimensions
+        raise FrameError(sender, f"arrays.{name}.shape", f"{shape!r}: {error}") from error

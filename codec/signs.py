@@ -34,16 +34,22 @@ def encode(m: Tensor, name: str = "M") -> dict[str, np.ndarray]:
 
 def decode(arrays: dict[str, np.ndarray], numel: int) -> Tensor:
     """Arrays of `encode` -> int8 [numel] of -1, 0, 1. Raises ValueError if they do not fit `numel`."""
+    if "plus" not in arrays:
+        raise ValueError(f"no sign plane 'plus' among {sorted(arrays)}")
     planes = -(-numel // 8)
     for key in ("plus", "zero_plane"):
-        if key in arrays and arrays[key].shape != (planes,):
-            raise ValueError(f"sign plane {key!r} has shape {arrays[key].shape}, {numel} parameters need ({planes},)")
+        if key in arrays and (arrays[key].shape != (planes,) or arrays[key].dtype != np.uint8):
+            found = f"{arrays[key].dtype} {arrays[key].shape}"
+            raise ValueError(f"sign plane {key!r} is {found}, {numel} parameters need uint8 ({planes},)")
     signs = np.unpackbits(arrays["plus"], count=numel, bitorder="little").view(np.int8)
     signs = signs * np.int8(2) - np.int8(1)
     if "zero_plane" in arrays:
         signs[np.unpackbits(arrays["zero_plane"], count=numel, bitorder="little").view(bool)] = 0
     if "zero" in arrays:
-        if arrays["zero"].size and int(arrays["zero"].max()) >= numel:
-            raise ValueError(f"zero index {int(arrays['zero'].max())} is outside {numel} parameters")
-        signs[arrays["zero"]] = 0
+        zero = arrays["zero"]
+        if zero.ndim != 1 or zero.dtype.kind not in "ui":
+            raise ValueError(f"zero indices are {zero.dtype} {zero.shape}, not a row of integers")
+        if zero.size and not 0 <= int(zero.min()) <= int(zero.max()) < numel:
+            raise ValueError(f"zero indices {int(zero.min())} to {int(zero.max())} are outside {numel} parameters")
+        signs[zero] = 0
     return torch.from_numpy(signs)

@@ -57,8 +57,12 @@ def presets() -> None:
     from deploy.config import preset_names
 
     for name in preset_names():
-        config = load(name)
-        typer.echo(f"{name:20} {config.model.path} on {config.task.name}, {config.run.steps} steps")
+        try:
+            config = load(name)
+        except ConfigError as error:  # its model or its data is not on this machine
+            typer.echo(f"{name:20} not ready: {error}")
+        else:
+            typer.echo(f"{name:20} {config.model.path} on {config.task.name}, {config.run.steps} steps")
 
 
 def _checked(source: str, overrides: list[str]) -> RunConfig:

@@ -17,7 +17,7 @@ from anchor_service.config import AnchorConfig
 from codec.config import CodecConfig, Section
 from merger.config import MergerConfig
 from rl.config import GrpoConfig, ModelConfig, RolloutConfig, TaskConfig, ValConfig
-from rl.model_files import model_shape
+from rl.model_files import ModelShape, model_shape
 from rl.tasks import check_task_name
 from swarm.config import SwarmConfig
 
@@ -68,14 +68,26 @@ class RunConfig(Section):
                 f"swarm.dp {self.swarm.dp} does not divide the {samples} samples of a tick "
                 f"(grpo.ppo_mini_batch_size x grpo.group_size)"
             )
-        check_task_name(self.task.name)
-        self._fits_model()
+        try:
+            check_task_name(self.task.name)
+        except ValueError as error:
+            raise ValueError(f"task.name: {error}") from None
+        try:
+            shape = model_shape(self.model.path)
+        except ValueError as error:
+            raise ValueError(f"model.path: {error}") from None
+        if shape is not None:  # else a hub id that is not on this machine: checked once it is there
+            self.check_fits(shape)
         return self
 
-    def _fits_model(self) -> None:
-        shape = model_shape(self.model.path)
-        if shape is None:
-            return  # a hub id that is not on this machine: checked again once it is there
+    def check_fits(self, shape: ModelShape) -> None:
+        """Raises ValueError where the config does not fit a model of this shape."""
+        length = self.grpo.max_prompt_length + self.grpo.max_response_length
+        if shape.window is not None and length > shape.window:
+            raise ValueError(
+                f"grpo.max_prompt_length + grpo.max_response_length is {length}, beyond the model's sliding window "
+                f"of {shape.window}: lower one of them (attention here spans the whole sequence)"
+            )
         for boundary in self.swarm.boundaries:
             if boundary >= shape.layers:
                 raise ValueError(
@@ -117,9 +129,11 @@ def _read(source: str, seen: tuple[str, ...] = ()) -> dict[str, Any]:
         raise ConfigError(f"{source!r} extends itself: {' -> '.join([*seen, source])}")
     try:
         data = tomllib.loads(file.read_text())
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file}: not valid TOML: {error}") from None
     base = data.pop("extends", None)
+    if base is not None and not isinstance(base, str):
+        raise ConfigError(f"{file}: extends = {base!r}: must be the name of a preset or a TOML file")
     return _overlay(_read(base, (*seen, source)), data) if base else data
 
 

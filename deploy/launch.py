@@ -204,6 +204,7 @@ def drive(config: RunConfig, run: Path, listener: Listener, resume: bool = False
     Ctrl-C and SIGTERM end the run with status "interrupted", any error with "failed" and the error
     raised again; the folder is valid in every case.
     """
+    config.check_fits(model_shape(str(resolve(config.model.path))))
     folder = checkpoint.newest(run) if resume else None
     run.mkdir(parents=True, exist_ok=True)
     (run / "config.toml").write_text(to_toml(config))

@@ -91,6 +91,8 @@ def print_summary(summary: dict[str, Any], folder: Path) -> None:
     seconds = summary["seconds"]
     phases = ("step", "gen", "old_log_prob", "ticks")
     table.add_row("seconds by phase", "  ".join(f"{p} {seconds.get(f'timing_s/{p}', 0):.1f}" for p in phases))
+    peaks = summary.get("peak_memory_gb", {})
+    table.add_row("peak memory of a process", "  ".join(f"{role} {gb:.2f} GB" for role, gb in peaks.items()) or "–")
     table.add_row("wall seconds with start-up", f"{summary['wall_s']:.1f}")
     console.print(table)
     console.print(f"run folder {folder}")

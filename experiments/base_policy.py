@@ -29,7 +29,7 @@ ACCURACY = (0.40, 0.60)
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a character. There is no unknown token: a strange character is an error."""
+    """One token a character. There is no unknown token: a character outside the vocabulary is dropped."""
     core = Tokenizer(models.WordLevel({token: i for i, token in enumerate(VOCABULARY)}))
     core.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     core.decoder = decoders.Fuse()

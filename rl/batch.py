@@ -9,6 +9,17 @@ import numpy as np
 
 from codec import frames
 
+_DTYPES = {
+    "tokens": "int32",
+    "prompt": "int32",
+    "total": "int32",
+    "rollout_logprobs": "float32",
+    "ref_logprobs": "float32",
+    "rewards": "float32",
+    "advantages": "float32",
+    "truncated": "bool",
+}
+
 
 @dataclass(frozen=True)
 class Prompts:
@@ -64,9 +75,20 @@ class Batch:
         header, arrays = frames.unpack(frame, sender)
         if set(arrays) != {f.name for f in fields(Batch)}:
             raise frames.FrameError(sender, "arrays", f"a batch does not have the arrays {sorted(arrays)}")
+        for name, array in arrays.items():
+            if array.ndim != 1 or array.dtype != _DTYPES[name]:
+                raise frames.FrameError(sender, name, f"is {array.dtype} {array.shape}, not a row of {_DTYPES[name]}")
         batch = Batch(**arrays)
-        if len(batch.tokens) != batch.total.sum() or len(batch.rollout_logprobs) != batch.response_tokens:
+        for name in ("total", "rewards", "advantages", "truncated"):
+            if len(arrays[name]) != len(batch):
+                raise frames.FrameError(sender, name, f"has {len(arrays[name])} entries for {len(batch)} samples")
+        if (batch.prompt < 1).any() or (batch.total < batch.prompt).any():
+            raise frames.FrameError(sender, "prompt", "a length is below 1 or above the total")
+        tokens, responses = len(batch.tokens), len(batch.rollout_logprobs)
+        if tokens != batch.total.sum() or responses != batch.response_tokens:
             raise frames.FrameError(sender, "total", "token arrays and lengths do not add up")
+        if len(batch.ref_logprobs) not in (0, responses):
+            raise frames.FrameError(sender, "ref_logprobs", f"{len(batch.ref_logprobs)} for {responses} tokens")
         return header, batch
 
 

@@ -33,7 +33,7 @@ class GrpoConfig(Section):
     group_size: int = Field(8, ge=2, description="samples for each prompt (verl: rollout.n)")
     clip_ratio: float = Field(0.2, gt=0, lt=1, description="ratio is clipped to [1-c, 1+c]")
     lr: float = Field(1e-6, gt=0, le=1, description="Adam's learning rate, constant")
-    betas: tuple[float, float] = Field((0.9, 0.999), description="Adam's betas")
+    betas: tuple[float, float] = Field((0.9, 0.999), strict=False, description="Adam's betas")
     weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
     grad_clip: float = Field(1.0, gt=0, description="largest global gradient norm over all stages")
     max_prompt_length: int = Field(64, ge=1, description="longer prompts are refused, in tokens")

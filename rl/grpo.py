@@ -14,12 +14,13 @@ def group_advantages(rewards: Tensor, group_size: int) -> Tensor:
     """(r - mean) / (std + 1e-6) within each group of `group_size` consecutive samples.
 
     `rewards` [groups * group_size] -> the same shape; std is the unbiased one, as in verl and TRL.
+    In float64, where the mean of equal rewards is exact: rounded, it would be divided by 1e-6.
     Raises ValueError if the rewards do not divide in groups of at least two.
     """
     if group_size < 2 or rewards.numel() % group_size:
         raise ValueError(f"{rewards.numel()} rewards do not divide in groups of {group_size} (at least 2 each)")
-    r = rewards.float().view(-1, group_size)
-    return ((r - r.mean(1, keepdim=True)) / (r.std(1, keepdim=True) + 1e-6)).view(-1)
+    r = rewards.double().view(-1, group_size)
+    return ((r - r.mean(1, keepdim=True)) / (r.std(1, keepdim=True) + 1e-6)).float().view(-1)
 
 
 def token_logprobs(logits: Tensor, targets: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor | None]:

@@ -25,6 +25,7 @@ class ModelShape:
     layers: int
     vocab: int
     tied: bool
+    window: int | None  # attention reaches back this far; None: over everything
 
 
 def cache_folder() -> Path:
@@ -97,16 +98,23 @@ def _folder_shape(folder: Path, path: str) -> ModelShape:
     file = folder / "config.json"
     if not file.exists():
         raise ModelNotFound(f"{path!r} has no config.json")
-    config = json.loads(file.read_text())
+    try:
+        config = json.loads(file.read_text())
+    except ValueError as error:
+        raise ModelNotFound(f"{path!r}: its config.json is not valid JSON: {error}") from None
     if config.get("model_type") not in _LAYER_STACKS:
         raise ModelNotFound(
             f"{path!r} is a {config.get('model_type')!r} model; supported are {', '.join(sorted(_LAYER_STACKS))}"
         )
+    missing = [key for key in ("hidden_size", "num_hidden_layers", "vocab_size") if key not in config]
+    if missing:
+        raise ModelNotFound(f"{path!r}: its config.json has no {', '.join(missing)}")
     return ModelShape(
         hidden=config["hidden_size"],
         layers=config["num_hidden_layers"],
         vocab=config["vocab_size"],
         tied=config.get("tie_word_embeddings", False),
+        window=config.get("sliding_window") if config.get("use_sliding_window", True) else None,
     )
 
 
@@ -122,6 +130,7 @@ def _gguf_shape(file: Path) -> ModelShape:
         layers=int(reader.get_field(f"{arch}.block_count").contents()),
         vocab=int(embedding.shape[1]),
         tied="output.weight" not in names,
+        window=None,
     )
 
 
@@ -130,7 +139,10 @@ def _gguf_reader(file: Path):
         from gguf import GGUFReader
     except ImportError as error:
         raise ModelNotFound(f"{str(file)!r} needs the gguf extra: pip install 'northstar[gguf]'") from error
-    return GGUFReader(file)
+    try:
+        return GGUFReader(file)
+    except (ValueError, IndexError) as error:
+        raise ModelNotFound(f"{str(file)!r} is not a whole GGUF file: {error}") from error
 
 
 def _convert_gguf(file: Path) -> Path:

@@ -6,7 +6,6 @@ numbers, a function of (seed, step, prompt, sample) alone.
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -20,6 +19,7 @@ from codec.frames import FrameError, unpack
 from rl.batch import Batch, Prompts
 from rl.config import GrpoConfig, ModelConfig, RolloutConfig, TaskConfig
 from rl.grpo import group_advantages, token_logprobs
+from rl.memory import peak_memory_gb
 from rl.model_files import resolve
 from rl.policy import whole_model
 from rl.tasks import make_task
@@ -185,8 +185,7 @@ class RolloutWorker:
             raise FrameError("all stages", "weights", f"{offset} parameters, the model has {self.engine.weights.numel}")
 
     def generate(self, ask: Prompts) -> tuple[np.ndarray, float]:
-        """Samples, scored, as a batch frame, and the seconds it took. Groups are whole, so advantages are final."""
-        start = time.perf_counter()
+        """Samples, scored, as a batch frame, and the peak memory in GB. Groups are whole, so advantages are final."""
         examples = [self.task.example(ask.split, i) for i in ask.indices]
         prompts = [self._encode(example.prompt) for example in examples]
         limit = self.grpo.max_response_length
@@ -212,7 +211,7 @@ class RolloutWorker:
             advantages=self._advantages(rewards, ask.n),
             truncated=np.array(samples.truncated, bool),
         )
-        return batch.to_frame(split=ask.split, step=ask.step), time.perf_counter() - start
+        return batch.to_frame(split=ask.split, step=ask.step), peak_memory_gb(self.engine.device)
 
     @staticmethod
     def _advantages(rewards: list[float], n: int) -> np.ndarray:

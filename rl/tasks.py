@@ -53,7 +53,10 @@ class ReasoningGym:
     def score(self, example: Example, text: str) -> float:
         # the scorer wants the answer alone: what follows the last "####" if the model wrote one
         answer = text.rsplit("####", 1)[-1].strip()
-        return float(self._val.score_answer(answer, example.metadata) >= 1.0)
+        try:
+            return float(self._val.score_answer(answer, example.metadata) >= 1.0)
+        except Exception:  # some of the library's scorers raise on text that they do not expect: 1e999, {}
+            return 0.0
 
 
 def _gym_example(item: dict[str, Any]) -> Example:
@@ -137,11 +140,14 @@ def check_task_name(name: str) -> None:
         near = difflib.get_close_matches(kind, TASKS, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"unknown task {name!r}: use sums, reasoning_gym:NAME or jsonl:PATH{hint}")
+    if kind == "sums" and argument:
+        raise ValueError(f"unknown task {name!r}: sums takes no argument")
     if kind == "jsonl" and not Path(argument).expanduser().is_file():
         raise ValueError(f"no such file: {argument!r}")
     if kind == "reasoning_gym" and argument not in gym_names():
         near = difflib.get_close_matches(argument, gym_names(), n=1)
-        raise ValueError(f"reasoning_gym has no task {argument!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        hint = f"did you mean {near[0]!r}?" if near else f"its tasks are {', '.join(sorted(gym_names()))}"
+        raise ValueError(f"reasoning_gym has no task {argument!r}; {hint}")
 
 
 @lru_cache(maxsize=1)

@@ -67,6 +67,8 @@ class Coordinator:
         self.ring: SnapshotRing[Fire] = SnapshotRing(config.anchor.cadence, config.anchor.delay_k)
         self.tick = self.step = self.fires = self.version = 0
         self.corrects = MERGERS[config.merger.kind].payload is not None
+        self.peaks: dict[str, float] = {}  # peak memory of the largest process of a role, GB
+        self._logged: dict[str, float] = {}
         self._weights: tuple[int, list[Any], int] | None = None  # newest frames: tick, references, bytes
 
     # --- the run --------------------------------------------------------------------------------
@@ -96,6 +98,7 @@ class Coordinator:
         begun = self._on_workers("begin_step", [references] * len(self.fleet.workers), "the start of a step")
         metrics, step_ledger = combine(begun, batch.response_tokens)
         self.ledger.merge(step_ledger)
+        self._remember("worker", metrics["perf/max_memory_gb"])
         ticks = [self._tick(i, *mini, self._mini(batch, i).response_tokens) for i, mini in enumerate(minis)]
         self._sync_engines()
         timing |= {k: v for k, v in metrics.items() if k.startswith("timing_s/")}
@@ -132,7 +135,7 @@ class Coordinator:
         if fire:
             self._log_fire(fire)
         self.ledger.merge(ledger)
-        metrics |= {f"comm/{channel}_bytes": sent for channel, (sent, _) in ledger.items()}
+        metrics |= self._bytes_since_last_tick()
         metrics["timing_s/tick"] = time.perf_counter() - start
         if self.fleet.anchor:
             metrics["anchor/backwards"] = self.fires
@@ -175,6 +178,7 @@ class Coordinator:
     def _log_fire(self, fire: Fire) -> None:
         (report,) = gather([("the anchor", fire.report)], "its report", *self._anchor_limit())
         self.fires += 1
+        self._remember("anchor", report["perf/max_memory_gb"])
         self.ledger.add("correction", sum(report["bytes_by_stage"]) * self.config.swarm.dp, 0)
         self.telemetry.fire(self.step, self.tick, report)
 
@@ -201,6 +205,7 @@ class Coordinator:
         results = gather(calls, f"{split} samples of step {step}", self.config.rollout.timeout_s, "rollout.timeout_s")
         batch = concat([Batch.from_frame(frame, "an engine")[1] for frame, _ in results])
         self._control(sum(frame.nbytes for frame, _ in results))
+        self._remember("engine", max(peak for _, peak in results))
         return batch, {"timing_s/gen": time.perf_counter() - start}
 
     def _validate(self) -> None:
@@ -269,6 +274,15 @@ class Coordinator:
     def _anchor_limit(self) -> tuple[float, str]:
         return self.config.anchor.timeout_s, "anchor.timeout_s"
 
+    def _bytes_since_last_tick(self) -> dict[str, float]:
+        """Bytes by channel since the last call, whoever counted them."""
+        now = {channel: sent for channel, (sent, _) in self.ledger.state().items()}
+        before, self._logged = self._logged, now
+        return {f"comm/{channel}_bytes": sent - before.get(channel, 0.0) for channel, sent in now.items()}
+
+    def _remember(self, role: str, gigabytes: float) -> None:
+        self.peaks[role] = max(self.peaks.get(role, 0.0), gigabytes)
+
     def _control(self, nbytes: int) -> None:
         self.ledger.add("control", nbytes, nbytes)
 
@@ -287,6 +301,7 @@ class Coordinator:
             "steps": self.step,
             "ticks": self.tick,
             "anchor_backwards": self.fires,
+            "peak_memory_gb": self.peaks,
             "bytes": channels,
             "bytes_total": sum(c["sent"] for c in channels.values()),
             "bytes_total_dense": sum(c["dense"] for c in channels.values()),

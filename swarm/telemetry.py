@@ -19,23 +19,23 @@ def combine(reports: list[dict[str, Any]], tokens: int) -> tuple[dict[str, float
     """Reports of all ranks -> metrics and ledger entries.
 
     `sums` are over response tokens and become means; `values` are averaged over the ranks that have
-    them; of `timing` the slowest rank counts.
+    them; of `peaks` (times, memory) the highest counts.
     """
     sums: dict[str, float] = defaultdict(float)
     values: dict[str, list[float]] = defaultdict(list)
-    timing: dict[str, float] = defaultdict(float)
+    peaks: dict[str, float] = defaultdict(float)
     ledger: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
     for report in reports:
         for name, value in report["sums"].items():
             sums[name] += value / tokens
         for name, value in report["values"].items():
             values[name].append(value)
-        for name, value in report["timing"].items():
-            timing[name] = max(timing[name], value)
+        for name, value in report["peaks"].items():
+            peaks[name] = max(peaks[name], value)
         for channel, (sent, dense) in report["ledger"].items():
             ledger[channel][0] += sent
             ledger[channel][1] += dense
-    metrics = dict(sums) | {k: sum(v) / len(v) for k, v in values.items()} | dict(timing)
+    metrics = dict(sums) | {k: sum(v) / len(v) for k, v in values.items()} | dict(peaks)
     return metrics, {channel: (sent, dense) for channel, (sent, dense) in ledger.items()}
 
 

@@ -128,7 +128,7 @@ def tick(rank: Rank, plan: TickPlan, mini: MiniBatch, fetch: Callable[[Any], Cor
         with rank.timed("check"):
             _compare_replicas(rank, plan)
     timing, rank.timing = dict(rank.timing), defaultdict(float)
-    return {"sums": sums, "values": values, "timing": timing, "ledger": rank.grid.ledger.drain()}
+    return {"sums": sums, "values": values, "peaks": timing, "ledger": rank.grid.ledger.drain()}
 
 
 def _sent_by(rank: Rank) -> list[Boundary]:

@@ -22,6 +22,7 @@ from codec.gradient import DenseSum, PowerSGDSum
 from codec.ledger import Ledger
 from rl.batch import Batch
 from rl.config import ModelConfig
+from rl.memory import peak_memory_gb
 from rl.model_files import model_shape, resolve
 from rl.objective import deal, microbatches
 from rl.policy import Stage, spans
@@ -115,8 +116,11 @@ class Worker:
                     sums["rollout_corr/kl"] += (micro.rollout_logprobs - trainer).sum().item()
             self.minis.append(MiniBatch(micros, old, batch.response_tokens))
         recomputed = rank.rules.grpo.old_logprobs == "trainer" and grid.last
-        timing = {"timing_s/old_log_prob": time.perf_counter() - start}
-        return {"sums": sums if recomputed else {}, "values": {}, "timing": timing, "ledger": grid.ledger.drain()}
+        peaks = {
+            "timing_s/old_log_prob": time.perf_counter() - start,
+            "perf/max_memory_gb": peak_memory_gb(grid.device),
+        }
+        return {"sums": sums if recomputed else {}, "values": {}, "peaks": peaks, "ledger": grid.ledger.drain()}
 
     def tick(self, plan: TickPlan) -> dict[str, Any]:
         return tick(self.rank, plan, self.minis[plan.mini_batch], self._fetch_correction)

@@ -94,3 +94,21 @@ def test_a_stage_reads_only_its_own_tensors(untied_model: Path, tied_model: Path
         assert [n for n in stages[0].weights.names if "layers.2" in n or "layers.3" in n] == []
         assert held.count("model.embed_tokens.weight") == (2 if folder == tied_model else 1)
     assert set(held) == set(whole)
+
+
+def test_bf16_computes_near_fp32_and_keeps_fp32_masters(untied_model: Path):
+    batches = [make_batch(seed=s) for s in range(3)]
+    exact = run_ticks(make_rank(untied_model, codec=CodecConfig(kind="none"), grpo=CONFIG), batches)
+    rank = make_rank(untied_model, codec=CodecConfig(kind="none"), grpo=CONFIG, dtype=torch.bfloat16)
+    rough = run_ticks(rank, batches)
+    np.testing.assert_allclose(rough["losses"], exact["losses"], atol=0.05)
+    cosines = [
+        (rough["grad"][n] * exact["grad"][n]).sum()
+        / np.linalg.norm(rough["grad"][n])
+        / np.linalg.norm(exact["grad"][n])
+        for n in exact["grad"]
+    ]
+    assert min(cosines) > 0.97
+    weights = rank.stage.weights
+    assert weights.master.dtype == torch.float32 and weights.compute.dtype == torch.bfloat16
+    torch.testing.assert_close(weights.compute, weights.master.detach().to(torch.bfloat16), rtol=0, atol=0)

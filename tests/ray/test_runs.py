@@ -35,12 +35,18 @@ def test_it_leaves_the_run_folder_of_the_design(first: Path):
     assert len(of_kind(first, "tick")) == 12 and len(of_kind(first, "step")) == 6
     assert list(first.glob("events.out.tfevents.*"))
     tick = of_kind(first, "tick")[-1]
-    expected = "actor/pg_loss actor/pg_clipfrac actor/ppo_kl actor/entropy actor/grad_norm actor/lr anchor/lag anchor/age"
-    expected += " anchor/backwards anchor/sign_agreement merger/dose merger/flip_fraction codec/q_error codec/q_refreshed"
+    expected = (
+        "actor/pg_loss actor/pg_clipfrac actor/ppo_kl actor/entropy actor/grad_norm actor/lr anchor/lag anchor/age"
+    )
+    expected += (
+        " anchor/backwards anchor/sign_agreement merger/dose merger/flip_fraction codec/q_error codec/q_refreshed"
+    )
     assert set(expected.split()) <= set(tick)
     step = of_kind(first, "step")[-1]
     expected = "critic/rewards/mean response_length/mean response_length/max response_length/clip_ratio perf/throughput"
-    expected += " timing_s/gen timing_s/step training/rollout_probs_diff_mean rollout_corr/kl comm/bytes_ratio comm/total_ratio"
+    expected += (
+        " timing_s/gen timing_s/step training/rollout_probs_diff_mean rollout_corr/kl comm/bytes_ratio comm/total_ratio"
+    )
     assert set(expected.split()) <= set(step)
     assert "val-core/sums/acc/mean@1" in of_kind(first, "val")[0]
 

@@ -1,0 +1,280 @@
+"""The report's figures: SVG to stand inside an HTML page, legible on light and on dark ground.
+
+No script, no font file, no background. What belongs to a page rather than to a picture (title, legend,
+explanation) is the template's.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import matplotlib
+import numpy as np
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from codec.ledger import CHANNELS
+
+# At least 3:1 against white and against the page's dark ground; no two alike in the common colour blindnesses
+PALETTE = ("#0072b2", "#d55e00", "#8b20f4", "#8d8f55", "#90556c")
+MARKERS = {"o": "●", "s": "■", "^": "▲", "D": "◆", "v": "▼", "P": "✚", "X": "✖"}
+GREY = "#7a7a7a"
+SENT, DENSE = PALETTE[0], GREY
+STYLE = {
+    "svg.fonttype": "none",  # text stays text: the page's own font, selectable, and small
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": GREY,
+    "axes.labelcolor": GREY,
+    "xtick.color": GREY,
+    "ytick.color": GREY,
+    "text.color": GREY,
+    "axes.grid": True,
+    "grid.color": GREY,
+    "grid.alpha": 0.25,
+    "grid.linewidth": 0.6,
+    "axes.axisbelow": True,
+    "lines.linewidth": 1.6,
+    "figure.constrained_layout.use": True,
+}
+
+
+class Recorded(Protocol):
+    """What a figure needs to know about a run."""
+
+    summary: dict[str, Any]
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def seed(self) -> str: ...
+    @property
+    def status(self) -> str: ...
+    @property
+    def design(self) -> str: ...
+    @property
+    def folder(self) -> Any: ...
+    def series(self, kind: str, x: str, metric: str) -> dict[float, float]: ...
+
+
+class Plot(NamedTuple):
+    """A figure of lines. `panels` are (label of the y axis, metric), one above the other; With `marks`, every
+    curve has a picture of its own and open markers where that metric is not 0."""
+
+    title: str
+    kind: str
+    x: str
+    panels: tuple[tuple[str, str], ...]
+    note: str = ""
+    marks: str = ""
+
+
+class Picture(NamedTuple):
+    """A finished figure and the words around it."""
+
+    title: str
+    note: str
+    svg: Markup
+
+
+PLOTS = (
+    Plot("Validation accuracy", "val", "step", (("accuracy", "accuracy"),)),
+    Plot("Reward", "step", "step", (("mean reward", "critic/rewards/mean"),), "Mean over the step's samples."),
+    Plot("Response length", "step", "step", (("tokens", "response_length/mean"),), "Mean over the step's samples."),
+    Plot("Entropy", "step", "step", (("nats a token", "actor/entropy"),)),
+    Plot(
+        "Lag and age of the correction",
+        "tick",
+        "tick",
+        (("lag", "anchor/lag"), ("age", "anchor/age")),
+        "In ticks. Lag: how old the weights behind the correction are; age: for how long it has been merged.",
+    ),
+    Plot(
+        "Clipped share of tokens",
+        "tick",
+        "tick",
+        (("pg_clipfrac", "actor/pg_clipfrac"),),
+        "Open markers: ticks that refreshed Q.",
+        "codec/q_refreshed",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One line of every figure: a run, or the completed seeds of one experiment drawn as mean and band."""
+
+    runs: tuple[Recorded, ...]
+    label: str
+    color: str
+    marker: str
+    stopped: bool
+
+    @property
+    def pooled(self) -> bool:
+        return len(self.runs) > 1
+
+    @property
+    def has_data(self) -> bool:
+        return any(_values(self, plot, metric) for plot in PLOTS for _, metric in plot.panels)
+
+    @property
+    def glyph(self) -> str:
+        return MARKERS[self.marker]
+
+
+def curves(runs: Iterable[Recorded]) -> list[Curve]:
+    """Group runs into lines. Only completed runs that differ in nothing but the seed are pooled.
+
+    A run that stopped early keeps a line of its own: in a mean, its end would look like a jump.
+    """
+    runs = list(runs)
+    designs = list(dict.fromkeys(run.design for run in runs))
+    groups: list[list[Recorded]] = []
+    for run in runs:
+        home = next((group for group in groups if _belongs(run, group)), None)
+        groups.append([run]) if home is None else home.append(run)
+    labels = [_label(group) for group in groups]
+    found = []
+    for group, label in zip(groups, labels):
+        index = designs.index(group[0].design)
+        if labels.count(label) > 1:
+            label += f" ({group[0].folder.name})"
+        marker = list(MARKERS)[index % len(MARKERS)]
+        stopped = group[0].status != "completed"
+        found.append(Curve(tuple(group), label, PALETTE[index % len(PALETTE)], marker, stopped))
+    return found
+
+
+def _belongs(run: Recorded, group: list[Recorded]) -> bool:
+    same = run.design == group[0].design and run.seed not in {other.seed for other in group}
+    return same and run.status == group[0].status == "completed"
+
+
+def _label(group: list[Recorded]) -> str:
+    first = group[0]
+    if len(group) > 1:
+        return f"{first.name}, {len(group)} seeds"
+    return f"{first.name}, seed {first.seed}" + ("" if first.status == "completed" else f", {first.status}")
+
+
+def lines(found: list[Curve]) -> list[Picture]:
+    """The pictures of all `PLOTS` that have any data, with only the panels that have."""
+    pictures = []
+    for plot in PLOTS:
+        panels = tuple(panel for panel in plot.panels if any(_values(curve, plot, panel[1]) for curve in found))
+        drawn = [curve for curve in found if any(_values(curve, plot, metric) for _, metric in panels)]
+        groups = [[curve] for curve in drawn] if plot.marks else [drawn] * bool(drawn)
+        pictures += [_picture(plot._replace(panels=panels), group, drawn) for group in groups]
+    return pictures
+
+
+def _picture(plot: Plot, group: list[Curve], beside: list[Curve]) -> Picture:
+    """The curves of `group`, on axes wide enough for those of `beside`, so that pictures can be compared."""
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots(len(plot.panels), 1, sharex=True, squeeze=False)[:, 0]
+        for axis, (label, metric) in zip(axes, plot.panels):
+            axis.update_datalim([point for curve in beside for s in _values(curve, plot, metric) for point in s.items()])
+            for curve in group:
+                _draw(axis, curve, plot, metric)
+            axis.set_ylabel(label)
+            axis.margins(x=0.02)
+        axes[-1].set_xlabel(plot.x)
+        axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+
+    title = plot.title if group == beside else f"{plot.title}: {group[0].label}"
+    return Picture(title, plot.note, _svg(title, 2.5 + 0.8 * (len(plot.panels) - 1), draw))
+
+
+def _values(curve: Curve, plot: Plot, metric: str) -> list[dict[float, float]]:
+    return [series for run in curve.runs if (series := run.series(plot.kind, plot.x, metric))]
+
+
+def _draw(axis: Axes, curve: Curve, plot: Plot, metric: str) -> None:
+    found = _values(curve, plot, metric)
+    # Steps that all seeds have: a mean over changing company would move for that reason alone
+    xs = sorted(set.intersection(*map(set, found))) if found else []
+    if not xs:
+        return
+    values = np.array([[series[x] for x in xs] for series in found], dtype=float)
+    values[~np.isfinite(values)] = np.nan
+    mean = values.mean(axis=0)
+    if len(found) > 1:
+        axis.fill_between(xs, values.min(axis=0), values.max(axis=0), color=curve.color, alpha=0.2, linewidth=0)
+    style = {"color": curve.color, "linestyle": "--" if curve.stopped else "-", "marker": curve.marker}
+    if plot.marks:
+        marked = curve.runs[0].series(plot.kind, plot.x, plot.marks)
+        style |= {"markevery": [i for i, x in enumerate(xs) if marked.get(x)], "markersize": 6, "fillstyle": "none"}
+    else:
+        style |= {"markevery": max(1, len(xs) // 8), "markersize": 4 if plot.x == "step" else 0}
+    axis.plot(xs, mean, **style)
+
+
+def bars(found: list[Curve]) -> list[Picture]:
+    """Bytes by channel of every curve whose summaries have them, sent beside dense, all on one scale."""
+    totals = [(curve, entries) for curve in found if (entries := _bytes(curve))]
+    largest = max((max(pair) for _, entries in totals for pair in entries.values()), default=1.0)
+    pictures = []
+    for curve, entries in totals:
+        note = f"Mean of {len(curve.runs)} seeds." if curve.pooled else ""
+        height = 0.8 + 0.36 * len(entries)
+        svg = _svg(f"bytes {curve.label}", height, lambda f, e=entries: _draw_bars(f, e, largest))
+        pictures.append(Picture(curve.label, note, svg))
+    return pictures
+
+
+def _bytes(curve: Curve) -> dict[str, tuple[float, float]]:
+    """(sent, dense) by channel, in the ledger's order; the mean over the curve's seeds."""
+    tables = [run.summary["bytes"] for run in curve.runs if run.summary.get("bytes")]
+
+    def mean(channel: str, side: str) -> float:
+        return sum(table.get(channel, {}).get(side, 0) for table in tables) / len(tables)
+
+    present = [channel for channel in CHANNELS if any(channel in table for table in tables)]
+    return {channel: (mean(channel, "sent"), mean(channel, "dense")) for channel in present}
+
+
+def _draw_bars(figure: Figure, entries: dict[str, tuple[float, float]], largest: float) -> None:
+    """Logarithmic, as channels differ by orders of magnitude; the labels say what the lengths cannot."""
+    axis = figure.subplots()
+    rows, start = np.arange(len(entries)), 1e3
+    for column, (color, offset) in enumerate(((SENT, -0.2), (DENSE, 0.2))):
+        values = [pair[column] for pair in entries.values()]
+        axis.barh(rows + offset, [max(v - start, 0) for v in values], 0.34, left=start, color=color)
+        for row, value in zip(rows + offset, values):
+            axis.annotate(
+                _size(value), (max(value, start), row), (3, 0), textcoords="offset points", va="center", fontsize=8
+            )
+    axis.set(xscale="log", xlim=(start, largest * 40), yticks=rows, yticklabels=list(entries))
+    axis.xaxis.set_major_formatter(lambda value, _: _size(value))
+    axis.invert_yaxis()
+    axis.grid(axis="y", visible=False)
+
+
+def _size(value: float) -> str:
+    for limit, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if value >= limit:
+            return f"{value / limit:.3g} {unit}"
+    return f"{value:.0f} B"
+
+
+def _svg(key: str, height: float, draw: Callable[[Figure], None]) -> Markup:
+    """The drawing as an <svg> element that names no address and shares no id with another one."""
+    text = io.StringIO()
+    with matplotlib.rc_context(STYLE | {"svg.hashsalt": key}):
+        figure = Figure(figsize=(4.6, height))
+        draw(figure)
+        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(text, format="svg", transparent=True, metadata=nothing)
+    svg = text.getvalue()[text.getvalue().index("<svg") :]
+    svg = svg.replace(' xmlns:xlink="http://www.w3.org/1999/xlink"', "").replace("xlink:href", "href")
+    return Markup(re.sub(r'<g id="[^"]*"', "<g", svg))

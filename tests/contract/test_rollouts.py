@@ -1,0 +1,89 @@
+"""A rollout worker on the built-in policy and task: samples, rewards, advantages, reference log-probs."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from codec.frames import FrameError, pack
+from rl.batch import Batch, Prompts
+from rl.config import GrpoConfig, ModelConfig, RolloutConfig, TaskConfig
+from rl.rollout import PromptTooLong, RolloutWorker
+
+
+def make_worker(**grpo) -> RolloutWorker:
+    config = GrpoConfig(**({"max_response_length": 40} | grpo))
+    return RolloutWorker(ModelConfig(), TaskConfig(), config, RolloutConfig(), seed=3, val_size=32, threads=1)
+
+
+def ask(worker: RolloutWorker, indices: tuple[int, ...], n: int = 4, split: str = "train") -> Batch:
+    frame, peak = worker.generate(Prompts(split, 1, indices, n, 1.0))
+    assert peak > 0
+    return Batch.from_frame(frame, "engine")[1]
+
+
+@pytest.fixture(scope="module")
+def worker() -> RolloutWorker:
+    return make_worker()
+
+
+def test_chunks_of_prompts_give_the_same_samples_as_all_at_once(worker: RolloutWorker):
+    whole = ask(worker, (0, 1, 2, 3))
+    for i in range(4):
+        alone, part = ask(worker, (i,)), whole.take(4 * i, 4 * i + 4)
+        np.testing.assert_array_equal(alone.tokens, part.tokens)
+        np.testing.assert_array_equal(alone.rewards, part.rewards)
+
+
+def test_steps_and_samples_differ_but_repeat(worker: RolloutWorker):
+    first = ask(worker, (0,), n=16)
+    np.testing.assert_array_equal(first.tokens, ask(worker, (0,), n=16).tokens)
+    other, _ = worker.generate(Prompts("train", 2, (0,), 16, 1.0))
+    other = Batch.from_frame(other, "engine")[1]
+    assert len(other.tokens) != len(first.tokens) or (other.tokens != first.tokens).any()
+    assert len({first.take(i, i + 1).tokens.tobytes() for i in range(16)}) > 1
+
+
+def test_rewards_are_the_tasks_scores_and_advantages_are_of_groups(worker: RolloutWorker):
+    batch = ask(worker, tuple(range(8)), n=8)
+    texts = [
+        worker.tokenizer.decode(batch.take(i, i + 1).tokens[batch.prompt[i] :], skip_special_tokens=True)
+        for i in range(len(batch))
+    ]
+    expected = [
+        0.0 if batch.truncated[i] else worker.task.score(worker.task.example("train", i // 8), texts[i])
+        for i in range(len(batch))
+    ]
+    np.testing.assert_array_equal(batch.rewards, expected)
+    assert 0.2 < batch.rewards.mean() < 0.8  # the base policy is neither hopeless nor done
+    groups = batch.rewards.reshape(-1, 8)
+    centred = (groups - groups.mean(1, keepdims=True)) / (groups.std(1, ddof=1, keepdims=True) + 1e-6)
+    np.testing.assert_allclose(batch.advantages.reshape(-1, 8), centred, rtol=1e-4, atol=1e-5)
+
+
+def test_truncated_answers_score_nothing():
+    batch = ask(make_worker(max_response_length=5), tuple(range(4)))
+    assert batch.truncated.all() and not batch.rewards.any() and (batch.response_lengths == 5).all()
+
+
+def test_reference_logprobs_are_those_of_the_base_policy():
+    worker = make_worker(kl_loss_coef=0.1)
+    before = ask(worker, (0, 1))
+    np.testing.assert_allclose(before.ref_logprobs, before.rollout_logprobs, atol=1e-4)
+    flat = worker.engine.weights.master.numpy() * np.float32(1.02)
+    worker.load_weights(7, pack({"tick": 7, "stage": 0}, {"weights": flat}))
+    after = ask(worker, (0, 1))
+    assert np.abs(after.ref_logprobs - after.rollout_logprobs).max() > 1e-3
+
+
+def test_weights_of_another_tick_or_size_are_refused(worker: RolloutWorker):
+    flat = worker.engine.weights.master.numpy().copy()
+    with pytest.raises(FrameError, match="stage 0: tick: expected tick 8"):
+        worker.load_weights(8, pack({"tick": 7, "stage": 0}, {"weights": flat}))
+    with pytest.raises(FrameError, match="all stages: weights"):
+        worker.load_weights(8, pack({"tick": 8, "stage": 0}, {"weights": flat[:-1]}))
+
+
+def test_a_prompt_that_is_too_long_is_refused_with_the_knob():
+    with pytest.raises(PromptTooLong, match=r"10 tokens, grpo.max_prompt_length is 9"):
+        ask(make_worker(max_prompt_length=9), (0,))

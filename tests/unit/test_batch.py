@@ -1,0 +1,260 @@
+"""Ragged batches: cut, joined, framed, dealt and padded, against loops over samples."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from codec.frames import FrameError, pack
+from rl.batch import Batch, concat
+from rl.objective import MicroBatch, deal, microbatches
+
+LAW = settings(deadline=None, derandomize=True, max_examples=100)
+CPU = torch.device("cpu")
+
+
+def random_batch(n: int, seed: int = 0, ref: bool = False, shortest: int = 0, longest: int = 9) -> Batch:
+    """Samples of 1 to 5 prompt tokens and `shortest` to `longest` response tokens; every value is told apart."""
+    rng = np.random.default_rng(seed)
+    prompt = rng.integers(1, 6, n).astype(np.int32)
+    response = rng.integers(shortest, longest + 1, n).astype(np.int32)
+    r = int(response.sum())
+    return Batch(
+        tokens=rng.integers(1, 1000, int((prompt + response).sum())).astype(np.int32),
+        prompt=prompt,
+        total=prompt + response,
+        rollout_logprobs=-rng.random(r).astype(np.float32),
+        ref_logprobs=-rng.random(r if ref else 0).astype(np.float32),
+        rewards=rng.random(n).astype(np.float32),
+        advantages=rng.normal(size=n).astype(np.float32),
+        truncated=rng.random(n) < 0.5,
+    )
+
+
+def samples(batch: Batch) -> list[dict[str, Any]]:
+    """The batch as a list of samples, cut with two running positions."""
+    found, t, r = [], 0, 0
+    for i in range(len(batch.prompt)):
+        p, n = int(batch.prompt[i]), int(batch.total[i])
+        found.append(
+            {
+                "prompt": batch.tokens[t : t + p].tolist(),
+                "response": batch.tokens[t + p : t + n].tolist(),
+                "rollout": batch.rollout_logprobs[r : r + n - p].tolist(),
+                "ref": batch.ref_logprobs[r : r + n - p].tolist(),
+                "reward": float(batch.rewards[i]),
+                "advantage": float(batch.advantages[i]),
+                "truncated": bool(batch.truncated[i]),
+            }
+        )
+        t, r = t + n, r + n - p
+    assert t == len(batch.tokens) and r == len(batch.rollout_logprobs)
+    return found
+
+
+BATCHES = st.builds(random_batch, st.integers(1, 12), st.integers(0, 1000), st.booleans())
+
+
+# --- cut and join ------------------------------------------------------------------------------
+
+
+@LAW
+@given(BATCHES, st.data())
+def test_taking_samples_takes_those_samples_and_all_that_is_theirs(batch: Batch, data: st.DataObject):
+    start = data.draw(st.integers(0, len(batch)))
+    stop = data.draw(st.integers(start, len(batch)))
+    assert samples(batch.take(start, stop)) == samples(batch)[start:stop]
+
+
+@LAW
+@given(st.lists(st.builds(random_batch, st.integers(1, 5), st.integers(0, 1000)), min_size=1, max_size=4))
+def test_joining_batches_puts_their_samples_one_after_the_other(batches: list[Batch]):
+    assert samples(concat(batches)) == [sample for batch in batches for sample in samples(batch)]
+
+
+@LAW
+@given(BATCHES, st.data())
+def test_a_batch_cut_in_two_and_joined_is_the_same_batch(batch: Batch, data: st.DataObject):
+    cut = data.draw(st.integers(0, len(batch)))
+    joined = concat([batch.take(0, cut), batch.take(cut, len(batch))])
+    for field in fields(Batch):
+        ours, theirs = getattr(joined, field.name), getattr(batch, field.name)
+        assert ours.dtype == theirs.dtype and np.array_equal(ours, theirs)
+
+
+def test_response_tokens_are_counted_without_prompts():
+    batch = random_batch(9)
+    assert batch.response_tokens == sum(len(s["response"]) for s in samples(batch))
+    assert len(batch) == 9
+
+
+# --- frames ------------------------------------------------------------------------------------
+
+
+@LAW
+@given(BATCHES)
+def test_a_batch_comes_back_from_its_frame_with_the_fields_it_was_sent_with(batch: Batch):
+    header, found = Batch.from_frame(batch.to_frame(step=3, split="val"), "an engine")
+    assert header == {"step": 3, "split": "val"}
+    assert samples(found) == samples(batch)
+    assert {f.name: getattr(found, f.name).dtype for f in fields(Batch)} == {
+        f.name: getattr(batch, f.name).dtype for f in fields(Batch)
+    }
+
+
+GOOD = random_batch(4, ref=True, shortest=1)
+N = len(GOOD)
+BAD = {
+    "total": {
+        "a token too many": replace(GOOD, tokens=np.append(GOOD.tokens, np.int32(1))),
+        "a token too few": replace(GOOD, tokens=GOOD.tokens[:-1]),
+        "a log-prob too few": replace(GOOD, rollout_logprobs=GOOD.rollout_logprobs[:-1]),
+        "a length too many": replace(GOOD, total=np.append(GOOD.total, np.int32(1))),
+        "lengths in two dimensions": replace(GOOD, total=GOOD.total.reshape(2, 2)),
+        "lengths in 64 bits": replace(GOOD, total=GOOD.total.astype(np.int64)),
+    },
+    "prompt": {
+        "a prompt longer than the whole": replace(
+            GOOD, prompt=GOOD.prompt + np.array([9, -9, 0, 0], np.int32) * 2, total=GOOD.total
+        ),
+        "a prompt of no tokens": replace(
+            GOOD,
+            prompt=np.array([0, *GOOD.prompt[1:]], np.int32),
+            total=np.array([GOOD.total[0] - GOOD.prompt[0], *GOOD.total[1:]], np.int32),
+            tokens=GOOD.tokens[GOOD.prompt[0] :],
+        ),
+        "lengths that are not whole": replace(GOOD, prompt=GOOD.prompt.astype(np.float32)),
+    },
+    "rewards": {"a reward too few": replace(GOOD, rewards=GOOD.rewards[:-1])},
+    "advantages": {
+        "one advantage for all": replace(GOOD, advantages=GOOD.advantages[:1]),
+        "advantages in halves": replace(GOOD, advantages=GOOD.advantages.astype(np.float16)),
+    },
+    "truncated": {
+        "a mark too many": replace(GOOD, truncated=np.append(GOOD.truncated, True)),
+        "marks as bytes": replace(GOOD, truncated=GOOD.truncated.astype(np.uint8)),
+    },
+    "ref_logprobs": {
+        "a base log-prob too few": replace(GOOD, ref_logprobs=GOOD.ref_logprobs[:-1]),
+        "a single base log-prob": replace(GOOD, ref_logprobs=GOOD.ref_logprobs[:1]),
+    },
+    "tokens": {"tokens in 64 bits": replace(GOOD, tokens=GOOD.tokens.astype(np.int64))},
+}
+CASES = [pytest.param(field, batch, id=what) for field, found in BAD.items() for what, batch in found.items()]
+
+
+@pytest.mark.parametrize(("field", "batch"), CASES)
+def test_a_batch_that_does_not_add_up_is_refused_by_naming_the_sender_and_the_field(field: str, batch: Batch):
+    with pytest.raises(FrameError) as caught:
+        Batch.from_frame(batch.to_frame(), "engine 1")
+    assert caught.value.sender == "engine 1" and caught.value.field == field
+
+
+@pytest.mark.parametrize("name", [f.name for f in fields(Batch)])
+def test_a_batch_with_an_array_missing_or_renamed_is_refused(name: str):
+    arrays = {f.name: getattr(GOOD, f.name) for f in fields(Batch)}
+    del arrays[name]
+    for wrong in (arrays, arrays | {"extra": np.zeros(1)}):
+        with pytest.raises(FrameError, match="arrays"):
+            Batch.from_frame(pack({}, wrong), "engine 1")
+
+
+def test_the_good_batch_of_these_cases_is_accepted_with_and_without_base_log_probs():
+    for batch in (GOOD, replace(GOOD, ref_logprobs=GOOD.ref_logprobs[:0])):
+        assert len(Batch.from_frame(batch.to_frame(), "engine 1")[1]) == N
+
+
+# --- dealing -----------------------------------------------------------------------------------
+
+
+@LAW
+@given(st.integers(1, 6), st.integers(1, 8), st.integers(0, 1000))
+def test_every_sample_is_dealt_to_exactly_one_rank_and_all_get_as_many(ranks: int, each: int, seed: int):
+    batch = random_batch(ranks * each, seed)
+    hands = [deal(batch, ranks, rank).tolist() for rank in range(ranks)]
+    assert sorted(i for hand in hands for i in hand) == list(range(ranks * each))
+    assert {len(hand) for hand in hands} == {each}
+
+
+@LAW
+@given(st.integers(2, 6), st.integers(1, 12), st.integers(0, 1000))
+def test_no_two_ranks_differ_by_more_tokens_than_the_longest_and_shortest_sample(ranks: int, each: int, seed: int):
+    """Dealt back and forth in order of length, the differences of the rounds cannot add up."""
+    batch = random_batch(ranks * each, seed, longest=60)
+    weights = [int(batch.total[deal(batch, ranks, rank)].sum()) for rank in range(ranks)]
+    assert max(weights) - min(weights) <= batch.total.max() - batch.total.min()
+
+
+def test_each_rank_takes_its_longest_samples_first_so_that_microbatches_hold_little_padding():
+    batch = random_batch(24, longest=60)
+    for rank in range(3):
+        lengths = batch.total[deal(batch, 3, rank)]
+        assert (np.diff(lengths) <= 0).all()
+
+
+# --- microbatches ------------------------------------------------------------------------------
+
+
+def check(micro: MicroBatch, chosen: list[dict[str, Any]], ref: bool) -> None:
+    """Each real token in its place, and each response token with the position before it, target and numbers."""
+    longest = max(len(s["prompt"]) + len(s["response"]) for s in chosen)
+    assert micro.ids.shape == micro.real.shape == (len(chosen), longest)
+    rows, positions, targets, advantages, rollout, base = [], [], [], [], [], []
+    for b, s in enumerate(chosen):
+        whole = s["prompt"] + s["response"]
+        assert micro.ids[b].tolist() == whole + [0] * (longest - len(whole))
+        assert micro.real[b].tolist() == [True] * len(whole) + [False] * (longest - len(whole))
+        for t, token in enumerate(s["response"]):
+            rows.append(b)
+            positions.append(len(s["prompt"]) + t - 1)
+            targets.append(token)
+            advantages.append(s["advantage"])
+            rollout.append(s["rollout"][t])
+            base.append(s["ref"][t] if ref else None)
+    assert micro.predicts[0].tolist() == rows and micro.predicts[1].tolist() == positions
+    assert micro.targets.tolist() == targets
+    assert micro.advantages.tolist() == advantages
+    assert micro.rollout_logprobs.tolist() == rollout
+    assert (micro.ref_logprobs.tolist() == base) if ref else (micro.ref_logprobs is None)
+    assert micro.tokens == sum(len(s["prompt"]) + len(s["response"]) for s in chosen)
+    assert micro.ids.dtype == micro.targets.dtype == torch.int64 and micro.real.dtype == torch.bool
+
+
+@LAW
+@given(
+    st.integers(1, 12), st.integers(0, 1000), st.booleans(), st.integers(0, 2), st.integers(1, 14), st.randoms()
+)
+def test_microbatches_hold_the_samples_in_the_given_order_with_each_number_at_its_token(
+    n: int, seed: int, ref: bool, shortest: int, size: int, rng: Any
+):
+    # without a response token in the whole batch, base log-probs of length 0 cannot be told from none
+    batch = random_batch(n, seed, ref, max(shortest, int(ref)))
+    order = list(range(n))
+    rng.shuffle(order)
+    found = microbatches(batch, np.array(order), size, CPU)
+    listed = samples(batch)
+    groups = [order[i : i + size] for i in range(0, n, size)]
+    assert len(found) == len(groups)
+    for micro, group in zip(found, groups):
+        check(micro, [listed[i] for i in group], ref)
+
+
+def test_a_samples_numbers_do_not_depend_on_who_shares_its_microbatch():
+    batch = random_batch(8, shortest=1)
+    for i in range(8):
+        (alone,) = microbatches(batch, np.array([i]), 1, CPU)
+        (together,) = microbatches(batch, np.array([3, i] if i != 3 else [3]), 2, CPU)
+        mine = together.predicts[0] == (1 if i != 3 else 0)
+        assert torch.equal(together.targets[mine], alone.targets)
+        assert torch.equal(together.predicts[1][mine], alone.predicts[1])
+        assert torch.equal(together.rollout_logprobs[mine], alone.rollout_logprobs)
+
+
+def test_no_samples_make_no_microbatches():
+    assert microbatches(random_batch(3), np.array([], np.int64), 4, CPU) == []

@@ -1,0 +1,242 @@
+"""GRPO's advantages and loss against naive loops over samples and tokens in Python floats."""
+
+from __future__ import annotations
+
+import math
+import statistics
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rl.config import GrpoConfig
+from rl.grpo import group_advantages, policy_loss, token_logprobs
+
+LAW = settings(deadline=None, derandomize=True, max_examples=100)
+CONFIG = GrpoConfig(clip_ratio=0.2)
+
+
+def rand(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def tokens(n: int = 60) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """New and old log-probs, advantages: both signs, ratios inside, below and above the clip range."""
+    return -1 - rand(n).abs(), -1 - rand(n).abs() + 0.3 * rand(n, seed=1), rand(n, seed=2)
+
+
+# --- advantages --------------------------------------------------------------------------------
+
+
+def slow_advantages(rewards: list[float], n: int) -> list[float]:
+    found = []
+    for start in range(0, len(rewards), n):
+        group = rewards[start : start + n]
+        mean, std = statistics.fmean(group), statistics.stdev(group)  # stdev: divides by n - 1
+        found += [(r - mean) / (std + 1e-6) for r in group]
+    return found
+
+
+@LAW
+@given(st.integers(2, 9), st.integers(1, 5), st.data())
+def test_advantages_are_the_standardised_rewards_of_each_group_alone(n: int, groups: int, data: st.DataObject):
+    reward = st.sampled_from([0.0, 1.0]) | st.floats(-10, 10, width=32)
+    rewards = data.draw(st.lists(reward, min_size=n * groups, max_size=n * groups))
+    found = group_advantages(torch.tensor(rewards, dtype=torch.float32), n)
+    torch.testing.assert_close(found, torch.tensor(slow_advantages(rewards, n)), rtol=1e-4, atol=1e-5)
+
+
+def test_the_standard_deviation_is_the_unbiased_one():
+    """Of 0 and 1 it is sqrt(1/2), not 1/2."""
+    torch.testing.assert_close(group_advantages(torch.tensor([0.0, 1.0]), 2), torch.tensor([-1.0, 1.0]) / 2**0.5)
+
+
+@LAW
+@given(st.floats(-1e6, 1e6, width=32), st.integers(2, 64))
+def test_a_group_of_equal_rewards_has_no_advantage_at_all(reward: float, n: int):
+    assert not group_advantages(torch.full((n,), reward), n).any()
+
+
+def test_a_group_of_equal_rewards_takes_nothing_from_the_group_beside_it():
+    found = group_advantages(torch.tensor([1.0, 1, 1, 0, 0, 1]), 3)
+    assert found[:3].tolist() == [0, 0, 0]
+    torch.testing.assert_close(found[3:], torch.tensor(slow_advantages([0, 0, 1], 3)), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(("count", "n"), [(7, 2), (8, 3), (4, 1), (4, 0), (4, 8), (4, -2)])
+def test_rewards_that_do_not_divide_in_groups_of_two_or_more_are_refused(count: int, n: int):
+    with pytest.raises(ValueError, match=f"{count} rewards do not divide in groups of {n}"):
+        group_advantages(torch.ones(count), n)
+
+
+# --- log-probs ---------------------------------------------------------------------------------
+
+
+def test_log_probs_and_entropy_are_those_of_the_softmax():
+    logits, targets = rand(5, 7) * 3, torch.tensor([0, 6, 3, 3, 1])
+    logp, entropy = token_logprobs(logits, targets, with_entropy=True)
+    for i in range(5):
+        weights = [math.exp(v) for v in logits[i].tolist()]
+        p = [w / sum(weights) for w in weights]
+        assert logp[i].item() == pytest.approx(math.log(p[targets[i]]), rel=1e-5)
+        assert entropy[i].item() == pytest.approx(-sum(v * math.log(v) for v in p), rel=1e-5)
+    assert token_logprobs(logits, targets, with_entropy=False)[1] is None
+
+
+def test_log_probs_of_half_precision_logits_are_computed_in_float32():
+    logits = (rand(5, 7) * 3).bfloat16()
+    logp, _ = token_logprobs(logits, torch.tensor([0, 6, 3, 3, 1]), with_entropy=False)
+    exact = torch.log_softmax(logits.double(), -1).gather(1, torch.tensor([[0], [6], [3], [3], [1]])).squeeze(1)
+    assert logp.dtype == torch.float32
+    torch.testing.assert_close(logp.double(), exact, rtol=1e-6, atol=1e-6)
+
+
+# --- the loss ----------------------------------------------------------------------------------
+
+
+def slow_loss(new, old, advantages, denominator: float, clip: float = 0.2) -> float:
+    """Of PPO's paper: the mean of min(ratio·A, clip(ratio)·A), negated."""
+    terms = []
+    for n, o, a in zip(new.tolist(), old.tolist(), advantages.tolist()):
+        ratio = math.exp(n - o)
+        bounded = min(max(ratio, 1 - clip), 1 + clip)
+        terms.append(min(ratio * a, bounded * a))
+    return -math.fsum(terms) / denominator
+
+
+@pytest.mark.parametrize("clip", [0.05, 0.2, 0.9])
+def test_the_loss_is_the_clipped_surrogate_token_by_token(clip: float):
+    new, old, advantages = tokens()
+    terms = policy_loss(new, old, advantages, 60.0, GrpoConfig(clip_ratio=clip))
+    assert terms.loss.item() == pytest.approx(slow_loss(new, old, advantages, 60.0, clip), rel=1e-12)
+
+
+@pytest.mark.parametrize("advantage", [1.5, -1.5])
+@pytest.mark.parametrize(
+    "ratio", [0.1, 0.8 - 1e-9, 0.8, 0.8 + 1e-9, 1.0, 1.2 - 1e-9, 1.2, 1.2 + 1e-9, 3.0], ids="{:.9f}".format
+)
+def test_the_clip_stops_the_gradient_only_where_the_policy_already_went_too_far(advantage: float, ratio: float):
+    """dL/d logp = -A·ratio, but 0 above 1+c for A > 0 and below 1-c for A < 0."""
+    new = torch.tensor([math.log(ratio)], dtype=torch.float64, requires_grad=True)
+    old, a = torch.zeros(1, dtype=torch.float64), torch.tensor([advantage], dtype=torch.float64)
+    terms = policy_loss(new, old, a, 2.0, CONFIG)
+    terms.loss.backward()
+    assert terms.loss.item() == pytest.approx(slow_loss(new, old, a, 2.0), rel=1e-12)
+    r = new.exp().item()
+    stopped = r > 1.2 if advantage > 0 else r < 0.8
+    assert new.grad.item() == pytest.approx(0.0 if stopped else -advantage * r / 2, rel=1e-12)
+    assert terms.sums["actor/pg_clipfrac"].item() == stopped
+
+
+def test_the_gradient_is_that_of_finite_differences():
+    new, old, advantages = tokens()
+    entropy, ref = rand(60, seed=4).abs(), new + 0.5 * rand(60, seed=3)
+    config = GrpoConfig(entropy_coeff=0.1, kl_loss_coef=0.3)
+    leaf, e = new.clone().requires_grad_(), entropy.clone().requires_grad_()
+    policy_loss(leaf, old, advantages, 60.0, config, e, ref).loss.backward()
+
+    def at(i: int, step: float, which: int) -> float:
+        moved = [new.clone(), entropy.clone()]
+        moved[which][i] += step
+        return policy_loss(moved[0], old, advantages, 60.0, config, moved[1], ref).loss.item()
+
+    for i in range(60):
+        for which, grad in enumerate((leaf.grad, e.grad)):
+            slope = (at(i, 1e-6, which) - at(i, -1e-6, which)) / 2e-6
+            assert grad[i].item() == pytest.approx(slope, rel=1e-5, abs=1e-9)
+
+
+def test_on_policy_the_loss_is_minus_the_mean_advantage_and_its_gradient_that_of_reinforce():
+    new, _, advantages = tokens()
+    leaf = new.clone().requires_grad_()
+    terms = policy_loss(leaf, new, advantages, 60.0, CONFIG)
+    terms.loss.backward()
+    assert terms.loss.item() == pytest.approx(-advantages.mean().item(), rel=1e-12)
+    torch.testing.assert_close(leaf.grad, -advantages / 60)
+    assert terms.sums["actor/pg_clipfrac"] == 0 and terms.sums["actor/ppo_kl"] == 0
+
+
+@pytest.mark.parametrize("sizes", [[60], [1, 59], [20, 20, 20], [7, 13, 1, 39], [1] * 60])
+def test_microbatches_with_one_denominator_add_up_to_the_whole_batch(sizes: list[int]):
+    new, old, advantages = tokens()
+    entropy, ref = rand(60, seed=4).abs(), new + 0.5 * rand(60, seed=3)
+    config = GrpoConfig(entropy_coeff=0.1, kl_loss_coef=0.3)
+
+    def run(split: list[int]) -> tuple[float, torch.Tensor, dict[str, float]]:
+        leaf, loss, sums = new.clone().requires_grad_(), 0.0, {}
+        for parts in zip(*(x.split(split) for x in (leaf, old, advantages, entropy, ref))):
+            terms = policy_loss(*parts[:3], 60.0, config, *parts[3:])
+            terms.loss.backward(retain_graph=True)
+            loss += terms.loss.item()
+            sums = {k: sums.get(k, 0.0) + v.item() for k, v in terms.sums.items()}
+        return loss, leaf.grad, sums
+
+    whole, found = run([60]), run(sizes)
+    assert found[0] == pytest.approx(whole[0], rel=1e-12)
+    torch.testing.assert_close(found[1], whole[1], rtol=1e-12, atol=1e-15)
+    assert found[2] == pytest.approx(whole[2], rel=1e-6)
+
+
+def test_a_long_answer_weighs_by_its_tokens_not_as_one_sample():
+    """Token-mean: 9 tokens of A=1 and 1 token of A=-1 give -(9 - 1)/10, a sample-mean would give 0."""
+    advantages = torch.tensor([1.0] * 9 + [-1.0])
+    assert policy_loss(torch.zeros(10), torch.zeros(10), advantages, 10.0, CONFIG).loss.item() == pytest.approx(-0.8)
+
+
+def test_the_sums_are_over_tokens_and_carry_no_gradient():
+    new, old, advantages = tokens()
+    terms = policy_loss(new.requires_grad_(), old, advantages, 7.0, CONFIG, rand(60, seed=4))
+    clipped = sum(
+        (math.exp(n - o) > 1.2 and a > 0) or (math.exp(n - o) < 0.8 and a < 0)
+        for n, o, a in zip(new.tolist(), old.tolist(), advantages.tolist())
+    )
+    assert 5 < clipped < 55
+    assert terms.sums["actor/pg_clipfrac"].item() == clipped
+    assert terms.sums["actor/pg_loss"].item() == pytest.approx(slow_loss(new, old, advantages, 1.0), rel=1e-12)
+    assert terms.sums["actor/ppo_kl"].item() == pytest.approx((old - new).sum().item(), rel=1e-12)
+    assert terms.sums["actor/entropy"].item() == pytest.approx(rand(60, seed=4).sum().item(), rel=1e-12)
+    assert not any(value.requires_grad for value in terms.sums.values())
+
+
+# --- options -----------------------------------------------------------------------------------
+
+
+def test_kl_and_entropy_are_off_by_default_whatever_is_passed():
+    new, old, advantages = tokens()
+    plain = policy_loss(new, old, advantages, 60.0, GrpoConfig())
+    given_more = policy_loss(new, old, advantages, 60.0, GrpoConfig(), rand(60, seed=4), rand(60, seed=3))
+    assert torch.equal(plain.loss, given_more.loss)
+    assert "actor/kl_loss" not in given_more.sums
+
+
+def test_the_kl_option_adds_the_k3_estimate_which_is_never_negative():
+    new, old, advantages = tokens()
+    ref = new + 0.5 * rand(60, seed=3)
+    k3 = math.fsum(math.exp(r - n) - (r - n) - 1 for r, n in zip(ref.tolist(), new.tolist()))
+    terms = policy_loss(new, old, advantages, 60.0, GrpoConfig(kl_loss_coef=0.3), ref_logprobs=ref)
+    assert terms.loss.item() == pytest.approx(slow_loss(new, old, advantages, 60.0) + 0.3 * k3 / 60, rel=1e-12)
+    assert terms.sums["actor/kl_loss"].item() == pytest.approx(k3, rel=1e-12) and k3 > 0
+
+
+def test_the_kl_of_a_policy_that_is_still_the_base_is_zero_and_pulls_nowhere():
+    leaf = rand(8).requires_grad_()
+    config = GrpoConfig(kl_loss_coef=1.0)
+    terms = policy_loss(leaf, leaf.detach(), torch.zeros(8), 8.0, config, ref_logprobs=leaf.detach())
+    terms.loss.backward()
+    assert terms.sums["actor/kl_loss"] == 0 and not leaf.grad.any()
+
+
+def test_the_kl_gradient_points_back_to_the_base_policy():
+    leaf = torch.tensor([-1.0, -3.0], dtype=torch.float64, requires_grad=True)
+    ref, zeros = torch.tensor([-2.0, -2.0], dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+    policy_loss(leaf, leaf.detach(), zeros, 2.0, GrpoConfig(kl_loss_coef=1.0), ref_logprobs=ref).loss.backward()
+    assert leaf.grad[0] > 0 > leaf.grad[1]  # descent lowers what is too likely and raises what is too rare
+
+
+def test_the_entropy_bonus_lowers_the_loss_by_the_mean_entropy():
+    new, old, advantages = tokens()
+    entropy = rand(60, seed=4).abs()
+    terms = policy_loss(new, old, advantages, 60.0, GrpoConfig(entropy_coeff=0.1), entropy)
+    expected = slow_loss(new, old, advantages, 60.0) - 0.1 * entropy.mean().item()
+    assert terms.loss.item() == pytest.approx(expected, rel=1e-12)

@@ -1,0 +1,200 @@
+"""Corrections on their way: the frame a rank receives, and the inbox that holds it until all ranks do."""
+
+from __future__ import annotations
+
+import random
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import xxhash
+
+from anchor_service.inbox import Inbox
+from anchor_service.messages import Correction, pack_correction, unpack_correction
+from codec.frames import FrameError, pack
+
+
+def correction(version: int) -> Correction:
+    return Correction(version, 5 * version - 5, 5 * version, torch.zeros(3), f"{version:032x}")
+
+
+def filled(*versions: int) -> Inbox:
+    inbox = Inbox()
+    for version in versions:
+        inbox.put(correction(version))
+    return inbox
+
+
+# --- the inbox ---------------------------------------------------------------------------------
+
+
+def test_an_empty_inbox_holds_version_0_which_is_no_correction():
+    inbox = Inbox()
+    assert inbox.newest() == 0 and inbox.held() == []
+    assert inbox.adopt(0) is None
+
+
+@pytest.mark.parametrize("order", [(1, 2, 3), (3, 1, 2), (2, 3, 1)])
+def test_the_newest_is_the_highest_version_whatever_the_order_of_arrival(order: tuple[int, ...]):
+    inbox = filled(*order)
+    assert inbox.newest() == 3
+    assert [c.version for c in inbox.held()] == [1, 2, 3]
+
+
+def test_adopting_drops_older_versions_and_keeps_newer_ones():
+    inbox = filled(1, 2, 3)
+    assert inbox.adopt(2).version == 2
+    assert [c.version for c in inbox.held()] == [2, 3]
+    assert inbox.adopt(2).version == 2  # held until a newer one is agreed
+
+
+def test_adopting_version_0_drops_nothing():
+    inbox = filled(1, 2)
+    assert inbox.adopt(0) is None
+    assert [c.version for c in inbox.held()] == [1, 2]
+
+
+@pytest.mark.parametrize("version", [2, 4])
+def test_adopting_what_is_not_held_is_an_error(version: int):
+    with pytest.raises(KeyError):
+        filled(1, 3).adopt(version)
+
+
+def test_a_version_that_arrives_again_replaces_itself():
+    inbox = filled(1, 2)
+    again = correction(2)
+    inbox.put(again)
+    assert inbox.adopt(2) is again and len(inbox.held()) == 1
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_ranks_that_take_the_lowest_newest_always_merge_one_version_that_never_goes_back(seed: int):
+    """Each rank receives the versions in order but at its own pace."""
+    rng = random.Random(seed)
+    ranks, received = [Inbox() for _ in range(4)], [0] * 4
+    last = 0
+    for _ in range(300):
+        for r, inbox in enumerate(ranks):
+            while received[r] < 20 and rng.random() < 0.3:
+                received[r] += 1
+                inbox.put(correction(received[r]))
+        agreed = min(inbox.newest() for inbox in ranks)
+        merged = {c and c.version for c in (inbox.adopt(agreed) for inbox in ranks)}
+        assert merged == {agreed or None}
+        assert agreed == min(received) >= last
+        assert all(len(inbox.held()) <= received[r] - agreed + 1 for r, inbox in enumerate(ranks))
+        last = agreed
+    assert last == 20
+
+
+def test_corrections_may_arrive_from_another_thread_while_the_tick_reads():
+    inbox, seen, errors = Inbox(), [], []
+
+    def deliver() -> None:
+        try:
+            for version in range(1, 2001):
+                inbox.put(correction(version))
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=deliver)
+    thread.start()
+    while thread.is_alive():
+        newest = inbox.newest()
+        held = inbox.adopt(newest)
+        seen.append(held.version if held else 0)
+        inbox.held()
+    thread.join()
+    assert not errors and seen == sorted(seen)
+    assert inbox.adopt(2000).version == 2000 and len(inbox.held()) == 1
+
+
+# --- the frame ---------------------------------------------------------------------------------
+
+
+M = torch.tensor([1.5, -2.0, 0.0, 1e-30, -0.0, 7.0, -1.0, 3.0, -4.0])
+
+
+@pytest.mark.parametrize("payload", ["sign", "dense"])
+def test_a_correction_arrives_as_it_was_sent(payload: str):
+    frame = pack_correction(M, payload, version=3, source_tick=10, first_tick=15, stage=1)
+    found = unpack_correction(frame, stage=1, numel=9)
+    assert (found.version, found.source_tick, found.first_tick) == (3, 10, 15)
+    assert torch.equal(found.values, M if payload == "dense" else M.sign().to(torch.int8))
+    assert found.digest == xxhash.xxh3_128(frame[24:].tobytes()).hexdigest()
+
+
+def test_the_values_of_a_dense_correction_can_be_written_to_without_touching_the_frame():
+    frame = pack_correction(M, "dense", 1, 0, 5, stage=0)
+    before = frame.copy()
+    unpack_correction(frame, 0, 9).values.zero_()
+    assert np.array_equal(frame, before)
+
+
+def test_the_digest_differs_for_another_version_of_the_same_values():
+    frames = [pack_correction(M, "sign", version, 0, 5, stage=0) for version in (1, 2)]
+    assert len({unpack_correction(f, 0, 9).digest for f in frames}) == 2
+
+
+def test_a_sign_correction_is_a_31st_of_a_dense_one():
+    m = torch.randn(100_000, generator=torch.Generator().manual_seed(0))
+    sign, dense = (pack_correction(m, payload, 1, 0, 5, stage=0).nbytes for payload in ("sign", "dense"))
+    assert sign * 31 < dense
+
+
+def test_a_nan_in_m_is_refused_by_the_anchor_with_the_stage():
+    with pytest.raises(ValueError, match="stage 2"):
+        pack_correction(torch.tensor([1.0, float("nan")]), "sign", 1, 0, 5, stage=2)
+
+
+@pytest.mark.parametrize(("stage", "numel", "field"), [(0, 9, "stage"), (1, 8, "numel")])
+def test_a_correction_for_another_stage_or_model_is_refused(stage: int, numel: int, field: str):
+    frame = pack_correction(M, "sign", 1, 0, 5, stage=1)
+    with pytest.raises(FrameError, match=f"the anchor: {field}"):
+        unpack_correction(frame, stage, numel)
+
+
+def test_a_damaged_correction_is_refused():
+    frame = pack_correction(M, "sign", 1, 0, 5, stage=1)
+    frame[-1] ^= 1
+    with pytest.raises(FrameError, match="digest"):
+        unpack_correction(frame, 1, 9)
+
+
+HEADER = {
+    "kind": "correction",
+    "payload": "sign",
+    "version": 1,
+    "source_tick": 0,
+    "first_tick": 5,
+    "stage": 0,
+    "numel": 9,
+}
+PLUS = np.zeros(2, np.uint8)
+WRONG: dict[str, tuple[dict[str, Any], dict[str, np.ndarray]]] = {
+    "another kind": ({"kind": "weights"}, {"plus": PLUS}),
+    "no version": ({"version": None}, {"plus": PLUS}),
+    "a version in words": ({"version": "one"}, {"plus": PLUS}),
+    "no first tick": ({"first_tick": None}, {"plus": PLUS}),
+    "no sign plane": ({}, {}),
+    "a sign plane too short": ({}, {"plus": PLUS[:1]}),
+    "a zero index outside": ({}, {"plus": PLUS, "zero": np.array([9], np.uint32)}),
+    "dense but without values": ({"payload": "dense"}, {"plus": PLUS}),
+    "dense but too short": ({"payload": "dense"}, {"dense": np.zeros(8, np.float32)}),
+    "dense but in halves": ({"payload": "dense"}, {"dense": np.zeros(9, np.float16)}),
+    "dense but one number for all": ({"payload": "dense"}, {"dense": np.zeros(1, np.float32)}),
+    "no payload": ({"payload": None}, {"plus": PLUS}),
+}
+
+
+@pytest.mark.parametrize(("change", "arrays"), WRONG.values(), ids=WRONG)
+def test_a_whole_frame_with_a_wrong_content_is_refused(change: dict[str, Any], arrays: dict[str, np.ndarray]):
+    header = {k: v for k, v in (HEADER | change).items() if v is not None}
+    with pytest.raises(FrameError, match="the anchor"):
+        unpack_correction(pack(header, arrays), stage=0, numel=9)
+
+
+def test_the_same_frame_without_the_change_is_accepted():
+    assert unpack_correction(pack(HEADER, {"plus": PLUS}), stage=0, numel=9).values.tolist() == [-1] * 9

@@ -1,0 +1,210 @@
+"""Mergers against slow loops over coordinates in Python floats, and the facts the contract states about them."""
+
+from __future__ import annotations
+
+import math
+from typing import get_args
+
+import pytest
+import torch
+
+from codec import signs
+from merger import MERGERS
+from merger.config import MergerConfig
+
+
+def normal(n: int, seed: int, scale: float = 1.0) -> torch.Tensor:
+    return torch.randn(n, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def pair(n: int = 400) -> tuple[torch.Tensor, torch.Tensor]:
+    """G_comp and M̄ of different sizes, with zeros of either in some places."""
+    g, m = normal(n, 1), normal(n, 2, 30.0)
+    g[::11] = 0
+    m[::7] = 0
+    return g, m
+
+
+def merger(kind: str = "signed_ema", **config):
+    return MERGERS[kind](MergerConfig(kind=kind, **config))
+
+
+def sign(x: float) -> float:
+    return math.copysign(1.0, x) if x else 0.0
+
+
+def slow_direction(kind: str, g: list[float], m: list[float], alpha: float) -> list[float]:
+    """What is added to G_comp at dose 1: S - G_comp, or δ."""
+    if kind == "delta":
+        return m
+    return [alpha * a + (1 - alpha) * abs(a) * sign(b) - a for a, b in zip(g, m)]
+
+
+def slow_merge(kind: str, g: list[float], m: list[float], dose: float, alpha: float = 0.25) -> list[float]:
+    return [a + dose * step for a, step in zip(g, slow_direction(kind, g, m, alpha))]
+
+
+def norm(x: list[float]) -> float:
+    return math.sqrt(math.fsum(v * v for v in x))
+
+
+def close(found: torch.Tensor, expected: list[float]) -> None:
+    torch.testing.assert_close(found.double(), torch.tensor(expected, dtype=torch.float64), rtol=1e-5, atol=1e-6)
+
+
+# --- formulae ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["signed_ema", "delta"])
+@pytest.mark.parametrize("alpha", [0.0, 0.25, 1.0])
+@pytest.mark.parametrize("dose", [0.0, 0.5, 1.0, 1.7])
+def test_every_coordinate_follows_the_formula(kind: str, alpha: float, dose: float):
+    g, m = pair()
+    close(merger(kind, alpha=alpha, dose=dose)(g, m, age=0), slow_merge(kind, g.tolist(), m.tolist(), dose, alpha))
+
+
+@pytest.mark.parametrize("kind", MERGERS)
+def test_neither_the_gradient_nor_the_correction_is_written_to(kind: str):
+    g, m = pair()
+    kept_g, kept_m = g.clone(), m.clone()
+    merger(kind)(g, m, age=3)
+    assert torch.equal(g, kept_g) and torch.equal(m, kept_m)
+
+
+def test_no_merger_leaves_the_gradient_whatever_the_correction():
+    g, m = pair()
+    none = merger("none", dose=5.0)
+    assert torch.equal(none(g, m, age=0), g) and torch.equal(none(g, m * math.nan, age=9), g)
+    assert none.payload is None
+
+
+@pytest.mark.parametrize("kind", ["signed_ema", "delta"])
+def test_at_dose_zero_the_gradient_is_unchanged(kind: str):
+    g, m = pair()
+    assert torch.equal(merger(kind, dose=0.0)(g, m, age=0), g)
+
+
+def test_delta_at_dose_one_puts_back_what_the_codec_lost_when_nothing_has_aged():
+    """With δ = M̄ - G_comp of this very tick, G is M̄."""
+    g, m = pair()
+    torch.testing.assert_close(merger("delta")(g, m - g, age=0), m, rtol=1e-5, atol=1e-5)
+
+
+# --- multipliers of signed_ema -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.25, 0.5, 0.9])
+@pytest.mark.parametrize("dose", [0.3, 2 / 3, 1.0])
+def test_a_coordinate_is_kept_where_signs_agree_and_multiplied_by_the_stated_facts_elsewhere(alpha: float, dose: float):
+    g, m = pair()
+    merged = merger(alpha=alpha, dose=dose)(g, m, age=0)
+    agree, differ, silent = g * m > 0, g * m < 0, m == 0
+    assert agree.sum() > 50 and differ.sum() > 50 and (silent & (g != 0)).sum() > 20
+    assert torch.equal(merged[agree], g[agree])
+    torch.testing.assert_close(merged[differ], (1 - 2 * dose * (1 - alpha)) * g[differ], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(merged[silent], (1 - dose * (1 - alpha)) * g[silent], rtol=1e-5, atol=1e-6)
+    assert not merged[g == 0].any()
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.25, 0.5])
+def test_a_dose_up_to_the_no_flip_bound_never_reverses_a_coordinate_and_one_above_it_does(alpha: float):
+    g, m = pair()
+    bound = 1 / (2 * (1 - alpha))
+    inside = merger(alpha=alpha, dose=bound * 0.999)(g, m, age=0)
+    above = merger(alpha=alpha, dose=bound * 1.01)(g, m, age=0)
+    assert (inside * g >= 0).all()
+    assert ((above * g < 0) == (g * m < 0)).all()
+
+
+def test_the_full_dose_of_the_default_reverses_half_of_a_coordinate_of_wrong_sign():
+    assert merger()(torch.tensor([4.0]), torch.tensor([-1.0]), age=0).tolist() == [-2.0]
+
+
+@pytest.mark.parametrize("config", [{}, {"dose": 0.6}, {"adaptive_lambda_mode": "ratio", "lambda_cap": 0.4}])
+def test_the_sign_alone_gives_the_same_bits_as_the_dense_correction(config: dict):
+    g, m = pair()
+    g[5], m[6] = -0.0, -0.0
+    packed = signs.decode(signs.encode(m), m.numel())
+    assert packed.dtype == torch.int8
+    from_sign, from_dense = merger(**config)(g, packed, age=2), merger(**config)(g, m, age=2)
+    assert torch.equal(from_sign.view(torch.int32), from_dense.view(torch.int32))
+
+
+# --- dose --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["signed_ema", "delta"])
+@pytest.mark.parametrize("age", [0, 1, 2, 7])
+def test_the_dose_decays_with_every_tick_of_age(kind: str, age: int):
+    g, m = pair()
+    tool = merger(kind, dose=0.8, age_decay=0.9)
+    expected = 0.8
+    for _ in range(age):
+        expected *= 0.9
+    close(tool(g, m, age=age), slow_merge(kind, g.tolist(), m.tolist(), expected))
+    assert tool.dose == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["signed_ema", "delta"])
+@pytest.mark.parametrize("cap", [0.05, 1.0, 50.0])
+@pytest.mark.parametrize("size", [0.01, 1.0, 100.0])
+def test_the_ratio_gate_is_the_cap_or_the_inverse_of_the_correction_ratio(kind: str, cap: float, size: float):
+    g, m = pair()
+    m = m / 30 * size
+    tool = merger(kind, dose=0.7, age_decay=0.5, adaptive_lambda_mode="ratio", lambda_cap=cap)
+    c = norm(slow_direction(kind, g.tolist(), m.tolist(), 0.25)) / norm(g.tolist())
+    expected = 0.7 * 0.5**2 * min(cap, 1 / c)
+    close(tool(g, m, age=2), slow_merge(kind, g.tolist(), m.tolist(), expected))
+    assert tool.dose == pytest.approx(expected, rel=1e-5)
+
+
+def test_under_the_ratio_gate_the_applied_correction_is_never_longer_than_the_gradient():
+    for seed in range(5):
+        g, delta = normal(100, seed), normal(100, seed + 50, 10.0**seed)
+        merged = merger("delta", adaptive_lambda_mode="ratio", lambda_cap=1e9)(g, delta, age=0)
+        assert (merged - g).norm() == pytest.approx(g.norm().item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["signed_ema", "delta"])
+def test_the_ratio_gate_is_the_cap_where_there_is_nothing_to_correct(kind: str):
+    g = normal(20, 1)
+    nothing = g.sign() if kind == "signed_ema" else torch.zeros(20)  # signs that all agree, or no δ
+    tool = merger(kind, adaptive_lambda_mode="ratio", lambda_cap=0.5)
+    assert torch.equal(tool(g, nothing, age=0), g) and tool.dose == 0.5
+
+
+def test_the_ratio_gate_gives_nothing_to_a_gradient_of_zero():
+    assert not merger("delta", adaptive_lambda_mode="ratio")(torch.zeros(5), torch.ones(5), age=0).any()
+
+
+@pytest.mark.parametrize("kind", ["signed_ema", "delta"])
+def test_stages_that_sum_their_norms_apply_the_dose_of_the_whole_model(kind: str):
+    g, m = pair()
+    config = dict(adaptive_lambda_mode="ratio", lambda_cap=1e9)
+    whole = merger(kind, **config)(g, m, age=0)
+    cuts = [slice(0, 90), slice(90, 400)]
+    lengths: dict[int, list[float]] = {}
+
+    def first_pass(stage: int):
+        def record(x: torch.Tensor) -> float:
+            lengths.setdefault(stage, []).append(x.double().square().sum().item())
+            return 1.0
+
+        return record
+
+    for stage, cut in enumerate(cuts):
+        merger(kind, **config)(g[cut], m[cut], 0, first_pass(stage))
+    totals = [math.sqrt(a + b) for a, b in zip(lengths[0], lengths[1])]
+    parts = []
+    for cut in cuts:
+        sums = iter(totals)
+        parts.append(merger(kind, **config)(g[cut], m[cut], 0, lambda x, sums=sums: next(sums)))
+    torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-6, atol=1e-6)
+
+
+def test_a_merger_says_what_the_anchor_must_publish_for_it():
+    assert {kind: MERGERS[kind].payload for kind in MERGERS} == {"none": None, "signed_ema": "sign", "delta": "dense"}
+
+
+def test_the_config_allows_exactly_the_kinds_in_the_registry():
+    assert set(get_args(MergerConfig.model_fields["kind"].annotation)) == set(MERGERS)
