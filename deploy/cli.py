@@ -46,9 +46,32 @@ def run(
         except Exception as error:
             display.close()
             typer.secho(f"{type(error).__name__}: {error}", fg="red", err=True)
+            _write_report(folder)
             raise typer.Exit(1) from error
     print_summary(summary, folder)
+    _write_report(folder)
     raise typer.Exit(0 if summary["status"] == "completed" else 130)
+
+
+@app.command()
+def report(
+    folders: Annotated[
+        list[Path],
+        typer.Argument(metavar="DIR", exists=True, file_okay=False, help="run folders, or folders that hold them"),
+    ],
+    html: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="where the page goes; default report.html in DIR, beside it if several"),
+    ] = None,
+) -> None:
+    """Compare runs: a table in Markdown on standard output, and a self-contained page with figures and configs."""
+    from experiments.report import markdown, write_html
+
+    first = folders[0].resolve()
+    out = html or (first if len(folders) == 1 else first.parent) / "report.html"
+    write_html(folders, out)
+    typer.echo(markdown(folders), nl=False)
+    typer.echo(f"page {out}", err=True)
 
 
 @app.command()
@@ -82,6 +105,18 @@ def _run_folder(config: RunConfig, out: Path | None, resume: bool) -> Path:
         typer.secho(f"{folder} already holds a run: choose another --out, or add --resume", fg="red", err=True)
         raise typer.Exit(2)
     return folder
+
+
+def _write_report(folder: Path) -> None:
+    """The run's page, however the run ended. Failing at it must not change how the run itself is said to have ended."""
+    if not folder.is_dir():  # the run failed before it wrote anything
+        return
+    from experiments.report import write_html
+
+    try:
+        write_html([folder], folder / "report.html")
+    except Exception as error:
+        typer.secho(f"report.html was not written: {type(error).__name__}: {error}", fg="yellow", err=True)
 
 
 def main() -> None:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple
 
 import matplotlib
 import numpy as np
@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from codec.ledger import CHANNELS
+from experiments.runs import Run, pool
 
 # At least 3:1 against white and against the page's dark ground; no two alike in the common colour blindnesses
 PALETTE = ("#0072b2", "#d55e00", "#8b20f4", "#8d8f55", "#90556c")
@@ -47,27 +48,9 @@ STYLE = {
 }
 
 
-class Recorded(Protocol):
-    """What a figure needs to know about a run."""
-
-    summary: dict[str, Any]
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def seed(self) -> str: ...
-    @property
-    def status(self) -> str: ...
-    @property
-    def design(self) -> str: ...
-    @property
-    def folder(self) -> Any: ...
-    def series(self, kind: str, x: str, metric: str) -> dict[float, float]: ...
-
-
 class Plot(NamedTuple):
-    """A figure of lines. `panels` are (label of the y axis, metric), one above the other; With `marks`, every
-    curve has a picture of its own and open markers where that metric is not 0."""
+    """A figure of lines. `panels` are (label of the y axis, metric), one above the other. With `marks`, every
+    curve has a picture of its own, and open markers where that metric is not 0."""
 
     title: str
     kind: str
@@ -85,26 +68,16 @@ class Picture(NamedTuple):
     svg: Markup
 
 
+CORRECTION = "In ticks. Lag: how old the weights behind the correction are; age: for how long it has been merged."
+SAMPLES = "Mean over the step's samples."
+REFRESHED = "Open markers: ticks that refreshed Q."
 PLOTS = (
     Plot("Validation accuracy", "val", "step", (("accuracy", "accuracy"),)),
-    Plot("Reward", "step", "step", (("mean reward", "critic/rewards/mean"),), "Mean over the step's samples."),
-    Plot("Response length", "step", "step", (("tokens", "response_length/mean"),), "Mean over the step's samples."),
+    Plot("Reward", "step", "step", (("mean reward", "critic/rewards/mean"),), SAMPLES),
+    Plot("Response length", "step", "step", (("tokens", "response_length/mean"),), SAMPLES),
     Plot("Entropy", "step", "step", (("nats a token", "actor/entropy"),)),
-    Plot(
-        "Lag and age of the correction",
-        "tick",
-        "tick",
-        (("lag", "anchor/lag"), ("age", "anchor/age")),
-        "In ticks. Lag: how old the weights behind the correction are; age: for how long it has been merged.",
-    ),
-    Plot(
-        "Clipped share of tokens",
-        "tick",
-        "tick",
-        (("pg_clipfrac", "actor/pg_clipfrac"),),
-        "Open markers: ticks that refreshed Q.",
-        "codec/q_refreshed",
-    ),
+    Plot("Lag and age", "tick", "tick", (("lag", "anchor/lag"), ("age", "anchor/age")), CORRECTION),
+    Plot("Clipped share", "tick", "tick", (("pg_clipfrac", "actor/pg_clipfrac"),), REFRESHED, "codec/q_refreshed"),
 )
 
 
@@ -112,7 +85,7 @@ PLOTS = (
 class Curve:
     """One line of every figure: a run, or the completed seeds of one experiment drawn as mean and band."""
 
-    runs: tuple[Recorded, ...]
+    runs: tuple[Run, ...]
     label: str
     color: str
     marker: str
@@ -131,17 +104,10 @@ class Curve:
         return MARKERS[self.marker]
 
 
-def curves(runs: Iterable[Recorded]) -> list[Curve]:
-    """Group runs into lines. Only completed runs that differ in nothing but the seed are pooled.
-
-    A run that stopped early keeps a line of its own: in a mean, its end would look like a jump.
-    """
-    runs = list(runs)
+def curves(runs: list[Run]) -> list[Curve]:
+    """The lines of every figure, each experiment in a colour of its own."""
+    groups = pool(runs)
     designs = list(dict.fromkeys(run.design for run in runs))
-    groups: list[list[Recorded]] = []
-    for run in runs:
-        home = next((group for group in groups if _belongs(run, group)), None)
-        groups.append([run]) if home is None else home.append(run)
     labels = [_label(group) for group in groups]
     found = []
     for group, label in zip(groups, labels):
@@ -154,12 +120,7 @@ def curves(runs: Iterable[Recorded]) -> list[Curve]:
     return found
 
 
-def _belongs(run: Recorded, group: list[Recorded]) -> bool:
-    same = run.design == group[0].design and run.seed not in {other.seed for other in group}
-    return same and run.status == group[0].status == "completed"
-
-
-def _label(group: list[Recorded]) -> str:
+def _label(group: list[Run]) -> str:
     first = group[0]
     if len(group) > 1:
         return f"{first.name}, {len(group)} seeds"
@@ -183,16 +144,18 @@ def _picture(plot: Plot, group: list[Curve], beside: list[Curve]) -> Picture:
     def draw(figure: Figure) -> None:
         axes = figure.subplots(len(plot.panels), 1, sharex=True, squeeze=False)[:, 0]
         for axis, (label, metric) in zip(axes, plot.panels):
-            axis.update_datalim([point for curve in beside for s in _values(curve, plot, metric) for point in s.items()])
+            series = [values for curve in beside for values in _values(curve, plot, metric)]
+            axis.update_datalim([point for values in series for point in values.items()])
             for curve in group:
                 _draw(axis, curve, plot, metric)
             axis.set_ylabel(label)
             axis.margins(x=0.02)
         axes[-1].set_xlabel(plot.x)
-        axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
 
-    title = plot.title if group == beside else f"{plot.title}: {group[0].label}"
-    return Picture(title, plot.note, _svg(title, 2.5 + 0.8 * (len(plot.panels) - 1), draw))
+    title = plot.title if len(group) == len(beside) else f"{plot.title}: {group[0].label}"
+    marked = not plot.marks or any(any(s.values()) for s in _values(group[0], plot, plot.marks))
+    return Picture(title, plot.note if marked else "", _svg(title, 2.5 + 0.8 * (len(plot.panels) - 1), draw))
 
 
 def _values(curve: Curve, plot: Plot, metric: str) -> list[dict[float, float]]:
@@ -209,7 +172,7 @@ def _draw(axis: Axes, curve: Curve, plot: Plot, metric: str) -> None:
     values[~np.isfinite(values)] = np.nan
     mean = values.mean(axis=0)
     if len(found) > 1:
-        axis.fill_between(xs, values.min(axis=0), values.max(axis=0), color=curve.color, alpha=0.2, linewidth=0)
+        axis.fill_between(xs, values.min(axis=0), values.max(axis=0), color=curve.color, alpha=0.25, linewidth=0)
     style = {"color": curve.color, "linestyle": "--" if curve.stopped else "-", "marker": curve.marker}
     if plot.marks:
         marked = curve.runs[0].series(plot.kind, plot.x, plot.marks)

@@ -224,6 +224,8 @@ class RolloutWorker:
             ids = self.tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False)
         else:
             ids = self.tokenizer(text)["input_ids"]
+        if not ids:
+            raise ValueError(f"the model's tokenizer knows no character of the prompt {prompt[:60]!r}")
         if len(ids) > self.grpo.max_prompt_length:
             raise PromptTooLong(
                 f"a prompt has {len(ids)} tokens, grpo.max_prompt_length is {self.grpo.max_prompt_length}: "

@@ -227,9 +227,7 @@ def check(micro: MicroBatch, chosen: list[dict[str, Any]], ref: bool) -> None:
 
 
 @LAW
-@given(
-    st.integers(1, 12), st.integers(0, 1000), st.booleans(), st.integers(0, 2), st.integers(1, 14), st.randoms()
-)
+@given(st.integers(1, 12), st.integers(0, 1000), st.booleans(), st.integers(0, 2), st.integers(1, 14), st.randoms())
 def test_microbatches_hold_the_samples_in_the_given_order_with_each_number_at_its_token(
     n: int, seed: int, ref: bool, shortest: int, size: int, rng: Any
 ):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -248,7 +250,7 @@ def test_warm_started_refreshes_on_a_fixed_x_approach_the_best_rank_r_and_never_
         captured.append(y.double().square().sum().item())
         c.observe(x, y)
         c.load(c.refresh(c.v))
-    assert all(later >= earlier * (1 - 1e-6) for earlier, later in zip(captured, captured[1:]))
+    assert all(later >= earlier * (1 - 1e-6) for earlier, later in itertools.pairwise(captured))
     assert captured[0] < 0.9 * best
     assert best * (1 - 1e-4) < captured[-1] < best * (1 + 1e-6)
 
