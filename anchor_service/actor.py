@@ -1,20 +1,22 @@
-"""The anchor as a Ray actor. It runs fires one after the other, in the background of the swarm's ticks."""
+"""The anchor as a Ray actor. It runs its fires one after the other, in the background of the swarm's ticks."""
 
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import ray
 import torch
 from ray.exceptions import GetTimeoutError
-from safetensors.torch import load_file, save_file
 
 from anchor_service.config import AnchorConfig
 from anchor_service.dense_gradient import DenseGradient
 from anchor_service.errors import WaitTimeout
+from anchor_service.lag import Due
 from anchor_service.messages import FireJob, pack_correction
+from anchor_service.ring import RingOverflow
 from codec.frames import digest, digest_of
 from rl.batch import Batch
 from rl.config import GrpoConfig
@@ -24,7 +26,7 @@ from rl.policy import Span
 
 
 class Anchor:
-    """Holds M̄ and the newest snapshot; nothing else stays between fires."""
+    """One anchor worker. Nothing but its copy of the model stays between fires."""
 
     def __init__(
         self,
@@ -48,44 +50,51 @@ class Anchor:
             grpo,
             temperature,
         )
-        self.m_bar: torch.Tensor | None = None
 
-    def ready(self) -> bool:
-        return True
-
-    def fire(self, job: FireJob) -> list[Any]:
-        """A report, then one correction frame a stage (each its own object: a stage fetches only its shard)."""
+    def gradient(self, job: FireJob) -> tuple[dict[str, Any], np.ndarray]:
+        """M of one job, fp32 [numel] on the host, with a report."""
         start = time.perf_counter()
         snapshot, replay = self._pull(job)
         pulled = time.perf_counter()
         self.dense.load(snapshot, job.source_tick)
-        _, batch = Batch.from_frame(replay, f"replay of tick {job.source_tick + 1}")
-        m = self.dense.gradient(batch)
-        self.m_bar = m.clone() if self.m_bar is None else self.m_bar.lerp_(m, 1 - self.config.beta_anc)
+        header, batch = Batch.from_frame(replay, f"replay of tick {job.source_tick + 1}")
+        m = self.dense.gradient(batch, header["denominator"])
         computed = time.perf_counter()
-        corrections = [
-            pack_correction(
-                self.dense.shard(self.m_bar, p), self.payload, job.version, job.source_tick, job.first_tick, p
-            )
-            for p in range(len(self.dense.stages))
-        ]
-        if self.config.slowdown > 1:
-            time.sleep((self.config.slowdown - 1) * (time.perf_counter() - start))
+        least = max(job.least_seconds, self.config.slowdown * (computed - start))
+        time.sleep(max(0.0, least - (computed - start)))
         report = {
             "version": job.version,
             "source_tick": job.source_tick,
-            "first_tick": job.first_tick,
-            "digest": digest(*(digest_of(c).encode() for c in corrections)),
-            "bytes": sum(c.nbytes for c in corrections),
-            "bytes_by_stage": [c.nbytes for c in corrections],
             "anchor/grad_norm": m.norm().item(),
-            "anchor/m_norm": self.m_bar.norm().item(),
             "perf/max_memory_gb": peak_memory_gb(self.dense.device),
             "timing_s/anchor_pull": pulled - start,
             "timing_s/anchor_compute": computed - pulled,
             "timing_s/anchor_total": time.perf_counter() - start,
         }
-        return [report, *corrections]
+        return report, m.cpu().numpy().copy()
+
+    def publish(self, report: dict[str, Any], m: np.ndarray, m_bar: np.ndarray | None) -> list[Any]:
+        """Report, M̄, then one correction frame a stage (each its own object: a stage fetches only its shard).
+
+        M̄ ← beta_anc·M̄ + (1-beta_anc)·M. The last M̄ is an argument, so that fires of several anchor
+        workers enter it in the order of their versions, whoever computed them.
+        """
+        start = time.perf_counter()
+        new = torch.from_numpy(m.copy())
+        if m_bar is not None:
+            new = torch.from_numpy(m_bar.copy()).lerp_(new, 1 - self.config.beta_anc)
+        version, source = report["version"], report["source_tick"]
+        corrections = [
+            pack_correction(self.dense.shard(new, p), self.payload, version, source, p)
+            for p in range(len(self.dense.stages))
+        ]
+        report = report | {
+            "digest": digest(*(digest_of(c).encode() for c in corrections)),
+            "bytes": sum(c.nbytes for c in corrections),
+            "anchor/m_norm": new.norm().item(),
+            "timing_s/anchor_publish": time.perf_counter() - start,
+        }
+        return [report, new.numpy(), *corrections]
 
     def _pull(self, job: FireJob) -> tuple[list[np.ndarray], np.ndarray]:
         try:
@@ -95,9 +104,57 @@ class Anchor:
             raise WaitTimeout("the swarm", what, self.config.timeout_s, "anchor.timeout_s") from error
         return found[:-1], found[-1]
 
-    def save(self, path: str) -> None:
-        """M̄ as safetensors. Fires are run in order, so this comes after all that were submitted before it."""
-        save_file({} if self.m_bar is None else {"m_bar": self.m_bar.cpu()}, path)
 
-    def restore(self, path: str) -> None:
-        self.m_bar = load_file(path, device=self.config.device).get("m_bar")
+@dataclass
+class Fire:
+    """A fire under way, or done and not merged yet."""
+
+    due: Due
+    report: Any
+    m_bar: Any
+    corrections: list[Any]  # one a stage
+    delivered: bool = False
+
+
+class AnchorLine:
+    """The driver's side of the anchor workers: which fires are under way, in the order of their versions."""
+
+    def __init__(self, workers: list[Any], stages: int, timeout_s: float, bound: int | None):
+        self.workers, self.stages, self.timeout_s, self.bound = workers, stages, timeout_s, bound
+        self.fires: dict[int, Fire] = {}
+        self.m_bar: Any = None
+
+    def start(self, due: Due, snapshot: list[Any], replay: Any, least_seconds: float = 0.0) -> None:
+        """Hand one job over; waits for nothing. Workers take turns, M̄ passes from one fire to the next.
+
+        Raises RingOverflow if more would be under way than the clock's agenda can have.
+        """
+        if self.bound is not None and len(self.fires) >= self.bound:
+            raise RingOverflow(f"versions {sorted(self.fires)} are under way, {due.version} would be beyond {self.bound}")
+        worker = self.workers[(due.version - 1) % len(self.workers)]
+        job = FireJob(due.version, due.source_tick, due.first_tick, snapshot, [replay], least_seconds)
+        report, m = worker.gradient.options(num_returns=2).remote(job)
+        returned = worker.publish.options(num_returns=2 + self.stages).remote(report, m, self.m_bar)
+        self.add(Fire(due, returned[0], returned[1], returned[2:]))
+
+    def add(self, fire: Fire) -> None:
+        self.fires[fire.due.version] = fire
+        self.m_bar = fire.m_bar
+
+    def arrived(self) -> list[Fire]:
+        """Fires that are done and not delivered yet, oldest first; waits for nothing."""
+        waiting = {fire.report: fire for fire in self.fires.values() if not fire.delivered}
+        done, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=0) if waiting else ([], [])
+        return sorted((waiting[ref] for ref in done), key=lambda fire: fire.due.version)
+
+    def report(self, fire: Fire) -> dict[str, Any]:
+        """Raises WaitTimeout if the fire is not done in time."""
+        try:
+            return ray.get(fire.report, timeout=self.timeout_s)
+        except GetTimeoutError as error:
+            what = f"the report of correction {fire.due.version}"
+            raise WaitTimeout("the anchor", what, self.timeout_s, "anchor.timeout_s") from error
+
+    def merged(self, version: int) -> list[Fire]:
+        """Fires up to `version`, oldest first; they leave the line."""
+        return [self.fires.pop(v) for v in sorted(self.fires) if v <= version]

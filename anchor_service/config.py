@@ -2,11 +2,104 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from pathlib import Path
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
 from codec.config import Section
+
+_MEAN = "mean lag in ticks; default: anchor.delay_k"
+
+
+class FixedLag(Section):
+    """Always `anchor.delay_k`."""
+
+    kind: Literal["fixed"] = Field("fixed", description="the contract's lag")
+
+
+class UniformLag(Section):
+    """Uniform between two bounds."""
+
+    kind: Literal["uniform"] = Field("uniform", description="uniform lag")
+    low: float = Field(1, ge=1, description="smallest lag in ticks")
+    high: float = Field(10, ge=1, description="largest lag in ticks")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> UniformLag:
+        if self.high < self.low:
+            raise ValueError(f"high {self.high:g} is below low {self.low:g}")
+        return self
+
+
+class LognormalLag(Section):
+    """A log-normal lag: mostly near the mean, sometimes several times it."""
+
+    kind: Literal["lognormal"] = Field("lognormal", description="log-normal lag")
+    mean: float | None = Field(None, ge=1, description=_MEAN)
+    sigma: float = Field(0.5, ge=0, le=3, description="standard deviation of the lag's logarithm")
+
+
+class ParetoLag(Section):
+    """A heavy tail: rare, very late corrections."""
+
+    kind: Literal["pareto"] = Field("pareto", description="Pareto lag")
+    mean: float | None = Field(None, ge=1, description=_MEAN)
+    shape: float = Field(2.0, gt=1, description="tail exponent; the smaller, the heavier")
+
+
+class MarkovLag(Section):
+    """An anchor that is healthy or slow, and stays so for a while."""
+
+    kind: Literal["markov"] = Field("markov", description="two states")
+    healthy: float | None = Field(None, ge=1, description="lag in ticks while healthy; default: anchor.delay_k")
+    slow: float = Field(40, ge=1, description="lag in ticks while slow")
+    p_slow: float = Field(0.1, ge=0, le=1, description="chance, each fire, that a healthy anchor becomes slow")
+    p_heal: float = Field(0.3, ge=0, le=1, description="chance, each fire, that a slow anchor heals")
+
+
+class OutageLag(Section):
+    """Windows without an anchor."""
+
+    kind: Literal["outage"] = Field("outage", description="no fires in the last `length` ticks of each `every`")
+    lag: float | None = Field(None, ge=1, description="lag in ticks otherwise; default: anchor.delay_k")
+    every: int = Field(100, ge=2, description="period in ticks")
+    length: int = Field(40, ge=1, description="ticks of each period without an anchor")
+
+    @model_validator(mode="after")
+    def _some_time_left(self) -> OutageLag:
+        if self.length >= self.every:
+            raise ValueError(f"length {self.length} leaves no tick of every {self.every} with an anchor")
+        return self
+
+
+class DiurnalLag(Section):
+    """A lag that swings with the time of day."""
+
+    kind: Literal["diurnal"] = Field("diurnal", description="sine around the mean")
+    mean: float | None = Field(None, ge=1, description=_MEAN)
+    amplitude: float = Field(0.5, ge=0, lt=1, description="swing as a share of the mean")
+    period: float = Field(200, gt=1, description="period in ticks")
+
+
+class TraceLag(Section):
+    """Lags from a file: a run's corrections.jsonl, or a CSV with source_tick and first_tick."""
+
+    kind: Literal["trace"] = Field("trace", description="recorded lags")
+    path: str = Field(description="the file")
+
+    @field_validator("path")
+    @classmethod
+    def _exists(cls, path: str) -> str:
+        if not Path(path).expanduser().is_file():
+            raise ValueError(f"no such file: {path!r}")
+        return path
+
+
+LagConfig = Annotated[
+    FixedLag | UniformLag | LognormalLag | ParetoLag | MarkovLag | OutageLag | DiurnalLag | TraceLag,
+    Field(discriminator="kind"),
+]
 
 
 class AnchorConfig(Section):
@@ -16,9 +109,15 @@ class AnchorConfig(Section):
     delay_k: int = Field(5, ge=1, description="how many ticks old M's weights are when it is first merged")
     cadence: int = Field(5, ge=1, description="M is refreshed every so many ticks")
     beta_anc: float = Field(0.5, ge=0, lt=1, description="M̄ ← beta_anc·M̄ + (1-beta_anc)·M at each fire")
-    clock: Literal["lockstep"] = Field(
-        "lockstep", description="`lockstep`: the swarm waits for a correction that is due"
+    clock: Literal["lockstep", "wall"] = Field(
+        "lockstep",
+        description="`lockstep`: lags are ticks, exact, and a due correction is waited for; `wall`: nothing waits",
     )
+    lag: LagConfig = FixedLag()
+    max_lag: int | None = Field(None, ge=1, description="a correction later than this, in ticks, is refused")
+    max_age: int | None = Field(None, ge=0, description="a correction held longer than this, in ticks, is dropped")
+    workers: int = Field(1, ge=1, description="fires that may be in flight at once, each on a worker of its own")
+    replay_fraction: float = Field(1.0, gt=0, le=1, description="share of each replay batch that the anchor uses")
     payload: Literal["auto", "dense"] = Field(
         "auto", description="`auto`: sign planes where the merger needs no more; `dense`: fp32 M̄ always"
     )

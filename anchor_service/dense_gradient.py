@@ -51,9 +51,11 @@ class DenseGradient:
             raise FrameError("all stages", "weights", f"{offset} parameters, the model has {weights.numel}")
         weights.publish()
 
-    def gradient(self, batch: Batch) -> Tensor:
-        """∇L at the loaded weights on `batch`, fp32 [numel]; token-mean over the batch.
+    def gradient(self, batch: Batch, denominator: float) -> Tensor:
+        """∇L at the loaded weights on `batch`, fp32 [numel], divided by `denominator`.
 
+        For a whole mini-batch that is its response tokens, so that M is normalised as the swarm's
+        gradient is; for a share f of its samples f times that, which keeps M unbiased.
         The ratio is taken to the log-probs that the rollout engine recorded: its model is the
         uncompressed one too. The result is overwritten by the next call.
         """
@@ -62,7 +64,7 @@ class DenseGradient:
         for micro in microbatches(batch, np.argsort(-batch.total, kind="stable"), self.size, self.device):
             hidden = self.model(micro.ids, micro.real, cuts={})
             terms = loss_terms(
-                self.model, hidden, micro, micro.rollout_logprobs, batch.response_tokens, self.grpo, self.temperature
+                self.model, hidden, micro, micro.rollout_logprobs, denominator, self.grpo, self.temperature
             )
             terms.loss.backward()
             weights.collect()

@@ -23,16 +23,12 @@ class Inbox:
         with self._lock:
             return max(self._held, default=0)
 
-    def adopt(self, version: int) -> Correction | None:
-        """The agreed version, to be merged from now on; older ones are dropped. None for version 0.
+    def adopt(self, version: int) -> Correction:
+        """Take the agreed version out, to be merged from now on; it and all older ones leave the inbox.
 
         Raises KeyError if this rank does not hold it.
         """
         with self._lock:
-            self._held = {v: c for v, c in self._held.items() if v >= version}
-            return self._held[version] if version else None
-
-    def held(self) -> list[Correction]:
-        """All corrections held, oldest first; for checkpoints."""
-        with self._lock:
-            return [self._held[v] for v in sorted(self._held)]
+            found = self._held[version]
+            self._held = {v: c for v, c in self._held.items() if v > version}
+            return found

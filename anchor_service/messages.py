@@ -18,9 +18,10 @@ class FireJob:
 
     version: int
     source_tick: int
-    first_tick: int
+    first_tick: int | None  # None on the wall clock: it is merged when it is there
     snapshot: list[Any]  # reference to a weights frame, one a stage
     replay: list[Any]  # reference to a batch frame, one element
+    least_seconds: float = 0.0  # a simulated lag: not done before this time has passed
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,9 @@ class TickPlan:
 
     tick: int
     mini_batch: int  # which of the step's mini-batches
-    correction: Any | None  # reference to this stage's correction frame, in the tick that first merges it
-    version: int  # version that must be merged in this tick; 0 before the first fire
+    correction: Any | None  # reference to this stage's correction frame, in the tick that must first merge it
+    version: int | None  # version that must be merged in this tick, 0 before the first fire; None: what all ranks hold
+    keep_source: bool = False  # a fire starts from the weights before this tick: `delta` will need its G_comp
 
 
 @dataclass(frozen=True)
@@ -39,12 +41,11 @@ class Correction:
 
     version: int
     source_tick: int
-    first_tick: int
     values: Tensor  # int8 signs or float32 M̄, [numel of the stage]
     digest: str
 
 
-def pack_correction(m: Tensor, payload: str, version: int, source_tick: int, first_tick: int, stage: int) -> np.ndarray:
+def pack_correction(m: Tensor, payload: str, version: int, source_tick: int, stage: int) -> np.ndarray:
     """Correction frame of one stage. `m` is M̄ [numel]; `payload` is `sign` or `dense`."""
     arrays = signs.encode(m, f"stage {stage}") if payload == "sign" else {"dense": m.cpu().numpy()}
     header = {
@@ -52,7 +53,6 @@ def pack_correction(m: Tensor, payload: str, version: int, source_tick: int, fir
         "payload": payload,
         "version": version,
         "source_tick": source_tick,
-        "first_tick": first_tick,
         "stage": stage,
         "numel": m.numel(),
     }
@@ -65,7 +65,7 @@ def unpack_correction(frame: np.ndarray, stage: int, numel: int) -> Correction:
     for field, expected in (("kind", "correction"), ("stage", stage), ("numel", numel)):
         if header.get(field) != expected:
             raise frames.FrameError("the anchor", field, f"is {header.get(field)!r}, this rank needs {expected!r}")
-    for field in ("version", "source_tick", "first_tick"):
+    for field in ("version", "source_tick"):
         if type(header.get(field)) is not int:
             raise frames.FrameError("the anchor", field, f"is {header.get(field)!r}, not a number")
     try:
@@ -75,7 +75,6 @@ def unpack_correction(frame: np.ndarray, stage: int, numel: int) -> Correction:
     return Correction(
         version=header["version"],
         source_tick=header["source_tick"],
-        first_tick=header["first_tick"],
         values=values,
         digest=frames.digest_of(frame),
     )

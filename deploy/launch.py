@@ -63,7 +63,11 @@ def bundles(config: RunConfig) -> list[dict[str, float]]:
 
     swarm = config.swarm
     roles = [swarm.device] * (swarm.dp * swarm.pp) + [config.rollout.device] * config.rollout.replicas
-    return [one(device) for device in roles + [config.anchor.device] * config.anchor.enabled]
+    return [one(device) for device in roles + [config.anchor.device] * anchor_workers(config)]
+
+
+def anchor_workers(config: RunConfig) -> int:
+    return config.anchor.workers if config.anchor.enabled else 0
 
 
 @contextmanager
@@ -75,9 +79,9 @@ def fleet(config: RunConfig) -> Iterator[Fleet]:
         handles += _start(config, group)
         count = config.swarm.dp * config.swarm.pp
         workers, engines = handles[:count], handles[count : count + config.rollout.replicas]
-        anchor = handles[-1] if config.anchor.enabled else None
-        _build(config, workers, engines, anchor)
-        yield Fleet(workers, engines, anchor)
+        anchors = handles[count + config.rollout.replicas :]
+        _build(config, workers, engines, anchors)
+        yield Fleet(workers, engines, anchors)
     finally:
         for handle in handles:
             ray.kill(handle)
@@ -120,6 +124,7 @@ def _start(config: RunConfig, group: PlacementGroup) -> list[Any]:
                 num_gpus=resources.get("GPU", 0),
                 max_restarts=0,
                 max_task_retries=0,  # a repeated tick would hang the other ranks
+                **({"concurrency_groups": {"inbox": 1}} if cls is Worker and config.anchor.clock == "wall" else {}),
                 scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index),
                 runtime_env={"env_vars": {**_ENV, "OMP_NUM_THREADS": str(config.swarm.threads)}},
             )
@@ -145,9 +150,7 @@ def _start(config: RunConfig, group: PlacementGroup) -> list[Any]:
         )
         for i in range(config.rollout.replicas)
     ]
-    if config.anchor.enabled:
-        handles.append(_start_anchor(config, actor, len(handles)))
-    return handles
+    return handles + [_start_anchor(config, actor, len(handles) + i) for i in range(anchor_workers(config))]
 
 
 def _start_anchor(config: RunConfig, actor: Any, index: int) -> Any:
@@ -167,13 +170,13 @@ def _start_anchor(config: RunConfig, actor: Any, index: int) -> Any:
     )
 
 
-def _build(config: RunConfig, workers: list[Any], engines: list[Any], anchor: Any | None) -> None:
+def _build(config: RunConfig, workers: list[Any], engines: list[Any], anchors: list[Any]) -> None:
     """Wait until every actor has loaded its part of the model and the workers have met."""
     limit = (config.swarm.start_timeout_s, "swarm.start_timeout_s")
     (init,) = gather([("worker d0p0", workers[0].address.remote())], "its address", *limit)
     calls = [(f"worker {rank}", worker.build.remote(init)) for rank, worker in enumerate(workers)]
     calls += [(f"engine {i}", engine.__ray_ready__.remote()) for i, engine in enumerate(engines)]
-    calls += [("the anchor", anchor.__ray_ready__.remote())] if anchor else []
+    calls += [(f"anchor {i}", anchor.__ray_ready__.remote()) for i, anchor in enumerate(anchors)]
     gather(calls, "its part of the model", *limit)
 
 

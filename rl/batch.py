@@ -66,6 +66,10 @@ class Batch:
             cut[name] = getattr(self, name)[response[start] : response[stop]]
         return Batch(**cut)
 
+    def pick(self, samples: np.ndarray) -> Batch:
+        """The given samples, in that order."""
+        return concat([self.take(int(i), int(i) + 1) for i in samples])
+
     def to_frame(self, **header: Any) -> np.ndarray:
         return frames.pack(header, {f.name: getattr(self, f.name) for f in fields(self)})
 

@@ -61,8 +61,10 @@ def read_state(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "state.json").read_text())
 
 
-def read_frame(folder: Path, name: str) -> np.ndarray:
-    return np.fromfile(folder / f"{name}.frame", np.uint8)
+def read_frame(folder: Path, name: str) -> np.ndarray | None:
+    """None if the checkpoint has no such frame."""
+    file = folder / f"{name}.frame"
+    return np.fromfile(file, np.uint8) if file.exists() else None
 
 
 def rank_file(folder: str, rank: Rank) -> Path:
@@ -78,13 +80,11 @@ def save_rank(rank: Rank, folder: str, step: int) -> None:
         if boundary.codec.basis is not None:
             tensors |= {f"codec.{layer}.{k}": getattr(boundary.codec, k) for k in ("basis", "v", "energy")}
     tensors |= {f"reducer.{k}": v for k, v in rank.reducer.state().items()}
-    tensors |= {f"source.{s}": g for s, g in rank.sources.pending().items()}
-    fields: dict[str, Any] = {"step": step}
+    tensors |= {f"source.{s}": g for s, g in rank.sources.items()}
+    fields: dict[str, Any] = {"step": step, "seen": rank.seen, "first_tick": rank.first_tick}
     if rank.correction is not None:
         tensors["correction"] = rank.correction.values
-        fields["correction"] = {
-            k: getattr(rank.correction, k) for k in ("version", "source_tick", "first_tick", "digest")
-        }
+        fields["correction"] = {k: getattr(rank.correction, k) for k in ("version", "source_tick", "digest")}
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     save_file(tensors, rank_file(folder, rank), metadata={"fields": json.dumps(fields)})
 
@@ -112,7 +112,7 @@ def restore_rank(rank: Rank, folder: str) -> None:
             setattr(boundary.codec, k, tensors[f"codec.{layer}.{k}"].to(device))
     rank.reducer.restore({k.removeprefix("reducer."): v for k, v in tensors.items() if k.startswith("reducer.")})
     for key in (k for k in tensors if k.startswith("source.")):
-        rank.sources.put(int(key.removeprefix("source.")), tensors[key].to(device))
+        rank.sources[int(key.removeprefix("source."))] = tensors[key].to(device)
+    rank.seen, rank.first_tick = fields["seen"], fields["first_tick"]
     if "correction" in tensors:
         rank.correction = Correction(values=tensors["correction"].to(device), **fields["correction"])
-        rank.inbox.put(rank.correction)

@@ -11,16 +11,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ray
 
+from anchor_service.actor import AnchorLine, Fire
+from anchor_service.clock import Lockstep, Wall
 from anchor_service.errors import WaitTimeout
-from anchor_service.messages import FireJob, TickPlan
-from anchor_service.ring import SnapshotRing, anchor_should_fire
+from anchor_service.lag import Due, agenda, make_draw
+from anchor_service.messages import TickPlan
 from codec.ledger import Ledger
 from merger import MERGERS
 from rl.batch import Batch, Prompts, concat
@@ -34,16 +36,16 @@ class Fleet:
 
     workers: list[Any]
     engines: list[Any]
-    anchor: Any | None
+    anchors: list[Any]
 
 
 @dataclass(frozen=True)
-class Fire:
-    """A fire under way: its job and references to its report and to one correction a stage."""
+class MiniFrame:
+    """One tick's samples, and a reference to them as a frame."""
 
-    job: FireJob
-    report: Any
-    corrections: list[Any]
+    batch: Batch
+    reference: Any
+    size: int
 
 
 def gather(calls: Iterable[tuple[str, Any]], what: str, seconds: float, knob: str) -> list[Any]:
@@ -64,9 +66,15 @@ class Coordinator:
     def __init__(self, config: Any, fleet: Fleet, telemetry: Telemetry, run: Path):
         self.config, self.fleet, self.telemetry, self.run_folder = config, fleet, telemetry, run
         self.ledger = Ledger()
-        self.ring: SnapshotRing[Fire] = SnapshotRing(config.anchor.cadence, config.anchor.delay_k)
-        self.tick = self.step = self.fires = self.version = 0
-        self.corrects = MERGERS[config.merger.kind].payload is not None
+        self.tick = self.step = self.fires = self.version = self.merged = 0
+        self.tick_seconds = 0.0  # running mean
+        self.clock = make_clock(config)
+        corrects = fleet.anchors and MERGERS[config.merger.kind].payload is not None
+        timeout_s, bound = config.anchor.timeout_s, self.clock.bound()
+        self.line = AnchorLine(fleet.anchors, config.swarm.pp, timeout_s, bound) if corrects else None
+        self._deliveries: list[Any] = []
+        self._expired = False
+        self._merged_m_bar: Any = None
         self.peaks: dict[str, float] = {}  # peak memory of the largest process of a role, GB
         self._logged: dict[str, float] = {}
         self._weights: tuple[int, list[Any], int] | None = None  # newest frames: tick, references, bytes
@@ -93,13 +101,13 @@ class Coordinator:
         self.step += 1
         batch, timing = self._rollout()
         minis = self._mini_batches(batch)
-        self._control(sum(size for _, size in minis) * len(self.fleet.workers))
-        references = [ref for ref, _ in minis]
+        self._control(sum(mini.size for mini in minis) * len(self.fleet.workers))
+        references = [mini.reference for mini in minis]
         begun = self._on_workers("begin_step", [references] * len(self.fleet.workers), "the start of a step")
         metrics, step_ledger = combine(begun, batch.response_tokens)
         self.ledger.merge(step_ledger)
         self._remember("worker", metrics["perf/max_memory_gb"])
-        ticks = [self._tick(i, *mini, self._mini(batch, i).response_tokens) for i, mini in enumerate(minis)]
+        ticks = [self._tick(i, mini) for i, mini in enumerate(minis)]
         self._sync_engines()
         timing |= {k: v for k, v in metrics.items() if k.startswith("timing_s/")}
         timing["timing_s/ticks"] = sum(t["timing_s/tick"] for t in ticks)
@@ -120,67 +128,94 @@ class Coordinator:
             },
         )
 
-    def _tick(self, index: int, mini: Any, size: int, tokens: int) -> dict[str, float]:
+    def _tick(self, index: int, mini: MiniFrame) -> dict[str, float]:
         start = time.perf_counter()
-        self._offer(mini, size)
+        keep = self._offer(mini)
         self.tick += 1
-        fire = self._due()
-        self.version = fire.job.version if fire else self.version
+        self._deliver()
+        due = self.clock.due(self.tick) if self.line else None
+        self.version = due.version if due else self.version
         plans = []
         for rank in range(len(self.fleet.workers)):
-            stage = rank % self.config.swarm.pp
-            plans.append((TickPlan(self.tick, index, [fire.corrections[stage]] if fire else None, self.version),))
+            correction = [self.line.fires[due.version].corrections[rank % self.config.swarm.pp]] if due else None
+            plans.append((TickPlan(self.tick, index, correction, self.version if self.clock.waits else None, keep),))
         reports = self._on_workers("tick", plans, f"tick {self.tick}")
-        metrics, ledger = combine(reports, tokens)
-        if fire:
-            self._log_fire(fire)
+        metrics, ledger = combine(reports, mini.batch.response_tokens)
         self.ledger.merge(ledger)
+        self._log_corrections(metrics)
         metrics |= self._bytes_since_last_tick()
         metrics["timing_s/tick"] = time.perf_counter() - start
-        if self.fleet.anchor:
-            metrics["anchor/backwards"] = self.fires
+        self.tick_seconds += 0.2 * (metrics["timing_s/tick"] - self.tick_seconds)
         self.telemetry.tick(self.step, self.tick, metrics | self._totals())
         return metrics
 
     # --- the anchor -----------------------------------------------------------------------------
 
-    def _offer(self, mini: Any, size: int) -> None:
-        """Hand θ_s and b_{s+1} to the anchor if a fire within this run will need them; waits for nothing."""
-        s = self.tick
-        if not self._needed(s):
+    def _offer(self, mini: MiniFrame) -> bool:
+        """Hand θ_s and b_{s+1} to the anchor if a fire starts from them; waits for nothing."""
+        dues = self.clock.to_start(self.tick) if self.line else []
+        for due in dues:
+            references, nbytes = self._weights_of(self.tick)
+            replay, size = self._replay(mini, due.version)
+            self.line.start(due, references, replay, self._least_seconds(due))
+            self.ledger.add("snapshot", nbytes, 0)
+            self.ledger.add("replay", size, 0)
+        return bool(dues)
+
+    def _replay(self, mini: MiniFrame, version: int) -> tuple[Any, int]:
+        """The mini-batch, or a seeded share of its samples with the denominator that keeps M unbiased."""
+        fraction = self.config.anchor.replay_fraction
+        if fraction == 1:
+            return mini.reference, mini.size
+        count = max(1, round(fraction * len(mini.batch)))
+        rng = np.random.default_rng([self.config.run.seed, 0x5A3, version])
+        chosen = np.sort(rng.choice(len(mini.batch), count, replace=False))
+        denominator = mini.batch.response_tokens * count / len(mini.batch)
+        frame = mini.batch.pick(chosen).to_frame(denominator=denominator)
+        return ray.put(frame), frame.nbytes
+
+    def _least_seconds(self, due: Due) -> float:
+        """On the wall clock a lag model slows the real anchor down by that many tick times."""
+        if self.clock.waits or self.config.anchor.lag.kind == "fixed":
+            return 0.0
+        return self.clock.lag_of(due.version - 1, due.source_tick) * self.tick_seconds
+
+    def _deliver(self) -> None:
+        """Pass corrections that are done on to every rank's inbox. On the wall clock only; waits for nothing."""
+        if self.line is None or self.clock.waits:
             return
-        first = s + self.config.anchor.delay_k
-        references, nbytes = self._weights_of(s)
-        version = first // self.config.anchor.cadence - self._fires_before_first()
-        job = FireJob(version, s, first, references, [mini])
-        count = 1 + self.config.swarm.pp
-        report, *corrections = self.fleet.anchor.fire.options(num_returns=count).remote(job)
-        self.ring.put(s, Fire(job, report, corrections))
-        self.ledger.add("snapshot", nbytes, 0)
-        self.ledger.add("replay", size, 0)
-
-    def _needed(self, s: int) -> bool:
-        last = self.config.run.steps * self.config.grpo.ticks_per_step
-        return bool(
-            self.fleet.anchor and self.corrects and self.ring.wants(s) and s + self.config.anchor.delay_k <= last
+        for fire in self.line.arrived():
+            self.line.report(fire)  # raises if the fire failed
+            self.clock.finished(fire.due.version)
+            fire.delivered = True
+            for rank, worker in enumerate(self.fleet.workers):
+                reference = [fire.corrections[rank % self.config.swarm.pp]]
+                self._deliveries.append(worker.deliver.options(concurrency_group="inbox").remote(reference))
+        done, self._deliveries = (
+            ray.wait(self._deliveries, num_returns=len(self._deliveries), timeout=0) if self._deliveries else ([], [])
         )
+        ray.get(done)  # raises what a delivery raised
 
-    def _fires_before_first(self) -> int:
-        """Multiples of the cadence that come before `delay_k`: no fire happens there, so versions start at 1."""
-        return (self.config.anchor.delay_k - 1) // self.config.anchor.cadence
-
-    def _due(self) -> Fire | None:
-        anchor = self.config.anchor
-        if not (self.fleet.anchor and self.corrects and anchor_should_fire(self.tick, anchor.cadence, anchor.delay_k)):
-            return None
-        return self.ring.take(self.tick)
-
-    def _log_fire(self, fire: Fire) -> None:
-        (report,) = gather([("the anchor", fire.report)], "its report", *self._anchor_limit())
-        self.fires += 1
-        self._remember("anchor", report["perf/max_memory_gb"])
-        self.ledger.add("correction", sum(report["bytes_by_stage"]) * self.config.swarm.dp, 0)
-        self.telemetry.fire(self.step, self.tick, report)
+    def _log_corrections(self, metrics: dict[str, float]) -> None:
+        """Write down what this tick was the first to merge, what it passed over, and what it dropped."""
+        version = int(metrics.get("anchor/version", 0))
+        fires = self.line.merged(version) if self.line and version > self.merged else []
+        for fire in fires:
+            report = self.line.report(fire)
+            first = self.tick if fire.due.version == version else None
+            self.fires += 1
+            self.merged, self._merged_m_bar = version, fire.m_bar
+            self._remember("anchor", report["perf/max_memory_gb"])
+            self.ledger.add("correction", report["bytes"] * self.config.swarm.dp, 0)
+            self.telemetry.fire(self.step, self.tick, report | {"first_tick": first})
+        if "anchor/refused" in metrics:
+            self.telemetry.event(self.step, self.tick, "correction refused", version=int(metrics["anchor/refused"]))
+        expired = "anchor/expired" in metrics
+        if expired and not self._expired:
+            self.telemetry.event(self.step, self.tick, "correction dropped at max_age", version=version)
+        self._expired = expired
+        if self.line:
+            metrics["anchor/backwards"] = self.fires
 
     # --- rollouts and weights -------------------------------------------------------------------
 
@@ -248,16 +283,15 @@ class Coordinator:
 
     # --- small helpers --------------------------------------------------------------------------
 
-    def _mini(self, batch: Batch, index: int) -> Batch:
-        samples = self.config.grpo.ppo_mini_batch_size * self.config.grpo.group_size
-        return batch.take(index * samples, (index + 1) * samples)
-
-    def _mini_batches(self, batch: Batch) -> list[tuple[Any, int]]:
-        """References to the frames of the step's mini-batches, with their sizes."""
-        frames = [
-            self._mini(batch, i).to_frame(step=self.step, index=i) for i in range(self.config.grpo.ticks_per_step)
-        ]
-        return [(ray.put(frame), frame.nbytes) for frame in frames]
+    def _mini_batches(self, batch: Batch) -> list[MiniFrame]:
+        """The step's mini-batches, each packed once for workers and anchor."""
+        grpo, found = self.config.grpo, []
+        samples = grpo.ppo_mini_batch_size * grpo.group_size
+        for i in range(grpo.ticks_per_step):
+            mini = batch.take(i * samples, (i + 1) * samples)
+            frame = mini.to_frame(step=self.step, index=i, denominator=mini.response_tokens)
+            found.append(MiniFrame(mini, ray.put(frame), frame.nbytes))
+        return found
 
     def _on_workers(self, method: str, arguments: list[tuple], what: str) -> list[Any]:
         calls = []
@@ -269,7 +303,7 @@ class Coordinator:
     def _swarm_limit(self) -> tuple[float, str]:
         # the ranks' own deadlines are shorter and say more, so this one only catches a rank that is stuck
         swarm, anchor = self.config.swarm, self.config.anchor
-        return swarm.timeout_s * 2 + (anchor.timeout_s if self.fleet.anchor else 0), "swarm.timeout_s"
+        return swarm.timeout_s * 2 + (anchor.timeout_s if self.line else 0), "swarm.timeout_s"
 
     def _anchor_limit(self) -> tuple[float, str]:
         return self.config.anchor.timeout_s, "anchor.timeout_s"
@@ -317,57 +351,75 @@ class Coordinator:
         writer = checkpoint.Writer(self.run_folder, self.step)
         folder = str(writer.path)
         self._on_workers("save", [(folder, self.step)] * len(self.fleet.workers), "its checkpoint")
-        frames, reports = {}, {}
-        for s, fire in self.ring.pending().items():
-            report, *corrections = gather(
-                [("the anchor", ref) for ref in (fire.report, *fire.corrections)],
-                "a pending fire",
-                *self._anchor_limit(),
-            )
-            reports[str(s)] = {"report": report, "version": fire.job.version, "first_tick": fire.job.first_tick}
-            frames |= {f"fire-{s}-{p}": correction for p, correction in enumerate(corrections)}
-        if self.fleet.anchor:
-            call = self.fleet.anchor.save.remote(str(writer.path / "anchor.safetensors"))
-            gather([("the anchor", call)], "its checkpoint", *self._anchor_limit())
+        frames, pending = self._pending_fires()
         state = {
             "step": self.step,
             "tick": self.tick,
             "fires": self.fires,
             "version": self.version,
-            "pending": reports,
+            "merged": self.merged,
+            "pending": pending,
             "ledger": self.ledger.state(),
             "telemetry": self.telemetry.state(),
         }
         writer.commit(state, frames)
         self.telemetry.event(self.step, self.tick, "checkpoint", seconds=time.perf_counter() - start)
 
+    def _pending_fires(self) -> tuple[dict[str, np.ndarray], list[dict[str, Any]]]:
+        """Fires not merged yet, with M̄. On the wall clock only those that are done: it waits for none."""
+        if self.line is None:
+            return {}, []
+        fires = [self.line.fires[v] for v in sorted(self.line.fires)]
+        if not self.clock.waits:
+            ready = {fire.due.version for fire in self.line.arrived()}
+            fires = [fire for fire in fires if fire.delivered or fire.due.version in ready]
+        frames, pending = {}, []
+        for fire in fires:
+            pending.append({"due": asdict(fire.due), "report": self.line.report(fire)})
+            for p, correction in enumerate(ray.get(fire.corrections)):
+                frames[f"fire-{fire.due.version}-{p}"] = correction
+        m_bar = fires[-1].m_bar if fires else self.line.m_bar if self.clock.waits else self._merged_m_bar
+        if m_bar is not None:
+            frames["m_bar"] = ray.get(m_bar).view(np.uint8)
+        return frames, pending
+
     def restore(self, folder: Path) -> None:
         """Go on from a checkpoint. Raises CheckpointError if it does not fit the config."""
         state = checkpoint.read_state(folder)
-        self.step, self.tick, self.fires, self.version = (state[k] for k in ("step", "tick", "fires", "version"))
+        for name in ("step", "tick", "fires", "version", "merged"):
+            setattr(self, name, state[name])
         if self.step >= self.config.run.steps:
             raise checkpoint.CheckpointError(
                 f"{folder.name} is at step {self.step} and run.steps is {self.config.run.steps}: nothing is left to do"
             )
         self._on_workers("restore", [(str(folder),)] * len(self.fleet.workers), "loading its checkpoint")
-        if self.fleet.anchor:
-            call = self.fleet.anchor.restore.remote(str(folder / "anchor.safetensors"))
-            gather([("the anchor", call)], "loading its checkpoint", *self._anchor_limit())
-        for s, saved in state["pending"].items():
-            corrections = [ray.put(checkpoint.read_frame(folder, f"fire-{s}-{p}")) for p in range(self.config.swarm.pp)]
-            job = FireJob(saved["version"], int(s), saved["first_tick"], [], [])
-            self.ring.put(int(s), Fire(job, ray.put(saved["report"]), corrections))
-        missing = [
-            s
-            for s in range(self.tick)
-            if self._needed(s) and s + self.config.anchor.delay_k > self.tick and str(s) not in state["pending"]
-        ]
-        if missing:
-            raise checkpoint.CheckpointError(
-                f"{folder.name} lacks the fires from ticks {missing}: the saved run was to end there; start a longer run anew"
-            )
+        if self.line:
+            self._restore_fires(folder, state["pending"])
         self.ledger.merge({c: tuple(v) for c, v in state["ledger"].items()})
         self.telemetry.restore(state["telemetry"], self.step, self.tick)
+
+    def _restore_fires(self, folder: Path, pending: list[dict[str, Any]]) -> None:
+        m_bar = checkpoint.read_frame(folder, "m_bar")
+        self.line.m_bar = None if m_bar is None else ray.put(m_bar.view(np.float32))
+        for saved in pending:
+            due = Due(**saved["due"])
+            frames = [checkpoint.read_frame(folder, f"fire-{due.version}-{p}") for p in range(self.config.swarm.pp)]
+            self.line.add(Fire(due, ray.put(saved["report"]), self.line.m_bar, [ray.put(f) for f in frames]))
+        newest = max([self.merged, *self.line.fires])
+        missing = self.clock.resume(self.tick, newest) - set(self.line.fires)
+        if missing:
+            raise checkpoint.CheckpointError(
+                f"{folder.name} lacks corrections {sorted(missing)}: the saved run was to end before they are due; "
+                f"start a longer run anew"
+            )
+
+
+def make_clock(config: Any) -> Lockstep | Wall:
+    """The clock that `anchor.clock` names."""
+    anchor, seed = config.anchor, config.run.seed
+    if anchor.clock == "lockstep":
+        return Lockstep(agenda(anchor, seed, config.run.steps * config.grpo.ticks_per_step))
+    return Wall(anchor.workers, make_draw(anchor, seed))
 
 
 def sample_metrics(batch: Batch) -> dict[str, float]:

@@ -70,9 +70,10 @@ class Telemetry:
         self._write("val", step, tick, metrics | {"accuracy": accuracy})
 
     def fire(self, step: int, tick: int, report: dict[str, Any]) -> None:
-        """A correction was merged for the first time."""
+        """A correction was merged for the first time, or passed over for a newer one (first_tick None)."""
         keys = ("version", "source_tick", "first_tick", "digest", "bytes")
-        line = {k: report[k] for k in keys} | {"lag": report["first_tick"] - report["source_tick"]}
+        first = report["first_tick"]
+        line = {k: report[k] for k in keys} | {"lag": None if first is None else first - report["source_tick"]}
         self._corrections.write(json.dumps(line) + "\n")
         self._corrections.flush()
         self._write("fire", step, tick, {k: v for k, v in report.items() if not isinstance(v, list)})
@@ -106,7 +107,7 @@ class Telemetry:
         self.validations = state["validations"]
         self.seconds.update(state["seconds"])
         self._metrics = _keep(self._metrics, lambda record: record["step"] <= step)
-        self._corrections = _keep(self._corrections, lambda record: record["first_tick"] <= tick)
+        self._corrections = _keep(self._corrections, lambda record: (record["first_tick"] or 0) <= tick)
 
     def finish(self, status: str, extra: dict[str, Any]) -> dict[str, Any]:
         """Write summary.json and close the files."""

@@ -32,7 +32,7 @@ from anchor_service.config import AnchorConfig
 from anchor_service.errors import ReplicaMismatch
 from anchor_service.inbox import Inbox
 from anchor_service.messages import Correction, TickPlan
-from anchor_service.ring import SnapshotRing, q_should_refresh
+from anchor_service.ring import q_should_refresh
 from codec.boundary import Boundary
 from merger import MERGERS
 from merger.config import MergerConfig
@@ -73,8 +73,10 @@ class Rank:
         self.merger = MERGERS[rules.merger.kind](rules.merger)
         self.inbox = Inbox()
         self.correction: Correction | None = None
-        # G_comp of the ticks that a later fire will compare with; only `delta` needs them
-        self.sources: SnapshotRing[Tensor] = SnapshotRing(rules.anchor.cadence, rules.anchor.delay_k)
+        self.seen = 0  # newest version agreed on, merged or refused
+        self.first_tick = 0  # in which `correction` was first merged
+        # G_comp of the ticks that started a fire still under way, by source tick; only `delta` needs them
+        self.sources: dict[int, Tensor] = {}
         parameter = torch.nn.Parameter(stage.weights.master)
         parameter.grad = stage.weights.grad
         grpo = rules.grpo
@@ -177,35 +179,57 @@ def _sum_tied(rank: Rank) -> None:
 
 
 def _merge(rank: Rank, plan: TickPlan) -> dict[str, float]:
-    """Merge the version that every rank holds, in place of the gradient."""
+    """Merge the version that every rank holds, in place of the gradient. All ranks decide alike."""
     g_comp = rank.stage.weights.grad
     if rank.merger.payload is None:
         return {}
-    if rank.merger.payload == "dense" and rank.sources.wants(plan.tick - 1):
-        rank.sources.put(plan.tick - 1, g_comp.clone())
-    version = rank.grid.min_world(rank.inbox.newest())
-    if version != plan.version:
-        held = f"{rank.grid.name} holds {rank.inbox.newest()}, all ranks hold {version}"
-        raise ReplicaMismatch(f"version {plan.version} is due but not held", plan.tick, version, [held])
-    held = rank.inbox.adopt(version)
-    if held is None:
-        return {}
-    if rank.correction is None or held.version != rank.correction.version:
-        values = held.values.to(g_comp.device)
-        if rank.merger.payload == "dense":
-            values = values - rank.sources.take(plan.tick)
-        rank.correction = Correction(held.version, held.source_tick, held.first_tick, values, held.digest)
+    if rank.merger.payload == "dense" and plan.keep_source:
+        rank.sources[plan.tick - 1] = g_comp.clone()
+    values = _adopt(rank, plan)
     correction = rank.correction
-    merged = rank.merger(g_comp, correction.values, plan.tick - correction.first_tick, rank.norm)
-    stats = {
+    if correction is None:
+        return values
+    age, max_age = plan.tick - rank.first_tick, rank.rules.anchor.max_age
+    values |= {
+        "anchor/version": correction.version,
+        "anchor/age": age,
         "anchor/lag": plan.tick - correction.source_tick,
-        "anchor/age": plan.tick - correction.first_tick,
+    }
+    if max_age is not None and age > max_age:
+        return values | {"anchor/expired": 1.0}
+    merged = rank.merger(g_comp, correction.values, age, rank.norm)
+    values |= {
         "anchor/sign_agreement": (correction.values.sign() == g_comp.sign()).float().mean().item(),
         "merger/dose": rank.merger.dose,
         "merger/flip_fraction": (merged * g_comp < 0).float().mean().item(),
     }
     g_comp.copy_(merged)
-    return stats
+    return values
+
+
+def _adopt(rank: Rank, plan: TickPlan) -> dict[str, float]:
+    """Agree on the newest version that all ranks hold, and take it over unless it is too late."""
+    mine = max(rank.inbox.newest(), rank.seen)
+    version = rank.grid.min_world(mine)
+    if plan.version is not None and version != plan.version:
+        held = f"{rank.grid.name} holds {mine}, all ranks hold {version}"
+        raise ReplicaMismatch(f"version {plan.version} is due but not held", plan.tick, version, [held])
+    if version < rank.seen:
+        held = f"{rank.grid.name} has merged {rank.seen}, all ranks hold {version}"
+        raise ReplicaMismatch("a rank lost a version it had merged", plan.tick, version, [held])
+    if version == rank.seen:
+        return {}
+    held, rank.seen = rank.inbox.adopt(version), version
+    max_lag = rank.rules.anchor.max_lag
+    if max_lag is not None and plan.tick - held.source_tick > max_lag:
+        return {"anchor/refused": float(version)}
+    values = held.values.to(rank.grid.device)
+    if rank.merger.payload == "dense":
+        values = values - rank.sources[held.source_tick]
+        rank.sources = {s: g for s, g in rank.sources.items() if s > held.source_tick}
+    rank.correction = Correction(held.version, held.source_tick, values, held.digest)
+    rank.first_tick = plan.tick
+    return {}
 
 
 def _clip(rank: Rank, plan: TickPlan) -> float:

@@ -125,6 +125,10 @@ class Worker:
     def tick(self, plan: TickPlan) -> dict[str, Any]:
         return tick(self.rank, plan, self.minis[plan.mini_batch], self._fetch_correction)
 
+    def deliver(self, reference: list[Any]) -> None:
+        """Fetch a correction into the inbox, beside whatever tick is running; its rank merges it when all hold it."""
+        self.rank.inbox.put(self._fetch_correction(reference))
+
     def _fetch_correction(self, reference: list[Any]) -> Correction:
         seconds = self.rank.rules.anchor.timeout_s
         try:

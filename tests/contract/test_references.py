@@ -72,7 +72,7 @@ def test_m_of_the_anchor_is_the_dense_gradient(model: Path):
         pack({"tick": 3, "stage": p}, {"weights": w.master[: w.owned].detach().numpy()}) for p, w in enumerate(snapshot)
     ]
     anchor.load(frames, tick=3)
-    m = anchor.gradient(batch)
+    m = anchor.gradient(batch, batch.response_tokens)
 
     expected = plain_gradient(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), batch)
     for i, name in enumerate(anchor.model.weights.names):

@@ -1,0 +1,87 @@
+"""When fires start and when their corrections are merged. Pure: the run and the simulator share it.
+
+lockstep   the agenda says both; the swarm waits for a correction that is due
+wall       a fire starts in the first tick in which an anchor worker is free, on the newest weights;
+           its correction is merged in the first tick in which every rank holds it
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from anchor_service.lag import Draw, Due
+
+
+class Lockstep:
+    """Follows an agenda to the letter."""
+
+    waits = True
+
+    def __init__(self, agenda: list[Due]):
+        self._by_source: dict[int, list[Due]] = {}
+        for due in agenda:
+            self._by_source.setdefault(due.source_tick, []).append(due)
+        self._by_first = {due.first_tick: due for due in agenda if due.first_tick is not None}
+
+    def to_start(self, source_tick: int) -> list[Due]:
+        """Fires that begin with the weights after `source_tick` ticks."""
+        return self._by_source.get(source_tick, [])
+
+    def due(self, tick: int) -> Due | None:
+        """The fire that `tick` is the first to merge."""
+        return self._by_first.get(tick)
+
+    def finished(self, version: int) -> None: ...
+
+    def resume(self, tick: int, newest: int) -> set[int]:
+        """Versions that must be under way after `tick` ticks."""
+        dues = [due for dues in self._by_source.values() for due in dues if due.source_tick < tick]
+        return {due.version for due in dues if due.first_tick is not None and due.first_tick > tick}
+
+    def bound(self) -> int:
+        """Most fires under way at once."""
+        edges = [(d.source_tick, 1) for ds in self._by_source.values() for d in ds]
+        edges += [(first, -1) for first in self._by_first]
+        alive = most = 0
+        for _, change in sorted(edges):
+            alive += change
+            most = max(most, alive)
+        return most
+
+
+class Wall:
+    """Starts a fire whenever a worker is free and the lag model has an anchor at all."""
+
+    waits = False
+
+    def __init__(self, workers: int, draw: Draw, usable: Callable[[int], bool] = lambda source_tick: True):
+        self.workers, self.draw, self.usable = workers, draw, usable
+        self.version = 0
+        self._running: set[int] = set()
+
+    def to_start(self, source_tick: int) -> list[Due]:
+        """At most one fire a tick; nothing is queued, so what is offered while all are busy is let go."""
+        busy = len(self._running) >= self.workers
+        if busy or not self.usable(source_tick) or self.lag_of(self.version, source_tick) is None:
+            return []
+        self.version += 1
+        self._running.add(self.version)
+        return [Due(self.version, source_tick, None)]
+
+    def lag_of(self, fire: int, tick: int) -> float | None:
+        """How many tick times fire number `fire` (from 0) is slowed to; None in an outage."""
+        return self.draw(fire, tick)
+
+    def due(self, tick: int) -> None:
+        return None
+
+    def finished(self, version: int) -> None:
+        self._running.discard(version)
+
+    def resume(self, tick: int, newest: int) -> set[int]:
+        """Go on after version `newest`; fires that were under way are lost, none must be there."""
+        self.version = newest
+        return set()
+
+    def bound(self) -> None:
+        """Fires under way are as many as workers, but corrections that are done may wait for all ranks to hold them."""

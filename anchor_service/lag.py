@@ -1,0 +1,163 @@
+"""Lag models: how late the anchor's corrections are. Seeded, pure, shared by runs and by the simulator.
+
+In lockstep a lag is a number of ticks and exact: `agenda` turns a model into the list of fires of a
+run. On the wall clock the same draw slows the real anchor down by that many tick times.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from anchor_service.config import (
+    AnchorConfig,
+    DiurnalLag,
+    FixedLag,
+    LognormalLag,
+    MarkovLag,
+    OutageLag,
+    ParetoLag,
+    TraceLag,
+    UniformLag,
+)
+from anchor_service.ring import anchor_should_fire
+
+Draw = Callable[[int, int], float | None]  # (number of the fire, tick) -> lag in ticks; None: no anchor now
+
+
+@dataclass(frozen=True)
+class Due:
+    """One fire: M of θ_source on b_{source+1}, first merged in `first_tick`; None if it never was merged."""
+
+    version: int
+    source_tick: int
+    first_tick: int | None
+
+
+def _rng(seed: int, fire: int) -> np.random.Generator:
+    """Each fire has its own numbers, so a lag depends on nothing that happened before."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, 0x1A6, fire])))
+
+
+def _fixed(config: FixedLag, delay_k: int, seed: int) -> Draw:
+    return lambda fire, tick: delay_k
+
+
+def _uniform(config: UniformLag, delay_k: int, seed: int) -> Draw:
+    return lambda fire, tick: _rng(seed, fire).uniform(config.low, config.high)
+
+
+def _lognormal(config: LognormalLag, delay_k: int, seed: int) -> Draw:
+    mean = config.mean or delay_k
+    mu = math.log(mean) - config.sigma**2 / 2  # so that the mean, not the median, is what was asked for
+    return lambda fire, tick: _rng(seed, fire).lognormal(mu, config.sigma)
+
+
+def _pareto(config: ParetoLag, delay_k: int, seed: int) -> Draw:
+    mean = config.mean or delay_k
+    scale = mean * (config.shape - 1) / config.shape
+    return lambda fire, tick: scale * (1 + _rng(seed, fire).pareto(config.shape))
+
+
+def _markov(config: MarkovLag, delay_k: int, seed: int) -> Draw:
+    """Two states; the state at fire i is found by walking from fire 0, and remembered."""
+    states = [False]
+
+    def slow(fire: int) -> bool:
+        while len(states) <= fire:
+            u = _rng(seed, len(states)).random()
+            states.append(u >= config.p_heal if states[-1] else u < config.p_slow)
+        return states[fire]
+
+    return lambda fire, tick: config.slow if slow(fire) else (config.healthy or delay_k)
+
+
+def _outage(config: OutageLag, delay_k: int, seed: int) -> Draw:
+    """No anchor in the last `length` ticks of each `every`."""
+    return lambda fire, tick: None if tick % config.every >= config.every - config.length else (config.lag or delay_k)
+
+
+def _diurnal(config: DiurnalLag, delay_k: int, seed: int) -> Draw:
+    mean = config.mean or delay_k
+    return lambda fire, tick: mean * (1 + config.amplitude * math.sin(2 * math.pi * tick / config.period))
+
+
+def _trace(config: TraceLag, delay_k: int, seed: int) -> Draw:
+    """For the wall clock: the lags of the trace, over and over."""
+    lags = [due.first_tick - due.source_tick for due in read_trace(config.path) if due.first_tick is not None]
+    return lambda fire, tick: lags[fire % len(lags)]
+
+
+LAGS = {
+    "fixed": _fixed,
+    "uniform": _uniform,
+    "lognormal": _lognormal,
+    "pareto": _pareto,
+    "markov": _markov,
+    "outage": _outage,
+    "diurnal": _diurnal,
+    "trace": _trace,
+}
+
+
+def make_draw(config: AnchorConfig, seed: int) -> Draw:
+    return LAGS[config.lag.kind](config.lag, config.delay_k, seed)
+
+
+def agenda(config: AnchorConfig, seed: int, last_tick: int) -> list[Due]:
+    """Every fire of a lockstep run of `last_tick` ticks, in the order of versions.
+
+    A fire may happen in each tick that the cadence allows. It merges the weights that are its lag
+    old, rounded to whole ticks and at least 1; nothing happens where those weights do not exist yet,
+    where they are no newer than the last fire's, or where the lag is beyond `max_lag`. A trace is
+    followed as it is.
+    """
+    if config.lag.kind == "trace":
+        return [d for d in read_trace(config.lag.path) if d.first_tick is None or d.first_tick <= last_tick]
+    if config.lag.kind == "fixed":
+        ticks = [t for t in range(1, last_tick + 1) if anchor_should_fire(t, config.cadence, config.delay_k)]
+        return [Due(i, t - config.delay_k, t) for i, t in enumerate(ticks, start=1)]
+    draw, dues, newest = make_draw(config, seed), [], -1
+    for number, tick in enumerate(range(config.cadence, last_tick + 1, config.cadence)):
+        lag = draw(number, tick)
+        source = -1 if lag is None else tick - max(1, round(lag))
+        if source <= newest or (config.max_lag and tick - source > config.max_lag):
+            continue
+        newest = source
+        dues.append(Due(len(dues) + 1, source, tick))
+    return dues
+
+
+def read_trace(path: str) -> list[Due]:
+    """A run's corrections.jsonl, or a CSV with the columns source_tick and first_tick (empty: never merged).
+
+    Raises ValueError, naming the line, if a correction would lead, or if ticks do not increase.
+    """
+    file = Path(path).expanduser()
+    text = file.read_text()
+    if file.suffix == ".csv":
+        rows = list(csv.DictReader(text.splitlines()))
+    else:
+        rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+    dues: list[Due] = []
+    for number, row in enumerate(rows, start=1):
+        try:
+            source, first = int(row["source_tick"]), row["first_tick"]
+            first = None if first in (None, "") else int(first)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}, entry {number}: needs source_tick and first_tick ({error})") from None
+        if source < 0 or (first is not None and first <= source):
+            raise ValueError(f"{path}, entry {number}: source_tick {source} and first_tick {first}: nothing may lead")
+        earlier = [d.first_tick for d in dues if d.first_tick is not None]
+        if (dues and source < dues[-1].source_tick) or (first is not None and earlier and first <= earlier[-1]):
+            raise ValueError(f"{path}, entry {number}: ticks must increase from one correction to the next")
+        dues.append(Due(number, source, first))
+    if not dues:
+        raise ValueError(f"{path} holds no correction")
+    return dues

@@ -1,0 +1,54 @@
+"""The wall clock with real actors: nothing waits for the anchor, every lag is recorded, a record can be replayed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from deploy.launch import drive
+from tests.ray.conftest import ignore, lines, of_kind, small
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
+
+WALL = ("anchor.clock=wall", "run.steps=20", "val.every=20", "anchor.lag.kind=lognormal", "anchor.lag.mean=4")
+
+
+@pytest.fixture(scope="module")
+def wall(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "wall"
+    drive(small(*WALL, "swarm.pp=2", "swarm.dp=2", "anchor.workers=2"), run, ignore)
+    return run
+
+
+def test_corrections_are_merged_late_and_recorded(wall: Path):
+    corrections = lines(wall, "corrections.jsonl")
+    merged = [c for c in corrections if c["first_tick"] is not None]
+    assert len(merged) >= 3
+    assert [c["version"] for c in corrections] == list(range(1, len(corrections) + 1))
+    assert all(c["lag"] == c["first_tick"] - c["source_tick"] >= 1 for c in merged)
+    firsts = {c["first_tick"]: c for c in merged}
+    held = None
+    for record in of_kind(wall, "tick"):
+        held = firsts.get(record["tick"], held)
+        assert record.get("anchor/version") == (held and held["version"])
+        if held:
+            assert record["anchor/lag"] == record["tick"] - held["source_tick"]
+            assert record["anchor/age"] == record["tick"] - held["first_tick"]
+
+
+def test_a_wall_run_replayed_from_its_record_gives_the_same_corrections_and_weights(wall: Path, tmp_path: Path):
+    import json
+
+    replay = tmp_path / "replay"
+    overrides = ("run.steps=20", "val.every=20", "swarm.pp=2", "swarm.dp=2", "anchor.lag.kind=trace")
+    config = small(*overrides, f"anchor.lag.path={wall / 'corrections.jsonl'}")
+    summary = drive(config, replay, ignore)
+    assert lines(replay, "corrections.jsonl") == lines(wall, "corrections.jsonl")
+    assert summary["weights_digests"] == json.loads((wall / "summary.json").read_text())["weights_digests"]
+
+
+def test_delta_merges_the_same_on_a_short_wall_run(tmp_path: Path):
+    config = small("anchor.clock=wall", "run.steps=8", "val.every=8", "merger.kind=delta", "anchor.replay_fraction=0.5")
+    summary = drive(config, tmp_path / "delta", ignore)
+    assert summary["status"] == "completed" and lines(tmp_path / "delta", "corrections.jsonl")
