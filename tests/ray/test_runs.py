@@ -31,7 +31,7 @@ def test_it_leaves_the_run_folder_of_the_design(first: Path):
     assert summary["status"] == "completed" and summary["steps"] == 6 and summary["ticks"] == 12
     assert [v["step"] for v in summary["validations"]] == [0, 6]
     assert load(str(first / "config.toml")) == small("run.checkpoint_every=3")  # re-runnable as it is
-    assert tomllib.loads((first / "config.toml").read_text())["codec"]["rank"] == 16
+    assert tomllib.loads((first / "config.toml").read_text())["codec"]["rank"] == 4
     assert len(of_kind(first, "tick")) == 12 and len(of_kind(first, "step")) == 6
     assert list(first.glob("events.out.tfevents.*"))
     tick = of_kind(first, "tick")[-1]
