@@ -1,6 +1,6 @@
 """Frames: what crosses a process border as bytes. No pickle.
 
-    magic "NSF1" │ header length u32 │ xxh3-128 of the rest │ header (msgpack) │ raw arrays, 64-byte aligned
+    magic "NSF1" │ header length u32 │ xxh3-128 of the rest │ header (msgpack) │ arrays, 64-byte aligned
 
 The header names the arrays (dtype, shape, offset) and carries the caller's fields. Everything is
 checked before anything is used, and nothing is allocated: the arrays are views into the frame.
@@ -16,7 +16,7 @@ import numpy as np
 import xxhash
 
 MAGIC = b"NSF1"
-MAX_HEADER = 4 << 20
+MAX_HEADER = 64 << 10  # an honest header is below 2 KB; small containers cost far more memory than bytes
 _PREFIX = 24
 _ALIGN = 64
 _DTYPES = {"float32", "float64", "float16", "int8", "int32", "int64", "uint8", "uint16", "uint32", "bool"}
@@ -59,8 +59,14 @@ def pack(header: dict[str, Any], arrays: dict[str, np.ndarray]) -> np.ndarray:
     head = msgpack.packb({"fields": header, "arrays": table})
     if len(head) > MAX_HEADER:
         raise ValueError(f"frame header of {len(head)} bytes; at most {MAX_HEADER} fit")
-    prefix = MAGIC + len(head).to_bytes(4, "little") + bytes.fromhex(digest(head, body))
-    return np.concatenate([np.frombuffer(prefix + head, np.uint8), body])
+    padded = head + bytes(_body_start(len(head)) - _PREFIX - len(head))
+    prefix = MAGIC + len(head).to_bytes(4, "little") + bytes.fromhex(digest(padded, body))
+    return np.concatenate([np.frombuffer(prefix + padded, np.uint8), body])
+
+
+def _body_start(head: int) -> int:
+    """Where the arrays begin behind a header of `head` bytes."""
+    return -(-(_PREFIX + head) // _ALIGN) * _ALIGN
 
 
 def digest_of(frame: np.ndarray) -> str:
@@ -74,13 +80,13 @@ def unpack(frame: Any, sender: str) -> tuple[dict[str, Any], dict[str, np.ndarra
     if len(data) < _PREFIX or bytes(data[:4]) != MAGIC:
         raise FrameError(sender, "magic", f"{bytes(data[:4])!r} is not {MAGIC!r}")
     size = int.from_bytes(data[4:8], "little")
-    if size > MAX_HEADER or _PREFIX + size > len(data):
+    if size > MAX_HEADER or _body_start(size) > len(data):
         raise FrameError(sender, "header length", f"{size} bytes do not fit in a frame of {len(data)}")
     sent, found = bytes(data[8:_PREFIX]).hex(), digest(data[_PREFIX:])
     if sent != found:
         raise FrameError(sender, "digest", f"{sent} was sent, what arrived has {found}")
     head = _header(bytes(data[_PREFIX : _PREFIX + size]), sender)
-    body = data[_PREFIX + size :]
+    body = data[_body_start(size) :]
     return head["fields"], {name: _array(body, name, spec, sender) for name, *spec in head["arrays"]}
 
 
@@ -95,6 +101,9 @@ def _header(raw: bytes, sender: str) -> dict[str, Any]:
     for key, kind in kinds.items():
         if not isinstance(head[key], kind):
             raise FrameError(sender, key, f"is a {type(head[key]).__name__}, not a {kind.__name__}")
+    names = [row[0] for row in head["arrays"] if isinstance(row, list) and row and isinstance(row[0], str)]
+    if len(set(names)) != len(names):
+        raise FrameError(sender, "arrays", "two arrays have the same name")
     for row in head["arrays"]:
         if not (isinstance(row, list) and len(row) == 4 and isinstance(row[0], str)):
             raise FrameError(sender, "arrays", "each row needs name, dtype, shape, offset")

@@ -52,7 +52,7 @@ def policy_loss(
     `denominator` is the number of response tokens in the global mini-batch (token-mean).
     KL is the k3 estimator of Schulman (verl's low_var_kl) against `ref_logprobs`.
     """
-    log_ratio = logprobs - old_logprobs
+    log_ratio = (logprobs - old_logprobs).clamp(-20, 20)  # as in verl: an infinite ratio times advantage 0 is NaN
     ratio = log_ratio.exp()
     surrogate = -advantages * ratio
     clipped = -advantages * ratio.clamp(1 - config.clip_ratio, 1 + config.clip_ratio)

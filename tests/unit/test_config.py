@@ -346,6 +346,13 @@ def test_the_presets_of_the_published_runs_differ_in_nothing_but_what_they_are_n
     assert floor.merger.kind == dense.merger.kind == "none" and dense.codec.kind == "none" != floor.codec.kind
 
 
+def test_the_list_of_presets_names_all_of_them_even_where_a_model_or_its_data_was_not_fetched(tmp_path: Path):
+    command = [Path(sysconfig.get_path("scripts")) / "northstar", "presets"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[0] for line in done.stdout.splitlines()] == preset_names()
+
+
 def values_of(section: type, key: str) -> set[str]:
     return set(get_args(section.model_fields[key].annotation))
 

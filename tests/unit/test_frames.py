@@ -30,9 +30,10 @@ FIELD = st.recursive(
 
 
 def by_hand(header: Any, body: bytes = b"", magic: bytes = b"NSF1") -> bytes:
-    """A frame with a right digest, from the layout in words: magic, u32 length, xxh3-128, header, body."""
+    """A frame with a right digest, from the layout in words: magic, u32 length, xxh3-128, header, padding, body."""
     head = header if isinstance(header, bytes) else msgpack.packb(header)
-    return magic + len(head).to_bytes(4, "little") + xxhash.xxh3_128(head + body).digest() + head + body
+    size, body = len(head), bytes(-(24 + len(head)) % 64) + body
+    return magic + size.to_bytes(4, "little") + xxhash.xxh3_128(head + body).digest() + head + body
 
 
 def with_array(dtype: Any = "uint8", shape: Any = (4,), offset: Any = 0, body: bytes = bytes(64)) -> bytes:
@@ -88,7 +89,7 @@ def test_the_arrays_are_read_only_views_into_the_frame():
         held[0] = 1
 
 
-def test_every_array_starts_at_a_multiple_of_64_bytes_of_the_body():
+def test_every_array_starts_at_a_multiple_of_64_bytes_of_the_frame():
     names = [f"a{i}" for i in range(6)]
     frame = pack({}, {n: np.full(i, i, np.uint8) for i, n in enumerate(names)}).tobytes()
     size = int.from_bytes(frame[4:8], "little")
@@ -96,7 +97,7 @@ def test_every_array_starts_at_a_multiple_of_64_bytes_of_the_body():
     assert [row[0] for row in table] == names
     for (_, _, (n,), offset), value in zip(table, range(6)):
         assert offset % 64 == 0
-        assert frame[24 + size + offset :][:n] == bytes([value]) * n
+        assert frame[24 + size + -(24 + size) % 64 + offset :][:n] == bytes([value]) * n
 
 
 @pytest.mark.parametrize("dtype", ["O", "U3", "S3", "complex64", "datetime64[s]", "V4"])
@@ -268,3 +269,18 @@ def test_a_frame_error_survives_pickling():
     assert isinstance(error, FrameError)
     assert (error.sender, error.field, error.reason) == ("the anchor", "digest", "does not fit")
     assert str(error) == "bad frame from the anchor: digest: does not fit"
+
+
+def test_two_arrays_of_one_name_are_refused():
+    rows = [["a", "uint8", [4], 0], ["a", "uint8", [4], 0]]
+    assert refused(by_hand({"fields": {}, "arrays": rows}, bytes(64))).field == "arrays"
+
+
+def test_arrays_are_aligned_in_memory_where_the_frame_is():
+    base = np.zeros(4096, np.uint8)
+    start = -base.ctypes.data % 64
+    for fields in ({}, {"tick": 3}, {"tick": 3, "stage": 1, "kind": "weights"}):
+        frame = pack(fields, {"weights": np.arange(7, dtype=np.float32)})
+        held = base[start : start + len(frame)]
+        held[:] = frame
+        assert unpack(held, "anyone")[1]["weights"].ctypes.data % 64 == 0

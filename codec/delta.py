@@ -1,0 +1,246 @@
+"""Weight snapshots as lossless deltas: what one tick of Adam leaves of a bf16 snapshot is 2 % of it.
+
+    new, base ─▶ integer difference of the bit patterns, zigzag ─▶ only the changed ones ─▶ byte planes ─▶ zstd
+
+A changed weight mostly moves to a neighbouring bit pattern, so differences are small integers: zigzag
+(0, -1, 1, -2, …) keeps their high bytes zero, where XOR would turn a carry into a run of ones. If less than
+half of the weights changed, the gaps between them are sent instead of the zeros. Measured on 4M
+random-normal weights of scale 0.02 after 1 tick of Adam at lr 1e-6, as a share of the full size:
+
+    bf16   2.3 %  (XOR of everything: 4.4 %; a plane of "changed" bits: 2.8 %; bound for the positions: 1.6 %)
+    fp32  22 %, soon 50 %: nearly all low bits change, so a snapshot that matters should be bf16
+
+Arrays of a delta (uint8 [n] unless noted). A plane that zstd cannot make smaller is stored as it is, so a
+plane of the right size is raw and a shorter one is a zstd frame:
+
+    result    [16]  xxh3-128 of the new weights
+    base      [16]  xxh3-128 of the base; absent in a full snapshot
+    count     int64 [1]  how many weights changed; absent if the differences of all are listed
+    gap<i>    byte i of the number of unchanged weights before each changed one; only beside `count`
+    value<i>  byte i of the differences; of the bit patterns themselves in a full snapshot
+
+Weights are flat float32, or uint16 holding bf16 bit patterns. Digests guard against corruption and
+mix-ups, not against an adversary; whatever the arrays hold, memory stays a small multiple of the weights.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import zstandard
+
+from codec.frames import digest
+
+_PATTERNS = {np.dtype(np.float32): np.dtype(np.uint32), np.dtype(np.uint16): np.dtype(np.uint16)}
+_DIGEST_BYTES = 16
+
+
+class BaseMismatch(ValueError):
+    """The delta was made against other weights than the ones at hand: ask for a full snapshot."""
+
+
+def encode(new: np.ndarray, base: np.ndarray | None, level: int = 1) -> dict[str, np.ndarray]:
+    """Weights [n], and the weights [n] that the receiver has -> arrays for a frame; base None -> a full snapshot.
+
+    Higher zstd levels gain next to nothing (bf16 after a tick: 2.29 % at level 1, 2.27 % at 9, twice as slow).
+    """
+    bits = _patterns(new, "new")
+    arrays = {"result": _digest(bits)}
+    if base is None:
+        return arrays | _split("value", bits, level)
+    old = _patterns(base, "base")
+    if old.dtype != bits.dtype or old.size != bits.size:
+        raise ValueError(f"the base is {base.dtype} [{base.size}], the new weights are {new.dtype} [{new.size}]")
+    arrays["base"] = _digest(old)
+    difference = bits - old
+    count = int(np.count_nonzero(difference))
+    if 2 * count < bits.size:
+        changed = np.flatnonzero(difference)
+        difference = difference[changed]
+        gaps = np.diff(changed, prepend=-1) - 1
+        arrays["count"] = np.array([count], np.int64)
+        arrays |= _split("gap", gaps.astype(_gap_dtype(bits.size)), level)
+    return arrays | _split("value", _zigzag(difference), level)
+
+
+def decode(arrays: dict[str, np.ndarray], base: np.ndarray | None, numel: int | None = None) -> np.ndarray:
+    """Arrays of `encode` -> the new weights [n], bit for bit.
+
+    n is that of `base`, or `numel` where there is none; the arrays cannot ask for more. A full snapshot
+    ignores the values of `base`. Raises BaseMismatch if a delta is for other weights than `base`, and
+    ValueError naming the field if the arrays are damaged.
+    """
+    if base is None and numel is None:
+        raise TypeError("decode needs the base, or the number of elements of a full snapshot")
+    if base is not None and numel not in (None, base.size):
+        raise ValueError(f"the base has {base.size} weights, not {numel}")
+    numel = base.size if numel is None else numel
+    if "base" in arrays:  # first: beside another base no other field can be judged
+        _check_base(arrays["base"], base)
+    dtype = _check_fields(arrays, numel)
+    if base is not None and base.dtype != dtype:
+        raise BaseMismatch(f"{dtype} weights came, the base is {base.dtype}")
+    if "base" in arrays:
+        bits = _patterns(base, "base").copy()
+        _apply(arrays, bits)
+    else:
+        bits = _join(arrays, "value", numel, _PATTERNS[dtype])
+    if not np.array_equal(_digest(bits), arrays["result"]):
+        raise _bad("result", f"{_hex(arrays['result'])} was sent, what was decoded has {_hex(_digest(bits))}")
+    return bits.view(dtype)
+
+
+def to_bf16(weights: np.ndarray) -> np.ndarray:
+    """float32 [n] -> bf16 bit patterns, uint16 [n]. Rounds to nearest even as torch does; a NaN becomes quiet."""
+    bits = _float32(weights).view(np.uint32)
+    rounded = bits >> 16  # in place from here: these are the largest arrays of a process
+    rounded &= 1
+    rounded += 0x7FFF
+    rounded += bits
+    rounded >>= 16
+    patterns = rounded.astype(np.uint16)
+    nan = np.isnan(weights)
+    if nan.any():  # rounding up may have carried their mantissa into the sign
+        patterns[nan] = (bits[nan] >> 16) | 0x40
+    return patterns
+
+
+def from_bf16(patterns: np.ndarray) -> np.ndarray:
+    """bf16 bit patterns, uint16 [n] -> float32 [n], exact."""
+    if patterns.dtype != np.uint16:
+        raise TypeError(f"bf16 bit patterns are uint16, not {patterns.dtype}")
+    bits = patterns.astype(np.uint32)
+    bits <<= 16
+    return bits.view(np.float32)
+
+
+def _patterns(weights: np.ndarray, name: str) -> np.ndarray:
+    """Weights [n] -> their bit patterns [n], uint32 or uint16, without a copy if they are contiguous."""
+    if weights.dtype not in _PATTERNS or weights.ndim != 1:
+        raise TypeError(f"{name} is {weights.dtype} {weights.shape}; a snapshot is flat float32, or uint16 for bf16")
+    return np.ascontiguousarray(weights).view(_PATTERNS[weights.dtype])
+
+
+def _float32(weights: np.ndarray) -> np.ndarray:
+    if weights.dtype != np.float32:
+        raise TypeError(f"only float32 is rounded to bf16, not {weights.dtype}")
+    return np.ascontiguousarray(weights)
+
+
+def _digest(bits: np.ndarray) -> np.ndarray:
+    return np.frombuffer(bytes.fromhex(digest(bits)), np.uint8)
+
+
+def _hex(array: np.ndarray) -> str:
+    return array.tobytes().hex()
+
+
+def _bad(field: str, reason: str) -> ValueError:
+    return ValueError(f"delta field {field!r}: {reason}")
+
+
+def _zigzag(difference: np.ndarray) -> np.ndarray:
+    """Differences modulo 2^bits, unsigned [n] -> unsigned [n] that is small for small steps either way."""
+    sign = difference >> (8 * difference.itemsize - 1)
+    return (difference << 1) ^ np.negative(sign)
+
+
+def _unzigzag(values: np.ndarray) -> np.ndarray:
+    return (values >> 1) ^ np.negative(values & 1)
+
+
+def _gap_dtype(numel: int) -> np.dtype:
+    """Of gaps among `numel` weights. High bytes are nearly always zero then, and cost nothing once compressed."""
+    return np.min_scalar_type(numel)
+
+
+# --- byte planes -------------------------------------------------------------------------------
+
+
+def _split(name: str, numbers: np.ndarray, level: int) -> dict[str, np.ndarray]:
+    """Unsigned integers [n] -> their byte planes, lowest first; each compressed if that makes it smaller."""
+    rows = numbers.view(np.uint8).reshape(-1, numbers.itemsize)
+    compressor = zstandard.ZstdCompressor(level=level)
+    planes = {}
+    for i in range(numbers.itemsize):
+        plane = rows[:, i].copy()  # never a view into the caller's weights
+        packed = compressor.compress(plane)
+        planes[f"{name}{i}"] = np.frombuffer(packed, np.uint8) if len(packed) < plane.size else plane
+    return planes
+
+
+def _join(arrays: dict[str, np.ndarray], name: str, count: int, dtype: np.dtype) -> np.ndarray:
+    """The planes of `_split` -> unsigned integers [count]."""
+    numbers = np.empty(count, dtype)
+    rows = numbers.view(np.uint8).reshape(count, dtype.itemsize)
+    for i in range(dtype.itemsize):
+        rows[:, i] = _plane(arrays[f"{name}{i}"], f"{name}{i}", count)
+    return numbers
+
+
+def _plane(stored: np.ndarray, field: str, size: int) -> np.ndarray:
+    """One plane, uint8 [size]. A frame that states another size is refused before anything is allocated for it."""
+    if stored.size == size:
+        return stored
+    if stored.size > size:
+        raise _bad(field, f"{stored.size} bytes for a plane of {size}")
+    data = np.ascontiguousarray(stored)
+    try:
+        stated = zstandard.get_frame_parameters(data).content_size
+        if stated != size:
+            raise _bad(field, f"expands to {stated} bytes, the plane has {size}")
+        # zstd itself stops at the size its frame states
+        plane = zstandard.ZstdDecompressor().decompress(data, allow_extra_data=False)
+    except zstandard.ZstdError as error:
+        raise _bad(field, f"not a zstd frame of {size} bytes ({error})") from error
+    return np.frombuffer(plane, np.uint8)
+
+
+# --- reading what someone else wrote -----------------------------------------------------------
+
+
+def _check_fields(arrays: dict[str, np.ndarray], numel: int) -> np.dtype:
+    """Names, dtypes and shapes are exactly those of one of the forms of a delta. Gives the dtype of the weights."""
+    dtype = np.dtype(np.float32 if "value2" in arrays else np.uint16)
+    names = {"result", *(f"value{i}" for i in range(dtype.itemsize))}
+    if "base" in arrays:
+        names.add("base")
+    if "count" in arrays:
+        names |= {"base", "count", *(f"gap{i}" for i in range(_gap_dtype(numel).itemsize))}
+    if set(arrays) != names:
+        odd = sorted(names ^ set(arrays))
+        raise _bad(odd[0], "missing" if odd[0] in names else f"does not belong beside {sorted(names)}")
+    for name, array in arrays.items():
+        _check_field(name, array)
+    return dtype
+
+
+def _check_field(name: str, array: np.ndarray) -> None:
+    kind = np.int64 if name == "count" else np.uint8
+    size = {"result": _DIGEST_BYTES, "base": _DIGEST_BYTES, "count": 1}.get(name, array.size)
+    if array.dtype != kind or array.shape != (size,):
+        raise _bad(name, f"is {array.dtype} {array.shape}, not {np.dtype(kind)} ({size},)")
+
+
+def _check_base(sent: np.ndarray, base: np.ndarray | None) -> None:
+    """Raise BaseMismatch unless the delta was made against these weights [n]."""
+    _check_field("base", sent)
+    if base is None:
+        raise BaseMismatch(f"a delta against {_hex(sent)} came, and there is no base")
+    found = _digest(_patterns(base, "base"))
+    if not np.array_equal(found, sent):
+        raise BaseMismatch(f"the delta is against {_hex(sent)}, the base is {_hex(found)}")
+
+
+def _apply(arrays: dict[str, np.ndarray], bits: np.ndarray) -> None:
+    """Add the differences of a delta to the base's bit patterns [n], in place."""
+    if "count" not in arrays:
+        bits += _unzigzag(_join(arrays, "value", bits.size, bits.dtype))
+        return
+    count = int(arrays["count"][0])
+    if not 0 <= count <= bits.size:
+        raise _bad("count", f"{count} changes among {bits.size} weights")
+    changed = np.cumsum(_join(arrays, "gap", count, _gap_dtype(bits.size)), dtype=np.int64)
+    changed += np.arange(count)
+    if count and not 0 <= changed.min() <= changed.max() < bits.size:
+        raise _bad("gap", f"positions {changed.min()} to {changed.max()} are outside {bits.size} weights")
+    bits[changed] += _unzigzag(_join(arrays, "value", count, bits.dtype))
