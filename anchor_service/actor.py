@@ -15,9 +15,9 @@ from anchor_service.config import AnchorConfig
 from anchor_service.dense_gradient import DenseGradient
 from anchor_service.errors import WaitTimeout
 from anchor_service.lag import Due
-from anchor_service.messages import FireJob, pack_correction
+from anchor_service.messages import FireJob, content_digest, pack_correction
 from anchor_service.ring import RingOverflow
-from codec.frames import digest, digest_of
+from codec.frames import digest
 from rl.batch import Batch
 from rl.config import GrpoConfig
 from rl.memory import peak_memory_gb
@@ -65,6 +65,7 @@ class Anchor:
         report = {
             "version": job.version,
             "source_tick": job.source_tick,
+            "first_tick": job.first_tick,
             "anchor/grad_norm": m.norm().item(),
             "perf/max_memory_gb": peak_memory_gb(self.dense.device),
             "timing_s/anchor_pull": pulled - start,
@@ -83,13 +84,12 @@ class Anchor:
         new = torch.from_numpy(m.copy())
         if m_bar is not None:
             new = torch.from_numpy(m_bar.copy()).lerp_(new, 1 - self.config.beta_anc)
-        version, source = report["version"], report["source_tick"]
+        ticks = [report[k] for k in ("version", "source_tick", "first_tick")]
         corrections = [
-            pack_correction(self.dense.shard(new, p), self.payload, version, source, p)
-            for p in range(len(self.dense.stages))
+            pack_correction(self.dense.shard(new, p), self.payload, *ticks, p) for p in range(len(self.dense.stages))
         ]
         report = report | {
-            "digest": digest(*(digest_of(c).encode() for c in corrections)),
+            "digest": digest(*(content_digest(c).encode() for c in corrections)),
             "bytes": sum(c.nbytes for c in corrections),
             "anchor/m_norm": new.norm().item(),
             "timing_s/anchor_publish": time.perf_counter() - start,
@@ -130,7 +130,9 @@ class AnchorLine:
         Raises RingOverflow if more would be under way than the clock's agenda can have.
         """
         if self.bound is not None and len(self.fires) >= self.bound:
-            raise RingOverflow(f"versions {sorted(self.fires)} are under way, {due.version} would be beyond {self.bound}")
+            raise RingOverflow(
+                f"versions {sorted(self.fires)} are under way, {due.version} would be beyond {self.bound}"
+            )
         worker = self.workers[(due.version - 1) % len(self.workers)]
         job = FireJob(due.version, due.source_tick, due.first_tick, snapshot, [replay], least_seconds)
         report, m = worker.gradient.options(num_returns=2).remote(job)

@@ -41,11 +41,14 @@ class Correction:
 
     version: int
     source_tick: int
+    first_tick: int | None  # None on the wall clock: in the first tick in which all ranks hold it
     values: Tensor  # int8 signs or float32 M̄, [numel of the stage]
     digest: str
 
 
-def pack_correction(m: Tensor, payload: str, version: int, source_tick: int, stage: int) -> np.ndarray:
+def pack_correction(
+    m: Tensor, payload: str, version: int, source_tick: int, first_tick: int | None, stage: int
+) -> np.ndarray:
     """Correction frame of one stage. `m` is M̄ [numel]; `payload` is `sign` or `dense`."""
     arrays = signs.encode(m, f"stage {stage}") if payload == "sign" else {"dense": m.cpu().numpy()}
     header = {
@@ -53,6 +56,7 @@ def pack_correction(m: Tensor, payload: str, version: int, source_tick: int, sta
         "payload": payload,
         "version": version,
         "source_tick": source_tick,
+        "first_tick": first_tick,
         "stage": stage,
         "numel": m.numel(),
     }
@@ -68,6 +72,8 @@ def unpack_correction(frame: np.ndarray, stage: int, numel: int) -> Correction:
     for field in ("version", "source_tick"):
         if type(header.get(field)) is not int:
             raise frames.FrameError("the anchor", field, f"is {header.get(field)!r}, not a number")
+    if type(header.get("first_tick")) not in (int, type(None)):
+        raise frames.FrameError("the anchor", "first_tick", f"is {header['first_tick']!r}, not a number")
     try:
         values = signs.decode(arrays, numel) if header.get("payload") == "sign" else _dense(arrays, numel)
     except ValueError as error:
@@ -75,9 +81,15 @@ def unpack_correction(frame: np.ndarray, stage: int, numel: int) -> Correction:
     return Correction(
         version=header["version"],
         source_tick=header["source_tick"],
+        first_tick=header.get("first_tick"),
         values=values,
         digest=frames.digest_of(frame),
     )
+
+
+def content_digest(frame: np.ndarray) -> str:
+    """Digest of what a correction says, whenever it was merged: a run and its replay have the same."""
+    return frames.digest(*frames.unpack(frame, "the anchor")[1].values())
 
 
 def _dense(arrays: dict[str, np.ndarray], numel: int) -> Tensor:

@@ -19,7 +19,7 @@ from merger.config import MergerConfig
 from rl.config import GrpoConfig, ModelConfig, RolloutConfig, TaskConfig, ValConfig
 from rl.model_files import ModelShape, model_shape
 from rl.tasks import check_task_name
-from swarm.config import SwarmConfig
+from swarm.config import LinksConfig, SwarmConfig
 
 PRESETS = Path(__file__).parent.parent / "experiments" / "presets"
 
@@ -50,6 +50,7 @@ class RunConfig(Section):
     anchor: AnchorConfig = AnchorConfig()
     merger: MergerConfig = MergerConfig()
     val: ValConfig = ValConfig()
+    links: LinksConfig = LinksConfig()
 
     @property
     def q_cadence(self) -> int:
@@ -175,23 +176,29 @@ def _explain_one(e: dict[str, Any]) -> str:
     where = ".".join(str(part) for part in e["loc"])
     if e["type"] == "extra_forbidden":
         allowed = _fields_at(e["loc"][:-1])
-        near = difflib.get_close_matches(str(e["loc"][-1]), allowed, n=1, cutoff=0.4)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        return f"unknown key {where!r}{hint} (allowed: {', '.join(allowed)})"
+        return f"unknown key {where!r}{_near(e['loc'][-1], allowed)} (allowed: {', '.join(allowed)})"
     if e["type"] == "literal_error":
-        near = difflib.get_close_matches(str(e["input"]), _literals_at(e["loc"]), n=1, cutoff=0.3)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        return f"{where} = {e['input']!r}: must be {e['ctx']['expected']}{hint}"
+        return f"{where} = {e['input']!r}: must be {e['ctx']['expected']}{_near(e['input'], _literals_at(e['loc']))}"
+    if e["type"] == "union_tag_invalid":
+        kinds = [kind.strip("' ") for kind in e["ctx"]["expected_tags"].split(",")]
+        return f"{where}.kind = {e['ctx']['tag']!r}: must be one of {', '.join(kinds)}{_near(e['ctx']['tag'], kinds)}"
     message = e["msg"].removeprefix("Value error, ")
     if e["type"] == "value_error":
         return f"{where}: {message}" if where else message
     return f"{where} = {e['input']!r}: {message}"
 
 
+def _near(value: Any, allowed: list[str]) -> str:
+    found = difflib.get_close_matches(str(value), allowed, n=1, cutoff=0.3)
+    return f"; did you mean {found[0]!r}?" if found else ""
+
+
 def _section_at(loc: tuple) -> type[Section]:
-    section: type[Section] = RunConfig
+    """The section at a pydantic location; behind a union of kinds comes the kind that was chosen."""
+    section: Any = RunConfig
     for part in loc:
-        section = section.model_fields[part].annotation
+        kinds = {kind.model_fields["kind"].default: kind for kind in get_args(section)}
+        section = kinds[part] if kinds else section.model_fields[part].annotation
     return section
 
 

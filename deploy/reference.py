@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 from deploy.config import RunConfig, Section
 
@@ -24,7 +24,7 @@ def reference() -> str:
 
 def _section(name: str, section: type[Section]) -> list[str]:
     lines = [
-        f"\n## [{name}]\n",
+        f"\n## [{name}]\n".replace(" []", ""),
         section.__doc__.strip().splitlines()[0],
         "",
         "| key | type | default | meaning |",
@@ -32,6 +32,11 @@ def _section(name: str, section: type[Section]) -> list[str]:
     ]
     nested: list[str] = []
     for key, field in section.model_fields.items():
+        kinds = get_args(field.annotation) if "kind" in str(field.discriminator) else ()
+        for kind in kinds:
+            nested += _section(f'{name}.{key}] kind = "{kind.model_fields["kind"].default}" [', kind)
+        if kinds:
+            continue
         if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
             nested += _section(f"{name}.{key}", field.annotation)
         else:

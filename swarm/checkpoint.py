@@ -84,7 +84,9 @@ def save_rank(rank: Rank, folder: str, step: int) -> None:
     fields: dict[str, Any] = {"step": step, "seen": rank.seen, "first_tick": rank.first_tick}
     if rank.correction is not None:
         tensors["correction"] = rank.correction.values
-        fields["correction"] = {k: getattr(rank.correction, k) for k in ("version", "source_tick", "digest")}
+        fields["correction"] = {
+            k: getattr(rank.correction, k) for k in ("version", "source_tick", "first_tick", "digest")
+        }
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     save_file(tensors, rank_file(folder, rank), metadata={"fields": json.dumps(fields)})
 

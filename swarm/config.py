@@ -35,3 +35,24 @@ class SwarmConfig(Section):
                 f"share evenly: give {self.pp - 1} boundaries, or a multiple of pp minus one"
             )
         return self
+
+
+class LinksConfig(Section):
+    """What `plan` and `simulate` assume of the cluster; a run itself never reads this."""
+
+    swarm_mbit: float = Field(100.0, gt=0, description="bandwidth between two workers, Mbit/s each way")
+    swarm_latency_ms: float = Field(20.0, ge=0, description="one-way latency between two workers")
+    anchor_mbit: float = Field(
+        100.0, gt=0, description="bandwidth between the swarm and an anchor worker or engine, Mbit/s"
+    )
+    anchor_latency_ms: float = Field(50.0, ge=0, description="one-way latency to the anchor or an engine")
+    jitter: float = Field(0.1, ge=0, le=2, description="standard deviation of a transfer's logarithm")
+    worker_tokens_s: float = Field(
+        2000.0, gt=0, description="tokens/s of one worker through the whole model, forward+backward"
+    )
+    anchor_tokens_s: float = Field(2000.0, gt=0, description="tokens/s of one anchor worker, forward+backward")
+    engine_tokens_s: float = Field(2000.0, gt=0, description="sampled tokens/s of one engine")
+    response_tokens: float = Field(
+        0.0, ge=0, description="mean response length assumed; 0: half of grpo.max_response_length"
+    )
+    prompt_tokens: float = Field(0.0, ge=0, description="mean prompt length assumed; 0: half of grpo.max_prompt_length")

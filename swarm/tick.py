@@ -227,7 +227,7 @@ def _adopt(rank: Rank, plan: TickPlan) -> dict[str, float]:
     if rank.merger.payload == "dense":
         values = values - rank.sources[held.source_tick]
         rank.sources = {s: g for s, g in rank.sources.items() if s > held.source_tick}
-    rank.correction = Correction(held.version, held.source_tick, values, held.digest)
+    rank.correction = Correction(held.version, held.source_tick, held.first_tick, values, held.digest)
     rank.first_tick = plan.tick
     return {}
 

@@ -25,11 +25,11 @@ def _ticks(rank: int, init: str, folder: Path, fault) -> str:
     signs = torch.ones(state.stage.weights.numel, dtype=torch.int8)
     batch = make_batch()
     for t in (1, 2):
-        correction = Correction(1, 0, signs, "") if t == 2 else None
+        correction = Correction(1, 0, None, signs, "") if t == 2 else None
         tick(state, TickPlan(t, 0, correction, int(t == 2)), mini_batch(state, batch), lambda c: c)
     fault(state, rank)
     lost = fault is _lose_a_correction
-    correction = Correction(2, 1, signs, "") if lost and rank == 0 else None
+    correction = Correction(2, 1, None, signs, "") if lost and rank == 0 else None
     try:
         tick(state, TickPlan(3, 0, correction, 1 + lost), mini_batch(state, batch), lambda c: c)
     except (ReplicaMismatch, WaitTimeout, RuntimeError) as error:

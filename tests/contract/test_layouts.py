@@ -35,7 +35,7 @@ def _correction(state) -> Correction:
     for i, name in enumerate(weights.names):
         generator = torch.Generator().manual_seed(sum(name.encode()))
         weights.view(i, signs).copy_(torch.randint(-1, 2, weights.shapes[i], generator=generator))
-    return Correction(1, 0, signs, "")
+    return Correction(1, 0, None, signs, "")
 
 
 def _layout(folder: Path, dp: int, pp: int, trainer_logprobs: bool = True, **options) -> list[dict]:

@@ -30,7 +30,7 @@ SMALL = (
 def ray_cluster() -> Iterator[None]:
     from deploy.launch import cluster
 
-    with cluster(small("swarm.dp=2", "swarm.pp=2"), address=None):
+    with cluster(small("swarm.dp=2", "swarm.pp=2", "anchor.workers=2", "rollout.replicas=2"), address=None):
         yield
 
 

@@ -9,7 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anchor_service.ring import RingOverflow, SnapshotRing, anchor_should_fire, q_should_refresh, ring_bound
+from anchor_service.clock import Lockstep
+from anchor_service.config import AnchorConfig
+from anchor_service.lag import agenda
+from anchor_service.ring import anchor_should_fire, q_should_refresh, ring_bound
 from swarm.pipeline import schedule
 
 LAW = settings(deadline=None, derandomize=True, max_examples=200)
@@ -30,16 +33,18 @@ def fires(delay_k: int, cadence: int) -> list[int]:
     return found
 
 
-def run_ring(delay_k: int, cadence: int) -> tuple[list[tuple[int, int]], int]:
+def run_clock(delay_k: int, cadence: int) -> tuple[list[tuple[int, int]], int]:
     """A run as the coordinator drives it: offer θ_{T-1} before tick T, then fire if due. Returns fires and the peak."""
-    ring: SnapshotRing[str] = SnapshotRing(cadence, delay_k)
-    taken, peak = [], 0
+    clock = Lockstep(agenda(AnchorConfig(delay_k=delay_k, cadence=cadence), seed=0, last_tick=TICKS))
+    taken, held, peak = [], {}, 0
     for tick in range(1, TICKS + 1):
-        if ring.wants(tick - 1):
-            ring.put(tick - 1, f"θ{tick - 1}")
-        peak = max(peak, len(ring))
-        if anchor_should_fire(tick, cadence, delay_k):
-            taken.append((tick, int(ring.take(tick)[1:])))
+        for due in clock.to_start(tick - 1):
+            held[due.version] = tick - 1
+        peak = max(peak, len(held))
+        if due := clock.due(tick):
+            taken.append((tick, held.pop(due.version)))
+    assert not held  # nothing is started that the run does not merge
+    assert peak <= clock.bound()
     return taken, peak
 
 
@@ -77,13 +82,13 @@ def test_q_is_refreshed_on_its_own_cadence_and_once_more_before_tick_2(q_cadence
 
 @pytest.mark.parametrize(("delay_k", "cadence"), CLOCKS)
 def test_every_fire_finds_the_weights_of_delay_k_ticks_ago(delay_k: int, cadence: int):
-    taken, _ = run_ring(delay_k, cadence)
+    taken, _ = run_clock(delay_k, cadence)
     assert taken == [(tick, tick - delay_k) for tick in fires(delay_k, cadence)]
 
 
 @pytest.mark.parametrize(("delay_k", "cadence"), CLOCKS)
-def test_the_ring_holds_at_most_delay_over_cadence_snapshots_rounded_up(delay_k: int, cadence: int):
-    _, peak = run_ring(delay_k, cadence)
+def test_at_most_delay_over_cadence_snapshots_rounded_up_are_alive(delay_k: int, cadence: int):
+    _, peak = run_clock(delay_k, cadence)
     bound = next(n for n in itertools.count() if n * cadence >= delay_k)
     assert ring_bound(cadence, delay_k) == bound
     assert peak <= bound
@@ -92,61 +97,12 @@ def test_the_ring_holds_at_most_delay_over_cadence_snapshots_rounded_up(delay_k:
 
 
 @pytest.mark.parametrize(("delay_k", "cadence"), CLOCKS)
-def test_the_ring_wants_exactly_the_sources_of_later_fires(delay_k: int, cadence: int):
-    ring: SnapshotRing[None] = SnapshotRing(cadence, delay_k)
-    wanted = {s for s in range(TICKS - delay_k + 1) if ring.wants(s)}
+def test_snapshots_are_kept_by_the_cadence_of_m_alone(delay_k: int, cadence: int):
+    """No q_cadence enters at all: the agenda does not know it."""
+    clock = Lockstep(agenda(AnchorConfig(delay_k=delay_k, cadence=cadence), seed=0, last_tick=TICKS))
+    wanted = {s for s in range(TICKS) if clock.to_start(s)}
     assert wanted == {tick - delay_k for tick in fires(delay_k, cadence)}
     assert all((s + delay_k) % cadence == 0 for s in wanted)
-
-
-@pytest.mark.parametrize("q_cadence", [1, 2, 7])
-def test_the_ring_follows_the_cadence_of_m_not_that_of_q(q_cadence: int):
-    """Sources of M at cadence 5 and of Q at another are different ticks; the ring keeps the first."""
-    ring: SnapshotRing[None] = SnapshotRing(cadence=5, delay_k=5)
-    wanted = {s for s in range(60) if ring.wants(s)}
-    keyed_on_q = {s for s in range(60) if (s + 5) % q_cadence == 0}
-    assert wanted == set(range(0, 60, 5)) != keyed_on_q
-
-
-def test_a_snapshot_leaves_the_ring_when_it_is_taken_and_cannot_be_taken_twice():
-    ring: SnapshotRing[str] = SnapshotRing(cadence=5, delay_k=10)
-    ring.put(0, "a")
-    ring.put(5, "b")
-    assert ring.pending() == {0: "a", 5: "b"}
-    assert ring.take(10) == "a" and ring.pending() == {5: "b"} and len(ring) == 1
-    with pytest.raises(KeyError):
-        ring.take(10)
-
-
-def test_a_fire_whose_snapshot_was_never_put_is_an_error():
-    with pytest.raises(KeyError):
-        SnapshotRing(cadence=5, delay_k=5).take(5)
-
-
-def test_pending_snapshots_are_listed_oldest_first_whatever_the_order_they_were_put_in():
-    ring: SnapshotRing[str] = SnapshotRing(cadence=5, delay_k=15)
-    for s in (10, 0, 5):
-        ring.put(s, str(s))
-    assert list(ring.pending()) == [0, 5, 10]
-
-
-@pytest.mark.parametrize(("delay_k", "cadence"), [(5, 5), (10, 5), (11, 5), (1, 7), (20, 3)])
-def test_a_ring_that_is_never_emptied_overflows_at_its_bound(delay_k: int, cadence: int):
-    ring: SnapshotRing[None] = SnapshotRing(cadence, delay_k)
-    wanted = (s for s in itertools.count() if ring.wants(s))
-    bound = ring_bound(cadence, delay_k)
-    for s in itertools.islice(wanted, bound):
-        ring.put(s, None)
-    late = next(wanted)
-    with pytest.raises(RingOverflow, match=f"cannot add {late}"):
-        ring.put(late, None)
-    assert len(ring) == bound
-
-
-@pytest.mark.parametrize("s", [-5, 1, 4, 6])
-def test_weights_that_no_fire_will_need_are_refused(s: int):
-    with pytest.raises(ValueError, match=f"no fire needs the weights of tick {s}"):
-        SnapshotRing(cadence=5, delay_k=5).put(s, None)
 
 
 # --- 1F1B --------------------------------------------------------------------------------------
