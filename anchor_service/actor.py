@@ -19,10 +19,11 @@ from anchor_service.messages import FireJob, content_digest, pack_correction
 from anchor_service.ring import RingOverflow
 from codec.frames import digest
 from rl.batch import Batch
-from rl.config import GrpoConfig
+from rl.config import GrpoConfig, SnapshotConfig
 from rl.memory import peak_memory_gb
 from rl.model_files import resolve
 from rl.policy import Span
+from rl.snapshot import BaseLost
 
 
 class Anchor:
@@ -36,6 +37,7 @@ class Anchor:
         stages: list[Span],
         grpo: GrpoConfig,
         temperature: float,
+        snapshot: SnapshotConfig,
         payload: str,
         threads: int,
     ):
@@ -49,6 +51,7 @@ class Anchor:
             config.micro_batch_size,
             grpo,
             temperature,
+            snapshot,
         )
 
     def gradient(self, job: FireJob) -> tuple[dict[str, Any], np.ndarray]:
@@ -56,7 +59,10 @@ class Anchor:
         start = time.perf_counter()
         snapshot, replay = self._pull(job)
         pulled = time.perf_counter()
-        self.dense.load(snapshot, job.source_tick)
+        if snapshot:
+            self.dense.load(snapshot, job.source_tick)
+        elif self.dense.receiver.tick != job.source_tick:
+            raise BaseLost(0, job.source_tick, self.dense.receiver.tick)
         header, batch = Batch.from_frame(replay, f"replay of tick {job.source_tick + 1}")
         m = self.dense.gradient(batch, header["denominator"])
         computed = time.perf_counter()
@@ -96,6 +102,10 @@ class Anchor:
         }
         return [report, new.numpy(), *corrections]
 
+    def follow(self, tick: int, *parts: np.ndarray) -> None:
+        """Weights that the engines get too (anchor.weights = "shared"): the next jobs are of this tick."""
+        self.dense.load(list(parts), tick)
+
     def _pull(self, job: FireJob) -> tuple[list[np.ndarray], np.ndarray]:
         try:
             found = ray.get([*job.snapshot, *job.replay], timeout=self.config.timeout_s)
@@ -133,15 +143,29 @@ class AnchorLine:
             raise RingOverflow(
                 f"versions {sorted(self.fires)} are under way, {due.version} would be beyond {self.bound}"
             )
-        worker = self.workers[(due.version - 1) % len(self.workers)]
+        worker = self.workers[self.worker_of(due.version)]
         job = FireJob(due.version, due.source_tick, due.first_tick, snapshot, [replay], least_seconds)
         report, m = worker.gradient.options(num_returns=2).remote(job)
         returned = worker.publish.options(num_returns=2 + self.stages).remote(report, m, self.m_bar)
         self.add(Fire(due, returned[0], returned[1], returned[2:]))
 
+    def worker_of(self, version: int) -> int:
+        return (version - 1) % len(self.workers)
+
+    def follow(self, tick: int, references: list[Any]) -> None:
+        """Weights for every anchor worker, in order before the jobs that start from them; waits for nothing."""
+        for worker in self.workers:
+            worker.follow.remote(tick, *references)
+
     def add(self, fire: Fire) -> None:
         self.fires[fire.due.version] = fire
         self.m_bar = fire.m_bar
+
+    def drop(self, fire: Fire, m_bar: Any) -> None:
+        """Forget a fire that failed; M̄ goes on from the fire before it, or from `m_bar` if that is merged."""
+        del self.fires[fire.due.version]
+        earlier = [v for v in self.fires if v < fire.due.version]
+        self.m_bar = self.fires[max(earlier)].m_bar if earlier else m_bar
 
     def arrived(self) -> list[Fire]:
         """Fires that are done and not delivered yet, oldest first; waits for nothing."""

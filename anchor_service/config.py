@@ -117,6 +117,9 @@ class AnchorConfig(Section):
     max_lag: int | None = Field(None, ge=1, description="a correction later than this, in ticks, is refused")
     max_age: int | None = Field(None, ge=0, description="a correction held longer than this, in ticks, is dropped")
     workers: int = Field(1, ge=1, description="fires that may be in flight at once, each on a worker of its own")
+    weights: Literal["swarm", "shared"] = Field(
+        "swarm", description="`shared`: snapshots are taken from the stream that feeds the engines, not sent again"
+    )
     replay_fraction: float = Field(1.0, gt=0, le=1, description="share of each replay batch that the anchor uses")
     payload: Literal["auto", "dense"] = Field(
         "auto", description="`auto`: sign planes where the merger needs no more; `dense`: fp32 M̄ always"

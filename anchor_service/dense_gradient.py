@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from codec.frames import FrameError, unpack
 from rl.batch import Batch
-from rl.config import GrpoConfig
+from rl.config import GrpoConfig, SnapshotConfig
 from rl.objective import loss_terms, microbatches
 from rl.policy import EMBEDDING, Span, Stage
+from rl.snapshot import Receiver
 
 
 class DenseGradient:
@@ -30,26 +30,18 @@ class DenseGradient:
         micro_batch_size: int,
         grpo: GrpoConfig,
         temperature: float,
+        snapshot: SnapshotConfig,
     ):
         self.model = Stage(folder, Span(0, stages[0].total, stages[0].total), dtype, device)
         self.stages, self.device, self.size = stages, device, micro_batch_size
         self.grpo, self.temperature = grpo, temperature
+        self.receiver = Receiver(snapshot)
         self.tied = bool(self.model.config.tie_word_embeddings)
 
     def load(self, parts: list[np.ndarray], tick: int) -> None:
-        """Weights frames, one a stage, all of `tick`. Raises FrameError if one is missing or of another tick."""
-        weights = self.model.weights
-        offset = 0
-        for stage, part in enumerate(parts):
-            header, arrays = unpack(part, f"stage {stage}")
-            if (header.get("tick"), header.get("stage")) != (tick, stage):
-                raise FrameError(f"stage {stage}", "tick", f"expected tick {tick}, got {header}")
-            flat = arrays["weights"]
-            weights.master[offset : offset + len(flat)].copy_(torch.from_numpy(flat))
-            offset += len(flat)
-        if offset != weights.numel:
-            raise FrameError("all stages", "weights", f"{offset} parameters, the model has {weights.numel}")
-        weights.publish()
+        """Weights frames, one a stage, all of `tick`. Raises FrameError on a mix-up, BaseLost if a delta does not fit."""
+        self.receiver.load(parts, tick, self.model.weights.master)
+        self.model.weights.publish()
 
     def gradient(self, batch: Batch, denominator: float) -> Tensor:
         """∇L at the loaded weights on `batch`, fp32 [numel], divided by `denominator`.

@@ -157,7 +157,7 @@ def read_trace(path: str) -> list[Due]:
         earlier = [d.first_tick for d in dues if d.first_tick is not None]
         if (dues and source < dues[-1].source_tick) or (first is not None and earlier and first <= earlier[-1]):
             raise ValueError(f"{path}, entry {number}: ticks must increase from one correction to the next")
-        dues.append(Due(number, source, first))
+        dues.append(Due(int(row.get("version") or number), source, first))
     if not dues:
         raise ValueError(f"{path} holds no correction")
     return dues

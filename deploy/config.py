@@ -16,7 +16,7 @@ from pydantic import Field, ValidationError, model_validator
 from anchor_service.config import AnchorConfig
 from codec.config import CodecConfig, Section
 from merger.config import MergerConfig
-from rl.config import GrpoConfig, ModelConfig, RolloutConfig, TaskConfig, ValConfig
+from rl.config import GrpoConfig, ModelConfig, RolloutConfig, SnapshotConfig, TaskConfig, ValConfig
 from rl.model_files import ModelShape, model_shape
 from rl.tasks import check_task_name
 from swarm.config import LinksConfig, SwarmConfig
@@ -45,6 +45,7 @@ class RunConfig(Section):
     task: TaskConfig = TaskConfig()
     grpo: GrpoConfig = GrpoConfig()
     rollout: RolloutConfig = RolloutConfig()
+    snapshot: SnapshotConfig = SnapshotConfig()
     swarm: SwarmConfig = SwarmConfig()
     codec: CodecConfig = CodecConfig(kind="none")
     anchor: AnchorConfig = AnchorConfig()
@@ -69,6 +70,7 @@ class RunConfig(Section):
                 f"swarm.dp {self.swarm.dp} does not divide the {samples} samples of a tick "
                 f"(grpo.ppo_mini_batch_size x grpo.group_size)"
             )
+        self._check_shared_weights()
         try:
             check_task_name(self.task.name)
         except ValueError as error:
@@ -80,6 +82,17 @@ class RunConfig(Section):
         if shape is not None:  # else a hub id that is not on this machine: checked once it is there
             self.check_fits(shape)
         return self
+
+    def _check_shared_weights(self) -> None:
+        """The engines get weights at the end of a step: a fixed lag must take its snapshots there."""
+        anchor, ticks = self.anchor, self.grpo.ticks_per_step
+        if not (anchor.enabled and anchor.weights == "shared" and anchor.clock == "lockstep"):
+            return
+        if anchor.lag.kind != "fixed" or anchor.cadence % ticks or anchor.delay_k % ticks:
+            raise ValueError(
+                f"anchor.weights 'shared' in lockstep needs a fixed lag, with anchor.delay_k {anchor.delay_k} and "
+                f"anchor.cadence {anchor.cadence} multiples of the {ticks} ticks of a step: the engines get no other weights"
+            )
 
     def check_fits(self, shape: ModelShape) -> None:
         """Raises ValueError where the config does not fit a model of this shape."""

@@ -133,7 +133,11 @@ def _start(config: RunConfig, group: PlacementGroup) -> list[Any]:
 
     count = config.swarm.dp * config.swarm.pp
     handles = [
-        actor(Worker, rank, WorkerSetup(rank, config.run.seed, config.model, config.codec, config.swarm, rules))
+        actor(
+            Worker,
+            rank,
+            WorkerSetup(rank, config.run.seed, config.model, config.codec, config.snapshot, config.swarm, rules),
+        )
         for rank in range(count)
     ]
     handles += [
@@ -144,6 +148,7 @@ def _start(config: RunConfig, group: PlacementGroup) -> list[Any]:
             config.task,
             config.grpo,
             config.rollout,
+            config.snapshot,
             config.run.seed,
             config.val.size,
             config.swarm.threads,
@@ -165,6 +170,7 @@ def _start_anchor(config: RunConfig, actor: Any, index: int) -> Any:
         spans(layers, config.swarm.boundaries, config.swarm.pp),
         config.grpo,
         config.rollout.temperature,
+        config.snapshot,
         "dense" if config.anchor.payload == "dense" else payload,
         config.swarm.threads,
     )

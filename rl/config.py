@@ -60,6 +60,17 @@ class GrpoConfig(Section):
         return self.train_batch_size // self.ppo_mini_batch_size
 
 
+class SnapshotConfig(Section):
+    """How weights travel from the stages to engines and anchor."""
+
+    dtype: Literal["float32", "bfloat16"] | None = Field(
+        None, description="default: `model.dtype`; bfloat16 rounds what engines and anchor compute with"
+    )
+    encoding: Literal["delta", "full"] = Field(
+        "delta", description="`delta`: lossless against the last one sent, compressed"
+    )
+
+
 class RolloutConfig(Section):
     """The engines that sample answers from the uncompressed weights."""
 

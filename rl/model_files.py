@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import struct
@@ -42,6 +43,28 @@ def model_shape(path: str) -> ModelShape | None:
         return _gguf_shape(_existing(path))
     folder = local_folder(path)
     return None if folder is None else _folder_shape(folder, path)
+
+
+def model_config(path: str) -> dict:
+    """The content of the model's config.json: sizes, head counts, biases; of a GGUF file the same keys.
+
+    Of a hub id that is not on this machine only config.json is downloaded. Raises ModelNotFound.
+    """
+    if path.endswith(".gguf"):
+        return _gguf_config(_existing(path))
+    folder = local_folder(path)
+    if folder is None:
+        from huggingface_hub import hf_hub_download
+
+        try:
+            folder = Path(hf_hub_download(path, "config.json")).parent
+        except Exception as error:
+            raise ModelNotFound(
+                f"{path!r} is not on this machine and its config.json could not be fetched ({type(error).__name__}): "
+                f"set model.path to a folder that holds it"
+            ) from error
+    _folder_shape(folder, path)  # raises if the model is not supported
+    return json.loads((folder / "config.json").read_text())
 
 
 def local_folder(path: str) -> Path | None:
@@ -85,6 +108,17 @@ def tensor_files(folder: Path) -> dict[str, Path]:
     if not found:
         raise ModelNotFound(f"{folder} holds no *.safetensors file")
     return found
+
+
+def tensor_sizes(folder: Path) -> dict[str, int]:
+    """Elements of every tensor of a checkpoint, from the safetensors headers."""
+    sizes = {}
+    for file in set(tensor_files(folder).values()):
+        with file.open("rb") as f:
+            (size,) = struct.unpack("<Q", f.read(8))
+            header = json.loads(f.read(size))
+        sizes |= {name: math.prod(spec["shape"]) for name, spec in header.items() if name != "__metadata__"}
+    return sizes
 
 
 def _existing(path: str) -> Path:
@@ -132,6 +166,28 @@ def _gguf_shape(file: Path) -> ModelShape:
         tied="output.weight" not in names,
         window=None,
     )
+
+
+def _gguf_config(file: Path) -> dict:
+    shape, reader = _gguf_shape(file), _gguf_reader(file)
+    arch = reader.get_field("general.architecture").contents()
+
+    def number(key: str, default: int | None = None) -> int | None:
+        field = reader.get_field(f"{arch}.{key}")
+        return default if field is None else int(field.contents())
+
+    heads = number("attention.head_count")
+    return {
+        "model_type": arch,
+        "hidden_size": shape.hidden,
+        "num_hidden_layers": shape.layers,
+        "vocab_size": shape.vocab,
+        "tie_word_embeddings": shape.tied,
+        "intermediate_size": number("feed_forward_length"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": number("attention.head_count_kv", heads),
+        "head_dim": number("attention.key_length"),
+    }
 
 
 def _gguf_reader(file: Path):

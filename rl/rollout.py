@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, DynamicCache
 
-from codec.frames import FrameError, unpack
 from rl.batch import Batch, Prompts
-from rl.config import GrpoConfig, ModelConfig, RolloutConfig, TaskConfig
+from rl.config import GrpoConfig, ModelConfig, RolloutConfig, SnapshotConfig, TaskConfig
 from rl.grpo import group_advantages, token_logprobs
 from rl.memory import peak_memory_gb
 from rl.model_files import resolve
-from rl.policy import whole_model
+from rl.policy import Weights, whole_model
+from rl.snapshot import Receiver
 from rl.tasks import make_task
 
 SPLITS = {"train": 0, "val": 1}
@@ -43,7 +43,7 @@ class Samples:
 class Engine(Protocol):
     """Holds a full copy of the weights and samples from it."""
 
-    def load(self, flat: np.ndarray, offset: int) -> None: ...
+    weights: Weights
 
     def sample(self, prompts: list[list[int]], uniforms: np.ndarray, temperature: float) -> Samples: ...
 
@@ -56,11 +56,6 @@ class TransformersEngine:
         self.model, self.weights = whole_model(folder, getattr(torch, model.dtype), self.device)
         eos = self.model.generation_config.eos_token_id
         self.eos = torch.tensor(eos if isinstance(eos, list) else [eos], device=self.device)
-
-    def load(self, flat: np.ndarray, offset: int) -> None:
-        """Overwrite parameters [offset, offset + len(flat)) of the flat buffer."""
-        self.weights.master[offset : offset + len(flat)].copy_(torch.from_numpy(flat))
-        self.weights.publish()
 
     @torch.inference_mode()
     def sample(self, prompts: list[list[int]], uniforms: np.ndarray, temperature: float) -> Samples:
@@ -160,6 +155,7 @@ class RolloutWorker:
         task: TaskConfig,
         grpo: GrpoConfig,
         rollout: RolloutConfig,
+        snapshot: SnapshotConfig,
         seed: int,
         val_size: int,
         threads: int,
@@ -169,20 +165,14 @@ class RolloutWorker:
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.task, self.task_config = make_task(task, seed, val_size), task
         self.grpo, self.seed = grpo, seed
+        self.receiver = Receiver(snapshot)
         self.engine: TransformersEngine = ENGINES[rollout.engine](folder, model, rollout)
         self.reference = ENGINES[rollout.engine](folder, model, rollout) if grpo.kl_loss_coef else None
 
     def load_weights(self, tick: int, *parts: np.ndarray) -> None:
-        """One weights frame a stage, all of `tick`. Raises FrameError on a mix-up."""
-        offset = 0
-        for stage, part in enumerate(parts):
-            header, arrays = unpack(part, f"stage {stage}")
-            if header["tick"] != tick or header["stage"] != stage:
-                raise FrameError(f"stage {stage}", "tick", f"expected tick {tick}, got {header}")
-            self.engine.load(arrays["weights"], offset)
-            offset += len(arrays["weights"])
-        if offset != self.engine.weights.numel:
-            raise FrameError("all stages", "weights", f"{offset} parameters, the model has {self.engine.weights.numel}")
+        """One weights frame a stage, all of `tick`. Raises FrameError on a mix-up, BaseLost if a delta does not fit."""
+        self.receiver.load(list(parts), tick, self.engine.weights.master)
+        self.engine.weights.publish()
 
     def generate(self, ask: Prompts) -> tuple[np.ndarray, float]:
         """Samples, scored, as a batch frame, and the peak memory in GB. Groups are whole, so advantages are final."""

@@ -26,6 +26,8 @@ from anchor_service.messages import TickPlan
 from codec.ledger import Ledger
 from merger import MERGERS
 from rl.batch import Batch, Prompts, concat
+from rl.model_files import model_shape, resolve, tensor_sizes
+from rl.snapshot import BaseLost
 from swarm import checkpoint
 from swarm.telemetry import Telemetry, combine
 
@@ -77,7 +79,9 @@ class Coordinator:
         self._merged_m_bar: Any = None
         self.peaks: dict[str, float] = {}  # peak memory of the largest process of a role, GB
         self._logged: dict[str, float] = {}
-        self._weights: tuple[int, list[Any], int] | None = None  # newest frames: tick, references, bytes
+        self._lost: set[str] = set()  # anchor streams whose base is gone
+        self._resync = True  # the first frames of a run are whole ones
+        self._whole_weights = parameter_bytes(config)
 
     # --- the run --------------------------------------------------------------------------------
 
@@ -155,12 +159,21 @@ class Coordinator:
         """Hand θ_s and b_{s+1} to the anchor if a fire starts from them; waits for nothing."""
         dues = self.clock.to_start(self.tick) if self.line else []
         for due in dues:
-            references, nbytes = self._weights_of(self.tick)
+            references, nbytes = self._snapshot(due)
             replay, size = self._replay(mini, due.version)
             self.line.start(due, references, replay, self._least_seconds(due))
             self.ledger.add("snapshot", nbytes, 0)
             self.ledger.add("replay", size, 0)
         return bool(dues)
+
+    def _snapshot(self, due: Due) -> tuple[list[Any], int]:
+        """Weights for one fire; each anchor worker has its own stream, or none if it shares the engines'."""
+        if self.config.anchor.weights == "shared":
+            return [], 0
+        stream = f"anchor {self.line.worker_of(due.version)}"
+        whole = stream in self._lost
+        self._lost.discard(stream)
+        return self._weights_of(self.tick, stream, whole)
 
     def _replay(self, mini: MiniFrame, version: int) -> tuple[Any, int]:
         """The mini-batch, or a seeded share of its samples with the denominator that keeps M unbiased."""
@@ -185,8 +198,12 @@ class Coordinator:
         if self.line is None or self.clock.waits:
             return
         for fire in self.line.arrived():
-            self.line.report(fire)  # raises if the fire failed
             self.clock.finished(fire.due.version)
+            try:
+                self.line.report(fire)  # raises if the fire failed
+            except BaseLost as lost:
+                self._drop(fire, lost)
+                continue
             fire.delivered = True
             for rank, worker in enumerate(self.fleet.workers):
                 reference = [fire.corrections[rank % self.config.swarm.pp]]
@@ -195,6 +212,13 @@ class Coordinator:
             ray.wait(self._deliveries, num_returns=len(self._deliveries), timeout=0) if self._deliveries else ([], [])
         )
         ray.get(done)  # raises what a delivery raised
+
+    def _drop(self, fire: Fire, lost: BaseLost) -> None:
+        """The anchor worker has lost the base of a delta: this fire is void, its next snapshot is a whole one."""
+        stream = f"anchor {self.line.worker_of(fire.due.version)}"
+        self._lost.add(stream)
+        self.line.drop(fire, self._merged_m_bar)
+        self.telemetry.event(self.step, self.tick, "snapshot lost", stream=stream, reason=str(lost))
 
     def _log_corrections(self, metrics: dict[str, float]) -> None:
         """Write down what this tick was the first to merge, what it passed over, and what it dropped."""
@@ -262,24 +286,32 @@ class Coordinator:
             accuracy,
         )
 
-    def _weights_of(self, tick: int) -> tuple[list[Any], int]:
-        """References to the weights frames of all stages after `tick` ticks; asked for once a tick."""
-        if self._weights is None or self._weights[0] != tick:
-            first_replica = self.fleet.workers[: self.config.swarm.pp]
-            pairs = [worker.weights.options(num_returns=2).remote(tick) for worker in first_replica]
-            calls = [(f"worker d0p{p}", size) for p, (_, size) in enumerate(pairs)]
-            nbytes = sum(gather(calls, f"the weights of tick {tick}", *self._swarm_limit()))
-            self._weights = (tick, [frame for frame, _ in pairs], nbytes)
-        return self._weights[1:]
+    def _weights_of(self, tick: int, stream: str, whole: bool = False) -> tuple[list[Any], int]:
+        """References to the weights frames of all stages after `tick` ticks, for one stream of consumers."""
+        first_replica = self.fleet.workers[: self.config.swarm.pp]
+        pairs = [worker.weights.options(num_returns=2).remote(tick, stream, whole) for worker in first_replica]
+        calls = [(f"worker d0p{p}", size) for p, (_, size) in enumerate(pairs)]
+        nbytes = sum(gather(calls, f"the weights of tick {tick}", *self._swarm_limit()))
+        return [frame for frame, _ in pairs], nbytes
 
     def _sync_engines(self) -> None:
-        references, nbytes = self._weights_of(self.tick)
-        calls = [
+        """Give the engines, and an anchor that shares their stream, the newest weights."""
+        references, nbytes = self._weights_of(self.tick, "engines", whole=self._resync)
+        engines = [
             (f"engine {i}", e.load_weights.remote(self.tick, *references)) for i, e in enumerate(self.fleet.engines)
         ]
-        gather(calls, f"loading the weights of tick {self.tick}", self.config.rollout.timeout_s, "rollout.timeout_s")
-        total = nbytes * len(self.fleet.engines)
-        self.ledger.add("rollout_sync", total, total)
+        if self.line and self.config.anchor.weights == "shared":
+            self.line.follow(self.tick, references)
+        self._resync = False
+        limit = (self.config.rollout.timeout_s, "rollout.timeout_s")
+        try:
+            gather(engines, f"loading the weights of tick {self.tick}", *limit)
+        except BaseLost as lost:
+            self.telemetry.event(self.step, self.tick, "weights resynchronised", reason=str(lost))
+            self._resync = True
+            return self._sync_engines()
+        copies = len(self.fleet.engines)
+        self.ledger.add("rollout_sync", nbytes * copies, self._whole_weights * copies)
 
     # --- small helpers --------------------------------------------------------------------------
 
@@ -419,7 +451,17 @@ def make_clock(config: Any) -> Lockstep | Wall:
     anchor, seed = config.anchor, config.run.seed
     if anchor.clock == "lockstep":
         return Lockstep(agenda(anchor, seed, config.run.steps * config.grpo.ticks_per_step))
-    return Wall(anchor.workers, make_draw(anchor, seed))
+    shared, ticks = anchor.weights == "shared", config.grpo.ticks_per_step
+    return Wall(anchor.workers, make_draw(anchor, seed), lambda source: not shared or source % ticks == 0)
+
+
+def parameter_bytes(config: Any) -> int:
+    """Bytes of the whole model in the dtype it computes in: what a dense system sends an engine."""
+    folder = resolve(config.model.path)
+    sizes = tensor_sizes(folder)
+    if model_shape(str(folder)).tied:
+        sizes.pop("lm_head.weight", None)  # some checkpoints hold the tied embedding twice
+    return sum(sizes.values()) * (2 if config.model.dtype == "bfloat16" else 4)
 
 
 def sample_metrics(batch: Batch) -> dict[str, float]:

@@ -17,15 +17,15 @@ from anchor_service.errors import WaitTimeout
 from anchor_service.messages import Correction, TickPlan, unpack_correction
 from codec.boundary import Boundary
 from codec.config import CodecConfig
-from codec.frames import pack
 from codec.gradient import DenseSum, PowerSGDSum
 from codec.ledger import Ledger
 from rl.batch import Batch
-from rl.config import ModelConfig
+from rl.config import ModelConfig, SnapshotConfig
 from rl.memory import peak_memory_gb
 from rl.model_files import model_shape, resolve
 from rl.objective import deal, microbatches
 from rl.policy import Stage, spans
+from rl.snapshot import Sender
 from swarm import checkpoint
 from swarm.config import SwarmConfig
 from swarm.grid import Grid
@@ -40,6 +40,7 @@ class WorkerSetup:
     seed: int
     model: ModelConfig
     codec: CodecConfig
+    snapshot: SnapshotConfig
     swarm: SwarmConfig
     rules: Rules
 
@@ -51,6 +52,7 @@ class Worker:
         self.setup = setup
         torch.set_num_threads(setup.swarm.threads)
         self.minis: list[MiniBatch] = []
+        self.senders: dict[str, Sender] = {}
 
     def address(self) -> str:
         """Where the process groups of this swarm meet; asked of rank 0."""
@@ -138,11 +140,17 @@ class Worker:
             raise WaitTimeout("the anchor", what, seconds, "anchor.timeout_s") from error
         return unpack_correction(frame, self.rank.grid.p, self.rank.stage.weights.numel)
 
-    def weights(self, tick: int) -> tuple[np.ndarray, int]:
-        """Weights frame of this stage after `tick` ticks, and its size; a tied copy is left to its owner."""
+    def weights(self, tick: int, stream: str, whole: bool) -> tuple[np.ndarray, int]:
+        """Frame of this stage's weights after `tick` ticks, and its size; a tied copy is left to its owner.
+
+        Each stream has its own base of deltas; `whole` sends none.
+        """
         weights = self.rank.stage.weights
-        flat = weights.master[: weights.owned].detach().cpu().numpy()
-        frame = pack({"kind": "weights", "tick": tick, "stage": self.rank.grid.p}, {"weights": flat})
+        if stream not in self.senders:
+            snapshot = self.setup.snapshot
+            bf16 = (snapshot.dtype or self.setup.model.dtype) == "bfloat16"
+            self.senders[stream] = Sender(snapshot, bf16)
+        frame = self.senders[stream].frame(weights.master[: weights.owned], tick, self.rank.grid.p, whole)
         return frame, frame.nbytes
 
     def digest(self) -> int:

@@ -12,7 +12,7 @@ from anchor_service.dense_gradient import DenseGradient
 from codec.config import CodecConfig
 from codec.frames import pack
 from rl.batch import Batch
-from rl.config import GrpoConfig
+from rl.config import GrpoConfig, SnapshotConfig
 from rl.policy import Stage, spans
 from tests.conftest import make_batch
 from tests.contract.harness import make_rank, run_ticks
@@ -64,12 +64,15 @@ def test_an_uncompressed_run_equals_a_plain_grpo_loop(model: Path):
 def test_m_of_the_anchor_is_the_dense_gradient(model: Path):
     batch = make_batch(seed=5)
     stages = spans(4, [2], 2)
-    anchor = DenseGradient(model, stages, torch.float32, torch.device("cpu"), 3, CONFIG, temperature=1.0)
+    anchor = DenseGradient(
+        model, stages, torch.float32, torch.device("cpu"), 3, CONFIG, 1.0, SnapshotConfig(encoding="full")
+    )
     with torch.no_grad():
         anchor.model.weights.master.zero_()  # what it was built with must not matter
     snapshot = [Stage(model, span, torch.float32, torch.device("cpu")).weights for span in stages]
     frames = [
-        pack({"tick": 3, "stage": p}, {"weights": w.master[: w.owned].detach().numpy()}) for p, w in enumerate(snapshot)
+        pack({"tick": 3, "stage": p, "encoding": "full"}, {"weights": w.master[: w.owned].detach().numpy()})
+        for p, w in enumerate(snapshot)
     ]
     anchor.load(frames, tick=3)
     m = anchor.gradient(batch, batch.response_tokens)

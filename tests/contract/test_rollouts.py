@@ -7,13 +7,26 @@ import pytest
 
 from codec.frames import FrameError, pack
 from rl.batch import Batch, Prompts
-from rl.config import GrpoConfig, ModelConfig, RolloutConfig, TaskConfig
+from rl.config import GrpoConfig, ModelConfig, RolloutConfig, SnapshotConfig, TaskConfig
 from rl.rollout import PromptTooLong, RolloutWorker
 
 
 def make_worker(**grpo) -> RolloutWorker:
     config = GrpoConfig(**({"max_response_length": 40} | grpo))
-    return RolloutWorker(ModelConfig(), TaskConfig(), config, RolloutConfig(), seed=3, val_size=32, threads=1)
+    return RolloutWorker(
+        ModelConfig(),
+        TaskConfig(),
+        config,
+        RolloutConfig(),
+        SnapshotConfig(encoding="full"),
+        seed=3,
+        val_size=32,
+        threads=1,
+    )
+
+
+def whole(tick: int, flat: np.ndarray) -> np.ndarray:
+    return pack({"tick": tick, "stage": 0, "encoding": "full"}, {"weights": flat})
 
 
 def ask(worker: RolloutWorker, indices: tuple[int, ...], n: int = 4, split: str = "train") -> Batch:
@@ -71,17 +84,17 @@ def test_reference_logprobs_are_those_of_the_base_policy():
     before = ask(worker, (0, 1))
     np.testing.assert_allclose(before.ref_logprobs, before.rollout_logprobs, atol=1e-4)
     flat = worker.engine.weights.master.numpy() * np.float32(1.02)
-    worker.load_weights(7, pack({"tick": 7, "stage": 0}, {"weights": flat}))
+    worker.load_weights(7, whole(7, flat))
     after = ask(worker, (0, 1))
     assert np.abs(after.ref_logprobs - after.rollout_logprobs).max() > 1e-3
 
 
 def test_weights_of_another_tick_or_size_are_refused(worker: RolloutWorker):
     flat = worker.engine.weights.master.numpy().copy()
-    with pytest.raises(FrameError, match="stage 0: tick: expected tick 8"):
-        worker.load_weights(8, pack({"tick": 7, "stage": 0}, {"weights": flat}))
+    with pytest.raises(FrameError, match="stage 0: tick: expected 8, got 7"):
+        worker.load_weights(8, whole(7, flat))
     with pytest.raises(FrameError, match="all stages: weights"):
-        worker.load_weights(8, pack({"tick": 8, "stage": 0}, {"weights": flat[:-1]}))
+        worker.load_weights(8, whole(8, flat[:-1]))
 
 
 def test_a_prompt_that_is_too_long_is_refused_with_the_knob():

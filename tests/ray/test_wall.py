@@ -52,3 +52,14 @@ def test_delta_merges_the_same_on_a_short_wall_run(tmp_path: Path):
     config = small("anchor.clock=wall", "run.steps=8", "val.every=8", "merger.kind=delta", "anchor.replay_fraction=0.5")
     summary = drive(config, tmp_path / "delta", ignore)
     assert summary["status"] == "completed" and lines(tmp_path / "delta", "corrections.jsonl")
+
+
+def test_a_shared_stream_gives_the_same_run_and_sends_no_snapshot(tmp_path: Path):
+    aligned = ("anchor.delay_k=4", "anchor.cadence=2", "run.steps=4", "val.every=4")
+    own = drive(small(*aligned), tmp_path / "own", ignore)
+    shared = drive(small(*aligned, "anchor.weights=shared"), tmp_path / "shared", ignore)
+    assert shared["weights_digests"] == own["weights_digests"]
+    assert lines(tmp_path / "shared", "corrections.jsonl") == lines(tmp_path / "own", "corrections.jsonl")
+    assert own["bytes"]["snapshot"]["sent"] > 0 and "snapshot" not in shared["bytes"]
+    sync = own["bytes"]["rollout_sync"]
+    assert sync["sent"] < sync["dense"]
