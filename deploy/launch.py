@@ -117,19 +117,17 @@ def _start(config: RunConfig, group: PlacementGroup) -> list[Any]:
 
     def actor(cls: type, index: int, *args: Any) -> Any:
         resources = wanted[index]
-        return (
-            ray.remote(cls)
-            .options(
-                num_cpus=resources["CPU"],
-                num_gpus=resources.get("GPU", 0),
-                max_restarts=0,
-                max_task_retries=0,  # a repeated tick would hang the other ranks
-                **({"concurrency_groups": {"inbox": 1}} if cls is Worker and config.anchor.clock == "wall" else {}),
-                scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index),
-                runtime_env={"env_vars": {**_ENV, "OMP_NUM_THREADS": str(config.swarm.threads)}},
-            )
-            .remote(*args)
+        options = dict(
+            num_cpus=resources["CPU"],
+            num_gpus=resources.get("GPU", 0),
+            max_restarts=0,
+            max_task_retries=0,  # a repeated tick would hang the other ranks
+            scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index),
+            runtime_env={"env_vars": {**_ENV, "OMP_NUM_THREADS": str(config.swarm.threads)}},
         )
+        if cls is Worker and config.anchor.clock == "wall":
+            options["concurrency_groups"] = {"inbox": 1}  # corrections arrive beside a running tick
+        return ray.remote(**options)(cls).remote(*args)
 
     count = config.swarm.dp * config.swarm.pp
     handles = [

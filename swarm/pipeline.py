@@ -1,8 +1,5 @@
 """Microbatches through the stages: forward payloads up, backward payloads down, one forward one backward (1F1B).
 
-    stage 0   F0 F1 ───── B0 F2 B1 F3 B2 ── B3
-    stage 1      F0 B0 F1 B1 F2 B2 F3 B3            pp = 2, four microbatches
-
 Both ends of a link know the microbatch, so shapes are never sent; lengths may differ between microbatches.
 """
 
@@ -19,17 +16,9 @@ from rl.grpo import LossTerms
 from rl.objective import MicroBatch, logprobs
 from rl.policy import Stage
 from swarm.grid import Grid
+from swarm.schedule import schedule
 
 Loss = Callable[[Tensor, MicroBatch, int], LossTerms]
-
-
-def schedule(p: int, pp: int, count: int) -> list[tuple[str, int]]:
-    """1F1B order of stage `p`: ("F", i) and ("B", i) for each of `count` microbatches."""
-    ahead = min(pp - 1 - p, count)
-    order = [("F", i) for i in range(ahead)]
-    for i in range(count - ahead):
-        order += [("F", ahead + i), ("B", i)]
-    return order + [("B", i) for i in range(count - ahead, count)]
 
 
 class Pipeline:
