@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: setup demo test test-fast check bench base-policy smollm2 clean
+.PHONY: setup demo test test-fast check bench bench-wall base-policy smollm2 clean
 
 setup: $(STAMP)
 
@@ -29,6 +29,9 @@ check: setup  ## lint and format
 
 bench: setup  ## time the hot paths against their baselines
 	$(BIN)/python -m benchmarks.hot_paths
+
+bench-wall: setup  ## tick rate beside an anchor slowed 100 times, in pairs of runs
+	$(BIN)/python -m benchmarks.wall_clock
 
 base-policy: setup  ## train the built-in base policy again, from its script
 	$(BIN)/python -m experiments.base_policy --out rl/builtin/tiny

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from anchor_service.lag import Draw, Due
+from anchor_service.config import AnchorConfig
+from anchor_service.lag import Draw, Due, agenda, make_draw
 
 
 class Lockstep:
@@ -17,11 +18,11 @@ class Lockstep:
 
     waits = True
 
-    def __init__(self, agenda: list[Due]):
+    def __init__(self, dues: list[Due]):
         self._by_source: dict[int, list[Due]] = {}
-        for due in agenda:
+        for due in dues:
             self._by_source.setdefault(due.source_tick, []).append(due)
-        self._by_first = {due.first_tick: due for due in agenda if due.first_tick is not None}
+        self._by_first = {due.first_tick: due for due in dues if due.first_tick is not None}
 
     def to_start(self, source_tick: int) -> list[Due]:
         """Fires that begin with the weights after `source_tick` ticks."""
@@ -85,3 +86,11 @@ class Wall:
 
     def bound(self) -> None:
         """Fires under way are as many as workers, but corrections that are done may wait for all ranks to hold them."""
+
+
+def make_clock(anchor: AnchorConfig, seed: int, last_tick: int, ticks_per_step: int) -> Lockstep | Wall:
+    """The clock that `anchor.clock` names, for a run of `last_tick` ticks."""
+    if anchor.clock == "lockstep":
+        return Lockstep(agenda(anchor, seed, last_tick))
+    shared = anchor.weights == "shared"  # then there are new weights at the end of a step only
+    return Wall(anchor.workers, make_draw(anchor, seed), lambda source: not shared or source % ticks_per_step == 0)

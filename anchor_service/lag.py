@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,6 +92,8 @@ def _diurnal(config: DiurnalLag, delay_k: int, seed: int) -> Draw:
 def _trace(config: TraceLag, delay_k: int, seed: int) -> Draw:
     """For the wall clock: the lags of the trace, over and over."""
     lags = [due.first_tick - due.source_tick for due in read_trace(config.path) if due.first_tick is not None]
+    if not lags:
+        raise ValueError(f"{config.path} holds no correction that was merged: there is no lag to take from it")
     return lambda fire, tick: lags[fire % len(lags)]
 
 
@@ -121,6 +124,8 @@ def agenda(config: AnchorConfig, seed: int, last_tick: int) -> list[Due]:
     if config.lag.kind == "trace":
         return [d for d in read_trace(config.lag.path) if d.first_tick is None or d.first_tick <= last_tick]
     if config.lag.kind == "fixed":
+        if config.max_lag and config.delay_k > config.max_lag:
+            return []
         ticks = [t for t in range(1, last_tick + 1) if anchor_should_fire(t, config.cadence, config.delay_k)]
         return [Due(i, t - config.delay_k, t) for i, t in enumerate(ticks, start=1)]
     draw, dues, newest = make_draw(config, seed), [], -1
@@ -137,27 +142,36 @@ def agenda(config: AnchorConfig, seed: int, last_tick: int) -> list[Due]:
 def read_trace(path: str) -> list[Due]:
     """A run's corrections.jsonl, or a CSV with the columns source_tick and first_tick (empty: never merged).
 
-    Raises ValueError, naming the line, if a correction would lead, or if ticks do not increase.
+    Raises ValueError, naming the entry, if a correction would lead, or if ticks do not increase.
     """
     file = Path(path).expanduser()
     text = file.read_text()
     if file.suffix == ".csv":
-        rows = list(csv.DictReader(text.splitlines()))
+        rows: list = list(csv.DictReader(text.splitlines()))
     else:
-        rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+        rows = [line for line in text.splitlines() if line.strip()]
     dues: list[Due] = []
+    last_first = 0
     for number, row in enumerate(rows, start=1):
         try:
-            source, first = int(row["source_tick"]), row["first_tick"]
-            first = None if first in (None, "") else int(first)
+            row = json.loads(row) if isinstance(row, str) else row
+            source, first = _whole(row["source_tick"]), row["first_tick"]
+            first = None if first in (None, "") else _whole(first)
+            version = _whole(row.get("version") or number)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path}, entry {number}: needs source_tick and first_tick ({error})") from None
         if source < 0 or (first is not None and first <= source):
             raise ValueError(f"{path}, entry {number}: source_tick {source} and first_tick {first}: nothing may lead")
-        earlier = [d.first_tick for d in dues if d.first_tick is not None]
-        if (dues and source < dues[-1].source_tick) or (first is not None and earlier and first <= earlier[-1]):
+        stalled = dues and (source <= dues[-1].source_tick or version <= dues[-1].version)
+        if stalled or (first is not None and first <= last_first):
             raise ValueError(f"{path}, entry {number}: ticks must increase from one correction to the next")
-        dues.append(Due(int(row.get("version") or number), source, first))
+        dues.append(Due(version, source, first))
+        last_first = first or last_first
     if not dues:
         raise ValueError(f"{path} holds no correction")
     return dues
+
+
+def _whole(value: str | int) -> int:
+    """A whole number of a CSV cell or of JSON; 2.5 is none. Raises ValueError or TypeError."""
+    return int(value) if isinstance(value, str) else operator.index(value)

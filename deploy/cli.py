@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from pathlib import Path
@@ -51,6 +52,64 @@ def run(
     print_summary(summary, folder)
     _write_report(folder)
     raise typer.Exit(0 if summary["status"] == "completed" else 130)
+
+
+@app.command()
+def plan(
+    source: Annotated[
+        str, typer.Argument(metavar="PRESET_OR_TOML", help="a preset (`northstar presets`) or a TOML file")
+    ],
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="override a key, for example links.swarm_mbit=1000"),
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="write the numbers there as well")
+    ] = None,
+) -> None:
+    """Say what a config will send, hold and wait for: bytes, memory, time, the cadence its anchor can keep."""
+    from deploy.plan import load_for_planning, make_plan, to_dict
+    from deploy.plan_tables import show
+    from deploy.progress import console
+
+    try:
+        found = make_plan(load_for_planning(source, set_ or []))
+    except (ConfigError, ValueError) as error:
+        typer.secho(str(error), fg="red", err=True)
+        raise typer.Exit(2) from error
+    show(found, console)
+    if json_file:
+        json_file.write_text(json.dumps(to_dict(found), indent=1) + "\n")
+
+
+@app.command()
+def simulate(
+    source: Annotated[
+        str, typer.Argument(metavar="PRESET_OR_TOML", help="a preset (`northstar presets`) or a TOML file")
+    ],
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="override a key, for example links.anchor_mbit=50.0"),
+    ] = None,
+    ticks: Annotated[int | None, typer.Option(min=1, help="ticks to simulate; default: those of the config")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="folder for simulation.json, corrections.csv (a lag trace) and lag.png")
+    ] = None,
+) -> None:
+    """Run a config's schedule on a virtual clock: lags, bottleneck and bytes of up to 10,000 workers, no hardware."""
+    from deploy import simulate as simulation
+    from deploy.plan import load_for_planning
+    from deploy.progress import console
+
+    try:
+        found = simulation.simulate(load_for_planning(source, set_ or []), ticks)
+    except (ConfigError, ValueError) as error:
+        typer.secho(str(error), fg="red", err=True)
+        raise typer.Exit(2) from error
+    console.print(simulation.table(found))
+    if out:
+        simulation.write(found, out)
+        console.print(f"simulation folder {out}")
 
 
 @app.command()

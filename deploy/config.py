@@ -24,6 +24,9 @@ from swarm.config import LinksConfig, SwarmConfig
 PRESETS = Path(__file__).parent.parent / "experiments" / "presets"
 
 
+_OF_A_KIND = {"lag"}  # sections that are one of several kinds with keys of their own: another kind starts afresh
+
+
 class ConfigError(ValueError):
     """One readable message for everything that is wrong with a config."""
 
@@ -155,6 +158,8 @@ def _overlay(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in top.items():
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        if both and key in _OF_A_KIND and value.get("kind", merged[key].get("kind")) != merged[key].get("kind"):
+            both = False
         merged[key] = _overlay(merged[key], value) if both else value
     return merged
 
@@ -172,6 +177,8 @@ def _apply(data: dict[str, Any], override: str) -> None:
         data = data.setdefault(key, {})
         if not isinstance(data, dict):
             raise ConfigError(f"--set {override!r}: {key!r} is not a section")
+        if key in _OF_A_KIND and keys[-1] == "kind" and data.get("kind") != value:
+            data.clear()
     data[keys[-1]] = value
 
 

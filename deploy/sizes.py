@@ -7,7 +7,7 @@ all-reduce over n ranks is 2(n-1)/n of its bytes on each of them). What is appro
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import log10, prod
+from math import ceil, log10, prod
 from typing import NamedTuple
 
 from anchor_service.lag import agenda
@@ -19,7 +19,7 @@ from merger import MERGERS
 from rl.model_files import local_folder, model_config
 
 FP32 = 4
-FRAME = 1024  # header and alignment of a small frame, about
+HEADER, ALIGN = 256, 64  # of a batch frame, about; a row of arrays is padded to ALIGN
 
 
 class StageSpan(NamedTuple):
@@ -76,10 +76,10 @@ def _layer_shapes(model: dict, kind: str) -> list[tuple[int, ...]]:
         return model[key]
 
     hidden, inner, heads = need("hidden_size"), need("intermediate_size"), need("num_attention_heads")
-    kv_heads = (model.get("num_key_value_heads") or heads) if kind == "llama" else need("num_key_value_heads")
-    # Qwen3's head is 128 wide unless told otherwise; the others split the hidden size
-    head_dim = model.get("head_dim") or (128 if kind == "qwen3" else hidden // heads)
-    q, kv = heads * head_dim, kv_heads * head_dim
+    if kind != "llama":
+        need("num_key_value_heads")
+    q, kv = attention_widths(model)
+    head_dim = q // heads
     shapes: list[tuple[int, ...]] = [(q, hidden), (kv, hidden), (kv, hidden), (hidden, q)]
     shapes += [(inner, hidden), (inner, hidden), (hidden, inner), (hidden,), (hidden,)]
     bias = kind in ("llama", "qwen3") and model.get("attention_bias", False)
@@ -92,6 +92,15 @@ def _layer_shapes(model: dict, kind: str) -> list[tuple[int, ...]]:
     if kind == "qwen3":
         shapes += [(head_dim,), (head_dim,)]
     return shapes
+
+
+def attention_widths(model: dict) -> tuple[int, int]:
+    """Width of the queries of one token, and of its keys."""
+    heads = model["num_attention_heads"]
+    # Qwen3's head is 128 wide unless told otherwise; the others split the hidden size
+    default = 128 if model["model_type"] == "qwen3" else model["hidden_size"] // heads
+    head_dim = model.get("head_dim") or default
+    return heads * head_dim, (model.get("num_key_value_heads") or heads) * head_dim
 
 
 def stage_spans(config: RunConfig, layers: int) -> list[StageSpan]:
@@ -157,8 +166,13 @@ def itemsize(config: RunConfig) -> int:
 def batch_bytes(config: RunConfig, samples: float) -> float:
     """A frame of that many samples of mean length."""
     tokens, responses = prompt_tokens(config) + response_tokens(config), response_tokens(config)
-    reference = responses if config.grpo.kl_loss_coef else 0
-    return samples * (4 * (tokens + responses + reference) + 4 * 4 + 1) + FRAME
+    by_token = 4 * samples * (tokens + responses + (responses if config.grpo.kl_loss_coef else 0))
+    lengths_and_scores, truncated = 4 * _aligned(4 * samples), _aligned(samples)
+    return HEADER + by_token + ALIGN + lengths_and_scores + truncated
+
+
+def _aligned(nbytes: float) -> int:
+    return -(-ceil(nbytes) // ALIGN) * ALIGN
 
 
 def replay_bytes(config: RunConfig) -> float:

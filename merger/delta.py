@@ -20,7 +20,14 @@ class Delta:
         self.config = config
         self.dose = 0.0
 
-    def __call__(self, g_comp: Tensor, correction: Tensor, age: int, norm: Norm = local_norm) -> Tensor:
-        """`g_comp` fp32 [n], `correction` δ fp32 [n] -> merged fp32 [n]."""
-        self.dose = dose_at(self.config, age, correction, g_comp, norm)
+    def prepare(self, g_comp: Tensor, correction: Tensor, age: int, norm: Norm = local_norm) -> None:
+        """Set the dose for this tick."""
+        self.dose = dose_at(self.config, age, lambda: correction, g_comp, norm)
+
+    def apply(self, g_comp: Tensor, correction: Tensor) -> Tensor:
+        """`g_comp` fp32 [n], `correction` δ fp32 [n], or any block of both -> merged fp32 [n]."""
         return g_comp + self.dose * correction
+
+    def __call__(self, g_comp: Tensor, correction: Tensor, age: int, norm: Norm = local_norm) -> Tensor:
+        self.prepare(g_comp, correction, age, norm)
+        return self.apply(g_comp, correction)

@@ -24,10 +24,19 @@ class SignedEMA:
 
     def __init__(self, config: MergerConfig):
         self.config = config
-        self.dose = 0.0  # applied at the last call
+        self.dose = 0.0  # of the last `prepare`
+
+    def prepare(self, g_comp: Tensor, correction: Tensor, age: int, norm: Norm = local_norm) -> None:
+        """Set the dose for this tick; only the ratio gate looks at the tensors, which are whole here."""
+        self.dose = dose_at(self.config, age, lambda: self._delta(g_comp, correction), g_comp, norm)
+
+    def apply(self, g_comp: Tensor, correction: Tensor) -> Tensor:
+        """`g_comp` fp32 [n], `correction` M̄ or its sign [n], or any block of both -> merged fp32 [n]."""
+        return self._delta(g_comp, correction).mul_(self.dose).add_(g_comp)
+
+    def _delta(self, g_comp: Tensor, correction: Tensor) -> Tensor:
+        return g_comp.abs().mul_(correction.sign()).sub_(g_comp).mul_(1 - self.config.alpha)
 
     def __call__(self, g_comp: Tensor, correction: Tensor, age: int, norm: Norm = local_norm) -> Tensor:
-        """`g_comp` fp32 [n], `correction` M̄ or its sign [n] -> merged fp32 [n]."""
-        delta = g_comp.abs().mul_(correction.sign()).sub_(g_comp).mul_(1 - self.config.alpha)
-        self.dose = dose_at(self.config, age, delta, g_comp, norm)
-        return delta.mul_(self.dose).add_(g_comp)
+        self.prepare(g_comp, correction, age, norm)
+        return self.apply(g_comp, correction)

@@ -19,9 +19,9 @@ import numpy as np
 import ray
 
 from anchor_service.actor import AnchorLine, Fire
-from anchor_service.clock import Lockstep, Wall
+from anchor_service.clock import make_clock
 from anchor_service.errors import WaitTimeout
-from anchor_service.lag import Due, agenda, make_draw
+from anchor_service.lag import Due
 from anchor_service.messages import TickPlan
 from codec.ledger import Ledger
 from merger import MERGERS
@@ -70,7 +70,9 @@ class Coordinator:
         self.ledger = Ledger()
         self.tick = self.step = self.fires = self.version = self.merged = 0
         self.tick_seconds = 0.0  # running mean
-        self.clock = make_clock(config)
+        ticks_per_step = config.grpo.ticks_per_step
+        last_tick = config.run.steps * ticks_per_step
+        self.clock = make_clock(config.anchor, config.run.seed, last_tick, ticks_per_step)
         corrects = fleet.anchors and MERGERS[config.merger.kind].payload is not None
         timeout_s, bound = config.anchor.timeout_s, self.clock.bound()
         self.line = AnchorLine(fleet.anchors, config.swarm.pp, timeout_s, bound) if corrects else None
@@ -81,7 +83,7 @@ class Coordinator:
         self._logged: dict[str, float] = {}
         self._lost: set[str] = set()  # anchor streams whose base is gone
         self._resync = True  # the first frames of a run are whole ones
-        self._whole_weights = parameter_bytes(config)
+        self._parameters = parameter_count(config)
 
     # --- the run --------------------------------------------------------------------------------
 
@@ -134,9 +136,9 @@ class Coordinator:
 
     def _tick(self, index: int, mini: MiniFrame) -> dict[str, float]:
         start = time.perf_counter()
+        self._deliver()  # first: a worker that is done can start again at once
         keep = self._offer(mini)
         self.tick += 1
-        self._deliver()
         due = self.clock.due(self.tick) if self.line else None
         self.version = due.version if due else self.version
         plans = []
@@ -164,6 +166,8 @@ class Coordinator:
             self.line.start(due, references, replay, self._least_seconds(due))
             self.ledger.add("snapshot", nbytes, 0)
             self.ledger.add("replay", size, 0)
+            if self.config.anchor.workers > 1:  # M̄ goes from one anchor worker to the next, in fp32
+                self.ledger.add("control", 4 * self._parameters, 0)
         return bool(dues)
 
     def _snapshot(self, due: Due) -> tuple[list[Any], int]:
@@ -311,7 +315,8 @@ class Coordinator:
             self._resync = True
             return self._sync_engines()
         copies = len(self.fleet.engines)
-        self.ledger.add("rollout_sync", nbytes * copies, self._whole_weights * copies)
+        dense = self._parameters * (2 if self.config.model.dtype == "bfloat16" else 4)  # what a dense system sends
+        self.ledger.add("rollout_sync", nbytes * copies, dense * copies)
 
     # --- small helpers --------------------------------------------------------------------------
 
@@ -446,22 +451,13 @@ class Coordinator:
             )
 
 
-def make_clock(config: Any) -> Lockstep | Wall:
-    """The clock that `anchor.clock` names."""
-    anchor, seed = config.anchor, config.run.seed
-    if anchor.clock == "lockstep":
-        return Lockstep(agenda(anchor, seed, config.run.steps * config.grpo.ticks_per_step))
-    shared, ticks = anchor.weights == "shared", config.grpo.ticks_per_step
-    return Wall(anchor.workers, make_draw(anchor, seed), lambda source: not shared or source % ticks == 0)
-
-
-def parameter_bytes(config: Any) -> int:
-    """Bytes of the whole model in the dtype it computes in: what a dense system sends an engine."""
+def parameter_count(config: Any) -> int:
+    """Parameters of the whole model, a tied embedding once."""
     folder = resolve(config.model.path)
     sizes = tensor_sizes(folder)
     if model_shape(str(folder)).tied:
         sizes.pop("lm_head.weight", None)  # some checkpoints hold the tied embedding twice
-    return sum(sizes.values()) * (2 if config.model.dtype == "bfloat16" else 4)
+    return sum(sizes.values())
 
 
 def sample_metrics(batch: Batch) -> dict[str, float]:

@@ -1,7 +1,9 @@
-"""The order of microbatches in a stage: one forward one backward (1F1B). Pure: the run and the simulator share it.
+"""The order of microbatches in a stage: one forward one backward (1F1B).
 
     stage 0   F0 F1 ───── B0 F2 B1 F3 B2 ── B3
     stage 1      F0 B0 F1 B1 F2 B2 F3 B3            pp = 2, four microbatches
+
+Pure: the run and the simulator share it.
 """
 
 from __future__ import annotations

@@ -42,6 +42,9 @@ from rl.policy import EMBEDDING, Stage
 from swarm.grid import Grid
 from swarm.pipeline import Pipeline
 
+NORM_BLOCK = 1 << 22  # elements: a norm in float64 without a float64 copy of the gradient
+MERGE_BLOCK = 1 << 16  # elements: temporaries of a merge stay in the second-level cache
+
 
 @dataclass
 class MiniBatch:
@@ -88,7 +91,8 @@ class Rank:
 
     def norm(self, flat: Tensor) -> float:
         """Norm over all stages' parameters, a tied embedding counted once."""
-        square = flat[: self.stage.weights.owned].double().square().sum()
+        owned = flat[: self.stage.weights.owned]
+        square = torch.stack([block.double().square().sum() for block in owned.split(NORM_BLOCK)]).sum()
         return self.grid.sum_pp(square).sqrt().item()
 
     @contextmanager
@@ -197,14 +201,25 @@ def _merge(rank: Rank, plan: TickPlan) -> dict[str, float]:
     }
     if max_age is not None and age > max_age:
         return values | {"anchor/expired": 1.0}
-    merged = rank.merger(g_comp, correction.values, age, rank.norm)
-    values |= {
-        "anchor/sign_agreement": (correction.values.sign() == g_comp.sign()).float().mean().item(),
+    rank.merger.prepare(g_comp, correction.values, age, rank.norm)
+    agree, flips = _merge_in_place(rank.merger, g_comp, correction.values)
+    return values | {
+        "anchor/sign_agreement": agree / g_comp.numel(),
         "merger/dose": rank.merger.dose,
-        "merger/flip_fraction": (merged * g_comp < 0).float().mean().item(),
+        "merger/flip_fraction": flips / g_comp.numel(),
     }
-    g_comp.copy_(merged)
-    return values
+
+
+def _merge_in_place(merger: Any, g_comp: Tensor, correction: Tensor) -> tuple[int, int]:
+    """One sweep over the gradient: merge, and count agreeing and flipped signs, while a block is in the cache."""
+    agree, flips = g_comp.new_zeros((), dtype=torch.int64), g_comp.new_zeros((), dtype=torch.int64)
+    block = MERGE_BLOCK if g_comp.device.type == "cpu" else g_comp.numel()
+    for g, c in zip(g_comp.split(block), correction.split(block)):
+        merged = merger.apply(g, c)
+        agree += (c.sign() == g.sign()).sum()
+        flips += (merged * g < 0).sum()
+        g.copy_(merged)
+    return agree.item(), flips.item()
 
 
 def _adopt(rank: Rank, plan: TickPlan) -> dict[str, float]:

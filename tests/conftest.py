@@ -117,3 +117,5 @@ def _child(pipe: Any, work: Callable[..., Any], rank: int, init: str, args: tupl
         pipe.send((True, work(rank, init, *args)))
     except BaseException:
         pipe.send((False, traceback.format_exc()))
+    pipe.close()
+    os._exit(0)  # a forked child must not run the parent's exit handlers

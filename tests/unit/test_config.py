@@ -366,8 +366,11 @@ def test_every_key_says_what_it_is():
     def undescribed(section: type, path: str) -> list[str]:
         found = []
         for key, info in section.model_fields.items():
+            kinds = [kind for kind in get_args(info.annotation) if hasattr(kind, "model_fields")]
             if hasattr(info.annotation, "model_fields"):
-                found += undescribed(info.annotation, f"{path}{key}.")
+                kinds = [info.annotation]
+            if kinds:
+                found += [miss for kind in kinds for miss in undescribed(kind, f"{path}{key}.")]
             elif not info.description:
                 found.append(path + key)
         return found
@@ -389,3 +392,43 @@ def test_a_config_that_is_set_from_every_key_it_wrote_is_the_same_config(folder:
 
     (folder / "nothing.toml").write_text("")
     assert load(str(folder / "nothing.toml"), leaves(tomllib.loads(to_toml(config)))) == config
+
+
+def test_another_kind_of_lag_starts_afresh(folder: Path):
+    config = load("north-star", ["anchor.lag.kind=uniform", "anchor.lag.high=20"])  # sigma was lognormal's
+    assert config.anchor.lag.kind == "uniform" and config.anchor.lag.high == 20
+    assert load("north-star-outage").anchor.lag.kind == "outage"
+
+
+LAG_ERRORS = {
+    "a kind that does not exist": (
+        ["anchor.lag.kind=lognorml"],
+        "anchor.lag.kind = 'lognorml'",
+        "did you mean 'lognormal'?",
+    ),
+    "a key of another kind": (
+        ["anchor.lag.kind=uniform", "anchor.lag.sigma=1"],
+        "anchor.lag.uniform.sigma",
+        "allowed: high",
+    ),
+    "bounds the wrong way round": (
+        ["anchor.lag.kind=uniform", "anchor.lag.low=9", "anchor.lag.high=3"],
+        "high 3",
+        "low 9",
+    ),
+    "a trace that is not there": (["anchor.lag.kind=trace", "anchor.lag.path=/nope.csv"], "anchor.lag", "no such file"),
+    "an outage without end": (
+        ["anchor.lag.kind=outage", "anchor.lag.every=40", "anchor.lag.length=40"],
+        "length 40",
+        "every 40",
+    ),
+    "a share above one": (["anchor.replay_fraction=1.5"], "anchor.replay_fraction = 1.5", "less than or equal to 1"),
+    "a shared stream off the steps": (["anchor.weights=shared"], "anchor.delay_k 5", "multiples of the 2 ticks"),
+}
+
+
+@pytest.mark.parametrize(("overrides", "names", "says"), LAG_ERRORS.values(), ids=LAG_ERRORS)
+def test_a_bad_lag_is_refused(overrides: list[str], names: str, says: str):
+    with pytest.raises(ConfigError) as caught:
+        load("k5", overrides)
+    assert names in str(caught.value) and says in str(caught.value)

@@ -1,0 +1,46 @@
+"""Does the swarm ever wait for the anchor? Tick rate beside an anchor slowed 100 times, over that without one.
+
+Pairs of runs in turn on one Ray cluster, so that drift of the machine hits both: `make bench-wall`.
+The anchor is slowed by sleeping: it shares two cores with the swarm here, as it would not on a cluster.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+from pathlib import Path
+
+from deploy.config import load
+from deploy.launch import cluster, drive
+
+REPETITIONS, STEPS = 3, 15
+COMMON = [f"run.steps={STEPS}", "val.size=8", f"val.every={STEPS}", "swarm.pp=2"]
+WITHOUT = ["anchor.enabled=false", "merger.kind=none"]
+SLOWED = ["anchor.clock=wall", "anchor.slowdown=100.0"]
+
+
+def tick_rate(name: str, overrides: list[str], folder: Path) -> tuple[float, int]:
+    """Ticks a second, the first step left out as warm-up, and corrections merged."""
+    drive(load("k5", COMMON + overrides), folder / name, lambda record: None)
+    records = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+    seconds = [r["timing_s/tick"] for r in records if r["kind"] == "tick" and r["step"] > 1]
+    merged = sum(r["kind"] == "fire" for r in records)
+    return 1 / statistics.mean(seconds), merged
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as temporary, cluster(load("k5", COMMON), address=None):
+        ratios = []
+        for i in range(REPETITIONS):
+            rate, _ = tick_rate(f"without-{i}", WITHOUT, Path(temporary))
+            slowed, merged = tick_rate(f"slowed-{i}", SLOWED, Path(temporary))
+            ratios.append(slowed / rate)
+            print(
+                f"pair {i}: {rate:.2f} ticks/s without, {slowed:.2f} beside a slow anchor ({merged} merged): {ratios[-1]:.3f} x"
+            )
+        print(f"median {statistics.median(ratios):.3f} x of the tick rate without an anchor")
+
+
+if __name__ == "__main__":
+    main()
