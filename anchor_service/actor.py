@@ -11,6 +11,7 @@ import ray
 import torch
 from ray.exceptions import GetTimeoutError
 
+from anchor_service.clock import next_worker
 from anchor_service.config import AnchorConfig
 from anchor_service.dense_gradient import DenseGradient
 from anchor_service.errors import WaitTimeout
@@ -120,6 +121,7 @@ class Fire:
     """A fire under way, or done and not merged yet."""
 
     due: Due
+    worker: int
     report: Any
     m_bar: Any
     corrections: list[Any]  # one a stage
@@ -134,8 +136,13 @@ class AnchorLine:
         self.fires: dict[int, Fire] = {}
         self.m_bar: Any = None
 
-    def start(self, due: Due, snapshot: list[Any], replay: Any, least_seconds: float = 0.0) -> None:
-        """Hand one job over; waits for nothing. Workers take turns, M̄ passes from one fire to the next.
+    def free_worker(self, version: int) -> int:
+        """Who should run fire `version`."""
+        busy = [fire.worker for fire in self.fires.values() if not fire.delivered]
+        return next_worker([busy.count(k) for k in range(len(self.workers))], version)
+
+    def start(self, due: Due, k: int, snapshot: list[Any], replay: Any, least_seconds: float = 0.0) -> None:
+        """Hand one job to worker `k`; waits for nothing. M̄ passes from one fire to the next.
 
         Raises RingOverflow if more would be under way than the clock's agenda can have.
         """
@@ -143,14 +150,11 @@ class AnchorLine:
             raise RingOverflow(
                 f"versions {sorted(self.fires)} are under way, {due.version} would be beyond {self.bound}"
             )
-        worker = self.workers[self.worker_of(due.version)]
+        worker = self.workers[k]
         job = FireJob(due.version, due.source_tick, due.first_tick, snapshot, [replay], least_seconds)
         report, m = worker.gradient.options(num_returns=2).remote(job)
         returned = worker.publish.options(num_returns=2 + self.stages).remote(report, m, self.m_bar)
-        self.add(Fire(due, returned[0], returned[1], returned[2:]))
-
-    def worker_of(self, version: int) -> int:
-        return (version - 1) % len(self.workers)
+        self.add(Fire(due, k, returned[0], returned[1], returned[2:]))
 
     def follow(self, tick: int, references: list[Any]) -> None:
         """Weights for every anchor worker, in order before the jobs that start from them; waits for nothing."""

@@ -94,3 +94,8 @@ def make_clock(anchor: AnchorConfig, seed: int, last_tick: int, ticks_per_step: 
         return Lockstep(agenda(anchor, seed, last_tick))
     shared = anchor.weights == "shared"  # then there are new weights at the end of a step only
     return Wall(anchor.workers, make_draw(anchor, seed), lambda source: not shared or source % ticks_per_step == 0)
+
+
+def next_worker(busy: list[int], version: int) -> int:
+    """The worker with the fewest fires under way (`busy`, one number each); they take turns where that decides nothing."""
+    return min(range(len(busy)), key=lambda k: (busy[k], (k - version) % len(busy)))

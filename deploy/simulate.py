@@ -1,6 +1,6 @@
 """`northstar simulate`: a run's schedule on a virtual clock. No tensors, no Ray, no torch.
 
-    driver   rollout ─▶ old log-probs ─▶ [offer θ_s ─▶ dispatch what is done ─▶ tick] × ticks a step ─▶ weights
+    driver   rollout ─▶ old log-probs ─▶ [dispatch what is done ─▶ offer θ_s ─▶ tick] × ticks a step ─▶ weights
                                              │             ▲                      ▲ merge: newest version that all hold
     anchor                                   └─ wait for a worker, pull, compute, publish in order of versions
 
@@ -22,7 +22,7 @@ import numpy as np
 import simpy
 from rich.table import Table
 
-from anchor_service.clock import make_clock
+from anchor_service.clock import make_clock, next_worker
 from anchor_service.lag import Due
 from anchor_service.ring import q_should_refresh
 from codec.ledger import CHANNELS, PUBLISHED
@@ -158,10 +158,10 @@ class _Run:
                 yield self._spend("engines", durations.rollout(val.size, 1))
 
     def _tick(self, tick: int) -> Iterator[simpy.Event]:
-        """In the coordinator's order: offer, dispatch, work, merge, the rest."""
+        """In the coordinator's order: dispatch, offer, work, merge, the rest."""
         start = self.env.now
-        self._offer(tick - 1)
         self._dispatch()
+        self._offer(tick - 1)
         refresh = q_should_refresh(tick, self.config.q_cadence)
         work = self.durations.tick(refresh)
         yield self._spend("swarm compute", work.compute)
@@ -171,7 +171,8 @@ class _Run:
             yield from self._wait(self.fires[due.version])
         self._merge(tick)
         yield self._spend("swarm links", work.after)
-        self.tick_seconds += 0.2 * (self.env.now - start - self.tick_seconds)
+        weight = 0.2 if self.tick_seconds else 1.0
+        self.tick_seconds += weight * (self.env.now - start - self.tick_seconds)
         self.found.tick_seconds.append(self.env.now - start)
 
     def _spend(self, part: str, seconds: float) -> simpy.Event:
@@ -199,9 +200,9 @@ class _Run:
         return np.random.default_rng([self.config.run.seed, 0xF12E, version, what])
 
     def _fire(self, fire: Fire, earlier: Fire | None, least: float) -> Iterator[simpy.Event]:
-        """One job on its anchor worker; workers take turns, as in `AnchorLine`."""
+        """One job on its anchor worker, chosen as in `AnchorLine`."""
         env, version, source = self.env, fire.due.version, fire.due.source_tick
-        worker = (version - 1) % len(self.anchors)
+        worker = next_worker([anchor.count + len(anchor.queue) for anchor in self.anchors], version)
         rng = self._rng(version, 0)
         with self.anchors[worker].request() as turn:
             yield turn

@@ -151,7 +151,8 @@ class Coordinator:
         self._log_corrections(metrics)
         metrics |= self._bytes_since_last_tick()
         metrics["timing_s/tick"] = time.perf_counter() - start
-        self.tick_seconds += 0.2 * (metrics["timing_s/tick"] - self.tick_seconds)
+        weight = 0.2 if self.tick_seconds else 1.0
+        self.tick_seconds += weight * (metrics["timing_s/tick"] - self.tick_seconds)
         self.telemetry.tick(self.step, self.tick, metrics | self._totals())
         return metrics
 
@@ -161,20 +162,21 @@ class Coordinator:
         """Hand θ_s and b_{s+1} to the anchor if a fire starts from them; waits for nothing."""
         dues = self.clock.to_start(self.tick) if self.line else []
         for due in dues:
-            references, nbytes = self._snapshot(due)
+            worker = self.line.free_worker(due.version)
+            references, nbytes = self._snapshot(worker)
             replay, size = self._replay(mini, due.version)
-            self.line.start(due, references, replay, self._least_seconds(due))
+            self.line.start(due, worker, references, replay, self._least_seconds(due))
             self.ledger.add("snapshot", nbytes, 0)
             self.ledger.add("replay", size, 0)
             if self.config.anchor.workers > 1:  # M̄ goes from one anchor worker to the next, in fp32
                 self.ledger.add("control", 4 * self._parameters, 0)
         return bool(dues)
 
-    def _snapshot(self, due: Due) -> tuple[list[Any], int]:
+    def _snapshot(self, worker: int) -> tuple[list[Any], int]:
         """Weights for one fire; each anchor worker has its own stream, or none if it shares the engines'."""
         if self.config.anchor.weights == "shared":
             return [], 0
-        stream = f"anchor {self.line.worker_of(due.version)}"
+        stream = f"anchor {worker}"
         whole = stream in self._lost
         self._lost.discard(stream)
         return self._weights_of(self.tick, stream, whole)
@@ -219,7 +221,7 @@ class Coordinator:
 
     def _drop(self, fire: Fire, lost: BaseLost) -> None:
         """The anchor worker has lost the base of a delta: this fire is void, its next snapshot is a whole one."""
-        stream = f"anchor {self.line.worker_of(fire.due.version)}"
+        stream = f"anchor {fire.worker}"
         self._lost.add(stream)
         self.line.drop(fire, self._merged_m_bar)
         self.telemetry.event(self.step, self.tick, "snapshot lost", stream=stream, reason=str(lost))
@@ -441,7 +443,7 @@ class Coordinator:
         for saved in pending:
             due = Due(**saved["due"])
             frames = [checkpoint.read_frame(folder, f"fire-{due.version}-{p}") for p in range(self.config.swarm.pp)]
-            self.line.add(Fire(due, ray.put(saved["report"]), self.line.m_bar, [ray.put(f) for f in frames]))
+            self.line.add(Fire(due, 0, ray.put(saved["report"]), self.line.m_bar, [ray.put(f) for f in frames]))
         newest = max([self.merged, *self.line.fires])
         missing = self.clock.resume(self.tick, newest) - set(self.line.fires)
         if missing:

@@ -151,13 +151,13 @@ def _refresh_bases(rank: Rank, tick: int) -> dict[str, float]:
     if has_basis:
         values["codec/q_refreshed"] = float(due)
     with rank.timed("q_refresh"):
-        if due and rank.pipeline.upstream:
-            codec = rank.pipeline.upstream.codec
-            codec.load(grid.recv("fwd", tuple(codec.basis.shape), torch.float32).clone())
         for boundary in _sent_by(rank):
             if due:
                 values |= _refresh(rank, boundary)
             boundary.codec.reset()
+        if due and rank.pipeline.upstream:  # after this stage's own, so that stages refresh side by side
+            codec = rank.pipeline.upstream.codec
+            codec.load(grid.recv("fwd", tuple(codec.basis.shape), torch.float32).clone())
         grid.flush()
     return values
 
