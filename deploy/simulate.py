@@ -143,6 +143,7 @@ class _Run:
         yield self._spend("engines", durations.weight_sync(None))
         yield self._spend("engines", durations.rollout(val.size, 1))
         for step in range(1, steps + 1):
+            start = self.env.now
             yield self._spend("engines", durations.rollout(grpo.train_batch_size, grpo.group_size))
             yield self._spend("swarm links", durations.deal())
             first = (step - 1) * grpo.ticks_per_step + 1
@@ -154,6 +155,8 @@ class _Run:
             for tick in ticks:
                 yield from self._tick(tick)
             yield self._spend("engines", durations.weight_sync(grpo.ticks_per_step))
+            seconds = (self.env.now - start) / len(ticks)
+            self.tick_seconds += (0.2 if self.tick_seconds else 1.0) * (seconds - self.tick_seconds)
             if step % val.every == 0 or step == steps:
                 yield self._spend("engines", durations.rollout(val.size, 1))
 
@@ -171,8 +174,6 @@ class _Run:
             yield from self._wait(self.fires[due.version])
         self._merge(tick)
         yield self._spend("swarm links", work.after)
-        weight = 0.2 if self.tick_seconds else 1.0
-        self.tick_seconds += weight * (self.env.now - start - self.tick_seconds)
         self.found.tick_seconds.append(self.env.now - start)
 
     def _spend(self, part: str, seconds: float) -> simpy.Event:

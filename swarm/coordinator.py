@@ -69,7 +69,7 @@ class Coordinator:
         self.config, self.fleet, self.telemetry, self.run_folder = config, fleet, telemetry, run
         self.ledger = Ledger()
         self.tick = self.step = self.fires = self.version = self.merged = 0
-        self.tick_seconds = 0.0  # running mean
+        self.tick_seconds = 0.0  # running mean over steps, rollouts included: ticks pass at this pace
         ticks_per_step = config.grpo.ticks_per_step
         last_tick = config.run.steps * ticks_per_step
         self.clock = make_clock(config.anchor, config.run.seed, last_tick, ticks_per_step)
@@ -118,6 +118,8 @@ class Coordinator:
         timing |= {k: v for k, v in metrics.items() if k.startswith("timing_s/")}
         timing["timing_s/ticks"] = sum(t["timing_s/tick"] for t in ticks)
         timing["timing_s/step"] = time.perf_counter() - start
+        seconds = timing["timing_s/step"] / len(ticks)
+        self.tick_seconds += (0.2 if self.tick_seconds else 1.0) * (seconds - self.tick_seconds)
         means = {
             k: float(np.mean([t[k] for t in ticks if k in t])) for k in set().union(*ticks) if k.startswith("actor/")
         }
@@ -151,8 +153,6 @@ class Coordinator:
         self._log_corrections(metrics)
         metrics |= self._bytes_since_last_tick()
         metrics["timing_s/tick"] = time.perf_counter() - start
-        weight = 0.2 if self.tick_seconds else 1.0
-        self.tick_seconds += weight * (metrics["timing_s/tick"] - self.tick_seconds)
         self.telemetry.tick(self.step, self.tick, metrics | self._totals())
         return metrics
 
