@@ -63,3 +63,18 @@ def test_a_shared_stream_gives_the_same_run_and_sends_no_snapshot(tmp_path: Path
     assert own["bytes"]["snapshot"]["sent"] > 0 and "snapshot" not in shared["bytes"]
     sync = own["bytes"]["rollout_sync"]
     assert sync["sent"] < sync["dense"]
+
+
+def test_a_wall_run_goes_on_from_its_checkpoint(tmp_path: Path):
+    import shutil
+
+    run = tmp_path / "stopped"
+    config = ("anchor.clock=wall", "run.checkpoint_every=4", "run.steps=8", "val.every=8", "anchor.slowdown=4.0")
+    drive(small(*config), run, ignore)
+    versions = [c["version"] for c in lines(run, "corrections.jsonl") if (c["first_tick"] or 0) <= 8]
+    shutil.rmtree(run / "checkpoints" / "step-000008")
+    summary = drive(small(*config), run, ignore, resume=True)
+    assert summary["status"] == "completed" and summary["steps"] == 8
+    assert [r["tick"] for r in of_kind(run, "tick")] == list(range(1, 17))
+    again = [c["version"] for c in lines(run, "corrections.jsonl")]
+    assert again[: len(versions)] == versions and again == sorted(set(again))

@@ -1,0 +1,63 @@
+"""The anchor's share of a batch, and what ranks do with corrections that are too late or too old."""
+
+from __future__ import annotations
+
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from anchor_service.config import AnchorConfig
+from anchor_service.dense_gradient import DenseGradient
+from anchor_service.messages import Correction, TickPlan
+from merger.config import MergerConfig
+from rl.config import GrpoConfig, SnapshotConfig
+from rl.policy import spans
+from swarm.tick import _merge
+from tests.conftest import make_batch
+from tests.contract.harness import make_rank
+
+
+def test_a_share_of_the_replay_is_unbiased(untied_model: Path):
+    """The mean over all halves of a batch, with half its denominator, is M of the whole batch."""
+    anchor = DenseGradient(
+        untied_model, spans(4, [2], 1), torch.float32, torch.device("cpu"), 4, GrpoConfig(), 1.0, SnapshotConfig()
+    )
+    batch = make_batch(samples=6)
+    whole = anchor.gradient(batch, batch.response_tokens).clone()
+    halves = [
+        anchor.gradient(batch.pick(np.array(chosen)), batch.response_tokens / 2).clone()
+        for chosen in combinations(range(6), 3)
+    ]
+    torch.testing.assert_close(torch.stack(halves).mean(0), whole, rtol=1e-4, atol=1e-6)
+    assert not torch.allclose(halves[0], whole, rtol=0.1)
+
+
+def _run(folder: Path, anchor: AnchorConfig, arrivals: dict[int, tuple[int, int]], ticks: int) -> list[dict]:
+    """Merge values of `ticks` ticks; `arrivals[t]` is (version, source tick) that is held from tick t on."""
+    state = make_rank(folder, anchor=anchor, merger=MergerConfig(kind="signed_ema"))
+    n = state.stage.weights.numel
+    found = []
+    for t in range(1, ticks + 1):
+        if t in arrivals:
+            state.inbox.put(Correction(*arrivals[t], None, torch.full((n,), -1, dtype=torch.int8), ""))
+        state.stage.weights.grad.fill_(1.0)
+        values = _merge(state, TickPlan(t, 0, None, None))
+        found.append(values | {"g": state.stage.weights.grad[0].item()})
+    return found
+
+
+def test_a_correction_later_than_max_lag_is_refused_and_the_held_one_goes_on(untied_model: Path):
+    found = _run(untied_model, AnchorConfig(max_lag=4), {2: (1, 0), 6: (2, 1), 8: (3, 6)}, 9)
+    assert [v.get("anchor/version", 0) for v in found] == [0, 1, 1, 1, 1, 1, 1, 3, 3]
+    assert [t for t, v in enumerate(found, 1) if "anchor/refused" in v] == [6]
+    assert found[5]["anchor/refused"] == 2
+
+
+def test_a_correction_held_longer_than_max_age_is_dropped_until_a_fresh_one_comes(untied_model: Path):
+    found = _run(untied_model, AnchorConfig(max_age=2), {1: (1, 0), 7: (2, 5)}, 8)
+    merged = [v["g"] != 1.0 for v in found]
+    assert merged == [True, True, True, False, False, False, True, True]
+    assert [("anchor/expired" in v) for v in found] == [not m for m in merged]
+    assert found[0]["g"] == -0.5  # alpha 0.25: the sign is reversed, half the size is left
