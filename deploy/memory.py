@@ -75,8 +75,8 @@ def worker(config: RunConfig, params: Params, p: int) -> list[Part]:
         Part(role, "correction held", held),
         Part(role, "error feedback", error),
         Part(role, "gradients of source ticks", FP32 * n * _sources(config)),
-        # `Rank.norm` squares an fp64 copy; the merger's own scratch is smaller, and gone by then
-        Part(role, "fp64 scratch of the norm", 16 * owned, rough=True, during="merge"),
+        # `Rank.norm` and the merge go block by block; float64 squares of one block are the largest scratch
+        Part(role, "scratch of norm and merge", 16 * min(owned, 1 << 22), rough=True, during="merge"),
         *activations(config, params, role, alive, span.hi - span.lo, tokens, last),
         Part(role, "bases of deltas", bases, "host"),
     ]

@@ -213,7 +213,7 @@ def _merge(rank: Rank, plan: TickPlan) -> dict[str, float]:
 def _merge_in_place(merger: Any, g_comp: Tensor, correction: Tensor) -> tuple[int, int]:
     """One sweep over the gradient: merge, and count agreeing and flipped signs, while a block is in the cache."""
     agree, flips = g_comp.new_zeros((), dtype=torch.int64), g_comp.new_zeros((), dtype=torch.int64)
-    block = MERGE_BLOCK if g_comp.device.type == "cpu" else g_comp.numel()
+    block = MERGE_BLOCK if g_comp.device.type == "cpu" else NORM_BLOCK
     for g, c in zip(g_comp.split(block), correction.split(block)):
         merged = merger.apply(g, c)
         agree += (c.sign() == g.sign()).sum()

@@ -25,4 +25,4 @@ def test_presets_and_files_that_the_readme_names_exist():
 
 def test_every_make_target_that_the_readme_names_exists():
     targets = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), re.M))
-    assert set(re.findall(r"`?make ([a-z0-9-]+)", (ROOT / "README.md").read_text())) <= targets
+    assert set(re.findall(r"(?:^|`)make ([a-z0-9-]+)", (ROOT / "README.md").read_text(), re.M)) <= targets
