@@ -14,7 +14,7 @@ from pathlib import Path
 from deploy.config import load
 from deploy.launch import cluster, drive
 
-REPETITIONS, STEPS = 3, 15
+REPETITIONS, STEPS = 5, 20
 COMMON = [f"run.steps={STEPS}", "val.size=8", f"val.every={STEPS}", "swarm.pp=2"]
 WITHOUT = ["anchor.enabled=false", "merger.kind=none"]
 SLOWED = ["anchor.clock=wall", "anchor.slowdown=100.0"]

@@ -78,3 +78,34 @@ def test_a_wall_run_goes_on_from_its_checkpoint(tmp_path: Path):
     assert [r["tick"] for r in of_kind(run, "tick")] == list(range(1, 17))
     again = [c["version"] for c in lines(run, "corrections.jsonl")]
     assert again[: len(versions)] == versions and again == sorted(set(again))
+
+
+def test_lost_bases_are_mended_with_whole_snapshots(tmp_path: Path):
+    """An engine and the anchor forget what they held; the run goes on, and says so."""
+    import ray
+
+    from deploy.launch import fleet
+    from swarm.coordinator import Coordinator
+    from swarm.telemetry import Telemetry
+
+    def forget_engine(worker) -> None:
+        worker.receiver.held.clear()
+
+    def forget_anchor(anchor) -> None:
+        anchor.dense.receiver.held.clear()
+
+    run = tmp_path / "lost"
+    run.mkdir()
+    config = small("anchor.clock=wall", "run.steps=3", "val.every=12")
+    with fleet(config) as actors:
+        coordinator = Coordinator(config, actors, Telemetry(run, ignore), run)
+        coordinator.run()
+        ray.get(
+            [actors.engines[0].__ray_call__.remote(forget_engine), actors.anchors[0].__ray_call__.remote(forget_anchor)]
+        )
+        coordinator.config = small("anchor.clock=wall", "run.steps=12", "val.every=12")
+        coordinator.run()
+    events = [r["event"] for r in of_kind(run, "event")]
+    assert events.count("weights resynchronised") == 1 and events.count("snapshot lost") == 1
+    merged = [c["first_tick"] for c in lines(run, "corrections.jsonl") if c["first_tick"]]
+    assert merged[-1] > 12  # the anchor is back after its loss
