@@ -216,22 +216,37 @@ def drive(config: RunConfig, run: Path, listener: Listener, resume: bool = False
     run.mkdir(parents=True, exist_ok=True)
     (run / "config.toml").write_text(to_toml(config))
     telemetry = Telemetry(run, listener)
-    coordinator: Coordinator | None = None
-    status, error = "failed", None
+    outcome = _Outcome(config, telemetry)
     try:
-        with fleet(config) as actors:
-            coordinator = Coordinator(config, actors, telemetry, run)
+        with fleet(config) as actors, outcome:  # the summary is written first: taking Ray down may not succeed
+            outcome.coordinator = coordinator = Coordinator(config, actors, telemetry, run)
             if folder:
                 coordinator.restore(folder)
             telemetry.event(coordinator.step, coordinator.tick, "started", workers=len(actors.workers))
             coordinator.run()
-        status = "completed"
-    except KeyboardInterrupt:
-        status = "interrupted"
-    except Exception as failure:
-        error = f"{type(failure).__name__}: {failure}"
-        raise
-    finally:
-        extra = {"name": config.run.name, "seed": config.run.seed, "error": error}
-        summary = telemetry.finish(status, extra | (coordinator.summary() if coordinator else {}))
-    return summary
+    except BaseException as failure:
+        if outcome.summary is None:  # the actors did not even start
+            outcome.__exit__(type(failure), failure, None)
+        if not isinstance(failure, KeyboardInterrupt):
+            raise
+    return outcome.summary
+
+
+class _Outcome:
+    """Writes summary.json when a run ends, however it ends; an interrupted run ends without an error."""
+
+    def __init__(self, config: RunConfig, telemetry: Telemetry):
+        self.config, self.telemetry = config, telemetry
+        self.coordinator: Coordinator | None = None
+        self.summary: dict[str, Any] | None = None
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: type | None, failure: BaseException | None, trace: Any) -> bool:
+        interrupted = isinstance(failure, KeyboardInterrupt)
+        status = "interrupted" if interrupted else "failed" if failure else "completed"
+        error = f"{type(failure).__name__}: {failure}" if status == "failed" else None
+        extra = {"name": self.config.run.name, "seed": self.config.run.seed, "error": error}
+        counted = self.coordinator.summary() if self.coordinator else {}
+        self.summary = self.telemetry.finish(status, extra | counted)
+        return interrupted
