@@ -253,10 +253,8 @@ class Coordinator:
         size = self.config.grpo.train_batch_size
         first = (self.step - 1) * size
         indices = range(first, first + size)
-        batch, timing = self._generate(
-            "train", self.step, indices, self.config.grpo.group_size, self.config.rollout.temperature
-        )
-        return batch, timing
+        grpo, rollout = self.config.grpo, self.config.rollout
+        return self._generate("train", self.step, indices, grpo.group_size, rollout.temperature)
 
     def _generate(self, split: str, step: int, indices: range, n: int, temperature: float) -> tuple[Batch, dict]:
         """Batches of `rollout.batch_size` prompts, whatever the number of engines: so results do not depend on it."""

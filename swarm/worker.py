@@ -161,6 +161,3 @@ class Worker:
 
     def restore(self, folder: str) -> None:
         checkpoint.restore_rank(self.rank, folder)
-
-    def close(self) -> None:
-        self.rank.grid.close()
