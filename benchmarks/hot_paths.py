@@ -10,16 +10,18 @@ import time
 from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaModel
 
 from codec import frames, signs
 from codec.boundary import Boundary
 from codec.config import CodecConfig
 from codec.ledger import Ledger
+from codec.rows import Rows
 from merger import MERGERS
 from merger.config import MergerConfig
 
-HIDDEN, TOKENS, PARAMETERS = 576, 1024, 4_000_000  # SmolLM2's hidden size
+HIDDEN, TOKENS, SAMPLES, PARAMETERS = 576, 1024, 4, 4_000_000  # SmolLM2's hidden size
 torch.set_num_threads(1)
 torch.manual_seed(0)
 
@@ -43,24 +45,48 @@ def report(title: str, baseline: str, jobs: dict[str, Callable[[], object]]) -> 
             print(f"  {name:44} {seconds / found[baseline]:8.3f} x  {seconds * 1e3:9.2f} ms")
 
 
-def boundary() -> None:
-    """A boundary, both directions, beside one SwiGLU block forward and backward on the same tokens."""
-    x, dx = torch.randn(TOKENS, HIDDEN), torch.randn(TOKENS, HIDDEN)
-    block = nn.Sequential(nn.Linear(HIDDEN, 3 * HIDDEN), nn.SiLU(), nn.Linear(3 * HIDDEN, HIDDEN))
+def stage() -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+    """Half of SmolLM2-135M: 15 decoder layers with random weights, and their forward on SAMPLES equal samples."""
+    config = LlamaConfig(
+        hidden_size=HIDDEN,
+        intermediate_size=1536,
+        num_hidden_layers=15,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        vocab_size=8,
+        attn_implementation="sdpa",
+    )
+    model = LlamaModel(config)
+    return model, lambda x: model(inputs_embeds=x.view(SAMPLES, -1, HIDDEN)).last_hidden_state.view(-1, HIDDEN)
 
-    def layer() -> None:
-        block(x).backward(dx)
+
+def boundary() -> None:
+    """A boundary, both ends of both ways, beside the forward and backward of the stage in front of it."""
+    spread = 0.99 ** torch.arange(HIDDEN)  # rows with a spectrum, so that bits are spent unevenly
+    x, dx = torch.randn(TOKENS, HIDDEN) * spread, torch.randn(TOKENS, HIDDEN) * spread * 1e-4
+    _, forward = stage()
+
+    def pass_through_the_stage() -> None:
+        forward(x.clone().requires_grad_()).backward(dx)
 
     def crossing(cut: Boundary, observe: bool) -> None:
-        cut.decode(cut.encode(x, observe))
-        cut.decode_backward(cut.encode_backward(dx))
+        cut.decode(cut.encode(x, rows, observe), rows, x.dtype)
+        cut.decode_backward(cut.encode_backward(dx, rows), rows, dx.dtype)
 
-    cuts = {r: Boundary(CodecConfig(rank=r), 0, HIDDEN, 0, Ledger()) for r in (29, 72)}
-    jobs: dict[str, Callable[[], object]] = {"MLP block": layer}
-    for rank, cut in cuts.items():
-        jobs[f"PowerSGD r={rank} ({rank / HIDDEN:.1%}), both ways"] = lambda cut=cut: crossing(cut, False)
-        jobs[f"PowerSGD r={rank}, with statistics"] = lambda cut=cut: crossing(cut, True)
-    report(f"boundary, H={HIDDEN}, {TOKENS} tokens", "MLP block", jobs)
+    rows = Rows(torch.arange(TOKENS) % (TOKENS // SAMPLES) == 0, torch.arange(TOKENS))
+    jobs: dict[str, Callable[[], object]] = {"stage of 15 layers": pass_through_the_stage}
+    for kind in (
+        {"kind": "powersgd", "rank_ratio": 0.05},
+        {"coder": "fixed", "total_rate": 0.05},
+        {"coder": "entropy", "total_rate": 0.05},
+        {"coder": "fixed", "total_rate": 0.125},
+        {"coder": "entropy", "total_rate": 0.125},
+    ):
+        cut = Boundary(CodecConfig(**kind), 0, HIDDEN, 0, Ledger())
+        name = ", ".join(str(value) for value in kind.values())
+        jobs[f"{name}, both ways"] = lambda cut=cut: crossing(cut, False)
+        jobs[f"{name}, with statistics"] = lambda cut=cut: crossing(cut, True)
+    report(f"boundary, H={HIDDEN}, {TOKENS} tokens", "stage of 15 layers", jobs)
 
 
 def correction() -> None:

@@ -1,23 +1,48 @@
 """A boundary: where the decoder is cut and a codec stands in for the link.
 
-    virtual   x ──encode──▶ y ──decode──▶ x̂        both ends in one process
-    wire      x ──encode──▶ y ═══link═══▶ y ──decode──▶ x̂        (and dx back the same way)
+    virtual   x ──encode──▶ payload ──decode──▶ x̂        both ends in one process
+    wire      x ──encode──▶ payload ═══link═══▶ payload ──decode──▶ x̂        (and dx back the same way)
 
 Both run the very same encode and decode on the same rows, so their numbers are identical. Rows are
-real tokens only: padding is never encoded, sent or counted.
+real tokens only: padding is never encoded, sent or counted. Which rows reach the codec is decided here:
+
+    all N rows ──(samples that share a prefix send it once)──▶ kept ──(token 0 goes as it is)──▶ coded
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
 
 import torch
 from torch import Tensor
 
 from codec.config import CodecConfig
-from codec.dense import Dense
+from codec.dense import dense
+from codec.fidelity import Fidelity
 from codec.ledger import Ledger
-from codec.powersgd import PowerSGD
+from codec.powersgd import powersgd
+from codec.rows import Rows
+from codec.transform import transform
+from codec.way import CodecError, Room, Way, as_bytes
 
-CODECS = {"none": Dense, "powersgd": PowerSGD}
+CODECS: dict[str, Callable[[CodecConfig, int, int], tuple[Way, Way]]] = {
+    "none": dense,
+    "powersgd": powersgd,
+    "transform": transform,
+}
+
+
+def make_codec(config: CodecConfig, hidden: int, seed: int) -> tuple[Way, Way]:
+    """The two ways of `config.kind`: one of CODECS, or anybody's "package.module:function" with their face."""
+    if config.kind in CODECS:
+        return CODECS[config.kind](config, hidden, seed)
+    module, _, name = config.kind.partition(":")
+    try:
+        make = getattr(import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"codec.kind = {config.kind!r} cannot be imported by this worker: {error}") from error
+    return make(config, hidden, seed)
 
 
 class Boundary:
@@ -25,44 +50,124 @@ class Boundary:
 
     def __init__(self, config: CodecConfig, index: int, hidden: int, seed: int, ledger: Ledger):
         self.index, self.hidden, self.ledger = index, hidden, ledger
-        self.codec = CODECS[config.kind](config, hidden, seed=seed + index)
+        self.forward, self.backward = make_codec(config, hidden, seed + index)
+        self.exact_first, self.share_prefixes = config.sends_first_exactly, config.shares_prefixes
+        self.begin_tick()
 
-    def encode(self, x: Tensor, observe: bool) -> Tensor:
+    def begin_tick(self) -> None:
+        self.seen = {"fwd": Fidelity(), "bwd": Fidelity()}
+        self.forward.begin_tick()
+        self.backward.begin_tick()
+
+    def to(self, device: torch.device) -> Boundary:
+        self.forward.to(device)
+        self.backward.to(device)
+        return self
+
+    def way(self, name: str) -> Way:
+        return self.forward if name == "fwd" else self.backward
+
+    def encode(self, x: Tensor, rows: Rows, observe: bool) -> Tensor:
         """[N, H] -> payload, upstream side. `observe` adds x to the statistics of the next refresh."""
-        y = self.codec.encode(x)
+        kept = x[rows.kept] if self.share_prefixes else x
+        coded, exact = self._split(rows)
+        sent = kept[coded] if exact.numel() else kept
+        room = Room(len(rows), 2 * exact.numel() * self.hidden)
+        payload, x_hat = self.forward.encode(sent, room, observe)
         if observe:
-            self.codec.observe(x, y)
-        self.ledger.add("boundary_fwd", y.nbytes, x.nbytes)
-        return y
+            self._note(sent, x_hat, rows)
+        if exact.numel():  # in bf16, as a dense system of our kind would send it
+            payload = torch.cat([payload, as_bytes(kept[exact].bfloat16())])
+        self.ledger.add("boundary_fwd", payload.numel(), x.nbytes)
+        return payload
 
-    def decode(self, y: Tensor) -> Tensor:
-        """Payload -> [N, H], downstream side."""
-        return self.codec.decode(y)
+    def decode(self, payload: Tensor, rows: Rows, dtype: torch.dtype) -> Tensor:
+        """Payload -> [N, H], downstream side. Raises CodecError."""
+        coded, exact = self._split(rows)
+        if not exact.numel():
+            kept = self.forward.decode(payload, len(coded), dtype)
+        else:
+            body = payload.numel() - 2 * exact.numel() * self.hidden
+            if body < 0:
+                raise CodecError(f"a payload of {payload.numel()} bytes has no room for {len(exact)} exact rows")
+            first = payload[body:].clone().view(torch.bfloat16).view(-1, self.hidden)
+            kept = torch.empty(len(coded) + len(exact), self.hidden, dtype=dtype, device=payload.device)
+            kept[coded] = self.forward.decode(payload[:body], len(coded), dtype)
+            kept[exact] = first.to(dtype)
+        return kept[rows.source] if self.share_prefixes else kept
 
-    def encode_backward(self, dx: Tensor) -> Tensor:
-        """Gradient [N, H] -> payload, downstream side."""
-        dy = self.codec.encode_backward(dx)
-        self.ledger.add("boundary_bwd", dy.nbytes, dx.nbytes)
-        return dy
+    def encode_backward(self, dx: Tensor, rows: Rows) -> Tensor:
+        """Gradient [N, H] -> payload, downstream side. Rows that share a prefix send the sum of their gradients."""
+        kept = dx
+        if self.share_prefixes:
+            kept = dx.new_zeros(len(rows.kept), self.hidden).index_add_(0, rows.source, dx)
+        payload, dx_hat = self.backward.encode(kept, Room(len(rows)), observe=True)
+        self.seen["bwd"].add(kept, dx_hat)
+        self.ledger.add("boundary_bwd", payload.numel(), dx.nbytes)
+        return payload
 
-    def decode_backward(self, dy: Tensor) -> Tensor:
-        """Payload -> gradient [N, H], upstream side."""
-        return self.codec.decode_backward(dy)
+    def decode_backward(self, payload: Tensor, rows: Rows, dtype: torch.dtype) -> Tensor:
+        """Payload -> gradient [N, H], upstream side. Raises CodecError."""
+        if not self.share_prefixes:
+            return self.backward.decode(payload, len(rows), dtype)
+        kept = self.backward.decode(payload, len(rows.kept), dtype)
+        return kept.new_zeros(len(rows), self.hidden).index_copy_(0, rows.kept, kept)
 
-    def virtual(self, x: Tensor, observe: bool) -> Tensor:
+    def _note(self, sent: Tensor, x_hat: Tensor, rows: Rows) -> None:
+        """Fidelity of coded rows, token 0 left out also where it is coded: it would hide all others."""
+        if not self.exact_first:
+            others = ~(rows.first[rows.kept] if self.share_prefixes else rows.first)
+            sent, x_hat = sent[others], x_hat[others]
+        self.seen["fwd"].add(sent, x_hat)
+
+    def limits(self, name: str, rows: Rows, dtype: torch.dtype) -> tuple[int, int]:
+        """The least and the most bytes of an honest payload."""
+        if name == "bwd":
+            return self.backward.limits(len(rows.kept) if self.share_prefixes else len(rows), dtype)
+        coded, exact = self._split(rows)
+        least, most = self.forward.limits(len(coded), dtype)
+        raw = 2 * exact.numel() * self.hidden
+        return least + raw, most + raw
+
+    def _split(self, rows: Rows) -> tuple[Tensor, Tensor]:
+        """Indices, among the kept rows, of the coded ones and of the ones sent exactly."""
+        first = rows.first[rows.kept] if self.share_prefixes else rows.first
+        if not self.exact_first:
+            return torch.arange(len(first), device=first.device), first.new_empty(0, dtype=torch.int64)
+        return (~first).nonzero().squeeze(1), first.nonzero().squeeze(1)
+
+    def virtual(self, x: Tensor, rows: Rows, observe: bool) -> Tensor:
         """Both ends at once, differentiable: [N, H] -> [N, H]."""
-        return _Virtual.apply(x, self, observe)
+        return _Virtual.apply(x, self, rows, observe)
+
+    def health(self, name: str) -> dict[str, float]:
+        """What the sender of a way saw in this tick."""
+        found = self.way(name).health()
+        seen = self.seen[name]
+        return found | (seen.fvu("codec/fvu") if name == "fwd" else seen.cosine("codec/dx_cosine"))
+
+    def state(self) -> dict[str, Tensor]:
+        ways = {"fwd": self.forward.state(), "bwd": self.backward.state()}
+        return {f"{name}.{k}": v for name, state in ways.items() for k, v in state.items()}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        for name in ("fwd", "bwd"):
+            mine = {k.removeprefix(f"{name}."): v for k, v in state.items() if k.startswith(f"{name}.")}
+            self.way(name).restore(mine)
 
 
 class _Virtual(torch.autograd.Function):
+    """Straight through a quantiser: its own derivative is zero almost everywhere and says nothing."""
+
     @staticmethod
-    def forward(ctx, x: Tensor, boundary: Boundary, observe: bool) -> Tensor:
-        ctx.boundary = boundary
-        return boundary.decode(boundary.encode(x, observe)).clone()
+    def forward(ctx, x: Tensor, boundary: Boundary, rows: Rows, observe: bool) -> Tensor:
+        ctx.boundary, ctx.rows = boundary, rows
+        return boundary.decode(boundary.encode(x, rows, observe), rows, x.dtype).clone()
 
     @staticmethod
     def backward(ctx, dx: Tensor):
-        return ctx.boundary.decode_backward(ctx.boundary.encode_backward(dx)), None, None
+        boundary, rows = ctx.boundary, ctx.rows
+        return boundary.decode_backward(boundary.encode_backward(dx, rows), rows, dx.dtype), None, None, None
 
 
 def pack_rows(hidden: Tensor, real: Tensor) -> Tensor:

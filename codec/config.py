@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+KINDS = ("none", "powersgd", "transform")
 
 
 class Section(BaseModel):
@@ -23,19 +26,78 @@ class GradientConfig(Section):
 class CodecConfig(Section):
     """What crosses a boundary between layers."""
 
-    kind: Literal["none", "powersgd"] = Field("powersgd", description="`none` is the dense control")
-    rank: int | None = Field(None, ge=1, description="numbers sent for each token; give this or `rank_ratio`")
-    rank_ratio: float | None = Field(None, gt=0, le=1, description="rank as a share of the hidden size")
-    q_cadence: int | None = Field(None, ge=1, description="refresh Q every so many ticks; default: `anchor.cadence`")
+    kind: str = Field(
+        "transform",
+        description="`transform`: few bits for every direction, by importance; `powersgd`: few directions, as "
+        "published; `none`: the dense control; `package.module:function`: your own",
+    )
+    rank: int | None = Field(None, ge=1, description="powersgd: numbers sent for each token; this or `rank_ratio`")
+    rank_ratio: float | None = Field(None, gt=0, le=1, description="powersgd: rank as a share of the hidden size")
+    backward_basis: Literal["forward", "own"] = Field(
+        "forward", description="powersgd: dX through X's basis, as published, or through one of its own"
+    )
+    rate: float | None = Field(
+        None, gt=0, le=1, description="transform: bytes of the forward, all included, as a share of dense bf16"
+    )
+    backward_rate: float | None = Field(None, gt=0, le=1, description="transform: the same for the backward")
+    total_rate: float | None = Field(
+        None, gt=0, le=0.5, description="transform: both together, split 3:1; default 0.05 if no rate is given"
+    )
+    coder: Literal["fixed", "entropy"] = Field(
+        "entropy", description="transform: a fixed number of bits for each coefficient, or an entropy coder"
+    )
+    side_share: float = Field(
+        0.1, gt=0, le=1, description="transform: tables may cost this share of the bytes; else they wait"
+    )
+    first_token: Literal["coded", "exact"] | None = Field(
+        None, description="token 0 of a sample in the forward; default: exact for transform, coded for powersgd"
+    )
+    share_prefixes: bool | None = Field(
+        None, description="rows that samples have in common cross once; default: on for transform, else off"
+    )
+    q_cadence: int | None = Field(
+        None, ge=1, description="refresh Q, or the transform, every so many ticks; default: `anchor.cadence`"
+    )
     gradient: GradientConfig = GradientConfig()
 
+    @field_validator("kind")
+    @classmethod
+    def _known(cls, kind: str) -> str:
+        if kind not in KINDS and ":" not in kind:
+            near = difflib.get_close_matches(kind, KINDS, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            allowed = ", ".join(map(repr, KINDS))
+            raise ValueError(f"{kind!r} must be one of {allowed}, or 'package.module:function'{hint}")
+        return kind
+
     @model_validator(mode="after")
-    def _one_rank(self) -> CodecConfig:
+    def _fits(self) -> CodecConfig:
         if self.rank is not None and self.rank_ratio is not None:
             raise ValueError(f"rank {self.rank} and rank_ratio {self.rank_ratio} are both set: remove one of them")
         if self.kind == "powersgd" and self.rank is None and self.rank_ratio is None:
             raise ValueError("powersgd needs a rank: set rank or rank_ratio (0.05 is the published share)")
+        single = self.rate is not None or self.backward_rate is not None
+        if single and self.total_rate is not None:
+            raise ValueError("total_rate is set beside rate or backward_rate: remove one or the other")
+        if single and None in (self.rate, self.backward_rate):
+            raise ValueError("rate and backward_rate belong together: set both, or total_rate alone")
         return self
+
+    @property
+    def rates(self) -> tuple[float, float]:
+        """Share of dense bf16 for the forward and the backward: the forward is the bottleneck, so it gets more."""
+        if self.rate is not None and self.backward_rate is not None:
+            return self.rate, self.backward_rate
+        total = self.total_rate or 0.05
+        return 1.5 * total, 0.5 * total
+
+    @property
+    def sends_first_exactly(self) -> bool:
+        return self.kind == "transform" if self.first_token is None else self.first_token == "exact"
+
+    @property
+    def shares_prefixes(self) -> bool:
+        return self.kind == "transform" if self.share_prefixes is None else self.share_prefixes
 
     def rank_for(self, hidden: int) -> int:
         """The rank r at hidden size `hidden`. Raises ValueError if r > hidden."""

@@ -6,30 +6,25 @@ import torch
 from torch import Tensor
 
 from codec.config import CodecConfig
+from codec.way import Room, Stateless, Way, as_bytes, as_numbers
 
 
-class Dense:
-    """The face of a codec with nothing in it: identity both ways, no statistics, no basis."""
+class Dense(Stateless):
+    """Identity, in the dtype of the model."""
 
-    basis = None
-
-    def __init__(self, config: CodecConfig, hidden: int, seed: int):
+    def __init__(self, hidden: int):
         self.hidden = hidden
 
-    def to(self, device: torch.device) -> Dense:
-        return self
+    def encode(self, x: Tensor, room: Room, observe: bool) -> tuple[Tensor, Tensor | None]:
+        return as_bytes(x), x if observe else None
 
-    def reset(self) -> None: ...
+    def decode(self, payload: Tensor, n: int, dtype: torch.dtype) -> Tensor:
+        return as_numbers(payload, (n, self.hidden), dtype, "dense rows")
 
-    def observe(self, x: Tensor, y: Tensor) -> None: ...
+    def limits(self, n: int, dtype: torch.dtype) -> tuple[int, int]:
+        size = n * self.hidden * dtype.itemsize
+        return size, size
 
-    def encode(self, x: Tensor) -> Tensor:
-        return x
 
-    decode = encode_backward = decode_backward = encode
-
-    def width(self) -> int:
-        return self.hidden
-
-    def health(self) -> dict[str, float]:
-        return {}
+def dense(config: CodecConfig, hidden: int, seed: int) -> tuple[Way, Way]:
+    return Dense(hidden), Dense(hidden)

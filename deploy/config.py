@@ -111,7 +111,7 @@ class RunConfig(Section):
                     f"swarm.boundaries: {boundary} is outside the model, which has {shape.layers} layers "
                     f"(allowed: 1 to {shape.layers - 1})"
                 )
-        if self.codec.kind != "none":
+        if self.codec.kind == "powersgd":
             try:
                 self.codec.rank_for(shape.hidden)
             except ValueError as error:

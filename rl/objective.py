@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from codec.rows import Rows, rows_of
 from rl.batch import Batch
 from rl.config import GrpoConfig
 from rl.grpo import LossTerms, policy_loss, token_logprobs
@@ -25,6 +26,7 @@ class MicroBatch:
     advantages: Tensor  # float32 [R]
     rollout_logprobs: Tensor  # float32 [R]
     ref_logprobs: Tensor | None  # float32 [R]
+    rows: Rows  # the real tokens as a boundary sees them
     tokens: int  # real tokens
 
 
@@ -62,6 +64,7 @@ def _microbatch(batch: Batch, samples: np.ndarray, device: torch.device) -> Micr
         advantages=torch.from_numpy(np.repeat(batch.advantages[samples], batch.response_lengths[samples])).to(device),
         rollout_logprobs=per_token(batch.rollout_logprobs),
         ref_logprobs=per_token(batch.ref_logprobs) if len(batch.ref_logprobs) else None,
+        rows=rows_of(ids, real, device),
         tokens=int(real.sum()),
     )
 

@@ -77,8 +77,7 @@ def save_rank(rank: Rank, folder: str, step: int) -> None:
     for name, value in rank.optimizer.state_dict()["state"].get(0, {}).items():
         tensors[f"adam.{name}"] = value
     for layer, boundary in rank.cuts.items():
-        if boundary.codec.basis is not None:
-            tensors |= {f"codec.{layer}.{k}": getattr(boundary.codec, k) for k in ("basis", "v", "energy")}
+        tensors |= {f"codec.{layer}.{k}": v for k, v in boundary.state().items()}
     tensors |= {f"reducer.{k}": v for k, v in rank.reducer.state().items()}
     tensors |= {f"source.{s}": g for s, g in rank.sources.items()}
     fields: dict[str, Any] = {"step": step, "seen": rank.seen, "first_tick": rank.first_tick}
@@ -110,8 +109,8 @@ def restore_rank(rank: Rank, folder: str) -> None:
     state["state"] = {0: {k.removeprefix("adam."): v for k, v in tensors.items() if k.startswith("adam.")}}
     rank.optimizer.load_state_dict(state)
     for layer, boundary in rank.cuts.items():
-        for k in ("basis", "v", "energy") if boundary.codec.basis is not None else ():
-            setattr(boundary.codec, k, tensors[f"codec.{layer}.{k}"].to(device))
+        prefix = f"codec.{layer}."
+        boundary.restore({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
     rank.reducer.restore({k.removeprefix("reducer."): v for k, v in tensors.items() if k.startswith("reducer.")})
     for key in (k for k in tensors if k.startswith("source.")):
         rank.sources[int(key.removeprefix("source."))] = tensors[key].to(device)

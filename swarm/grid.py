@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from anchor_service.errors import WaitTimeout
 from codec.ledger import Ledger
 
-_HEADER = 16  # sequence number and payload size, int64 each: raw P2P reports neither a short nor a stale message
+_HEADER = 16  # bytes: sequence number and payload size, int64 each
 
 
 class Desync(RuntimeError):
@@ -97,29 +97,38 @@ class Grid:
     # --- along a pipeline ---------------------------------------------------------------------
 
     def send(self, way: str, tensor: Tensor) -> None:
-        """To the next stage (`fwd`) or the previous (`bwd`), without waiting for it to arrive."""
+        """To the next stage (`fwd`) or the previous (`bwd`), without waiting for it to arrive.
+
+        Its number and size go first: raw P2P reports neither a short message nor a stale one.
+        """
         raw = tensor.contiguous().view(-1).view(torch.uint8)
         header = torch.tensor([self._sent[way], raw.numel()], dtype=torch.int64, device=self.device)
         self._sent[way] += 1
-        message = torch.cat([header.view(torch.uint8), raw])
         peer = self.rank + (1 if way == "fwd" else -1)
-        self._inflight.append((dist.isend(message, peer, group=self._groups[way]), message))
+        for message in (header, raw) if raw.numel() else (header,):
+            self._inflight.append((dist.isend(message, peer, group=self._groups[way]), message))
         self.ledger.add("control", _HEADER, _HEADER)
 
-    def recv(self, way: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """From the previous stage (`fwd`) or the next (`bwd`). Raises WaitTimeout or Desync."""
-        size = torch.Size(shape).numel() * dtype.itemsize
-        message = torch.empty(_HEADER + size, dtype=torch.uint8, device=self.device)
+    def recv(self, way: str, least: int, most: int) -> Tensor:
+        """Flat uint8 of `least` to `most` bytes, from the previous stage (`fwd`) or the next (`bwd`).
+
+        Raises WaitTimeout, or Desync if something else came; nothing is allocated before its size is checked.
+        """
         peer = self.rank - (1 if way == "fwd" else -1)
         sender = self._name(*divmod(peer, self.pp))
-        with self._waiting(sender, "an activation" if way == "fwd" else "a gradient"):
-            dist.recv(message, peer, group=self._groups[way])
-        expected = [self._received[way], size]
-        got = message[:_HEADER].view(torch.int64).tolist()
-        if got != expected:
-            raise Desync(sender, expected, got)
+        what = "an activation" if way == "fwd" else "a gradient"
+        header = torch.empty(2, dtype=torch.int64, device=self.device)
+        with self._waiting(sender, what):
+            dist.recv(header, peer, group=self._groups[way])
+        number, size = header.tolist()
+        if number != self._received[way] or not least <= size <= most:
+            raise Desync(sender, [self._received[way], most], [number, size])
         self._received[way] += 1
-        return message[_HEADER:].view(dtype).view(shape)
+        message = torch.empty(size, dtype=torch.uint8, device=self.device)
+        if size:
+            with self._waiting(sender, what):
+                dist.recv(message, peer, group=self._groups[way])
+        return message
 
     def flush(self) -> None:
         """Wait until everything sent has left."""
@@ -161,6 +170,17 @@ class Grid:
                 dist.broadcast(tensor, src=self.p, group=self._dp_group)
             if self.d == 0:
                 self.ledger.add(channel, (self.dp - 1) * tensor.nbytes, 0)
+
+    def bytes_from_first_replica(self, raw: Tensor | None, channel: str) -> Tensor:
+        """Flat uint8 of any size, given by replica 0, to all replicas."""
+        if self.dp == 1:
+            return raw
+        size = torch.tensor([0 if raw is None else raw.numel()], device=self.device)
+        self.from_first_replica(size, "control")
+        raw = torch.empty(size.item(), dtype=torch.uint8, device=self.device) if raw is None else raw.to(self.device)
+        if size.item():
+            self.from_first_replica(raw, channel)
+        return raw
 
     def gather_dp(self, value: int) -> list[int]:
         """One signed 64-bit number from each replica of this stage."""

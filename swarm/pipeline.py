@@ -1,6 +1,6 @@
 """Microbatches through the stages: forward payloads up, backward payloads down, one forward one backward (1F1B).
 
-Both ends of a link know the microbatch, so shapes are never sent; lengths may differ between microbatches.
+Both ends of a link know the microbatch, so shapes are never sent. A payload's size may depend on what is in it.
 """
 
 from __future__ import annotations
@@ -68,15 +68,15 @@ class Pipeline:
         """Forward of one microbatch: the rows that came in (to be differentiated), and what goes on."""
         entry, x = None, micro.ids
         if not self.grid.first:
-            payload = self.grid.recv("fwd", (micro.tokens, self.upstream.codec.width()), self.dtype)
-            entry = self.upstream.decode(payload).requires_grad_(torch.is_grad_enabled())
+            payload = self.grid.recv("fwd", *self.upstream.limits("fwd", micro.rows, self.dtype))
+            entry = self.upstream.decode(payload, micro.rows, self.dtype).requires_grad_(torch.is_grad_enabled())
             x = unpack_rows(entry, micro.real)
-        cuts = {i: lambda rows, b=b: b.virtual(rows, observe) for i, b in self.virtual.items()}
+        cuts = {i: lambda x, b=b: b.virtual(x, micro.rows, observe) for i, b in self.virtual.items()}
         hidden = self.stage(x, micro.real, cuts)
         if self.grid.last:
             return entry, hidden
         rows = pack_rows(hidden, micro.real)
-        self.grid.send("fwd", self.downstream.encode(rows.detach(), observe))
+        self.grid.send("fwd", self.downstream.encode(rows.detach(), micro.rows, observe))
         return entry, rows
 
     def _down(self, entry: Tensor | None, out: Tensor, micro: MicroBatch) -> None:
@@ -84,8 +84,8 @@ class Pipeline:
         if self.grid.last:
             out.backward()
         else:
-            payload = self.grid.recv("bwd", (micro.tokens, self.downstream.codec.width()), self.dtype)
-            out.backward(self.downstream.decode_backward(payload))
+            payload = self.grid.recv("bwd", *self.downstream.limits("bwd", micro.rows, self.dtype))
+            out.backward(self.downstream.decode_backward(payload, micro.rows, self.dtype))
         self.stage.weights.collect()
         if not self.grid.first:
-            self.grid.send("bwd", self.upstream.encode_backward(entry.grad))
+            self.grid.send("bwd", self.upstream.encode_backward(entry.grad, micro.rows))

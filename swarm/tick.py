@@ -115,8 +115,7 @@ def tick(rank: Rank, plan: TickPlan, mini: MiniBatch, fetch: Callable[[Any], Cor
     with rank.timed("forward_backward"):
         weights.grad.zero_()
         sums = rank.pipeline.train(mini.micros, loss)
-    for boundary in _sent_by(rank):
-        values |= boundary.codec.health()
+    values |= _close_ways(rank)
     with rank.timed("reduce"):
         rank.reducer(weights.grad)
         _sum_tied(rank)  # after the replicas: then both copies add the same two numbers, bit for bit
@@ -137,40 +136,82 @@ def tick(rank: Rank, plan: TickPlan, mini: MiniBatch, fetch: Callable[[Any], Cor
     return {"sums": sums, "values": values, "peaks": timing, "ledger": rank.grid.ledger.drain()}
 
 
-def _sent_by(rank: Rank) -> list[Boundary]:
-    """Boundaries whose upstream side is on this rank: that side sees X and gathers its statistics."""
+def _ways(rank: Rank) -> Iterator[tuple[Boundary, str]]:
+    """Boundaries and ways that this rank sends on: the sender sees the rows and gathers their statistics."""
     pipeline = rank.pipeline
-    return [*pipeline.virtual.values(), *([pipeline.downstream] if pipeline.downstream else [])]
+    for boundary in pipeline.virtual.values():
+        yield boundary, "fwd"
+        yield boundary, "bwd"
+    if pipeline.downstream:
+        yield pipeline.downstream, "fwd"
+    if pipeline.upstream:
+        yield pipeline.upstream, "bwd"
 
 
 def _refresh_bases(rank: Rank, tick: int) -> dict[str, float]:
-    """Q ← orth(V) on the Q schedule: V summed over replicas, one rank computes, the others receive."""
-    grid, values = rank.grid, {}
-    has_basis = any(b.codec.basis is not None for b in rank.cuts.values())
-    due = has_basis and q_should_refresh(tick, rank.rules.q_cadence)
-    if has_basis:
-        values["codec/q_refreshed"] = float(due)
+    """New tables on the Q schedule: statistics summed over replicas, one rank computes, the others receive."""
+    grid, found = rank.grid, Means()
+    refreshing = any(b.way(w).refreshes for b in rank.cuts.values() for w in ("fwd", "bwd"))
+    due = refreshing and q_should_refresh(tick, rank.rules.q_cadence)
+    if refreshing:
+        found.add({"codec/q_refreshed": float(due)})
     with rank.timed("q_refresh"):
-        for boundary in _sent_by(rank):
-            if due:
-                values |= _refresh(rank, boundary)
-            boundary.codec.reset()
-        if due and rank.pipeline.upstream:  # after this stage's own, so that stages refresh side by side
-            codec = rank.pipeline.upstream.codec
-            codec.load(grid.recv("fwd", tuple(codec.basis.shape), torch.float32).clone())
+        if due:
+            for boundary, way in _ways(rank):
+                if boundary.way(way).refreshes:
+                    found.add(_refresh(rank, boundary, way))
+            for boundary, way in ((rank.pipeline.upstream, "fwd"), (rank.pipeline.downstream, "bwd")):
+                if boundary and boundary.way(way).refreshes:
+                    codec = boundary.way(way)
+                    codec.load(grid.recv(way, 0, codec.tables_limit()))
+        for boundary in rank.cuts.values():
+            boundary.begin_tick()
         grid.flush()
-    return values
+    return found.means()
 
 
-def _refresh(rank: Rank, boundary: Boundary) -> dict[str, float]:
-    grid, codec = rank.grid, boundary.codec
-    grid.sum_dp(codec.v, "basis", dense_bytes=0)
-    basis = codec.refresh(codec.v) if grid.d == 0 else torch.empty_like(codec.basis)
-    grid.from_first_replica(basis, "basis")
-    if boundary is rank.pipeline.downstream:
-        grid.send("fwd", basis)
-    grid.ledger.add("basis", basis.nbytes, 0)  # to the other side of the boundary, wire or virtual
-    return {"codec/q_condition": codec.condition()} | codec.load(basis)
+def _refresh(rank: Rank, boundary: Boundary, way: str) -> dict[str, float]:
+    """The sender's part of a refresh; over a wire its neighbour waits for the tables, though they may be empty."""
+    grid, codec = rank.grid, boundary.way(way)
+    before = grid.ledger.sent["basis"]
+    tables, statistics = torch.empty(0, dtype=torch.uint8), codec.statistics()
+    if statistics is not None:
+        grid.sum_dp(statistics, "basis", dense_bytes=0)
+        codec.absorb(statistics)
+        tables = grid.bytes_from_first_replica(codec.refresh() if grid.d == 0 else None, "basis")
+    if boundary is rank.pipeline.downstream or boundary is rank.pipeline.upstream:
+        grid.send(way, tables.to(grid.device))
+    grid.ledger.add("basis", tables.numel(), 0)  # to the other side of the boundary, wire or virtual
+    codec.count_side(grid.ledger.sent["basis"] - before)
+    return codec.load(tables)
+
+
+def _close_ways(rank: Rank) -> dict[str, float]:
+    """After the last payload of a tick: what each way did, and its rate for the next."""
+    found = Means()
+    for boundary, way in _ways(rank):
+        codec = boundary.way(way)
+        spent = codec.spent()
+        if spent is not None:
+            spent = spent.to(rank.grid.device)
+            rank.grid.sum_dp(spent, "control", dense_bytes=0)
+            codec.steer(spent)
+        found.add(boundary.health(way))
+    return found.means()
+
+
+class Means:
+    """Metrics of several boundaries as one."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, list[float]] = defaultdict(list)
+
+    def add(self, metrics: dict[str, float]) -> None:
+        for name, value in metrics.items():
+            self.values[name].append(value)
+
+    def means(self) -> dict[str, float]:
+        return {name: sum(values) / len(values) for name, values in self.values.items()}
 
 
 def _sum_tied(rank: Rank) -> None:

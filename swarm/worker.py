@@ -87,7 +87,7 @@ class Worker:
         for index, layer in enumerate(self.setup.swarm.boundaries):
             if span.lo <= layer <= span.hi:
                 cuts[layer] = Boundary(self.setup.codec, index, hidden, self.setup.seed, ledger)
-                cuts[layer].codec.to(device)
+                cuts[layer].to(device)
         return cuts
 
     def _reducer(self, stage: Stage, grid: Grid) -> DenseSum | PowerSGDSum:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -83,7 +84,7 @@ def _silent(rank: int, init: str) -> str:
         time.sleep(4)  # alive, but sends nothing
         return ""
     with pytest.raises(WaitTimeout) as caught:
-        grid.recv("fwd", (2, 3), torch.float32)
+        grid.recv("fwd", 24, 24)
     return str(caught.value)
 
 
@@ -97,10 +98,11 @@ def _short(rank: int, init: str) -> str:
     grid = Grid(rank, 1, 2, torch.device("cpu"), Ledger(), timeout_s=5, init=init)
     if rank == 0:
         grid.send("fwd", torch.zeros(2, 2))
-        grid.flush()
+        with suppress(RuntimeError):  # the other side leaves without taking the rest
+            grid.flush()
         return ""
     with pytest.raises(Desync) as caught:
-        grid.recv("fwd", (2, 3), torch.float32)
+        grid.recv("fwd", 24, 24)
     return str(caught.value)
 
 

@@ -1,0 +1,58 @@
+"""Integers to words and back at the cost their counts tell: the ANS coder of `constriction`, and its errors.
+
+Bamler 2022, "Understanding Entropy Coding With Asymmetric Numeral Systems", arXiv:2201.01741. A model is made
+of integer counts; `constriction` turns them into fixed-point probabilities by single IEEE operations in a
+fixed order, so both ends get the same ones. No symbol of a model is impossible, even at a count of 0.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from constriction import stream
+
+
+class Writer:
+    """Symbols in the order in which they will be read."""
+
+    def __init__(self):
+        self.parts: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def put(self, symbols: np.ndarray, counts: np.ndarray) -> None:
+        """`symbols`: int32 [m] below the length of `counts`, int64 [symbols]."""
+        if symbols.size:
+            self.parts.append((symbols, counts))
+
+    def words(self) -> np.ndarray:
+        """uint32, little-endian."""
+        coder = stream.stack.AnsCoder()  # a stack: the last symbols first
+        for symbols, counts in reversed(self.parts):
+            coder.encode_reverse(symbols, _model(counts))
+        return coder.get_compressed().astype("<u4")
+
+
+class Reader:
+    """Raises ValueError, from every method, if the words cannot be what a Writer made."""
+
+    def __init__(self, words: np.ndarray):
+        try:
+            self.coder = stream.stack.AnsCoder(words.astype(np.uint32))
+        except ValueError as error:
+            raise ValueError(f"the words are damaged: {error}") from error
+
+    def take(self, size: int, counts: np.ndarray) -> np.ndarray:
+        """The next `size` symbols, int32 [size]."""
+        if size == 0:
+            return np.zeros(0, np.int32)
+        try:
+            return self.coder.decode(_model(counts), size)
+        except AssertionError as error:
+            raise ValueError(f"the words are damaged: {error}") from error
+
+    def finish(self) -> None:
+        """Nothing is left to read."""
+        if not self.coder.is_empty():
+            raise ValueError(f"the words are damaged: {self.coder.num_valid_bits()} bits are left over")
+
+
+def _model(counts: np.ndarray) -> stream.model.Categorical:
+    return stream.model.Categorical(counts.astype(np.float64), perfect=False)

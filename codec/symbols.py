@@ -1,0 +1,52 @@
+"""The alphabet of magnitudes: small ones are symbols themselves, large ones a symbol and plain bits.
+
+|q|      0 … 15   16–23  24–31  32–47  48–63   …  up to 2^31
+symbol   0 … 15     16     17     18     19    …  two for each octave
+plain       –      3 bits 3 bits 4 bits 4 bits …  the rest of |q|, which is about uniform there
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+_DIRECT_BITS = 4
+DIRECT = 1 << _DIRECT_BITS
+MAX_BITS = 31  # of a magnitude
+SYMBOLS = DIRECT + 2 * (MAX_BITS - _DIRECT_BITS)
+
+
+def symbols_of(magnitude: np.ndarray) -> np.ndarray:
+    """Magnitudes below 2^MAX_BITS, int32 [m] -> symbols, int32 [m]."""
+    symbol = magnitude.copy()
+    large = np.flatnonzero(magnitude >= DIRECT)
+    m = magnitude[large]
+    octave = np.frexp(m.astype(np.float64))[1] - 1  # 2^octave <= m, exact
+    symbol[large] = DIRECT + 2 * (octave - _DIRECT_BITS) + (m >> (octave - 1) & 1)
+    return symbol
+
+
+def plain_bits(symbol: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Symbols from DIRECT up, int [m] -> (smallest magnitude of each, plain bits of each), int64 [m]."""
+    octave = (symbol.astype(np.int64) - DIRECT) // 2 + _DIRECT_BITS
+    return (2 + (symbol - DIRECT) % 2) << (octave - 1), octave - 1
+
+
+def pack(values: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """The low `lengths` [m] bits of `values` [m], one after the other, lowest first -> uint8."""
+    which, place = _places(lengths)
+    return np.packbits((values[which] >> place & 1).astype(np.uint8), bitorder="little")
+
+
+def unpack(packed: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Inverse of `pack`, int64 [m]. The caller has checked that `packed` has the right size."""
+    which, place = _places(lengths)
+    values = np.zeros(lengths.size, np.int64)
+    np.add.at(values, which, np.unpackbits(packed, count=which.size, bitorder="little").astype(np.int64) << place)
+    return values
+
+
+def _places(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For each bit: which value it belongs to, and its place there."""
+    which = np.repeat(np.arange(lengths.size), lengths)
+    starts = np.cumsum(lengths) - lengths
+    return which, np.arange(which.size) - starts[which]
