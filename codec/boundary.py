@@ -140,6 +140,16 @@ class Boundary:
         """Both ends at once, differentiable: [N, H] -> [N, H]."""
         return _Virtual.apply(x, self, rows, observe)
 
+    def refresh_alone(self, name: str) -> None:
+        """A refresh where both ends are here and there is one replica; `swarm.tick` does it for all others."""
+        codec = self.way(name)
+        statistics = codec.statistics() if codec.refreshes else None
+        if statistics is not None:
+            codec.absorb(statistics)
+            tables = codec.refresh()
+            codec.count_side(tables.numel())
+            codec.load(tables)
+
     def health(self, name: str) -> dict[str, float]:
         """What the sender of a way saw in this tick."""
         found = self.way(name).health()

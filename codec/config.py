@@ -58,6 +58,11 @@ class CodecConfig(Section):
     q_cadence: int | None = Field(
         None, ge=1, description="refresh Q, or the transform, every so many ticks; default: `anchor.cadence`"
     )
+    max_kl: float | None = Field(
+        None,
+        gt=0,
+        description="a run stops at its second step if `codec/logprob_kl` is above it, nats a token; default: it only warns",
+    )
     gradient: GradientConfig = GradientConfig()
 
     @field_validator("kind")

@@ -29,7 +29,7 @@ from codec.way import CodecError, Room, Way
 
 MOVED = 1.02  # new tables are sent if they lower the error at equal bits by more than 2 %
 RIDGE = 1e-4  # of the mean variance, added to every direction's
-SPARE = 0.1  # directions down to this share of the water level are kept: rows stray, rates move
+SPARE = 0.8  # directions down to this share of the water level are kept: rows stray, rates move
 
 
 class Transform:
@@ -198,6 +198,10 @@ class Transform:
         payload, _, _, rows, fixed = self.control.last.tolist()
         if rows and self.knob:
             self.knob = _float32(self.sender.next_knob(self.knob, 8 * (payload - fixed) / rows, self._target_bits()))
+
+    def aim(self, rate: float) -> None:
+        """Forget the books, and hold `rate` from here on."""
+        self.control = RateControl(rate, self.control.side_share)
 
     def _target_bits(self) -> float:
         """Bits for each coded row in the next tick."""

@@ -83,6 +83,40 @@ def plan(
 
 
 @app.command()
+def probe(
+    source: Annotated[
+        str, typer.Argument(metavar="PRESET_OR_TOML", help="a preset (`northstar presets`) or a TOML file")
+    ],
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a key, for example codec.rank=16")
+    ] = None,
+    tokens: Annotated[
+        int, typer.Option(min=1, help="response tokens to score, and as many others to calibrate on")
+    ] = 2000,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="write the numbers there as well")
+    ] = None,
+) -> None:
+    """Measure what codecs do to the policy and its gradient, before a run, on its model, tasks and boundaries.
+
+    One process with `swarm.threads` threads; on an idle machine --set swarm.threads=N makes it faster.
+    """
+    config = _checked(source, set_ or [])
+    from deploy import probe as probing
+    from deploy.probe_tables import advice, show
+    from deploy.progress import console
+
+    try:
+        found = probing.probe(config, tokens, lambda line: console.print(line, highlight=False))
+    except (ConfigError, ValueError) as error:
+        typer.secho(str(error), fg="red", err=True)
+        raise typer.Exit(2) from error
+    show(found, console)
+    if json_file:
+        json_file.write_text(json.dumps(probing.to_dict(found) | {"advice": advice(found)}, indent=1) + "\n")
+
+
+@app.command()
 def simulate(
     source: Annotated[
         str, typer.Argument(metavar="PRESET_OR_TOML", help="a preset (`northstar presets`) or a TOML file")

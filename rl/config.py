@@ -32,6 +32,9 @@ class GrpoConfig(Section):
     ppo_mini_batch_size: int = Field(8, ge=1, description="prompts a tick; divides train_batch_size")
     group_size: int = Field(8, ge=2, description="samples for each prompt (verl: rollout.n)")
     clip_ratio: float = Field(0.2, gt=0, lt=1, description="ratio is clipped to [1-c, 1+c]")
+    clip_ratio_c: float | None = Field(
+        None, gt=1, description="dual clip: a token of negative advantage loses at most c times it; default: no bound"
+    )
     lr: float = Field(1e-6, gt=0, le=1, description="Adam's learning rate, constant")
     betas: tuple[float, float] = Field((0.9, 0.999), strict=False, description="Adam's betas")
     weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")

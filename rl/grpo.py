@@ -36,6 +36,7 @@ class LossTerms:
 
     loss: Tensor  # already divided by the global denominator
     sums: dict[str, Tensor]
+    logprobs: Tensor  # [N], of this forward, detached
 
 
 def policy_loss(
@@ -50,6 +51,8 @@ def policy_loss(
     """Clipped-ratio loss of response tokens, all [N], divided by one `denominator` for all ranks.
 
     `denominator` is the number of response tokens in the global mini-batch (token-mean).
+    With `clip_ratio_c` the loss of a token of negative advantage ends at -A·c: the clip alone lets a
+    ratio above 1 grow without bound there (dual clip, Ye et al. 2020, arXiv:1912.09729; as in verl).
     KL is the k3 estimator of Schulman (verl's low_var_kl) against `ref_logprobs`.
     """
     log_ratio = (logprobs - old_logprobs).clamp(-20, 20)  # as in verl: an infinite ratio times advantage 0 is NaN
@@ -57,11 +60,18 @@ def policy_loss(
     surrogate = -advantages * ratio
     clipped = -advantages * ratio.clamp(1 - config.clip_ratio, 1 + config.clip_ratio)
     per_token = torch.maximum(surrogate, clipped)
+    lower = None
+    if config.clip_ratio_c is not None:
+        bound = -advantages * config.clip_ratio_c
+        lower = (advantages < 0) & (per_token > bound)
+        per_token = torch.where(lower, bound, per_token)
     sums = {
         "actor/pg_loss": per_token.detach().sum(),
         "actor/pg_clipfrac": (clipped > surrogate).float().sum(),
         "actor/ppo_kl": -log_ratio.detach().sum(),
     }
+    if lower is not None:
+        sums["actor/pg_clipfrac_lower"] = lower.float().sum()
     if entropy is not None:
         sums["actor/entropy"] = entropy.detach().sum()
         if config.entropy_coeff:
@@ -71,4 +81,4 @@ def policy_loss(
         kl = diff.exp() - diff - 1
         sums["actor/kl_loss"] = kl.detach().sum()
         per_token = per_token + config.kl_loss_coef * kl
-    return LossTerms(per_token.sum() / denominator, sums)
+    return LossTerms(per_token.sum() / denominator, sums, logprobs.detach())

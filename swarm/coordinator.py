@@ -25,10 +25,12 @@ from anchor_service.lag import Due
 from anchor_service.messages import TickPlan
 from codec.ledger import Ledger
 from merger import MERGERS
+from rl import mismatch
 from rl.batch import Batch, Prompts, concat
 from rl.model_files import model_shape, resolve, tensor_sizes
 from rl.snapshot import BaseLost
 from swarm import checkpoint
+from swarm.gate import LaunchGate
 from swarm.telemetry import Telemetry, combine
 
 
@@ -81,6 +83,7 @@ class Coordinator:
         self._merged_m_bar: Any = None
         self.peaks: dict[str, float] = {}  # peak memory of the largest process of a role, GB
         self._logged: dict[str, float] = {}
+        self.gate = LaunchGate(config.codec)
         self._lost: set[str] = set()  # anchor streams whose base is gone
         self._resync = True  # the first frames of a run are whole ones
         self._parameters = parameter_count(config)
@@ -113,6 +116,7 @@ class Coordinator:
         metrics, step_ledger = combine(begun, batch.response_tokens)
         self.ledger.merge(step_ledger)
         self._remember("worker", metrics["perf/max_memory_gb"])
+        self._judge_codec(metrics)
         ticks = [self._tick(i, mini) for i, mini in enumerate(minis)]
         self._sync_engines()
         timing |= {k: v for k, v in metrics.items() if k.startswith("timing_s/")}
@@ -121,7 +125,9 @@ class Coordinator:
         seconds = timing["timing_s/step"] / len(ticks)
         self.tick_seconds += (0.2 if self.tick_seconds else 1.0) * (seconds - self.tick_seconds)
         means = {
-            k: float(np.mean([t[k] for t in ticks if k in t])) for k in set().union(*ticks) if k.startswith("actor/")
+            k: float(np.mean([t[k] for t in ticks if k in t]))
+            for k in set().union(*ticks)
+            if k.startswith("actor/") or k in mismatch.NAMES  # the latter of the first tick alone
         }
         self.telemetry.step(
             self.step,
@@ -149,12 +155,19 @@ class Coordinator:
             plans.append((TickPlan(self.tick, index, correction, self.version if self.clock.waits else None, keep),))
         reports = self._on_workers("tick", plans, f"tick {self.tick}")
         metrics, ledger = combine(reports, mini.batch.response_tokens)
+        self._judge_codec(metrics)
         self.ledger.merge(ledger)
         self._log_corrections(metrics)
         metrics |= self._bytes_since_last_tick()
         metrics["timing_s/tick"] = time.perf_counter() - start
         self.telemetry.tick(self.step, self.tick, metrics | self._totals())
         return metrics
+
+    def _judge_codec(self, metrics: dict[str, float]) -> None:
+        """Once, and early: does the codec leave the policy as it is? Stops the run above `codec.max_kl`."""
+        kl = self.gate.judge(metrics, self.tick)
+        if kl is not None:
+            self.telemetry.event(self.step, self.tick, "codec changes the policy", **{"codec/logprob_kl": kl})
 
     # --- the anchor -----------------------------------------------------------------------------
 

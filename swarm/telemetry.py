@@ -12,14 +12,16 @@ from typing import Any, Protocol, TextIO
 
 from torch.utils.tensorboard import SummaryWriter
 
+from rl import mismatch
+
 Entries = dict[str, tuple[float, float]]
 
 
 def combine(reports: list[dict[str, Any]], tokens: int) -> tuple[dict[str, float], Entries]:
     """Reports of all ranks -> metrics and ledger entries.
 
-    `sums` are over response tokens and become means; `values` are averaged over the ranks that have
-    them; of `peaks` (times, memory) the highest counts.
+    `sums` are over response tokens and become means, those of `rl.mismatch` its metrics; `values` are
+    averaged over the ranks that have them; of `peaks` (times, memory) the highest counts.
     """
     sums: dict[str, float] = defaultdict(float)
     values: dict[str, list[float]] = defaultdict(list)
@@ -35,7 +37,7 @@ def combine(reports: list[dict[str, Any]], tokens: int) -> tuple[dict[str, float
         for channel, (sent, dense) in report["ledger"].items():
             ledger[channel][0] += sent
             ledger[channel][1] += dense
-    metrics = dict(sums) | {k: sum(v) / len(v) for k, v in values.items()} | dict(peaks)
+    metrics = mismatch.metrics(sums) | {k: sum(v) / len(v) for k, v in values.items()} | dict(peaks)
     return metrics, {channel: (sent, dense) for channel, (sent, dense) in ledger.items()}
 
 

@@ -36,6 +36,7 @@ from anchor_service.ring import q_should_refresh
 from codec.boundary import Boundary
 from merger import MERGERS
 from merger.config import MergerConfig
+from rl import mismatch
 from rl.config import GrpoConfig
 from rl.objective import MicroBatch, loss_terms
 from rl.policy import EMBEDDING, Stage
@@ -108,9 +109,15 @@ def tick(rank: Rank, plan: TickPlan, mini: MiniBatch, fetch: Callable[[Any], Cor
     _check_seal(rank, plan)
     values = _refresh_bases(rank, plan.tick)
 
+    # the step's first mini-batch still has the weights that sampled it: only the codec sets the two policies apart
+    compares = rules.grpo.old_logprobs == "rollout" and plan.mini_batch == 0
+
     def loss(hidden: Tensor, micro: MicroBatch, i: int):
         old = mini.old_logprobs[i]
-        return loss_terms(rank.stage, hidden, micro, old, mini.denominator, rules.grpo, rules.temperature)
+        terms = loss_terms(rank.stage, hidden, micro, old, mini.denominator, rules.grpo, rules.temperature)
+        if compares:
+            terms.sums |= mismatch.sums(micro.rollout_logprobs, terms.logprobs)
+        return terms
 
     with rank.timed("forward_backward"):
         weights.grad.zero_()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import time
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from codec.boundary import Boundary
 from codec.config import CodecConfig
 from codec.gradient import DenseSum, PowerSGDSum
 from codec.ledger import Ledger
+from rl import mismatch
 from rl.batch import Batch
 from rl.config import ModelConfig, SnapshotConfig
 from rl.memory import peak_memory_gb
@@ -103,7 +105,7 @@ class Worker:
         """Take this rank's share of a step's mini-batches; recompute old log-probs if asked to."""
         rank, grid = self.rank, self.rank.grid
         self.minis = []
-        sums = {"training/rollout_probs_diff_mean": 0.0, "rollout_corr/kl": 0.0}
+        sums: dict[str, float] = defaultdict(float)
         start = time.perf_counter()
         for frame in frames:
             _, batch = Batch.from_frame(frame, "the coordinator")
@@ -112,17 +114,15 @@ class Worker:
             old = [micro.rollout_logprobs for micro in micros]
             if rank.rules.grpo.old_logprobs == "trainer":
                 old = rank.pipeline.logprobs(micros, rank.rules.temperature)
-                for trainer, micro in zip(old, micros):
-                    diff = (trainer.exp() - micro.rollout_logprobs.exp()).abs()
-                    sums["training/rollout_probs_diff_mean"] += diff.sum().item()
-                    sums["rollout_corr/kl"] += (micro.rollout_logprobs - trainer).sum().item()
+                for trainer, micro in zip(old, micros):  # none but on the last stage
+                    for name, value in mismatch.sums(micro.rollout_logprobs, trainer).items():
+                        sums[name] += value.item()
             self.minis.append(MiniBatch(micros, old, batch.response_tokens))
-        recomputed = rank.rules.grpo.old_logprobs == "trainer" and grid.last
         peaks = {
             "timing_s/old_log_prob": time.perf_counter() - start,
             "perf/max_memory_gb": peak_memory_gb(grid.device),
         }
-        return {"sums": sums if recomputed else {}, "values": {}, "peaks": peaks, "ledger": grid.ledger.drain()}
+        return {"sums": dict(sums), "values": {}, "peaks": peaks, "ledger": grid.ledger.drain()}
 
     def tick(self, plan: TickPlan) -> dict[str, Any]:
         return tick(self.rank, plan, self.minis[plan.mini_batch], self._fetch_correction)

@@ -240,3 +240,56 @@ def test_the_entropy_bonus_lowers_the_loss_by_the_mean_entropy():
     terms = policy_loss(new, old, advantages, 60.0, GrpoConfig(entropy_coeff=0.1), entropy)
     expected = slow_loss(new, old, advantages, 60.0) - 0.1 * entropy.mean().item()
     assert terms.loss.item() == pytest.approx(expected, rel=1e-12)
+
+
+# --- dual clip -----------------------------------------------------------------------------------
+
+
+def slow_dual_clip(new, old, advantages, c: float, clip: float = 0.2) -> tuple[list[float], int]:
+    """verl's three losses of each token, spelled out; how many tokens met the lower bound."""
+    losses, met = [], 0
+    for n, o, a in zip(new.tolist(), old.tolist(), advantages.tolist()):
+        ratio = math.exp(n - o)
+        pg_loss1 = -a * ratio
+        pg_loss2 = -a * min(max(ratio, 1 - clip), 1 + clip)
+        clipped1 = max(pg_loss1, pg_loss2)
+        pg_loss3 = -a * c
+        clipped2 = min(pg_loss3, clipped1)
+        losses.append(clipped2 if a < 0 else clipped1)
+        met += a < 0 and clipped1 > pg_loss3
+    return losses, met
+
+
+@pytest.mark.parametrize("c", [1.1, 1.5, 3.0])
+def test_the_dual_clip_is_verls_token_by_token(c: float):
+    new, old, advantages = tokens()
+    old = old - 1.5 * rand(60, seed=6).abs()  # ratios far above 1 as well
+    losses, met = slow_dual_clip(new, old, advantages, c)
+    terms = policy_loss(new, old, advantages, 60.0, GrpoConfig(clip_ratio_c=c))
+    assert 3 < met < 57 and terms.sums["actor/pg_clipfrac_lower"].item() == met
+    assert terms.loss.item() == pytest.approx(math.fsum(losses) / 60, rel=1e-12)
+
+
+@pytest.mark.parametrize(("advantage", "ratio", "slope"), [(-1.5, 2.9, 2.9), (-1.5, 3.1, 0.0), (1.5, 0.5, -0.5)])
+def test_beyond_the_dual_clip_a_bad_token_pulls_no_more_and_a_good_one_is_as_before(
+    advantage: float, ratio: float, slope: float
+):
+    """dL/d logp = -A·ratio up to the bound of 3, then 0."""
+    new = torch.tensor([math.log(ratio)], dtype=torch.float64, requires_grad=True)
+    old, a = torch.zeros(1, dtype=torch.float64), torch.tensor([advantage], dtype=torch.float64)
+    policy_loss(new, old, a, 1.0, GrpoConfig(clip_ratio_c=3.0)).loss.backward()
+    assert new.grad.item() == pytest.approx(1.5 * slope, rel=1e-12)
+
+
+def test_the_dual_clip_is_off_unless_set_and_out_of_reach_it_changes_nothing():
+    new, old, advantages = tokens()
+    plain = policy_loss(new, old, advantages, 60.0, GrpoConfig())
+    assert "actor/pg_clipfrac_lower" not in plain.sums
+    far = policy_loss(new, old, advantages, 60.0, GrpoConfig(clip_ratio_c=1e9))
+    assert torch.equal(plain.loss, far.loss) and far.sums["actor/pg_clipfrac_lower"] == 0
+
+
+@pytest.mark.parametrize("c", [1.0, 0.5, -3.0])
+def test_a_dual_clip_of_at_most_one_is_refused(c: float):
+    with pytest.raises(ValueError, match="greater than 1"):
+        GrpoConfig(clip_ratio_c=c)

@@ -1,0 +1,213 @@
+"""`northstar probe` against plain code, sample by sample, and against what must hold of any codec."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from codec.config import CodecConfig
+from deploy.cli import app
+from deploy.config import ConfigError, RunConfig, load
+from deploy.probe import Probe, calibrate, compared_with, name_of, probe, score
+from deploy.probe_tables import advice
+from deploy.trial import Halves, Trial, cosine
+from rl.batch import Batch
+from tests.conftest import make_batch
+
+CUTS = [1, 3]
+SMALL = ("swarm.micro_batch_size=16", "rollout.batch_size=4")
+
+
+def ignore(line: str) -> None: ...
+
+
+# --- plain code --------------------------------------------------------------------------------
+
+
+class Projected(torch.autograd.Function):
+    """X̂ = (XQ)Qᵀ and dX̂ = (dX Q)Qᵀ, as the design has it; keeps what went in and what came out."""
+
+    @staticmethod
+    def forward(ctx, x, q, seen):
+        ctx.save_for_backward(q)
+        ctx.seen = seen
+        out = x @ q @ q.T
+        seen["x"].append((x[0], out[0]))
+        return out
+
+    @staticmethod
+    def backward(ctx, dx):
+        (q,) = ctx.saved_tensors
+        out = dx @ q @ q.T
+        ctx.seen["dx"].append((dx[0], out[0]))
+        return out, None, None
+
+
+@dataclass
+class Plain:
+    """Log-probs [R, V] over all responses, the gradient of the first layers by name, and what crossed each boundary."""
+
+    logp: torch.Tensor
+    grad: dict[str, torch.Tensor]
+    seen: dict[int, dict[str, list]]
+
+
+def plain_run(folder: Path, batch: Batch, bases: dict[int, torch.Tensor]) -> Plain:
+    """Sample by sample, no padding; with an empty `bases` without codec."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    seen: dict[int, dict[str, list]] = {layer: {"x": [], "dx": []} for layer in bases}
+    for layer, q in bases.items():
+        model.model.layers[layer].register_forward_pre_hook(
+            lambda _, args, q=q, s=seen[layer]: (Projected.apply(args[0], q, s), *args[1:])
+        )
+    token_at, response_at, found = np.cumsum([0, *batch.total]), np.cumsum([0, *batch.response_lengths]), []
+    loss = torch.zeros(())
+    for i in range(len(batch)):
+        ids = torch.from_numpy(batch.tokens[token_at[i] : token_at[i + 1]].astype(np.int64))
+        logp = torch.log_softmax(model(input_ids=ids[None]).logits[0], -1)[batch.prompt[i] - 1 : -1]
+        new = logp.gather(1, ids[batch.prompt[i] :, None]).squeeze(1)
+        old = torch.from_numpy(batch.rollout_logprobs[response_at[i] : response_at[i + 1]].copy())
+        ratio, advantage = torch.exp(new - old), float(batch.advantages[i])
+        loss = loss - torch.min(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage).sum() / batch.response_tokens
+        found.append(logp.detach())
+    loss.backward()
+    below = ("model.embed_tokens.", *(f"model.layers.{i}." for i in range(CUTS[0])))
+    grad = {n: p.grad for n, p in model.named_parameters() if n.startswith(below)}
+    return Plain(torch.cat(found), grad, seen)
+
+
+def trial_of(folder: Path, config: RunConfig, batch: Batch, rank: int) -> tuple[Trial, torch.Tensor]:
+    halves = Halves(folder, 4, CUTS, torch.float32, torch.device("cpu"))
+    trial = Trial(CodecConfig(kind="powersgd", rank=rank), halves, seed=3)
+    calibrate(halves, [trial], make_batch(seed=1), config, ignore)
+    reference, _ = score(halves, [trial], batch, config, ignore)
+    return trial, reference
+
+
+def test_every_number_is_that_of_plain_code(untied_model: Path):
+    """Of tied models the head would add to the embedding's gradient, which the lower half does not hold."""
+    config = load("k5", [f"model.path={untied_model}", "swarm.boundaries=[1, 3]", "grpo.old_logprobs=rollout"])
+    batch = make_batch()
+    trial, reference = trial_of(untied_model, config, batch, rank=12)
+    bases = {layer: b.forward.basis for layer, b in trial.boundaries.items()}
+    dense, lossy = plain_run(untied_model, batch, {}), plain_run(untied_model, batch, bases)
+
+    exact = (dense.logp.exp() * (dense.logp - lossy.logp)).sum().item()
+    assert exact / batch.response_tokens > 0.01  # the codec does something here
+    assert trial.sums["kl"] == pytest.approx(exact, rel=1e-4)
+    for layer, seen in lossy.seen.items():
+        x = torch.cat([x[1:] for x, _ in seen["x"]])  # without first tokens
+        error = torch.cat([(x - out)[1:] for x, out in seen["x"]]).square().sum()
+        assert _fvu(trial, layer) == pytest.approx((error / (x - x.mean(0)).square().sum()).item(), rel=1e-3)
+        dx, out = (torch.cat([pair[i] for pair in seen["dx"]]).flatten() for i in range(2))
+        assert trial.boundaries[layer].seen["bwd"].cosine("c")["c"] == pytest.approx(cosine(dx, out), rel=1e-3)
+    ours, plain = cosine(trial.gradient, reference), cosine(*(_flat(run.grad) for run in (lossy, dense)))
+    assert ours == pytest.approx(plain, rel=1e-3) and ours < 0.99
+
+
+def _fvu(trial: Trial, layer: int) -> float:
+    return trial.boundaries[layer].seen["fwd"].fvu("f")["f"]
+
+
+def _flat(grad: dict[str, torch.Tensor]) -> torch.Tensor:
+    return torch.cat([grad[name].flatten() for name in sorted(grad)])
+
+
+def test_microbatches_add_up(untied_model: Path):
+    found = []
+    for size in (16, 3):
+        overrides = [f"model.path={untied_model}", "swarm.boundaries=[1, 3]", f"swarm.micro_batch_size={size}"]
+        trial, _ = trial_of(untied_model, load("k5", overrides), make_batch(), rank=12)
+        found.append(dict(trial.sums) | {str(layer): _fvu(trial, layer) for layer in trial.boundaries})
+    assert found[0] == pytest.approx(found[1], rel=1e-3)
+
+
+# --- the laws, on the built-in model -------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Probe:
+    config = load("k5", [*SMALL, "codec.rank=8"])
+    ranks = (128, 32, 8, 2)
+    candidates = [CodecConfig(kind="none"), *(config.codec.model_copy(update={"rank": r}) for r in ranks)]
+    return probe(config, 200, ignore, candidates)
+
+
+def test_no_codec_changes_nothing_to_the_bit(tiny: Probe):
+    none = tiny.scores[0]
+    assert none.kl == none.k1 == none.fvu == none.side_bytes == 0.0
+    assert set(none.outside.values()) == {0.0}
+    assert (none.gradient_cosine, none.dx_cosine, none.corr) == pytest.approx((1.0, 1.0, 1.0), abs=1e-9)
+    assert none.total_rate == none.payload_rate == 1.0 and none.forward_bytes == 4 * 128
+
+
+def test_a_basis_of_the_whole_space_changes_nothing_but_rounding(tiny: Probe):
+    whole = tiny.scores[1]
+    assert 0 <= whole.kl < 1e-7 and whole.gradient_cosine > 0.9999
+    assert whole.payload_rate == 1.0 < whole.total_rate  # the bases are sent for nothing
+
+
+def test_the_lower_the_rank_the_more_the_policy_changes(tiny: Probe):
+    _, *ranks = tiny.scores
+    assert [s.kl for s in ranks] == sorted(s.kl for s in ranks) and ranks[-1].kl > 0.5
+    for measure in ("fvu", "kl"):
+        assert all(getattr(a, measure) < getattr(b, measure) for a, b in pairwise(ranks))
+    for measure in ("dx_cosine", "gradient_cosine", "corr", "total_rate", "forward_bytes"):
+        assert all(getattr(a, measure) > getattr(b, measure) for a, b in pairwise(ranks))
+    assert all(s.forward_bytes == s.backward_bytes == 4 * s.codec["rank"] for s in ranks)
+
+
+def test_the_tokens_that_are_scored_are_as_many_as_asked_for_and_of_the_validation_split(tiny: Probe):
+    assert tiny.tokens >= 200 and tiny.calibration_tokens >= 200
+    assert not tiny.drawn_advantages and 0 < tiny.gradient_tokens <= tiny.tokens
+
+
+def test_the_advice_names_the_configured_codec_and_the_cheapest_that_keeps_the_policy(tiny: Probe):
+    own, cheapest = advice(tiny)
+    assert own.startswith("Configured, powersgd r=8:") and "powersgd r=32" in cheapest
+
+
+def test_side_information_is_spread_over_the_refresh_schedule(tiny: Probe):
+    """A basis of 4·H·r bytes in every fifth tick and in tick 2, each tick of 64 answers."""
+    config, own = tiny.config, next(s for s in tiny.scores if s.own)
+    ticks = config.run.steps * config.grpo.ticks_per_step
+    per_tick = (ticks // 5 + 1) / ticks * 4 * 128 * 8
+    assert per_tick / own.side_bytes / 64 == pytest.approx(21, abs=4)  # tokens of an answer and its prompt
+
+
+def test_each_codec_is_compared_once_and_the_configured_one_is_among_them():
+    own = CodecConfig(kind="powersgd", rank_ratio=0.125)
+    found = compared_with(own, 128)
+    assert [c.rank for c in found[:1]] == [6] and found.count(own) == 1
+    assert sum(c.kind == "powersgd" for c in found) == 2 and len({name_of(c, 128) for c in found}) == len(found)
+    assert compared_with(CodecConfig(kind="powersgd", rank=7), 128)[-1].rank == 7
+    assert len(compared_with(CodecConfig(kind="none"), 128)) == 5
+
+
+# --- the command ---------------------------------------------------------------------------------
+
+
+def test_the_command_prints_a_table_and_writes_the_numbers(tmp_path: Path):
+    out = tmp_path / "probe.json"
+    overrides = [x for o in SMALL for x in ("--set", o)]
+    result = CliRunner().invoke(app, ["probe", "k5", *overrides, "--tokens", "20", "--json", str(out)])
+    assert result.exit_code == 0, result.output
+    assert "Configured, powersgd r=4" in result.output
+    data = json.loads(out.read_text())
+    assert {s["name"] for s in data["scores"]} >= {"powersgd r=4", "powersgd r=16", "transform entropy 5 / 5 %"}
+    assert data["tokens"] >= 20 and data["advice"]
+
+
+def test_a_config_without_boundaries_is_refused():
+    with pytest.raises(ConfigError, match=r"swarm\.boundaries is empty"):
+        probe(load("k5", ["swarm.boundaries=[]"]), 10, ignore)
+    result = CliRunner().invoke(app, ["probe", "k5", "--set", "swarm.boundaries=[]"])
+    assert result.exit_code == 2 and "swarm.boundaries is empty" in result.output
