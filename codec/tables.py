@@ -73,6 +73,8 @@ def unpack(raw: Tensor, hidden: int, device: torch.device) -> Tables:
     if (deviations <= 0).any() or (scale <= 0).any():
         raise CodecError("scales and deviations of the tables must be above 0")
     basis = codes.view(torch.int8).view(k, hidden).float().T * scale
+    if not torch.isfinite(basis).all():
+        raise CodecError("scales of the tables are too large for float32")
     digest = xxhash.xxh3_64_intdigest(raw.numpy())
     return Tables(mean.to(device), basis.contiguous().to(device), deviations.to(device), digest, raw)
 
