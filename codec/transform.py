@@ -29,7 +29,6 @@ from codec.way import CodecError, Room, Way
 
 MOVED = 1.02  # new tables are sent if they lower the error at equal bits by more than 2 %
 RIDGE = 1e-4  # of the mean variance, added to every direction's
-SPARE = 0.8  # directions down to this share of the water level are kept: rows stray, rates move
 
 
 class Transform:
@@ -140,8 +139,7 @@ class Transform:
         floor = RIDGE * covariance.trace() / self.hidden
         values, vectors = torch.linalg.eigh(covariance + floor * torch.eye(self.hidden).to(covariance))
         values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
-        _, level = distortion(values, bits)
-        k = max(1, int((values > SPARE * level).sum()))
+        k = max(1, self.sender.worthwhile(values, bits))
         mean = mean if self.centred else torch.zeros_like(mean)
         return pack(mean, vectors[:, :k], values[:k].sqrt().clamp_min(1e-20))
 

@@ -90,9 +90,7 @@ def probe(
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a key, for example codec.rank=16")
     ] = None,
-    tokens: Annotated[
-        int, typer.Option(min=1, help="response tokens to score, and as many others to calibrate on")
-    ] = 2000,
+    tokens: Annotated[int, typer.Option(min=1, help="response tokens to score; twice as many others calibrate")] = 2000,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="write the numbers there as well")
     ] = None,

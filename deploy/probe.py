@@ -26,6 +26,7 @@ from rl.objective import MicroBatch, microbatches
 from rl.rollout import RolloutWorker
 
 SAMPLES = 4  # answers to a prompt: enough for advantages, and many different prompts
+CALIBRATION = 2  # times as many tokens as are scored; a run pools over far more
 GRADIENT_EVERY = 3  # microbatches: a gradient costs as much as three forwards
 SKETCHES = (0.05, 0.125)  # ranks of PowerSGD that are compared, as shares of the hidden size
 RATES = (0.025, 0.05, 0.125, 0.25)  # of the transform, each way
@@ -129,7 +130,7 @@ def _answers(config: RunConfig, tokens: int, say: Say) -> tuple[Batch, Batch]:
         config.val.size,
         config.swarm.threads,
     )
-    return _sample(worker, "train", config, tokens, say), _sample(worker, "val", config, tokens, say)
+    return _sample(worker, "train", config, CALIBRATION * tokens, say), _sample(worker, "val", config, tokens, say)
 
 
 def _sample(worker: RolloutWorker, split: str, config: RunConfig, tokens: int, say: Say) -> Batch:
