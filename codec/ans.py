@@ -41,8 +41,6 @@ class Reader:
 
     def take(self, size: int, counts: np.ndarray) -> np.ndarray:
         """The next `size` symbols, int32 [size]."""
-        if size == 0:
-            return np.zeros(0, np.int32)
         try:
             return self.coder.decode(_model(counts), size)
         except AssertionError as error:

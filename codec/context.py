@@ -1,12 +1,13 @@
 """What both ends of a link expect of the next symbols: integer counts, learnt from the symbols before.
 
-A symbol is a magnitude |q| in steps. Rows differ in energy and coefficients in variance, so
+A symbol is a magnitude |q| in steps. Rows differ in energy and coefficients in deviation, so
 
-    expected |q| of coefficient i in row n  =  share_i · energy of row n (sent, in half octaves of Σ|q|)
+    expected |q| of coefficient i in row n  =  share of i (from its deviation) · energy of row n (sent)
 
 and this, in half octaves, is the symbol's class. Every class has one histogram. As a class is a scale
-relative to the step, histograms stay good when the step or the basis changes; the shares are the only
-thing that has to be learnt anew then, and they start from the deviations.
+relative to the step, histograms stay good when the step or the basis changes: a change of basis costs
+0.5 % of the bytes until the histograms have followed. Learning the shares too gained nothing on the rows
+they were made from, and 1 to 2 % of the error with the basis of another task.
 
 Both ends must agree to the last bit, on different machines too: counts are integers, and whatever is
 derived from them uses only + - * / and sqrt, which IEEE 754 rounds exactly. No exp, no log.
@@ -14,7 +15,7 @@ derived from them uses only + - * / and sqrt, which IEEE 754 rounds exactly. No 
 
 from __future__ import annotations
 
-from math import isqrt, sqrt
+from math import fsum, sqrt
 
 import numpy as np
 import torch
@@ -23,32 +24,22 @@ from torch import Tensor
 
 from codec.symbols import DIRECT, SYMBOLS
 
-# --- classes -----------------------------------------------------------------------------------------------
-
-CLASSES = 44
-_LOWEST = -20  # class 0 expects |q| of 2^(-20/2) or less
-_FINE = 4  # shares are measured this much finer than the classes, in eighths of an octave
-_OCTAVES = 40  # shares below 2^-40 are not told apart
+CLASSES = 44  # half octaves of the expected |q|
+_LOWEST = -20  # class 0 expects 2^(-20/2) or less
+_FINE = 4  # shares are measured so much finer than classes, in eighths of an octave
 ENERGIES = 64  # class of a row: 0 for a row of zeros, then half octaves of Σ|q| from 1
 
-# --- memory ------------------------------------------------------------------------------------------------
-
 _SEEN = 64  # what one symbol adds to its count; the 1 that every count starts with is then nearly nothing
-_PRIOR = 32  # a fresh histogram weighs as much as so many symbols
-_FORGET = 1 << 22  # a histogram is halved when it holds so much
-_PRIOR_ROWS = 32  # fresh shares weigh as much as so many rows
-_FORGET_ROWS = 4096  # shares are halved when they hold so many rows
-_UNIT = 16  # |q| = 1 in the sums that shares are made of
+_PRIOR = 128  # a fresh histogram weighs as much as so many symbols
+_FORGET = 1 << 22  # a histogram is halved when it holds more
 
 
-def _powers_of_root(root: float, count: int) -> np.ndarray:
+def _powers(root: float, count: int) -> np.ndarray:
     """root^0, root^1, … by multiplication alone, float64 [count]."""
     return np.multiply.accumulate(np.concatenate([[1.0], np.full(count - 1, root)]))
 
 
-_EIGHTH = sqrt(sqrt(sqrt(2.0)))
-_SHARES = 1 / _powers_of_root(_EIGHTH, 8 * _OCTAVES)[::-1]  # ascending thresholds, the last is 1
-_ENERGY = np.array([0] + [isqrt(_UNIT**2 << energy) for energy in range(ENERGIES - 1)], np.int64)
+_SHARES = 1 / _powers(sqrt(sqrt(sqrt(2.0))), 8 * 40)[::-1]  # eighths of an octave from 2^-40, the last is 1
 
 
 class Contexts:
@@ -56,60 +47,49 @@ class Contexts:
 
     def __init__(self, deviations: np.ndarray):
         """`deviations`: float32 [k]. Raises ValueError if one is negative or not finite."""
-        self.counts = _first_counts()  # int64 [CLASSES, SYMBOLS]
-        self.energy_counts = np.full(ENERGIES, _SEEN, np.int64)
+        self.counts = first_counts()  # int64 [CLASSES, SYMBOLS]
+        self.energy_counts = np.full((1, ENERGIES), _SEEN, np.int64)
         self.rebase(deviations)
 
     def rebase(self, deviations: np.ndarray) -> None:
-        """Coefficients mean something new: forget their shares, keep the histograms."""
+        """The coefficients are those of a new basis, with these deviations; the histograms stay."""
         if not (np.isfinite(deviations).all() and (deviations >= 0).all()):
             raise ValueError("deviations must be finite and not negative")
         self.deviations = deviations.astype(np.float32)
-        self.sums = np.zeros(deviations.size, np.int64)  # Σ|q| of each coefficient, in 1/_UNIT
-        self.seen = np.zeros(2, np.int64)  # Σ of the rows' energies in 1/_UNIT, and how many rows
 
     def classes(self, energy: np.ndarray, step: float) -> np.ndarray:
-        """Energies of rows, int [n] -> class of each symbol, uint8 [n, k]. For rows of zeros it says nothing."""
-        sums, seen = self._expected(step)
-        share = np.searchsorted(_SHARES, (sums + 1) / seen[0], "right") - _SHARES.size  # eighths of an octave
-        fine = share[None, :] + _FINE * (energy[:, None] - 1 - _LOWEST)
-        return np.clip(fine // _FINE, 0, CLASSES - 1).astype(np.uint8)
+        """Energies of rows, int [n], 1 and up -> class of each symbol, uint8 [n, k]."""
+        row = _FINE * (energy.astype(np.int16) - 1 - _LOWEST)
+        fine = np.add.outer(row, self._shares(step)) >> 2  # floor division by _FINE
+        return fine.clip(0, CLASSES - 1, out=fine).astype(np.uint8)
+
+    def _shares(self, step: float) -> np.ndarray:
+        """Share of each coefficient in Σ|q| of a row, in eighths of an octave, int16 [k].
+
+        As of Laplacian coefficients: mean |q| = Σ P(|z| > (j - 0.4) step) over j = 1, 2, …
+        """
+        width = np.clip(self.deviations.astype(np.float64) / (step * sqrt(2)), 1e-6, 1e6)  # mean |z| in steps
+        mean = _decay(0.6 / width) / (1 - _decay(1 / width))
+        below = np.searchsorted(_SHARES, mean / fsum(mean), "right")  # fsum is exact in any order
+        return (below - _SHARES.size).astype(np.int16)
 
     def bits(self, energy: np.ndarray, seen: np.ndarray) -> float:
-        """Cost of one payload at -log2 p, with the arguments of `learn`."""
-        return _cost(seen, self.counts) + _cost(np.bincount(energy, minlength=ENERGIES), self.energy_counts)
+        """Cost at -log2 p of what `learn` takes; only for statistics."""
+        return _cost(seen, self.counts) + _cost(_tally_energies(energy), self.energy_counts)
 
-    def learn(self, energy: np.ndarray, magnitude: np.ndarray, seen: np.ndarray, step: float) -> None:
-        """One payload: energies of all rows, int [N]; |q| of the rows that are not zero, int32 [n · k]; and how
-        often each symbol was seen in each class, int64 [CLASSES, SYMBOLS]."""
-        self.sums, self.seen = self._expected(step)
-        magnitude = magnitude.reshape(-1, self.sums.size)
-        self.sums += _UNIT * magnitude.sum(0, dtype=np.int64)
-        self.seen += _ENERGY[energy].sum(), len(magnitude)
-        if self.seen[1] > _FORGET_ROWS:
-            self.sums >>= 1
-            self.seen >>= 1
+    def learn(self, energy: np.ndarray, seen: np.ndarray) -> None:
+        """One payload: energies of its rows, int [N], and how often each symbol was seen in each class."""
         _add(self.counts, seen)
-        _add(self.energy_counts[None], np.bincount(energy, minlength=ENERGIES)[None])
-
-    def _expected(self, step: float) -> tuple[np.ndarray, np.ndarray]:
-        """`sums` and `seen`; before anything was seen, those of Laplacian coefficients of the given deviations."""
-        if self.seen[0] > 0:
-            return self.sums, self.seen
-        width = np.maximum(self.deviations / (step * sqrt(2)), 1e-6)  # mean |z| in steps
-        # mean |q|: Σ P(|z| > j - 0.4) over j = 1, 2, …
-        mean = np.minimum(_decay(0.6 / width) / (1 - _decay(1 / width)), 2.0**20)
-        sums = (mean * (_PRIOR_ROWS * _UNIT)).astype(np.int64)
-        return sums, np.array([max(int(sums.sum()), 1), _PRIOR_ROWS])
+        _add(self.energy_counts, _tally_energies(energy))
 
     def state(self) -> dict[str, Tensor]:
         """A copy of everything that both ends share."""
         return {name: torch.from_numpy(array.copy()) for name, array in self._arrays().items()}
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """Go on from `state()`, bit for bit. Raises ValueError if it is of other coefficients."""
+        """Go on from `state()`, bit for bit. Raises ValueError if it is of another number of coefficients."""
         for name, array in self._arrays().items():
-            saved = state[name].numpy()
+            saved = state[name].cpu().numpy()
             if saved.shape != array.shape or saved.dtype != array.dtype:
                 raise ValueError(f"{name!r} is {saved.dtype} {saved.shape}, not {array.dtype} {array.shape}")
             array[...] = saved
@@ -122,14 +102,17 @@ class Contexts:
         return digest.intdigest()
 
     def _arrays(self) -> dict[str, np.ndarray]:
-        names = ("counts", "energy_counts", "deviations", "sums", "seen")
-        return {name: getattr(self, name) for name in names}
+        return {"deviations": self.deviations, "counts": self.counts, "energy_counts": self.energy_counts}
 
 
 def tally(classes: np.ndarray, symbols: np.ndarray) -> np.ndarray:
     """How often each symbol stands in each class, int64 [CLASSES, SYMBOLS]."""
     pairs = classes.astype(np.int64) * SYMBOLS + symbols
     return np.bincount(pairs, minlength=CLASSES * SYMBOLS).reshape(CLASSES, SYMBOLS)
+
+
+def _tally_energies(energy: np.ndarray) -> np.ndarray:
+    return np.bincount(energy, minlength=ENERGIES)[None]
 
 
 def _add(counts: np.ndarray, seen: np.ndarray) -> None:
@@ -140,8 +123,8 @@ def _add(counts: np.ndarray, seen: np.ndarray) -> None:
 
 
 def _cost(seen: np.ndarray, counts: np.ndarray) -> float:
-    """Bits of the symbols `seen` under histograms `counts`; only for statistics."""
-    return float((seen * (np.log2(counts.sum(-1, keepdims=True)) - np.log2(counts))).sum())
+    """Bits of the symbols `seen` under histograms `counts`."""
+    return float((seen * np.log2(counts.sum(1, keepdims=True) / counts)).sum())
 
 
 def _decay(x: np.ndarray) -> np.ndarray:
@@ -149,9 +132,9 @@ def _decay(x: np.ndarray) -> np.ndarray:
     return 1 / (1 + x * (1 + x / 2 * (1 + x / 3 * (1 + x / 4))))
 
 
-def _first_counts() -> np.ndarray:
+def first_counts() -> np.ndarray:
     """Geometric histograms with the mean that each class stands for, int64 [CLASSES, SYMBOLS]."""
-    mean = _powers_of_root(sqrt(2.0), CLASSES) / 2.0 ** (-_LOWEST // 2)
+    mean = _powers(sqrt(2.0), CLASSES) / 2.0 ** (-_LOWEST // 2)
     ratio = mean / (1 + mean)
     # P(|q| >= m) = ratio^m at the smallest magnitude m of each symbol: 0 to DIRECT, then by squaring
     tail = [np.ones(CLASSES), *np.multiply.accumulate([ratio] * DIRECT)]

@@ -23,14 +23,14 @@ import torch
 from torch import Tensor
 
 from codec.ans import Reader, Writer
-from codec.context import CLASSES, ENERGIES, Contexts, tally
+from codec.context import CLASSES, ENERGIES, Contexts, first_counts, tally
 from codec.symbols import DIRECT, MAX_BITS, pack, plain_bits, symbols_of, unpack
 
 # Squared steps that a bit is worth. At high rates the squared error is step²/12 and a bit less costs 2·ln 2 of
 # it: 0.1155. A little more makes up for steep histograms, so that q·step is the centroid and none has to be sent.
-_PRICE = 0.13
+_PRICE = 0.1155
 _MIN_OFFSET = 0.1  # |z| of 0.9 steps and more is never rounded to 0, however dear
-_PLAIN_OFFSET = 0.4  # before the classes are known: for the energies, which decide them
+_PLAIN_OFFSET = 0.35  # before the classes are known: for the energies, which decide them
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,9 @@ class EntropyCoder:
         """
         self.device = deviations.device
         self.contexts = Contexts(deviations.detach().cpu().numpy())
-        # never learns: what is rounded to what must depend on nothing but rows, step and tables. Log-probs that
+        # Never learns: what is rounded to what must depend on nothing but rows, step and tables. Log-probs that
         # are computed before an update and in it are then equal, and so are those of another layout.
-        self.prior = Contexts(deviations.detach().cpu().numpy())
+        self.prior = first_counts()
 
     def encode(self, z: Tensor, step: float) -> tuple[np.ndarray, Tensor, EncodeStats]:
         """Coefficients [N, k] -> (body, uint8; what decode makes of it, float32 [N, k]; statistics). Then learns.
@@ -61,15 +61,16 @@ class EntropyCoder:
         Raises ValueError if z holds a NaN, an infinity or 2^31 steps, or if `step` is no positive float32.
         """
         step = _checked(step)
-        a = z.detach().float().abs() / step
+        z = z.detach().float()
+        a = z.abs() / step
         if a.numel() and not a.max() < 2.0**MAX_BITS:
             raise ValueError(f"the largest coefficient is {a.max().item():g} steps of {step:g}: cannot be coded")
         energy = _energies(a)
-        q = torch.copysign(self._rounded(a, self.prior.classes(energy, step)), z).to(torch.int32)
-        q_here = q.cpu().numpy()
-        energy[~q_here.any(axis=1)] = 0
         classes = self.contexts.classes(energy, step)
-        body, stats = self._write(q_here, energy, classes, step)
+        q = torch.copysign(self._rounded(a, classes), z).to(torch.int32)
+        q_here = q.cpu().numpy()
+        energy[~q_here.any(axis=1)] = 0  # nothing else of such a row is sent
+        body, stats = self._write(q_here, energy, classes)
         return body, _values(q, step), stats
 
     def decode(self, body: np.ndarray, n: int, step: float) -> Tensor:
@@ -83,7 +84,6 @@ class EntropyCoder:
     def rebase(self, deviations: Tensor) -> None:
         """A new basis: what is known of each coefficient starts from its deviation, the histograms stay."""
         self.contexts.rebase(deviations.detach().cpu().numpy())
-        self.prior.rebase(deviations.detach().cpu().numpy())
 
     def state(self) -> dict[str, Tensor]:
         return self.contexts.state()
@@ -102,78 +102,77 @@ class EntropyCoder:
         1 is better than 0 if  (a - 1)² + price · bits(1) < a² + price · bits(0).  The offset to which this
         comes for a class serves its larger magnitudes too, where it matters little.
         """
-        zeros, ones = self.prior.counts[:, 0], self.prior.counts[:, 1]
+        zeros, ones = self.prior[:, 0], self.prior[:, 1]
         dearer = np.log2(zeros / ones) + 1  # the 1 is the sign
         offset = np.clip(0.5 - _PRICE / 2 * dearer, _MIN_OFFSET, 0.5).astype(np.float32)
         offset_of_class = torch.from_numpy(offset).to(a.device)
         return torch.take(offset_of_class, torch.from_numpy(classes).to(a.device).long()).add_(a).floor_()
 
-    def _write(
-        self, q: np.ndarray, energy: np.ndarray, classes: np.ndarray, step: float
-    ) -> tuple[np.ndarray, EncodeStats]:
+    def _write(self, q: np.ndarray, energy: np.ndarray, classes: np.ndarray) -> tuple[np.ndarray, EncodeStats]:
         """q, int32 [N, k], energies [N] and classes [N, k] -> body. Learns."""
         rows = energy > 0
         q, classes = q[rows].reshape(-1), classes[rows].reshape(-1)
         magnitude = np.abs(q)
         symbols = symbols_of(magnitude)
         order, runs = _by_class(classes)
-        in_order, writer = symbols[order], Writer()
-        writer.put(energy, self.contexts.energy_counts)
-        for c, run in enumerate(runs):
+        in_order, writer = symbols.take(order), Writer()
+        writer.put(energy, self.contexts.energy_counts[0])
+        for c, run in runs:
             writer.put(in_order[run], self.contexts.counts[c])
         words = writer.words()
         large = symbols >= DIRECT
         smallest, lengths = plain_bits(symbols[large])
-        signs = np.packbits(q[magnitude > 0] < 0, bitorder="little")
+        signs = np.packbits(q.compress(magnitude > 0) < 0, bitorder="little")
         parts = [np.array([words.size], "<u4"), words, signs, pack(magnitude[large] - smallest, lengths)]
 
         seen = tally(classes, symbols)
-        plain = np.count_nonzero(magnitude) + int(lengths.sum())
+        plain = int(np.count_nonzero(magnitude)) + int(lengths.sum())
         stats = EncodeStats(self.contexts.bits(energy, seen) + plain, lengths.size)
-        self.contexts.learn(energy, magnitude, seen, step)
+        self.contexts.learn(energy, seen)
         return np.concatenate([part.view(np.uint8) for part in parts]), stats
 
     def _read(self, body: np.ndarray, n: int, step: float) -> np.ndarray:
         """Inverse of `_write`: int32 [n, k]. Learns."""
         words, plain = _split(body, n)
         reader = Reader(words)
-        energy = reader.take(n, self.contexts.energy_counts)
+        energy = reader.take(n, self.contexts.energy_counts[0])
         rows = np.flatnonzero(energy)
         classes = self.contexts.classes(energy[rows], step).reshape(-1)
         order, runs = _by_class(classes)
-        in_order = np.concatenate([reader.take(run.stop - run.start, c) for run, c in zip(runs, self.contexts.counts)])
+        symbols = np.empty(classes.size, np.int32)
+        for c, run in runs:
+            symbols[order[run]] = reader.take(run.stop - run.start, self.contexts.counts[c])
         reader.finish()
-        symbols = np.empty_like(in_order)
-        symbols[order] = in_order
-        magnitude, negative = _with_plain_bits(symbols, plain)
-        self.contexts.learn(energy, magnitude, tally(classes, symbols), step)
         q = np.zeros((n, self.contexts.deviations.size), np.int32)
-        q[rows] = np.where(negative, -magnitude, magnitude).reshape(rows.size, q.shape[1])
+        q[rows] = _with_plain_bits(symbols, plain).reshape(rows.size, q.shape[1])
+        self.contexts.learn(energy, tally(classes, symbols))
         return q
 
 
 def _checked(step: float) -> float:
     """The step as both ends use it: rounded to float32."""
-    rounded = float(np.float32(step))
+    with np.errstate(over="ignore"):
+        rounded = float(np.float32(step))
     if not 0 < rounded < np.inf:
         raise ValueError(f"step {step} is no positive float32")
     return rounded
 
 
 def _energies(a: Tensor) -> np.ndarray:
-    """|z| in steps, [N, k] -> class of each row's Σ|q|, int32 [N]. Only the sender's: any would do."""
+    """|z| in steps, [N, k] -> class of each row's Σ|q|, int32 [N], 1 and up. It is sent, so any would do."""
     total = (a + _PLAIN_OFFSET).floor_().sum(1)
-    return (2 * total.log2() + 1).round_().clamp_(0, ENERGIES - 1).to(torch.int32).cpu().numpy()
+    return (2 * total.log2() + 1).round_().clamp_(1, ENERGIES - 1).to(torch.int32).cpu().numpy()
 
 
 def _values(q: Tensor, step: float) -> Tensor:
     return q.float().mul_(step)
 
 
-def _by_class(classes: np.ndarray) -> tuple[np.ndarray, list[slice]]:
-    """Classes, uint8 [m] -> (order that brings each class together, int64 [m]; the run of each class in it)."""
+def _by_class(classes: np.ndarray) -> tuple[np.ndarray, list[tuple[int, slice]]]:
+    """Classes, uint8 [m] -> (order that brings each class together, int64 [m]; classes with their runs in it)."""
     ends = np.cumsum(np.bincount(classes, minlength=CLASSES)).tolist()
-    return np.argsort(classes, kind="stable"), [slice(first, end) for first, end in pairwise([0, *ends])]
+    runs = [(c, slice(first, end)) for c, (first, end) in enumerate(pairwise([0, *ends])) if first < end]
+    return np.argsort(classes, kind="stable"), runs
 
 
 def _split(body: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
@@ -186,9 +185,9 @@ def _split(body: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
     return body[4 : 4 + 4 * count].view("<u4"), body[4 + 4 * count :]
 
 
-def _with_plain_bits(symbols: np.ndarray, plain: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Symbols, int32 [m], and the plain bits -> (magnitudes, int32 [m]; which are negative, bool [m])."""
-    nonzero, large = np.flatnonzero(symbols), np.flatnonzero(symbols >= DIRECT)
+def _with_plain_bits(symbols: np.ndarray, plain: np.ndarray) -> np.ndarray:
+    """Symbols, int32 [m], and the plain bits -> q, int32 [m]."""
+    nonzero, large = np.flatnonzero(symbols > 0), np.flatnonzero(symbols >= DIRECT)
     smallest, lengths = plain_bits(symbols[large])
     signs, low = nonzero.size, int(lengths.sum())
     border = -(-signs // 8)
@@ -198,4 +197,4 @@ def _with_plain_bits(symbols: np.ndarray, plain: np.ndarray) -> tuple[np.ndarray
     negative[nonzero] = np.unpackbits(plain[:border], count=signs, bitorder="little")
     magnitude = symbols.copy()
     magnitude[large] = smallest + unpack(plain[border:], lengths)
-    return magnitude, negative
+    return np.where(negative, -magnitude, magnitude)
