@@ -5,9 +5,9 @@ A symbol is a magnitude |q| in steps. Rows differ in energy and coefficients in 
     expected |q| of coefficient i in row n  =  share of i (from its deviation) · energy of row n (sent)
 
 and this, in half octaves, is the symbol's class. Every class has one histogram. As a class is a scale
-relative to the step, histograms stay good when the step or the basis changes: a change of basis costs
-0.5 % of the bytes until the histograms have followed. Learning the shares too gained nothing on the rows
-they were made from, and 1 to 2 % of the error with the basis of another task.
+relative to the step, histograms stay good when the step or the basis changes. At boundary 15 of SmolLM2 the
+energies save 2 to 3 % of the bytes of hidden states and 17 to 25 % of those of gradients. Learning the shares
+too was tried and left out: 1 % worse on the rows that the deviations are of, 1 to 2 % better on other tasks.
 
 Both ends must agree to the last bit, on different machines too: counts are integers, and whatever is
 derived from them uses only + - * / and sqrt, which IEEE 754 rounds exactly. No exp, no log.
@@ -31,7 +31,7 @@ ENERGIES = 64  # class of a row: 0 for a row of zeros, then half octaves of Σ|q
 
 _SEEN = 64  # what one symbol adds to its count; the 1 that every count starts with is then nearly nothing
 _PRIOR = 128  # a fresh histogram weighs as much as so many symbols
-_FORGET = 1 << 22  # a histogram is halved when it holds more
+_FORGET = 1 << 20  # a histogram is halved when it holds more: 16 thousand symbols
 
 
 def _powers(root: float, count: int) -> np.ndarray:

@@ -26,9 +26,9 @@ mix-ups, not against an adversary; whatever the arrays hold, memory stays a smal
 from __future__ import annotations
 
 import numpy as np
-import zstandard
 
 from codec.frames import digest
+from codec.planes import expand, shrink
 
 _PATTERNS = {np.dtype(np.float32): np.dtype(np.uint32), np.dtype(np.uint16): np.dtype(np.uint16)}
 _DIGEST_BYTES = 16
@@ -135,7 +135,11 @@ def _hex(array: np.ndarray) -> str:
 
 
 def _bad(field: str, reason: str) -> ValueError:
-    return ValueError(f"delta field {field!r}: {reason}")
+    return ValueError(f"{_named(field)}: {reason}")
+
+
+def _named(field: str) -> str:
+    return f"delta field {field!r}"
 
 
 def _zigzag(difference: np.ndarray) -> np.ndarray:
@@ -159,13 +163,8 @@ def _gap_dtype(numel: int) -> np.dtype:
 def _split(name: str, numbers: np.ndarray, level: int) -> dict[str, np.ndarray]:
     """Unsigned integers [n] -> their byte planes, lowest first; each compressed if that makes it smaller."""
     rows = numbers.view(np.uint8).reshape(-1, numbers.itemsize)
-    compressor = zstandard.ZstdCompressor(level=level)
-    planes = {}
-    for i in range(numbers.itemsize):
-        plane = rows[:, i].copy()  # never a view into the caller's weights
-        packed = compressor.compress(plane)
-        planes[f"{name}{i}"] = np.frombuffer(packed, np.uint8) if len(packed) < plane.size else plane
-    return planes
+    # a plane is a copy: never a view into the caller's weights
+    return {f"{name}{i}": shrink(rows[:, i].copy(), level) for i in range(numbers.itemsize)}
 
 
 def _join(arrays: dict[str, np.ndarray], name: str, count: int, dtype: np.dtype) -> np.ndarray:
@@ -173,26 +172,8 @@ def _join(arrays: dict[str, np.ndarray], name: str, count: int, dtype: np.dtype)
     numbers = np.empty(count, dtype)
     rows = numbers.view(np.uint8).reshape(count, dtype.itemsize)
     for i in range(dtype.itemsize):
-        rows[:, i] = _plane(arrays[f"{name}{i}"], f"{name}{i}", count)
+        rows[:, i] = expand(arrays[f"{name}{i}"], count, _named(f"{name}{i}"))
     return numbers
-
-
-def _plane(stored: np.ndarray, field: str, size: int) -> np.ndarray:
-    """One plane, uint8 [size]. A frame that states another size is refused before anything is allocated for it."""
-    if stored.size == size:
-        return stored
-    if stored.size > size:
-        raise _bad(field, f"{stored.size} bytes for a plane of {size}")
-    data = np.ascontiguousarray(stored)
-    try:
-        stated = zstandard.get_frame_parameters(data).content_size
-        if stated != size:
-            raise _bad(field, f"expands to {stated} bytes, the plane has {size}")
-        # zstd itself stops at the size its frame states
-        plane = zstandard.ZstdDecompressor().decompress(data, allow_extra_data=False)
-    except zstandard.ZstdError as error:
-        raise _bad(field, f"not a zstd frame of {size} bytes ({error})") from error
-    return np.frombuffer(plane, np.uint8)
 
 
 # --- reading what someone else wrote -----------------------------------------------------------

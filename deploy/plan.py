@@ -119,7 +119,7 @@ def _check_fits(config: RunConfig, params: Params) -> None:
     """What `RunConfig.check_fits` could not check of a hub id that is not on this machine."""
     if any(b >= params.layers for b in config.swarm.boundaries):
         raise ValueError(f"swarm.boundaries {config.swarm.boundaries}: the model has {params.layers} layers")
-    if config.codec.kind != "none":
+    if config.codec.kind == "powersgd":
         config.codec.rank_for(params.hidden)
 
 
@@ -227,7 +227,7 @@ def _lateness(config: RunConfig, params: Params, plan: AnchorPlan) -> list[str]:
     if anchor.workers > 1:
         found.append(
             f"{anchor.workers} anchor workers hand M̄ on from one to the next, {mb(4 * params.total)} a fire in fp32, "
-            f"which no channel of the ledger counts: keep them on one machine."
+            f"counted as control: keep them on one machine."
         )
     return found
 

@@ -6,9 +6,19 @@ from rich.console import Console
 from rich.table import Table
 
 from codec.ledger import CHANNELS
+from deploy.config import RunConfig
 from deploy.memory import peak
 from deploy.plan import ANCHOR, BOUNDARY, Plan, size
-from deploy.sizes import full, prompt_tokens, response_tokens, samples_per_tick, tokens_per_tick
+from deploy.sizes import (
+    Params,
+    full,
+    prompt_tokens,
+    response_tokens,
+    samples_per_tick,
+    tokens_per_tick,
+    total_ticks,
+    weights_walk,
+)
 
 _TEXT = {"channel", "M as", "role", "part", "", "phase"}
 
@@ -106,12 +116,18 @@ def anchor_table(plan: Plan) -> Table | None:
 def assumptions(plan: Plan) -> str:
     c = plan.config
     lengths = f"{prompt_tokens(c):g} + {response_tokens(c):g} tokens"
-    deltas = "" if full(c) else " Sizes of weight deltas are estimates."
+    deltas = "" if full(c) else f" {_deltas(c, plan.params)}"
     circuit = f"The circuit ratio is {', '.join((*BOUNDARY, *ANCHOR))} over the dense boundary."
     return (
         f"Assumed: prompt + response of {lengths}, {samples_per_tick(c)} samples and {tokens_per_tick(c):,.0f} tokens "
-        f"a tick; `control` is approximate.{deltas} {circuit} The task itself was not checked."
+        f"a tick.{deltas} {circuit} The task itself was not checked."
     )
+
+
+def _deltas(config: RunConfig, params: Params) -> str:
+    if weights_walk(config, params, total_ticks(config)).own:
+        return "Weight deltas were measured on a sample of the model's weights, moved by Adam on noise."
+    return "Sizes of weight deltas are an estimate: the model's weights are not on this machine, normal ones stood in."
 
 
 def _table(title: str, *columns: str) -> Table:

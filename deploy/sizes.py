@@ -7,19 +7,26 @@ all-reduce over n ranks is 2(n-1)/n of its bytes on each of them). What is appro
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import ceil, log10, prod
+from functools import cache
+from itertools import pairwise
+from math import prod
 from typing import NamedTuple
 
-from anchor_service.lag import agenda
+import numpy as np
+
+from anchor_service.lag import Due, agenda
 from anchor_service.ring import q_should_refresh
 from codec.ledger import CHANNELS
 from deploy.config import RunConfig
+from deploy.crossing import Crossing, crossing
 from deploy.shapes import PUBLISHED
+from deploy.walk import Course, Walk, walk
 from merger import MERGERS
+from rl.batch import Batch
 from rl.model_files import local_folder, model_config
 
 FP32 = 4
-HEADER, ALIGN = 256, 64  # of a batch frame, about; a row of arrays is padded to ALIGN
+BOOKS = 5 * 8  # bytes of what one way sent in a tick, float64
 
 
 class StageSpan(NamedTuple):
@@ -153,9 +160,10 @@ def tokens_per_tick(config: RunConfig) -> float:
 # --- bytes of single messages --------------------------------------------------------------------
 
 
-def width(config: RunConfig, hidden: int) -> int:
-    """Numbers that cross a boundary for each token, each way."""
-    return hidden if config.codec.kind == "none" else config.codec.rank_for(hidden)
+def crossing_of(config: RunConfig, hidden: int) -> Crossing:
+    """What crosses one boundary of this run. Raises ValueError for a codec of somebody else's."""
+    tokens = max(1.0, total_ticks(config) * tokens_per_tick(config) / config.swarm.dp)
+    return crossing(config.codec, hidden, itemsize(config), tokens, prompt_tokens(config) + response_tokens(config))
 
 
 def itemsize(config: RunConfig) -> int:
@@ -163,16 +171,26 @@ def itemsize(config: RunConfig) -> int:
     return 2 if config.model.dtype == "bfloat16" else 4
 
 
-def batch_bytes(config: RunConfig, samples: float) -> float:
+def batch_bytes(config: RunConfig, samples: int) -> int:
     """A frame of that many samples of mean length."""
     tokens, responses = prompt_tokens(config) + response_tokens(config), response_tokens(config)
-    by_token = 4 * samples * (tokens + responses + (responses if config.grpo.kl_loss_coef else 0))
-    lengths_and_scores, truncated = 4 * _aligned(4 * samples), _aligned(samples)
-    return HEADER + by_token + ALIGN + lengths_and_scores + truncated
+    return _batch_bytes(samples, round(samples * tokens), round(samples * responses), bool(config.grpo.kl_loss_coef))
 
 
-def _aligned(nbytes: float) -> int:
-    return -(-ceil(nbytes) // ALIGN) * ALIGN
+@cache
+def _batch_bytes(samples: int, tokens: int, responses: int, with_ref: bool) -> int:
+    each = np.zeros(samples, np.float32)
+    batch = Batch(
+        tokens=np.zeros(tokens, np.int32),
+        prompt=each.view(np.int32),
+        total=each.view(np.int32),
+        rollout_logprobs=np.zeros(responses, np.float32),
+        ref_logprobs=np.zeros(responses if with_ref else 0, np.float32),
+        rewards=each,
+        advantages=each,
+        truncated=np.zeros(samples, bool),
+    )
+    return batch.to_frame(step=1, index=1, denominator=responses).nbytes
 
 
 def replay_bytes(config: RunConfig) -> float:
@@ -183,11 +201,21 @@ def replay_bytes(config: RunConfig) -> float:
 
 
 def snapshot_bytes(config: RunConfig, params: Params, apart: float | None = None) -> float:
-    """One snapshot on its way to an engine or the anchor, `apart` ticks after the last; None: the first of its stream.
+    """One snapshot on its way to an engine or the anchor, `apart` ticks after the last; None: the first of its stream."""
+    if full(config):
+        return params.total * snapshot_itemsize(config)
+    ticks = total_ticks(config)
+    found = weights_walk(config, params, ticks)
+    each = found.whole if apart is None else found.between(ticks - min(ticks, max(1, round(apart))), ticks)
+    return params.total * each
 
-    Exact for `snapshot.encoding` full. Of a delta the size is an estimate (`delta_share`).
-    """
-    return params.total * snapshot_itemsize(config) * (1.0 if full(config) else delta_share(config, apart))
+
+def stream_bytes(config: RunConfig, params: Params, ticks: int, sent: list[int]) -> float:
+    """All snapshots of one stream that sends the weights after the ticks `sent`, in a run of `ticks`."""
+    if full(config) or not sent:
+        return len(sent) * params.total * snapshot_itemsize(config)
+    found = weights_walk(config, params, ticks)
+    return params.total * (found.whole + sum(found.between(a, b) for a, b in pairwise(sent)))
 
 
 def full(config: RunConfig) -> bool:
@@ -198,20 +226,23 @@ def snapshot_itemsize(config: RunConfig) -> int:
     return 2 if (config.snapshot.dtype or config.model.dtype) == "bfloat16" else FP32
 
 
-def delta_share(config: RunConfig, apart: float | None) -> float:
-    """A delta's size as a share of the whole snapshot: an estimate.
-
-    Fitted to Adam on 2M normal weights of scale 0.02 with noisy gradients, lr 1e-6 and 6e-5, 1 to 40 ticks
-    apart, within a third: bf16 at 1e-6 0.8 % after one tick, 2.2 % after 5, 4.9 % after 20; fp32 36 to 68 %.
-    """
-    bf16 = snapshot_itemsize(config) == 2
-    if apart is None:
-        return 0.68 if bf16 else 0.84  # whole, but compressed
-    travelled = max(1e-6, apart * config.grpo.lr / 1e-6)
-    if not bf16:
-        return min(0.84, max(0.05, 0.36 + 0.095 * log10(travelled)))
-    changed = 0.008 * travelled**0.6
-    return min(0.68, changed / (1 + changed / 0.8))
+def weights_walk(config: RunConfig, params: Params, ticks: int) -> Walk:
+    """How this run moves its weights."""
+    course = Course(
+        path=config.model.path,
+        params=params,
+        grpo=config.grpo,
+        merger=config.merger,
+        beta_anc=config.anchor.beta_anc,
+        max_age=config.anchor.max_age,
+        fires=tuple(expected_fires(config, ticks)),
+        temperature=config.rollout.temperature,
+        tokens=tokens_per_tick(config),
+        blank=config.links.blank_ticks,
+        bf16=snapshot_itemsize(config) == 2,
+        ticks=ticks,
+    )
+    return walk(course)
 
 
 def correction_payload(config: RunConfig) -> str | None:
@@ -221,10 +252,11 @@ def correction_payload(config: RunConfig) -> str | None:
 
 
 def correction_bytes(config: RunConfig, stages: list[int]) -> list[int]:
-    """One correction frame for each of `stages` (their parameters).
+    """One correction frame for each of `stages` (their parameters), without its header.
 
-    Exact zeros of M̄ are left out: they are rare, except in the rows of an untied embedding whose
-    tokens never came up, which cost up to a second sign plane of the first stage.
+    An upper bound for sign planes. Where M̄ is 0 they cost next to nothing: after batches without an advantage
+    all of them. Nor do a large head's fill their bits: on few samples, rows of tokens that nobody expects repeat
+    the signs of one hidden state (SmolLM2, 8 samples a tick: 3 to 12 % off the whole).
     """
     payload = correction_payload(config)
     return [0 if payload is None else FP32 * n if payload == "dense" else -(-n // 8) for n in stages]
@@ -247,14 +279,24 @@ def total_ticks(config: RunConfig) -> int:
     return config.run.steps * config.grpo.ticks_per_step
 
 
-def fires_per_tick(config: RunConfig, ticks: int | None = None) -> float:
-    """Lockstep: exactly what the agenda has. Wall: approximate, a worker that needs delay_k ticks for a fire."""
+def expected_fires(config: RunConfig, ticks: int) -> list[Due]:
+    """Lockstep: the agenda. Wall clock: about what comes of workers that need delay_k ticks for each fire."""
+    anchor = config.anchor
     if correction_payload(config) is None:
-        return 0.0
+        return []
+    if anchor.clock == "lockstep":
+        return agenda(anchor, config.run.seed, ticks)
+    return [Due(i, s, s + anchor.delay_k) for i, s in enumerate(_evenly(anchor.workers / anchor.delay_k, ticks), 1)]
+
+
+def _evenly(rate: float, ticks: int) -> list[int]:
+    """About `rate` of the first `ticks` ticks, at most each of them."""
+    return np.unique(np.arange(0, ticks, max(1.0, 1 / rate)).astype(int)).tolist() if rate else []
+
+
+def fires_per_tick(config: RunConfig, ticks: int | None = None) -> float:
     ticks = ticks or total_ticks(config)
-    if config.anchor.clock == "lockstep":
-        return len(agenda(config.anchor, config.run.seed, ticks)) / ticks
-    return min(1.0, config.anchor.workers / config.anchor.delay_k)
+    return len(expected_fires(config, ticks)) / ticks
 
 
 def tick_bytes(
@@ -263,35 +305,35 @@ def tick_bytes(
     """{channel: (sent, dense)} of all links together, for a mean tick of a run of `ticks` (default: the config's).
 
     `fires`: fires started per tick, `merges`: corrections that reached the ranks per tick; default
-    `fires_per_tick` for both. Exact up to frame headers but for: token counts (assumed means), exact zeros
-    in sign planes, `control` (messages of the driver and small agreements, roughly), and fires that an
-    old trace never merged.
+    those of `expected_fires` for both. Exact up to frame headers but for: token counts (assumed means), deltas
+    (measured on a sample), sign planes that repeat themselves, and fires that an old trace never merged.
     """
     params, swarm = parameters(config), config.swarm
     ticks = ticks or total_ticks(config)
-    fires = fires_per_tick(config, ticks) if fires is None else fires
+    sources = [due.source_tick for due in expected_fires(config, ticks)] if fires is None else _evenly(fires, ticks)
+    fires = len(sources) / ticks if fires is None else fires
     merges = fires if merges is None else merges
     shapes = stage_shapes(params, stage_spans(config, params.layers))
     stages = [sum(map(prod, s)) for s in shapes]
     ring = 2 * (swarm.dp - 1)  # 2(n-1)/n on each of n replicas
 
-    crossing = tokens_per_tick(config) * len(swarm.boundaries) * itemsize(config)
+    crossed = tokens_per_tick(config) * len(swarm.boundaries)
     passes = 2 if config.grpo.old_logprobs == "trainer" else 1
-    r, hidden = width(config, params.hidden), params.hidden
-    basis = FP32 * hidden * r * len(swarm.boundaries) if config.codec.kind != "none" else 0
+    each, hidden = crossing_of(config, params.hidden), params.hidden
     refreshes = sum(q_should_refresh(t, config.q_cadence) for t in range(1, ticks + 1)) / ticks
+    basis = each.ways * len(swarm.boundaries) * (1 / ticks if each.once else refreshes)
     tied = 2 * swarm.dp * FP32 * params.embedding if params.tied and swarm.pp > 1 else 0
     syncs = (1 / config.grpo.ticks_per_step + 1 / ticks) * config.rollout.replicas
-    control = _control_bytes(config, refreshes if basis else 0)
+    control = _control_bytes(config, params, ticks, fires, each, refreshes)
 
     found = {
-        "boundary_fwd": (passes * crossing * r, passes * crossing * hidden),
-        "boundary_bwd": (crossing * r, crossing * hidden),
-        # V summed over the replicas, Q sent to the other replicas, and by each of them across the boundary
-        "basis": (refreshes * basis * (ring + swarm.dp - 1 + swarm.dp), 0),
+        "boundary_fwd": (passes * crossed * each.forward, passes * crossed * hidden * itemsize(config)),
+        "boundary_bwd": (crossed * each.backward, crossed * hidden * itemsize(config)),
+        # statistics summed over the replicas, tables sent to the other replicas, and by each of them across the boundary
+        "basis": (basis * (ring * each.statistics + (2 * swarm.dp - 1) * each.tables), 0),
         "grad_dp": (ring * sum(gradient_bytes(config, s) for s in shapes), ring * FP32 * sum(stages)),
         "tied": (tied, tied),
-        "snapshot": (_snapshots(config, params, ticks, fires), 0),
+        "snapshot": (_snapshots(config, params, ticks, sources), 0),
         "replay": (fires * replay_bytes(config), 0),
         "correction": (merges * swarm.dp * sum(correction_bytes(config, stages)), 0),
         "rollout_sync": (_syncs(config, params, ticks), syncs * itemsize(config) * params.total),
@@ -302,34 +344,59 @@ def tick_bytes(
 
 def _syncs(config: RunConfig, params: Params, ticks: int) -> float:
     """Weights to the engines: before the first step, then after every step."""
-    each = config.grpo.ticks_per_step
-    run = snapshot_bytes(config, params) + ticks / each * snapshot_bytes(config, params, each)
-    return config.rollout.replicas * run / ticks
+    sent = list(range(0, ticks + 1, config.grpo.ticks_per_step))
+    return config.rollout.replicas * stream_bytes(config, params, ticks, sent) / ticks
 
 
-def _snapshots(config: RunConfig, params: Params, ticks: int, fires: float) -> float:
-    """Weights to the anchor workers, each with a stream of its own; none if they listen to the engines' stream."""
-    if config.anchor.weights == "shared" or not fires:
+def _snapshots(config: RunConfig, params: Params, ticks: int, sources: list[int]) -> float:
+    """Weights to the anchor workers, who take turns, each with a stream of its own; none if they listen to the
+    engines' stream."""
+    if config.anchor.weights == "shared":
         return 0.0
     workers = config.anchor.workers
-    first = min(fires * ticks, workers)
-    later = fires - first / ticks
-    return first / ticks * snapshot_bytes(config, params) + later * snapshot_bytes(config, params, workers / fires)
+    return sum(stream_bytes(config, params, ticks, sources[k::workers]) for k in range(workers)) / ticks
 
 
-def _control_bytes(config: RunConfig, refreshes: float) -> tuple[float, float]:
-    """Batches to every worker and from the engines, message headers, digests, agreements. Approximate."""
-    swarm, grpo = config.swarm, config.grpo
-    samples, ranks = samples_per_tick(config), swarm.dp * swarm.pp
-    batches = batch_bytes(config, samples) * (ranks + 1)
-    passes = 3 if grpo.old_logprobs == "trainer" else 2
-    headers = 16 * swarm.dp * (swarm.pp - 1) * (passes * microbatches(config) + refreshes)
-    norm = 2 * 8 * swarm.dp * (swarm.pp - 1)
-    digests = 8 * (swarm.dp - 1) * ranks / swarm.check_every if swarm.check_every else 0
-    agreement = 2 * (ranks - 1) * 8 if correction_payload(config) else 0
-    validations = 1 / (config.val.every * grpo.ticks_per_step) * batch_bytes(config, config.val.size)
-    dense = batches + headers + norm + validations
-    return dense + digests + agreement, dense
+def _control_bytes(
+    config: RunConfig, params: Params, ticks: int, fires: float, each: Crossing, refreshes: float
+) -> tuple[float, float]:
+    """Batches from the engines and to every worker, headers of what crosses a wire, agreements, M̄ handed on."""
+    swarm = config.swarm
+    ranks, wires = swarm.dp * swarm.pp, swarm.dp * (swarm.pp - 1)
+    batches = ranks * batch_bytes(config, samples_per_tick(config)) + _sampled(config, ticks)
+    passes = 3 if config.grpo.old_logprobs == "trainer" else 2
+    headers = 16 * wires * (passes * microbatches(config) + each.ways * refreshes)
+    ways = each.ways * len(config.swarm.boundaries)
+    tables = 8 * (swarm.dp - 1) * ways * (1 / ticks if each.once else refreshes)  # how long they are
+    books = 2 * (swarm.dp - 1) * BOOKS * ways if config.codec.kind == "transform" else 0  # of a held rate
+    gate = 2 * _merging(config, ticks) if config.merger.adaptive_lambda_mode == "ratio" else 0
+    norms = 2 * 8 * wires * (1 + gate)  # of the gradient, to clip it; of δ and G_comp, to gate it
+    digests = 8 * (swarm.dp - 1) * ranks * (ticks // swarm.check_every) / ticks if swarm.check_every else 0
+    agreements = 2 * 8 * (ranks - 1) if correction_payload(config) else 0
+    m_bar = FP32 * params.total * fires if config.anchor.workers > 1 else 0
+    dense = batches + headers + norms
+    return dense + digests + agreements + m_bar + tables + books, dense
+
+
+def _merging(config: RunConfig, ticks: int) -> float:
+    """Share of the ticks that hold a correction."""
+    firsts = [due.first_tick for due in expected_fires(config, ticks) if due.first_tick and due.first_tick <= ticks]
+    return (ticks + 1 - min(firsts)) / ticks if firsts else 0.0
+
+
+def _sampled(config: RunConfig, ticks: int) -> float:
+    """Frames from the engines, a tick: a step's prompts, and those of validations, `rollout.batch_size` in each."""
+    grpo, steps = config.grpo, ticks // config.grpo.ticks_per_step
+    validations = 1 + -(-steps // config.val.every)  # before the first step, on schedule, after the last
+    asked = steps * _answers(config, grpo.train_batch_size, grpo.group_size)
+    return (asked + validations * _answers(config, config.val.size, 1)) / ticks
+
+
+def _answers(config: RunConfig, prompts: int, samples: int) -> int:
+    """Frames with `samples` answers to each of `prompts` prompts."""
+    whole, rest = divmod(prompts, config.rollout.batch_size)
+    last = batch_bytes(config, rest * samples) if rest else 0
+    return whole * batch_bytes(config, config.rollout.batch_size * samples) + last
 
 
 def microbatches(config: RunConfig) -> int:

@@ -6,7 +6,7 @@ and scaled by bandwidth only at the end, so that the same seed on faster links i
 
 from __future__ import annotations
 
-from functools import cached_property
+from functools import cache, cached_property, partial
 from math import ceil, log2
 from typing import NamedTuple
 
@@ -14,6 +14,7 @@ import numpy as np
 
 from deploy import sizes
 from deploy.config import RunConfig
+from deploy.crossing import Crossing
 from rl.model_files import ModelShape
 from swarm.schedule import schedule
 
@@ -96,6 +97,7 @@ class Durations:
         )
         self.spans = sizes.stage_spans(config, self.params.layers)
         self.stages = sizes.stage_parameters(self.params, self.spans)
+        self.snapshot_bytes = cache(partial(sizes.snapshot_bytes, config, self.params))
         self.swarm_rate = self.links.swarm_mbit * 1e6 / 8
         self.anchor_rate = self.links.anchor_mbit * 1e6 / 8
         self.latency = self.links.swarm_latency_ms / 1e3
@@ -136,8 +138,12 @@ class Durations:
 
     @cached_property
     def payload(self) -> np.ndarray:
-        """Bytes of each microbatch at a boundary [m]."""
-        return self.micro_tokens * sizes.width(self.config, self.params.hidden) * sizes.itemsize(self.config)
+        """Bytes of each microbatch at a boundary, upwards and downwards [2, m]."""
+        return np.outer([self.crossing.forward, self.crossing.backward], self.micro_tokens)
+
+    @cached_property
+    def crossing(self) -> Crossing:
+        return sizes.crossing_of(self.config, self.params.hidden)
 
     def _pipeline(self, order: Rounds, ways: int) -> np.ndarray:
         """Ends of all stages [pp, dp]; on `ways` = 0 links cost nothing, 1: only upwards, 2: both ways."""
@@ -146,7 +152,7 @@ class Durations:
             nothing = np.zeros((self.pp - 1, self.count, 1), np.float32)
             return pipeline_ends(order, forward, 2 * forward, nothing, nothing, 0.0)
         # float32: a microsecond in ten seconds, and twice as fast
-        seconds = (self.payload / self.swarm_rate)[:, None].astype(np.float32)
+        seconds = (self.payload[:ways, None, :, None] / self.swarm_rate).astype(np.float32)
         wires = self.jitter(self.rng, ways, self.pp - 1, self.count, self.dp)
         wires *= seconds
         return pipeline_ends(order, forward, 2 * forward, wires[0], wires[-1], self.latency)
@@ -171,7 +177,7 @@ class Durations:
         if self.params.tied and self.pp > 1:
             tied = sizes.FP32 * self.params.embedding / self.swarm_rate * self.jitter(self.rng, self.dp).max()
             before = max(before, max(reduced[0], reduced[-1]) + tied + 2 * self.latency)
-        before += self._refresh() if refresh and self.config.codec.kind != "none" else 0.0
+        before += self._refresh() if refresh and self.crossing.ways else 0.0
         agreed = self._tree(self.dp * self.pp) if sizes.correction_payload(self.config) else 0.0
         after = agreed + self._tree(self.pp) + self._tree(self.dp)  # version, norm, digests
         return Work(float(before), after, self.bare_tick)
@@ -204,15 +210,15 @@ class Durations:
         return 1 if self.config.codec.gradient.kind == "none" else 3
 
     def _refresh(self) -> float:
-        """V summed and Q sent for one boundary after the other: a stage waits for its upstream's Q first."""
+        """Statistics summed and tables sent for one boundary after the other: a stage waits for its upstream's first."""
         cuts = len(self.config.swarm.boundaries)
         if not cuts:
             return 0.0
-        nbytes = sizes.FP32 * self.params.hidden * sizes.width(self.config, self.params.hidden)
-        seconds = self._ring(np.full(cuts, nbytes), self.jitter(self.rng, cuts, self.dp).max(axis=1), 1).sum()
-        hop = nbytes / self.swarm_rate + self.latency
+        statistics, factor = np.full(cuts, self.crossing.statistics), self.jitter(self.rng, cuts, self.dp).max(axis=1)
+        seconds = float(self._ring(statistics, factor, 1).sum())
+        hop = self.crossing.tables / self.swarm_rate + self.latency
         hops = cuts * ceil(log2(self.dp)) if self.dp > 1 else 0
-        return float(seconds) + (hops + self.pp - 1) * hop
+        return self.crossing.ways * (seconds + (hops + self.pp - 1) * hop)
 
     # --- engines ---------------------------------------------------------------------------------
 
@@ -232,7 +238,7 @@ class Durations:
 
     def weight_sync(self, apart: float | None) -> float:
         """New weights to every engine."""
-        nbytes = sizes.snapshot_bytes(self.config, self.params, apart)
+        nbytes = self.snapshot_bytes(apart)
         return self._to_anchor(self.rng, nbytes, self.config.rollout.replicas)
 
     # --- the anchor ------------------------------------------------------------------------------
@@ -240,7 +246,7 @@ class Durations:
     def pull(self, rng: np.random.Generator, apart: float | None) -> float:
         """A snapshot, `apart` ticks after that worker's last one, and the batch to replay."""
         shared = self.config.anchor.weights == "shared"
-        snapshot = 0.0 if shared else sizes.snapshot_bytes(self.config, self.params, apart)
+        snapshot = 0.0 if shared else self.snapshot_bytes(apart)
         return self._to_anchor(rng, snapshot + sizes.replay_bytes(self.config), 1)
 
     @property

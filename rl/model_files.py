@@ -7,7 +7,9 @@ import math
 import os
 import shutil
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 BUILTIN = Path(__file__).parent / "builtin"
@@ -39,10 +41,10 @@ def model_shape(path: str) -> ModelShape | None:
 
     Raises ModelNotFound if a local path does not exist or holds no supported model.
     """
-    if path.endswith(".gguf"):
-        return _gguf_shape(_existing(path))
     folder = local_folder(path)
-    return None if folder is None else _folder_shape(folder, path)
+    if folder is None:
+        return _gguf_shape(_existing(path)) if path.endswith(".gguf") else None
+    return _folder_shape(folder, path)
 
 
 def model_config(path: str) -> dict:
@@ -50,9 +52,9 @@ def model_config(path: str) -> dict:
 
     Of a hub id that is not on this machine only config.json is downloaded. Raises ModelNotFound.
     """
-    if path.endswith(".gguf"):
-        return _gguf_config(_existing(path))
     folder = local_folder(path)
+    if folder is None and path.endswith(".gguf"):
+        return _gguf_config(_existing(path))
     if folder is None:
         from huggingface_hub import hf_hub_download
 
@@ -68,7 +70,10 @@ def model_config(path: str) -> dict:
 
 
 def local_folder(path: str) -> Path | None:
-    """The Hugging Face folder behind `path` if it is on this machine, else None (a hub id)."""
+    """The Hugging Face folder behind `path` if it is on this machine, else None (a hub id, a GGUF never run yet)."""
+    if path.endswith(".gguf"):
+        folder = converted_folder(_existing(path))
+        return folder if folder.is_dir() else None
     if path.startswith("builtin:"):
         folder = BUILTIN / path.removeprefix("builtin:")
         if not folder.is_dir():
@@ -100,25 +105,25 @@ def tensor_files(folder: Path) -> dict[str, Path]:
     index = folder / "model.safetensors.index.json"
     if index.exists():
         return {k: folder / v for k, v in json.loads(index.read_text())["weight_map"].items()}
-    found = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with file.open("rb") as f:
-            (size,) = struct.unpack("<Q", f.read(8))
-            found |= {k: file for k in json.loads(f.read(size)) if k != "__metadata__"}
+    found = {name: file for file in sorted(folder.glob("*.safetensors")) for name in tensor_specs(file)[0]}
     if not found:
         raise ModelNotFound(f"{folder} holds no *.safetensors file")
     return found
 
 
+def tensor_specs(file: Path) -> tuple[dict[str, dict], int]:
+    """Name -> dtype, shape and data_offsets of a safetensors file's tensors, and where their data begins."""
+    with file.open("rb") as f:
+        (size,) = struct.unpack("<Q", f.read(8))
+        specs = json.loads(f.read(size))
+    specs.pop("__metadata__", None)
+    return specs, 8 + size
+
+
 def tensor_sizes(folder: Path) -> dict[str, int]:
     """Elements of every tensor of a checkpoint, from the safetensors headers."""
-    sizes = {}
-    for file in set(tensor_files(folder).values()):
-        with file.open("rb") as f:
-            (size,) = struct.unpack("<Q", f.read(8))
-            header = json.loads(f.read(size))
-        sizes |= {name: math.prod(spec["shape"]) for name, spec in header.items() if name != "__metadata__"}
-    return sizes
+    files = set(tensor_files(folder).values())
+    return {name: math.prod(spec["shape"]) for file in files for name, spec in tensor_specs(file)[0].items()}
 
 
 def _existing(path: str) -> Path:
@@ -153,7 +158,7 @@ def _folder_shape(folder: Path, path: str) -> ModelShape:
 
 
 def _gguf_shape(file: Path) -> ModelShape:
-    reader = _gguf_reader(file)
+    reader = gguf_reader(file)
     arch = reader.get_field("general.architecture").contents()
     if arch not in _LAYER_STACKS:
         raise ModelNotFound(f"{str(file)!r} is a {arch!r} model; supported are {', '.join(sorted(_LAYER_STACKS))}")
@@ -169,7 +174,7 @@ def _gguf_shape(file: Path) -> ModelShape:
 
 
 def _gguf_config(file: Path) -> dict:
-    shape, reader = _gguf_shape(file), _gguf_reader(file)
+    shape, reader = _gguf_shape(file), gguf_reader(file)
     arch = reader.get_field("general.architecture").contents()
 
     def number(key: str, default: int | None = None) -> int | None:
@@ -190,22 +195,34 @@ def _gguf_config(file: Path) -> dict:
     }
 
 
-def _gguf_reader(file: Path):
+def gguf_reader(file: Path):
+    """The file's metadata and packed tensors. Raises ModelNotFound."""
     try:
         from gguf import GGUFReader
     except ImportError as error:
         raise ModelNotFound(f"{str(file)!r} needs the gguf extra: pip install 'northstar[gguf]'") from error
     try:
-        return GGUFReader(file)
+        return _parsed(GGUFReader, file, file.stat().st_mtime_ns)
     except (ValueError, IndexError) as error:
         raise ModelNotFound(f"{str(file)!r} is not a whole GGUF file: {error}") from error
+
+
+@lru_cache(maxsize=1)
+def _parsed(reader: Callable, file: Path, changed: int):
+    """Reading a vocabulary takes seconds."""
+    return reader(file)
+
+
+def converted_folder(file: Path) -> Path:
+    """Where a GGUF file's float32 safetensors are, or will be."""
+    return cache_folder() / f"{file.stem}-{file.stat().st_size}"
 
 
 def _convert_gguf(file: Path) -> Path:
     """Dequantise once into a folder of float32 safetensors, so that stages can read single layers of it."""
     from filelock import FileLock
 
-    out = cache_folder() / f"{file.stem}-{file.stat().st_size}"
+    out = converted_folder(file)
     out.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{out}.lock", timeout=1800):
         if not out.exists():

@@ -56,3 +56,6 @@ class LinksConfig(Section):
         0.0, ge=0, description="mean response length assumed; 0: half of grpo.max_response_length"
     )
     prompt_tokens: float = Field(0.0, ge=0, description="mean prompt length assumed; 0: half of grpo.max_prompt_length")
+    blank_ticks: float = Field(
+        0.0, ge=0, le=1, description="share of ticks assumed to have no gradient, because no group has an advantage"
+    )

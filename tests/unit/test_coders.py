@@ -365,12 +365,12 @@ def test_bodies_are_the_same_on_every_machine():
     bodies.append(FixedCoder(sigma).encode(z, 70)[0].numpy())
     assert [xxhash.xxh3_64_hexdigest(body) for body in bodies] == [
         "58373832d649c228",
-        "d02274dcffe4a106",
-        "b9f5c3376472cd5f",
+        "679dd227e89b7e7a",
+        "16765bee616648a4",
         "48b2c92616fc193d",
         "a0c0c6a46eb4ebd6",
     ]
-    assert f"{coder.digest():016x}" == "cfca63d6c3931b25"
+    assert f"{coder.digest():016x}" == "0002f99432355188"
 
 
 @pytest.mark.parametrize("step", [0.0, -1.0, math.nan, math.inf, 1e-60, 1e60])
@@ -389,7 +389,7 @@ def test_coefficients_of_2_to_the_31_steps_are_refused_and_nothing_is_learnt():
 
 # --- damage ------------------------------------------------------------------------------------
 
-CASES = 50_000  # for each coder
+CASES = {"entropy": 80_000, "fixed": 20_000}
 ROWS, WIDTH = 6, 5
 REFUSALS = ("a body is a row", "words do not fit", "the words are damaged", "bytes of plain bits")
 
@@ -421,7 +421,7 @@ def test_damaged_bodies_of_the_entropy_coder_are_refused_or_harmless_and_teach_n
         honest.append(coder.encode(z, 1.0)[0].tobytes())
         coder.restore(state)
     with bounded_memory():
-        for _ in range(CASES):
+        for _ in range(CASES["entropy"]):
             body = damaged(rng, honest)
             try:
                 rows = coder.decode(body, ROWS, 1.0)
@@ -432,14 +432,14 @@ def test_damaged_bodies_of_the_entropy_coder_are_refused_or_harmless_and_teach_n
                 assert rows.shape == (ROWS, WIDTH) and torch.isfinite(rows).all()
                 coder.restore(state)
     assert coder.digest() == before
-    assert not outcomes["unnamed"] and min(outcomes[name] for name in (*REFUSALS, "accepted")) > CASES / 50
+    assert not outcomes["unnamed"] and min(outcomes[name] for name in (*REFUSALS, "accepted")) > CASES["entropy"] / 50
 
 
 def test_damaged_bodies_of_the_fixed_coder_are_refused_or_harmless():
     coder, rng, outcomes = FixedCoder(falling(WIDTH)), random.Random("fixed"), Counter()
     honest = [coder.encode(z, 20)[0].numpy().tobytes() for z in wild_rows()]
     with bounded_memory():
-        for _ in range(CASES):
+        for _ in range(CASES["fixed"]):
             body = torch.from_numpy(damaged(rng, honest).copy())
             try:
                 rows = coder.decode(body, ROWS, 20)
@@ -449,7 +449,7 @@ def test_damaged_bodies_of_the_fixed_coder_are_refused_or_harmless():
             else:
                 outcomes["accepted"] += 1
                 assert rows.shape == (ROWS, WIDTH) and torch.isfinite(rows).all()
-    assert min(outcomes.values()) > CASES / 20
+    assert min(outcomes.values()) > CASES["fixed"] / 20
 
 
 @pytest.mark.parametrize("body", [np.zeros(8, np.int8), np.zeros((2, 4), np.uint8), np.zeros(3, np.uint8)])

@@ -94,7 +94,7 @@ def delta_target(dtype: str, form: str) -> Target:
 
 
 TARGETS = [
-    *(signs_target(zeros) for zeros in (0, 10, 300)),
+    *(signs_target(zeros) for zeros in (0, 10, 300, NUMEL)),
     *(delta_target(dtype, form) for dtype in ("float32", "uint16") for form in ("sparse", "dense", "full")),
 ]
 
@@ -137,7 +137,7 @@ TELLING_BYTES = [0x00, 0x01, 0x7F, 0x80, 0x90, 0xC0, 0xC1, 0xC7, 0xCF, 0xDD, 0xD
 NUMBERS = [0, 1, -1, 4, 63, 64, 88, 350, 699, 700, 701, 2**16, 2**31, 2**32 - 1, 2**32, 2**40, 2**62, 2**63 - 1]
 NASTY = [*NUMBERS, 2**64 - 1, -(2**63), None, True, 1.5, float("nan"), "", "plus", b"\xff", [], {}, [[]], [1, 2]]
 DTYPES = ["float32", "float64", "float16", "int8", "int32", "int64", "uint8", "uint16", "uint32", "bool"]
-NAMES = ["plus", "zero", "zero_plane", "result", "base", "count", "gap0", "gap1", "value0", "value1", "value3", "x"]
+NAMES = ["plus", "zero", "result", "base", "count", "gap0", "gap1", "value0", "value1", "value3", "x"]
 
 
 def mutate(rng: random.Random, data: bytearray) -> None:
@@ -215,7 +215,7 @@ def mutate_row(rng: random.Random, row: list) -> None:
 COMPRESSOR = zstandard.ZstdCompressor(level=1)
 UNSTATED = zstandard.ZstdCompressor(level=1, write_content_size=False)
 PLANES = [
-    compressor.compress(bytes(size)) for compressor in (COMPRESSOR, UNSTATED) for size in (0, 100, 700, 2 * MEMORY)
+    compressor.compress(bytes(size)) for compressor in (COMPRESSOR, UNSTATED) for size in (0, 88, 100, 700, 2 * MEMORY)
 ] + [COMPRESSOR.compress(bytes([value]) * 100) for value in (1, 7, 255)]
 
 
@@ -242,7 +242,7 @@ def mutated_array(rng: random.Random, array: np.ndarray, arrays: dict[str, np.nd
             if rng.random() < 0.5:
                 mutate(rng, data)
         case 3:  # a plane of the right size with other bytes in it
-            plain = bytearray(rng.choices(TELLING_BYTES, k=rng.choice([100, 350, 700])))
+            plain = bytearray(rng.choices(TELLING_BYTES, k=rng.choice([88, 100, 350, 700])))
             data = rng.choice([plain, bytearray(COMPRESSOR.compress(bytes(plain)))])
         case 4:
             return rng.choice(list(arrays.values()))
