@@ -54,14 +54,17 @@ class Coder(Protocol):
 
 
 class Fixed:
-    """The knob is a number of bits a row."""
+    """The knob is a number of bits a row. Rows of X are alike, those of dX need a gain each."""
+
+    def __init__(self, alike: bool):
+        self.gain_bits = 0 if alike else GAIN_BITS
 
     def worthwhile(self, variances: Tensor, bits: float) -> int:
         deviations = variances.sqrt().float().cpu().numpy()
-        return int(np.count_nonzero(allocate(deviations, math.ceil(SPARE_BITS * bits))))
+        return int(np.count_nonzero(allocate(deviations, math.ceil(SPARE_BITS * bits) - self.gain_bits)))
 
     def rebase(self, deviations: Tensor) -> None:
-        self.coder = FixedCoder(deviations)
+        self.coder = FixedCoder(deviations, self.gain_bits)
 
     def encode(self, z: Tensor, knob: float) -> tuple[Tensor, Tensor, int]:
         body, z_hat = self.coder.encode(z, int(knob))
@@ -82,7 +85,7 @@ class Fixed:
         return self.next_knob(0, 0, bits)
 
     def next_knob(self, knob: float, spent: float, wanted: float) -> float:
-        most = GAIN_BITS + MAX_BITS * self.coder.deviations.numel()
+        most = self.gain_bits + MAX_BITS * self.coder.deviations.numel()
         return float(min(max(1, math.floor(wanted)), most))
 
     def state(self) -> dict[str, Tensor]:
@@ -94,7 +97,7 @@ class Fixed:
 class Entropy:
     """The knob is the step. Learns from what it codes; see codec/context.py."""
 
-    def __init__(self) -> None:
+    def __init__(self, alike: bool) -> None:
         self.coder: EntropyCoder | None = None
 
     def worthwhile(self, variances: Tensor, bits: float) -> int:

@@ -193,6 +193,10 @@ class Trial:
         if with_gradient:
             rows.backward(gradient)
             self.gradient = self.gradient + self.halves.weight_gradient(hidden, entry.grad)
+        for boundary in self.boundaries.values():  # hold the rate as a run does, tick by tick
+            for way in (boundary.forward, boundary.backward):
+                if (spent := way.spent()) is not None and spent.any():
+                    way.steer(spent)
 
 
 def cosine(a: Tensor, b: Tensor) -> float:
