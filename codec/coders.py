@@ -54,7 +54,7 @@ class Coder(Protocol):
 
 
 class Fixed:
-    """The knob is a number of bits a row. Rows of X are alike, those of dX need a gain each."""
+    """The knob is a number of bits a row. Rows of X are alike without token 0; others need a gain each."""
 
     def __init__(self, alike: bool):
         self.gain_bits = 0 if alike else GAIN_BITS

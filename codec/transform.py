@@ -40,7 +40,8 @@ class Transform:
         self.hidden, self.centred = hidden, centred
         self.device = torch.device("cpu")
         self.tables: Tables | None = None
-        self.sender, self.receiver = CODERS[config.coder](alike=centred), CODERS[config.coder](alike=centred)
+        alike = centred and config.sends_first_exactly
+        self.sender, self.receiver = CODERS[config.coder](alike), CODERS[config.coder](alike)
         self.moments, self.control = Moments(hidden), RateControl(rate, config.side_share)
         self.knob = 0.0  # the coder's, steered
         self.refreshed = False
