@@ -306,8 +306,8 @@ class Growing:
 @pytest.mark.parametrize("coder", ["fixed", "entropy"])
 def test_more_bytes_keep_more(coder: str):
     found = []
-    for rate in (0.025, 0.05, 0.1, 0.2):
-        b = boundary(CodecConfig(coder=coder, rate=rate, backward_rate=rate, first_token="coded"))
+    for rate in (0.04, 0.06, 0.09, 0.14):
+        b = boundary(CodecConfig(coder=coder, rate=rate, backward_rate=rate))
         list(ticks(b, b, Growing(Stream()), 6))
         found.append((b.health("fwd")["codec/fvu"], 1 - b.health("bwd")["codec/dx_cosine"]))
     assert all(later < 0.8 * earlier for pair in pairwise(found) for earlier, later in zip(*pair))
