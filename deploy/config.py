@@ -50,7 +50,7 @@ class RunConfig(Section):
     rollout: RolloutConfig = RolloutConfig()
     snapshot: SnapshotConfig = SnapshotConfig()
     swarm: SwarmConfig = SwarmConfig()
-    codec: CodecConfig = CodecConfig(kind="none")
+    codec: CodecConfig = CodecConfig()
     anchor: AnchorConfig = AnchorConfig()
     merger: MergerConfig = MergerConfig()
     val: ValConfig = ValConfig()
