@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -19,19 +20,18 @@ def show(found: Probe, console: Console) -> None:
 
 
 def scores_table(found: Probe) -> Table:
-    table = Table(title="codecs against none at equal weights", title_justify="left", title_style="bold")
-    table.add_column("codec")
-    columns = ("B/token fwd", "bwd", "side", "payload rate", "total rate", "KL", "k1", "corr")
-    columns += (*(f"ratio >{f}" for f in OUTSIDE), "FVU", "cos dX", "cos gradient")
-    for column in columns:
-        table.add_column(column, justify="right")
+    """Fits 80 columns; what it leaves out is in --json."""
+    table = Table(
+        title="codecs against none at equal weights", title_justify="left", title_style="bold", box=SIMPLE, padding=0
+    )
+    table.add_column("codec", no_wrap=True)
+    for column in ("rate", "KL", *(f">{f}" for f in OUTSIDE), "FVU", "cos dX", "cos g"):
+        table.add_column(column, justify="right", no_wrap=True)
     for s in found.scores:
-        numbers = (s.forward_bytes, s.backward_bytes, s.side_bytes)
-        cells = [f"{n:,.1f}" for n in numbers] + [f"{s.payload_rate:.4f}", f"{s.total_rate:.4f}"]
-        cells += [f"{s.kl:.3g}", f"{s.k1:.3g}", f"{s.corr:.4f}", *(f"{share:.1%}" for share in s.outside.values())]
-        cells += [f"{s.fvu:.4f}", f"{s.dx_cosine:.3f}", f"{s.gradient_cosine:.3f}"]
-        mark = "bold" if s.own else None
-        table.add_row(f"{s.name} (configured)" if s.own else s.name, *cells, style=mark)
+        cells = [f"{s.total_rate:.1%}", f"{abs(s.kl):.2g}", *(f"{share:.1%}" for share in s.outside.values())]
+        cells += [f"{s.fvu:.2g}", f"{s.dx_cosine:.3f}", f"{s.gradient_cosine:.3f}"]
+        name = s.name.removeprefix("transform ").replace(" / ", "/")
+        table.add_row(f"{name} *" if s.own else name, *cells, style="bold" if s.own else None)
     return table
 
 
@@ -42,10 +42,9 @@ def definitions(found: Probe) -> str:
         f"{config.model.path} on {config.task.name}, boundaries {config.swarm.boundaries}: {found.tokens:,} response "
         f"tokens of the validation split scored at temperature {config.rollout.temperature:g}, gradients on "
         f"{found.gradient_tokens:,} of them; codecs calibrated on {found.calibration_tokens:,} of the training split."
-        f"{drawn} KL(without ‖ with codec) in nats a token, over the whole vocabulary; k1 its estimate from the sampled "
-        f"tokens, as a run logs it (codec/logprob_kl). ratio >f: tokens whose probability changes by more than a factor "
-        f"f. FVU and cos dX at the worst boundary; cos gradient of the weights below the first boundary, both directions "
-        f"compressed. Rates are bytes over dense bytes (of bf16 for the transform, else of the model's dtype), a tick's "
+        f"{drawn} * configured. KL(without ‖ with codec) in nats a token, over the whole vocabulary. >f: tokens whose "
+        f"probability changes by more than a factor f. FVU and cos dX at the worst boundary; cos gradient of the weights below the first boundary, both directions "
+        f"compressed. Rates are all bytes over dense bytes (of bf16 for the transform, else of the model's dtype), a tick's "
         f"forwards and backward together; side: statistics, bases and tables, spread over the tokens of the run, and "
         f"part of the total rate alone."
     )
