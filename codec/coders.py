@@ -54,17 +54,14 @@ class Coder(Protocol):
 
 
 class Fixed:
-    """The knob is a number of bits a row. Rows of X are alike without token 0; others need a gain each."""
-
-    def __init__(self, alike: bool):
-        self.gain_bits = 0 if alike else GAIN_BITS
+    """The knob is a number of bits a row."""
 
     def worthwhile(self, variances: Tensor, bits: float) -> int:
         deviations = variances.sqrt().float().cpu().numpy()
-        return int(np.count_nonzero(allocate(deviations, math.ceil(SPARE_BITS * bits) - self.gain_bits)))
+        return int(np.count_nonzero(allocate(deviations, math.ceil(SPARE_BITS * bits))))
 
     def rebase(self, deviations: Tensor) -> None:
-        self.coder = FixedCoder(deviations, self.gain_bits)
+        self.coder = FixedCoder(deviations)
 
     def encode(self, z: Tensor, knob: float) -> tuple[Tensor, Tensor, int]:
         body, z_hat = self.coder.encode(z, int(knob))
@@ -85,7 +82,7 @@ class Fixed:
         return self.next_knob(0, 0, bits)
 
     def next_knob(self, knob: float, spent: float, wanted: float) -> float:
-        most = self.gain_bits + MAX_BITS * self.coder.deviations.numel()
+        most = GAIN_BITS + MAX_BITS * self.coder.deviations.numel()
         return float(min(max(1, math.floor(wanted)), most))
 
     def state(self) -> dict[str, Tensor]:
@@ -97,7 +94,7 @@ class Fixed:
 class Entropy:
     """The knob is the step. Learns from what it codes; see codec/context.py."""
 
-    def __init__(self, alike: bool) -> None:
+    def __init__(self) -> None:
         self.coder: EntropyCoder | None = None
 
     def worthwhile(self, variances: Tensor, bits: float) -> int:

@@ -43,13 +43,11 @@ class _Plan:
 class FixedCoder:
     """Coder of one direction of a boundary; has no state that moves, so one instance serves both ends."""
 
-    def __init__(self, deviations: Tensor, gain_bits: int = GAIN_BITS):
+    def __init__(self, deviations: Tensor):
         """`deviations`: float32 [k], of each coefficient over the rows. A deviation of 0 gets no bits.
 
-        `gain_bits` 0: rows are alike, and none of their bits go to a gain. Raises ValueError if a deviation is
-        negative or not finite.
+        Raises ValueError if one is negative or not finite.
         """
-        self.gain_bits = gain_bits
         device, widths = deviations.device, range(1, MAX_BITS + 1)
         self.deviations = deviations
         self.plans = {0: self._make_plan(0)}
@@ -69,13 +67,13 @@ class FixedCoder:
             raise ValueError("a coefficient is a NaN or an infinity: it cannot be quantised")
         plan = self._plan(bits_per_row)
         y = z[:, plan.columns].float() / plan.deviations
-        gains = self._gain_codes(y, plan) if self.gain_bits else self._alike(len(y))
+        gains = self._gain_codes(y, plan)
         fine = _FINE / self.gain_of_code[gains.long()].clamp_min(2.0**-24)
         cell = (y * fine[:, None]).add_(_CELLS / 2).clamp_(0, _CELLS - 1).to(torch.int64)
         codes = torch.take(self.code_of_cell, cell.add_(plan.cells))
         body = [_pack(codes[:, first:end].reshape(-1), bits) for bits, first, end in plan.runs]
         if body:
-            body.insert(0, _pack(gains, self.gain_bits) if self.gain_bits else gains[:0])
+            body.insert(0, _pack(gains, GAIN_BITS))
         return torch.cat([gains.new_empty(0), *body]), self._values(gains, codes, plan)
 
     def decode(self, body: Tensor, n: int, bits_per_row: int) -> Tensor:
@@ -89,8 +87,7 @@ class FixedCoder:
             return self.deviations.new_zeros(n, self.deviations.numel())
         gains, *runs = body.split(sizes)
         codes = [_unpack(run, n * (end - a), bits).view(n, end - a) for run, (bits, a, end) in zip(runs, plan.runs)]
-        gains = _unpack(gains, n, self.gain_bits) if self.gain_bits else self._alike(n)
-        return self._values(gains, torch.cat(codes, dim=1), plan)
+        return self._values(_unpack(gains, n, GAIN_BITS), torch.cat(codes, dim=1), plan)
 
     def size(self, n: int, bits_per_row: int) -> int:
         """Exact bytes of a body of `n` rows. Raises ValueError if `n` is negative."""
@@ -102,11 +99,7 @@ class FixedCoder:
             raise ValueError(f"a body of {n} rows")
         runs = self._plan(bits_per_row).runs
         sizes = [_packed_size(n * (end - first), bits) for bits, first, end in runs]
-        return [_packed_size(n, self.gain_bits), *sizes] if runs else []
-
-    def _alike(self, n: int) -> Tensor:
-        """Codes of gain 1."""
-        return torch.full((n,), _UNIT_GAIN, dtype=torch.uint8, device=self.deviations.device)
+        return [_packed_size(n, GAIN_BITS), *sizes] if runs else []
 
     def _gain_codes(self, y: Tensor, plan: _Plan) -> Tensor:
         """Standardised coefficients [N, c] -> code of each row's gain, uint8 [N].
@@ -131,7 +124,7 @@ class FixedCoder:
 
     def _make_plan(self, bits_per_row: int) -> _Plan:
         deviations = self.deviations.detach().cpu().numpy()
-        bits = allocate(deviations, bits_per_row - self.gain_bits).astype(np.int64)
+        bits = allocate(deviations, bits_per_row - GAIN_BITS).astype(np.int64)
         columns = np.argsort(bits, kind="stable")[np.count_nonzero(bits == 0) :]
         widths = bits[columns]
         borders = np.searchsorted(widths, np.arange(1, MAX_BITS + 2)).tolist()

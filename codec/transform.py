@@ -40,8 +40,7 @@ class Transform:
         self.hidden, self.centred = hidden, centred
         self.device = torch.device("cpu")
         self.tables: Tables | None = None
-        alike = centred and config.sends_first_exactly
-        self.sender, self.receiver = CODERS[config.coder](alike), CODERS[config.coder](alike)
+        self.sender, self.receiver = CODERS[config.coder](), CODERS[config.coder]()
         self.moments, self.control = Moments(hidden), RateControl(rate, config.side_share)
         self.knob = 0.0  # the coder's, steered
         self.refreshed = False
