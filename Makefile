@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: setup demo test test-fast check bench bench-wall base-policy smollm2 clean
+.PHONY: setup demo cells test test-fast check bench bench-wall base-policy smollm2 clean
 
 setup: $(STAMP)
 
@@ -16,6 +16,9 @@ $(STAMP): pyproject.toml
 
 demo: setup  ## train the whole circuit on the built-in task: 2x2 workers, two engines, an anchor
 	$(BIN)/northstar run demo
+
+cells: setup  ## delay or cadence: the 2x2, its ceiling and its floor, 5 seeds each, and the verdict; goes on if stopped
+	$(BIN)/northstar sweep decouple
 
 test: setup  ## all tests, the ones with real Ray clusters included
 	$(BIN)/python -m pytest

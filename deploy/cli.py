@@ -55,6 +55,49 @@ def run(
 
 
 @app.command()
+def sweep(
+    source: Annotated[
+        str, typer.Argument(metavar="SWEEP_OR_TOML", help="a shipped sweep (experiments/sweeps) or a TOML file")
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="folder of the sweep; default runs/NAME; a second call goes on")
+    ] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="change the base of every cell")
+    ] = None,
+    lanes: Annotated[
+        int | None, typer.Option(min=1, help="runs side by side; default: as many as the CPUs and GPUs hold")
+    ] = None,
+    address: Annotated[
+        str | None, typer.Option(help="a running Ray cluster, for example auto or ray://host:10001")
+    ] = None,
+) -> None:
+    """Run every cell of a sweep at every seed, and report. Goes on where it was stopped. Exit 0 only if all completed."""
+    from deploy.sweep import plan
+    from experiments import sweep as sweeps
+
+    try:
+        found = sweeps.read(sweeps.find(source))
+        folder = out or Path("runs") / found.name
+        runs = plan(found, folder, set_ or [])
+    except sweeps.SweepError as error:
+        typer.secho(str(error), fg="red", err=True)
+        raise typer.Exit(2) from error
+    sweeps.keep(found, folder)
+    # After the checks, as torch and Ray take their time
+    from deploy.lanes import execute
+    from deploy.sweep_progress import SweepDisplay
+
+    with SweepDisplay(runs) as display:
+        finished = execute(runs, display, address, lanes)
+    _write_report(folder)
+    typer.echo(f"sweep folder {folder}; the same command goes on with what is not completed", err=True)
+    if finished and all(run.state == "completed" for run in runs):
+        raise typer.Exit(0)
+    raise typer.Exit(1 if finished else 130)
+
+
+@app.command()
 def plan(
     source: Annotated[
         str, typer.Argument(metavar="PRESET_OR_TOML", help="a preset (`northstar presets`) or a TOML file")

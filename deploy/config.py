@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -63,7 +64,8 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _sections_fit(self) -> RunConfig:
-        if self.merger.kind != "none" and not self.anchor.enabled:
+        self._check_placebo()
+        if self.merger.kind != "none" and not self.anchor.enabled and not self.merger.placebo:
             raise ValueError(
                 f"merger.kind {self.merger.kind!r} needs the anchor: set anchor.enabled=true or merger.kind=none"
             )
@@ -85,6 +87,19 @@ class RunConfig(Section):
         if shape is not None:  # else a hub id that is not on this machine: checked once it is there
             self.check_fits(shape)
         return self
+
+    def _check_placebo(self) -> None:
+        """A placebo replaces the anchor, and follows the schedule that the clock of ticks gives it."""
+        if not self.merger.placebo:
+            return
+        if self.anchor.enabled:
+            raise ValueError(
+                f"merger.placebo {self.merger.placebo!r} stands in for the anchor: set anchor.enabled=false"
+            )
+        if self.anchor.clock != "lockstep" or self.anchor.lag.kind != "fixed":
+            raise ValueError(
+                "merger.placebo needs anchor.clock=lockstep and anchor.lag.kind=fixed: it has no lag of its own"
+            )
 
     def _check_shared_weights(self) -> None:
         """The engines get weights at the end of a step: a fixed lag must take its snapshots there."""
@@ -118,11 +133,13 @@ class RunConfig(Section):
                 raise ValueError(f"codec.rank: {error}") from None
 
 
-def load(source: str, overrides: list[str] | None = None) -> RunConfig:
-    """A preset name or a TOML file, with `section.key=value` overrides. Raises ConfigError."""
+def load(source: str, overrides: list[str] | None = None, tables: Sequence[dict[str, Any]] = ()) -> RunConfig:
+    """A preset name or a TOML file, with `section.key=value` overrides, then tables, on top. Raises ConfigError."""
     data = _read(source)
     for override in overrides or []:
         _apply(data, override)
+    for table in tables:
+        data = _overlay(data, table)
     try:
         return RunConfig.model_validate(data)
     except ValidationError as error:

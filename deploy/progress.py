@@ -39,7 +39,8 @@ class Display:
         anchor = f"anchor K={c.anchor.delay_k}/{c.anchor.cadence}" if c.anchor.enabled else "no anchor"
         console.print(
             f"[bold]{c.run.name}[/] seed {c.run.seed}: {c.model.path} on {c.task.name}, "
-            f"dp={c.swarm.dp} pp={c.swarm.pp}, codec {c.codec.kind}, {anchor}, merger {c.merger.kind}"
+            f"dp={c.swarm.dp} pp={c.swarm.pp}, codec {c.codec.kind}, {anchor}, "
+            f"merger {c.merger.kind}{f', placebo {c.merger.placebo}' if c.merger.placebo else ''}"
         )
         console.print(f"run folder {self.folder}; starting Ray and the actors …")
         self.progress.start()

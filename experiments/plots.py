@@ -21,9 +21,10 @@ from matplotlib.ticker import MaxNLocator
 
 from codec.ledger import CHANNELS
 from experiments.runs import Run, pool
+from experiments.stats import ignition
 
 # At least 3:1 against white and against the page's dark ground; no two alike in the common colour blindnesses
-PALETTE = ("#0072b2", "#d55e00", "#8b20f4", "#8d8f55", "#90556c")
+PALETTE = ("#0072b2", "#d55e00", "#8b20f4", "#8d8f55", "#90556c", "#00897b")
 MARKERS = {"o": "●", "s": "■", "^": "▲", "D": "◆", "v": "▼", "P": "✚", "X": "✖"}
 GREY = "#7a7a7a"
 SENT, DENSE = PALETTE[0], GREY
@@ -50,7 +51,8 @@ STYLE = {
 
 class Plot(NamedTuple):
     """A figure of lines. `panels` are (label of the y axis, metric), one above the other. With `marks`, every
-    curve has a picture of its own, and open markers where that metric is not 0."""
+    curve has a picture of its own, and open markers where that metric is not 0. With `ignites`, a dotted line
+    stands where a run has left its baseline for good (`experiments.stats.ignition`)."""
 
     title: str
     kind: str
@@ -58,6 +60,7 @@ class Plot(NamedTuple):
     panels: tuple[tuple[str, str], ...]
     note: str = ""
     marks: str = ""
+    ignites: bool = False
 
 
 class Picture(NamedTuple):
@@ -71,11 +74,12 @@ class Picture(NamedTuple):
 CORRECTION = "In ticks. Lag: how old the weights behind the correction are; age: for how long it has been merged."
 SAMPLES = "Mean over the step's samples."
 REFRESHED = "Open markers: ticks that refreshed Q."
+IGNITED = "Dotted: from here on, a run stays above its own early baseline."
 PLOTS = (
     Plot("Validation accuracy", "val", "step", (("accuracy", "accuracy"),)),
     Plot("Reward", "step", "step", (("mean reward", "critic/rewards/mean"),), SAMPLES),
-    Plot("Response length", "step", "step", (("tokens", "response_length/mean"),), SAMPLES),
-    Plot("Entropy", "step", "step", (("nats a token", "actor/entropy"),)),
+    Plot("Response length", "step", "step", (("tokens", "response_length/mean"),), SAMPLES, ignites=True),
+    Plot("Entropy", "step", "step", (("nats a token", "actor/entropy"),), ignites=True),
     Plot("Lag and age", "tick", "tick", (("lag", "anchor/lag"), ("age", "anchor/age")), CORRECTION),
     Plot("Clipped share", "tick", "tick", (("pg_clipfrac", "actor/pg_clipfrac"),), REFRESHED, "codec/q_refreshed"),
 )
@@ -148,6 +152,8 @@ def _picture(plot: Plot, group: list[Curve], beside: list[Curve]) -> Picture:
             axis.update_datalim([point for values in series for point in values.items()])
             for curve in group:
                 _draw(axis, curve, plot, metric)
+            for curve, step in _ignitions(group, plot, metric):
+                axis.axvline(step, color=curve.color, linestyle=":", linewidth=1.2)
             axis.set_ylabel(label)
             axis.margins(x=0.02)
         axes[-1].set_xlabel(plot.x)
@@ -155,11 +161,18 @@ def _picture(plot: Plot, group: list[Curve], beside: list[Curve]) -> Picture:
 
     title = plot.title if len(group) == len(beside) else f"{plot.title}: {group[0].label}"
     marked = not plot.marks or any(any(s.values()) for s in _values(group[0], plot, plot.marks))
-    return Picture(title, plot.note if marked else "", _svg(title, 2.5 + 0.8 * (len(plot.panels) - 1), draw))
+    ignited = any(_ignitions(group, plot, metric) for _, metric in plot.panels)
+    note = " ".join([plot.note] * bool(plot.note and marked) + [IGNITED] * ignited)
+    return Picture(title, note, _svg(title, 2.5 + 0.8 * (len(plot.panels) - 1), draw))
 
 
 def _values(curve: Curve, plot: Plot, metric: str) -> list[dict[float, float]]:
     return [series for run in curve.runs if (series := run.series(plot.kind, plot.x, metric))]
+
+
+def _ignitions(group: list[Curve], plot: Plot, metric: str) -> list[tuple[Curve, float]]:
+    found = [(c, ignition(series)) for c in group for series in _values(c, plot, metric)] if plot.ignites else []
+    return [(curve, step) for curve, step in found if step is not None]
 
 
 def _draw(axis: Axes, curve: Curve, plot: Plot, metric: str) -> None:

@@ -1,4 +1,4 @@
-"""`northstar report`: one self-contained page, and one Markdown table, about one or more run folders.
+"""`northstar report`: one self-contained page, and one Markdown table, about one or more run folders or a sweep.
 
 Everything shown was written down by the run itself. A figure for which no run has data is left out,
 and a run that stopped early is shown as far as it came, under its own label.
@@ -12,8 +12,10 @@ from pathlib import Path
 
 import jinja2
 
-from experiments import plots
+from experiments import plots, sweep_report
+from experiments.cells import Findings, is_sweep, load_sweep
 from experiments.runs import Run, load_runs, text
+from experiments.verdict import plain
 
 COLUMNS: tuple[tuple[str, Callable[[Run], str]], ...] = (
     ("run", lambda run: run.name),
@@ -29,13 +31,22 @@ COLUMNS: tuple[tuple[str, Callable[[Run], str]], ...] = (
 
 
 def write_html(folders: list[Path], out: Path) -> None:
-    """Write the page about the runs in `folders` to `out`. Raises FileNotFoundError for a folder that is not there."""
-    runs = load_runs(folders)
-    curves = plots.curves(runs)
+    """Write the page about the runs in `folders` to `out`; about a sweep, if that is the one folder given.
+
+    Raises FileNotFoundError for a folder that is not there.
+    """
+    findings = _sweep(folders)
+    runs = findings.runs if findings else load_runs(folders)
+    # Of a grid, only each arm at its best: the others are in the table
+    drawn = [run for cell in findings.tuned.values() for run in cell.runs] if findings else runs
+    curves = plots.curves(drawn)
     page = _template().render(
-        title=", ".join(dict.fromkeys(run.name for run in runs)),
+        title=findings.sweep.name if findings else ", ".join(dict.fromkeys(run.name for run in runs)),
         headline=_headline(runs),
+        sweep=sweep_report.tables(findings) if findings else None,
+        plain=plain,
         runs=runs,
+        numbers={run.folder: i for i, run in enumerate(runs, start=1)},
         columns=[heading for heading, _ in COLUMNS],
         rows=[(run, [cell(run) for _, cell in COLUMNS]) for run in runs],
         curves=[curve for curve in curves if curve.has_data],
@@ -53,16 +64,25 @@ def write_html(folders: list[Path], out: Path) -> None:
 
 def markdown(folders: list[Path]) -> str:
     """The table of runs, for a terminal or a results file; notes on single runs follow it."""
-    runs = load_runs(folders)
+    findings = _sweep(folders)
+    runs = findings.runs if findings else load_runs(folders)
     lines = [[heading for heading, _ in COLUMNS], ["---"] * len(COLUMNS)]
     lines += [[_cell(cell(run)) for _, cell in COLUMNS] for run in runs]
     notes = [f"- {_cell(run.name)}, seed {_cell(run.seed)}: {_cell(note)}" for run in runs for note in run.notes]
     table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-    return table + "".join(f"\n{note}" for note in notes) + ("\n" if notes else "")
+    words = sweep_report.markdown(findings) if findings else ""
+    return words + table + "".join(f"\n{note}" for note in notes) + ("\n" if notes else "")
+
+
+def _sweep(folders: list[Path]) -> Findings | None:
+    """What there is to find in a sweep, where the one folder given is that of a sweep."""
+    return load_sweep(folders[0]) if len(folders) == 1 and is_sweep(folders[0]) else None
 
 
 def _headline(runs: list[Run]) -> list[tuple[str, str]]:
     """What the top of the page says, as (text, status it is about)."""
+    if not runs:
+        return [("no runs yet", "")]
     if len(runs) == 1:
         return [(runs[0].status, runs[0].status), (f"seed {runs[0].seed}", "")]
     statuses = [run.status for run in runs]

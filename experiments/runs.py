@@ -82,21 +82,23 @@ class Run:
 
 
 def load_runs(folders: list[Path]) -> list[Run]:
-    """The runs in these folders. A folder that is no run itself stands for the runs right below it."""
+    """The runs in these folders. A folder that is no run itself stands for the runs right below it, or for the
+    cells of a sweep that are."""
     found: list[Path] = []
     for folder in folders:
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder} is not a folder: give the folders of runs, or one that holds them")
-        below = sorted(path for path in folder.iterdir() if path.is_dir() and _is_run(path))
+        below = sorted(path for depth in ("*", "*/seed-*") for path in folder.glob(depth) if _is_run(path))
         found += below if below and not _is_run(folder) else [folder]
-    return [_load(folder) for folder in dict.fromkeys(path.resolve() for path in found)]
+    return [load_run(folder) for folder in dict.fromkeys(path.resolve() for path in found)]
 
 
 def _is_run(folder: Path) -> bool:
     return any((folder / name).exists() for name in ("config.toml", "metrics.jsonl", "summary.json"))
 
 
-def _load(folder: Path) -> Run:
+def load_run(folder: Path) -> Run:
+    """One run folder, whatever is in it."""
     lines = _read(folder / "metrics.jsonl").splitlines()
     records = [record for line in lines if (record := _object(line))]
     written = _read(folder / "summary.json")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from codec.config import Section
 
@@ -18,3 +18,13 @@ class MergerConfig(Section):
     age_decay: float = Field(1.0, gt=0, le=1, description="dose is multiplied by this for each tick of age")
     adaptive_lambda_mode: Literal["none", "ratio"] = Field("none", description="`ratio`: λ = min(lambda_cap, 1/c)")
     lambda_cap: float = Field(1.0, gt=0, description="largest λ of the ratio gate")
+    placebo: Literal["own", "random"] | None = Field(
+        None,
+        description="signed_ema without an anchor, on its schedule: the signs of the average of G_comp, or random ones",
+    )
+
+    @model_validator(mode="after")
+    def _needs_signs(self) -> MergerConfig:
+        if self.placebo and self.kind != "signed_ema":
+            raise ValueError(f"placebo {self.placebo!r} stands in for the signs of signed_ema, not for {self.kind!r}")
+        return self

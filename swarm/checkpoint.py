@@ -80,6 +80,8 @@ def save_rank(rank: Rank, folder: str, step: int) -> None:
         tensors |= {f"codec.{layer}.{k}": v for k, v in boundary.state().items()}
     tensors |= {f"reducer.{k}": v for k, v in rank.reducer.state().items()}
     tensors |= {f"source.{s}": g for s, g in rank.sources.items()}
+    if rank.placebo:
+        tensors |= {f"placebo.{k}": v for k, v in rank.placebo.state().items()}
     fields: dict[str, Any] = {"step": step, "seen": rank.seen, "first_tick": rank.first_tick}
     if rank.correction is not None:
         tensors["correction"] = rank.correction.values
@@ -114,6 +116,9 @@ def restore_rank(rank: Rank, folder: str) -> None:
     rank.reducer.restore({k.removeprefix("reducer."): v for k, v in tensors.items() if k.startswith("reducer.")})
     for key in (k for k in tensors if k.startswith("source.")):
         rank.sources[int(key.removeprefix("source."))] = tensors[key].to(device)
+    if rank.placebo:
+        held = {k.removeprefix("placebo."): v.to(device) for k, v in tensors.items() if k.startswith("placebo.")}
+        rank.placebo.restore(held)
     rank.seen, rank.first_tick = fields["seen"], fields["first_tick"]
     if "correction" in tensors:
         rank.correction = Correction(values=tensors["correction"].to(device), **fields["correction"])

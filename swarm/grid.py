@@ -81,7 +81,9 @@ class Grid:
             if d == self.d:
                 self._groups["bwd"], self._ends = backward, ends
 
-    def close(self) -> None:
+    @staticmethod
+    def leave() -> None:
+        """Destroy all process groups of this process, if there are any."""
         if dist.is_initialized():
             dist.destroy_process_group()
 

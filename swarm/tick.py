@@ -32,10 +32,11 @@ from anchor_service.config import AnchorConfig
 from anchor_service.errors import ReplicaMismatch
 from anchor_service.inbox import Inbox
 from anchor_service.messages import Correction, TickPlan
-from anchor_service.ring import q_should_refresh
+from anchor_service.ring import anchor_should_fire, q_should_refresh
 from codec.boundary import Boundary
 from merger import MERGERS
 from merger.config import MergerConfig
+from merger.placebo import PLACEBOS
 from rl import mismatch
 from rl.config import GrpoConfig
 from rl.objective import MicroBatch, loss_terms
@@ -66,6 +67,7 @@ class Rules:
     q_cadence: int
     temperature: float
     check_every: int
+    seed: int  # of what a rank draws itself
 
 
 class Rank:
@@ -75,6 +77,7 @@ class Rank:
         self.stage, self.cuts, self.grid, self.rules, self.reducer = stage, cuts, grid, rules, reducer
         self.pipeline = Pipeline(stage, cuts, grid)
         self.merger = MERGERS[rules.merger.kind](rules.merger)
+        self.placebo = self._placebo()
         self.inbox = Inbox()
         self.correction: Correction | None = None
         self.seen = 0  # newest version agreed on, merged or refused
@@ -89,6 +92,13 @@ class Rank:
         )
         self.sealed: int | None = None  # digest of the weights at the end of the last checked tick
         self.timing: dict[str, float] = defaultdict(float)
+
+    def _placebo(self) -> Any:
+        """What stands in for the anchor, if anything does."""
+        rules, weights = self.rules, self.stage.weights
+        sizes = {name: math.prod(shape) for name, shape in zip(weights.names, weights.shapes)}
+        kind = PLACEBOS.get(rules.merger.placebo)
+        return kind and kind(rules.anchor.beta_anc, rules.seed, sizes)
 
     def norm(self, flat: Tensor) -> float:
         """Norm over all stages' parameters, a tied embedding counted once."""
@@ -237,7 +247,7 @@ def _merge(rank: Rank, plan: TickPlan) -> dict[str, float]:
         return {}
     if rank.merger.payload == "dense" and plan.keep_source:
         rank.sources[plan.tick - 1] = g_comp.clone()
-    values = _adopt(rank, plan)
+    values = _adopt(rank, plan) if rank.placebo is None else _stand_in(rank, plan)
     correction = rank.correction
     if correction is None:
         return values
@@ -292,6 +302,19 @@ def _adopt(rank: Rank, plan: TickPlan) -> dict[str, float]:
         rank.sources = {s: g for s, g in rank.sources.items() if s > held.source_tick}
     rank.correction = Correction(held.version, held.source_tick, held.first_tick, values, held.digest)
     rank.first_tick = plan.tick
+    return {}
+
+
+def _stand_in(rank: Rank, plan: TickPlan) -> dict[str, float]:
+    """Take over the placebo's correction in the ticks in which an anchor's would come; the tick alone decides."""
+    anchor, g_comp, before = rank.rules.anchor, rank.stage.weights.grad, plan.tick - 1
+    if anchor_should_fire(before + anchor.delay_k, anchor.cadence, anchor.delay_k):
+        rank.placebo.keep(before, g_comp)
+    if anchor_should_fire(plan.tick, anchor.cadence, anchor.delay_k):
+        source = plan.tick - anchor.delay_k
+        rank.seen, rank.first_tick = rank.seen + 1, plan.tick
+        values = rank.placebo.fire(source, g_comp)
+        rank.correction = Correction(rank.seen, source, plan.tick, values, rank.rules.merger.placebo)
     return {}
 
 

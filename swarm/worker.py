@@ -64,7 +64,8 @@ class Worker:
             return f"tcp://{ip}:{s.getsockname()[1]}"
 
     def build(self, init: str) -> None:
-        """Join the grid and load this stage's part of the model."""
+        """Join the grid and load this stage's part of the model. A worker that is used again leaves its old grid."""
+        Grid.leave()
         setup, swarm = self.setup, self.setup.swarm
         device = torch.device(swarm.device)
         if device.type == "cuda":

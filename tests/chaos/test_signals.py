@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from deploy.sweep import plan
+from experiments.sweep import read
 from tests.ray.conftest import SMALL
 
 pytestmark = pytest.mark.slow
@@ -32,6 +34,20 @@ def _descendants(marker: str) -> list[str]:
     return found
 
 
+def _until_two_steps(process: subprocess.Popen, metrics: Path) -> None:
+    deadline = time.monotonic() + 150
+    while not (metrics.exists() and metrics.read_text().count('"kind": "step"') >= 2):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate(timeout=5)[0]
+        time.sleep(0.2)
+
+
+def _left_behind(marker: str) -> list[str]:
+    deadline = time.monotonic() + 30
+    while (left := _descendants(marker)) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    return left
+
+
 @pytest.mark.parametrize(
     ("sent", "to_group"), [(signal.SIGINT, False), (signal.SIGTERM, False), (signal.SIGTERM, True)]
 )
@@ -50,10 +66,7 @@ def test_a_signal_ends_the_run_cleanly(sent: signal.Signals, to_group: bool, tmp
         start_new_session=True,
     )
     metrics = run / "metrics.jsonl"
-    deadline = time.monotonic() + 150
-    while not (metrics.exists() and metrics.read_text().count('"kind": "step"') >= 2):
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate(timeout=5)[0]
-        time.sleep(0.2)
+    _until_two_steps(process, metrics)
     assert len(_descendants(marker)) > 5
     os.killpg(process.pid, sent) if to_group else process.send_signal(sent)
     output, _ = process.communicate(timeout=120)
@@ -63,7 +76,28 @@ def test_a_signal_ends_the_run_cleanly(sent: signal.Signals, to_group: bool, tmp
     assert summary["status"] == "interrupted" and summary["steps"] >= 2
     assert all(json.loads(line) for line in metrics.read_text().splitlines())
     assert to_group or "interrupted" in output
-    deadline = time.monotonic() + 30
-    while (left := _descendants(marker)) and time.monotonic() < deadline:
-        time.sleep(0.5)
-    assert left == []
+    assert _left_behind(marker) == []
+
+
+def test_ctrl_c_ends_a_sweep_that_can_go_on(tmp_path: Path):
+    """The second of its runs is stopped; the first is not made again, and nothing of ours is left running."""
+    sweep, out, marker = tmp_path / "s.toml", tmp_path / "out", f"NORTHSTAR_TEST_MARK={os.getpid()}-sweep"
+    cells = 'short = {run.steps = 1, anchor.enabled = false, merger.kind = "none"}\nlong.run.steps = 5000'
+    sweep.write_text(f'name = "s"\nbase = "k5"\nseeds = [0]\n[cells]\n{cells}\n')
+    arguments = [x for override in SMALL for x in ("--set", override)]
+    process = subprocess.Popen(
+        [NORTHSTAR, "sweep", str(sweep), "--out", str(out), *arguments],
+        env=dict(os.environ) | dict([marker.split("=")]),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    _until_two_steps(process, out / "long" / "seed-0" / "metrics.jsonl")
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 130 and "1 of 2 runs completed, 0 failed" in output, output
+    assert json.loads((out / "long" / "seed-0" / "summary.json").read_text())["status"] == "interrupted"
+    assert [run.state for run in plan(read(sweep), out, list(SMALL))] == ["completed", "waiting"]
+    assert "interrupted" in (out / "report.html").read_text()
+    assert _left_behind(marker) == []

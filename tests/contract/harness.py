@@ -57,6 +57,7 @@ def make_rank(
         q_cadence=q_cadence,
         temperature=1.0,
         check_every=check_every,
+        seed=7,
     )
     reducer = DenseSum(lambda t, dense: grid.sum_dp(t, "grad_dp", dense))
     return Rank(stage, cuts, grid, rules, reducer)

@@ -432,3 +432,25 @@ def test_a_bad_lag_is_refused(overrides: list[str], names: str, says: str):
     with pytest.raises(ConfigError) as caught:
         load("k5", overrides)
     assert names in str(caught.value) and says in str(caught.value)
+
+
+PLACEBO_ERRORS = {
+    "beside an anchor": (["merger.placebo=own"], "set anchor.enabled=false"),
+    "for a merger without signs": (
+        ["merger.placebo=own", "merger.kind=none", "anchor.enabled=false"],
+        "not for 'none'",
+    ),
+    "with a lag": (["merger.placebo=own", "anchor.enabled=false", "anchor.lag.kind=uniform"], "anchor.lag.kind=fixed"),
+    "unknown": (["merger.placebo=ownn"], "must be 'own' or 'random'"),
+}
+
+
+@pytest.mark.parametrize(("overrides", "says"), PLACEBO_ERRORS.values(), ids=PLACEBO_ERRORS)
+def test_a_bad_placebo_is_refused(overrides: list[str], says: str):
+    with pytest.raises(ConfigError) as caught:
+        load("k5", overrides)
+    assert says in str(caught.value)
+
+
+def test_a_placebo_needs_no_anchor():
+    assert load("k5", ["merger.placebo=random", "anchor.enabled=false"]).merger.placebo == "random"

@@ -11,6 +11,7 @@ import torch
 from codec import signs
 from merger import MERGERS
 from merger.config import MergerConfig
+from merger.placebo import PLACEBOS
 
 
 def normal(n: int, seed: int, scale: float = 1.0) -> torch.Tensor:
@@ -208,3 +209,76 @@ def test_a_merger_says_what_the_anchor_must_publish_for_it():
 
 def test_the_config_allows_exactly_the_kinds_in_the_registry():
     assert set(get_args(MergerConfig.model_fields["kind"].annotation)) == set(MERGERS)
+
+
+# --- placebos ----------------------------------------------------------------------------------
+
+
+def placebo(kind: str, beta: float = 0.5, seed: int = 3, **sizes: int):
+    return PLACEBOS[kind](beta, seed, sizes or {"a": 400})
+
+
+def test_the_own_placebo_is_the_sign_of_the_average_of_the_gradients_it_kept():
+    gradients = [normal(400, seed) for seed in range(4)]
+    gradients[0][::9] = 0
+    tool, average = placebo("own", beta=0.7), None
+    for source, g in enumerate(gradients):
+        tool.keep(source, g)
+        average = g.double() if average is None else 0.7 * average + 0.3 * g.double()
+        found = tool.fire(source, normal(400, 99))
+        assert found.dtype == torch.int8 and torch.equal(found.double(), average.sign())
+
+
+def test_the_own_placebo_keeps_a_gradient_as_it_was_until_its_fire():
+    g, tool = normal(50, 1), placebo("own", a=50)
+    kept = g.clone()
+    tool.keep(4, g)
+    g.zero_()
+    tool.keep(6, normal(50, 2))
+    assert torch.equal(tool.fire(4, g), kept.sign().char()) and list(tool.sources) == [6]
+
+
+def test_the_own_placebo_without_delay_and_memory_leaves_the_gradient_as_it_is():
+    g, tool = normal(400, 1), placebo("own", beta=0.0)
+    tool.keep(0, g)
+    assert torch.equal(merger()(g, tool.fire(0, g), age=0), g)
+
+
+def test_random_signs_are_fair_and_differ_by_fire_seed_and_parameter():
+    n = 20_000
+    draws = [
+        placebo("random", seed=seed, **{name: n}).fire(source, normal(2, 0))
+        for seed, name, source in [(3, "a", 5), (4, "a", 5), (3, "b", 5), (3, "a", 10)]
+    ]
+    for i, x in enumerate(draws):
+        assert x.dtype == torch.int8 and set(x.tolist()) == {-1, 1} and abs(x.float().mean()) < 5 / math.sqrt(n)
+        for y in draws[:i]:
+            assert abs((x * y).float().mean()) < 5 / math.sqrt(n)
+
+
+def test_random_signs_depend_on_the_name_of_a_parameter_and_not_on_who_holds_it():
+    whole = placebo("random", a=30, b=50, c=20).fire(5, normal(2, 0))
+    head, tail = placebo("random", a=30, b=50), placebo("random", c=20, a=30)  # a is tied: on both stages
+    assert torch.equal(torch.cat([head.fire(5, normal(2, 0)), tail.fire(5, normal(2, 0))[:20]]), whole)
+    assert torch.equal(tail.fire(5, normal(2, 0))[20:], whole[:30])
+
+
+@pytest.mark.parametrize("kind", PLACEBOS)
+def test_a_placebo_goes_on_from_its_state(kind: str):
+    def step(tool, source: int) -> torch.Tensor:
+        tool.keep(source + 1, normal(400, source + 1))
+        return tool.fire(source, normal(400, 0))
+
+    first, again = placebo(kind), placebo(kind)
+    first.keep(0, normal(400, 0))
+    for source in range(3):
+        step(first, source)
+    again.restore({k: v.clone() for k, v in first.state().items()})
+    for source in range(3, 6):
+        assert torch.equal(step(first, source), step(again, source))
+
+
+def test_a_placebo_stands_in_for_signs_only():
+    assert set(get_args(get_args(MergerConfig.model_fields["placebo"].annotation)[0])) == set(PLACEBOS)
+    with pytest.raises(ValueError, match="stands in for the signs"):
+        MergerConfig(kind="delta", placebo="own")

@@ -1,0 +1,207 @@
+"""The actors of a run: placed, built, connected, and kept for the next run where it can use them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from anchor_service.actor import Anchor
+from anchor_service.errors import WaitTimeout
+from deploy.config import RunConfig
+from merger import MERGERS
+from rl.model_files import model_shape, resolve
+from rl.policy import spans
+from rl.rollout import RolloutWorker
+from swarm.coordinator import Fleet, gather
+from swarm.tick import Rules
+from swarm.worker import Worker, WorkerSetup
+
+_ENV = {
+    # Ray's masking of GPUs makes NCCL slow or hang on some machines; a worker picks its device itself
+    "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+def counts(config: RunConfig) -> tuple[int, int, int]:
+    """Workers, engines, anchor workers."""
+    anchors = config.anchor.workers if config.anchor.enabled else 0
+    return config.swarm.dp * config.swarm.pp, config.rollout.replicas, anchors
+
+
+def bundles(config: RunConfig) -> list[dict[str, float]]:
+    """Resources of workers, engines and anchor, in this order: one placement-group bundle an actor."""
+    devices = config.swarm.device, config.rollout.device, config.anchor.device
+    cuda = [device == "cuda" for device, count in zip(devices, counts(config)) for _ in range(count)]
+    return [{"CPU": 1, "GPU": 1} if gpu else {"CPU": 1} for gpu in cuda]
+
+
+@contextmanager
+def fleet(config: RunConfig) -> Iterator[Fleet]:
+    """All actors, built and connected. They are killed at the end, however the run ends."""
+    held = Held()
+    try:
+        with held.fleet(config) as actors:
+            yield actors
+    finally:
+        held.close()
+
+
+class Held:
+    """Actors that outlive a run. The next run gets them if it needs no more of them, and none of another kind.
+
+    They are constructed again in their processes, so a run finds what it would find in new ones.
+    """
+
+    def __init__(self) -> None:
+        self.group: PlacementGroup | None = None
+        self.roles: list[list[Any]] = []  # handles of workers, engines, anchor workers
+        self.kind: tuple[Any, ...] = ()
+
+    @contextmanager
+    def fleet(self, config: RunConfig) -> Iterator[Fleet]:
+        """The actors of one run. Those of a run that raised are not used again: they may wait for each other."""
+        try:
+            actors = self._ready(config)
+            yield actors
+        except BaseException:
+            self.close()
+            raise
+        if config.anchor.clock == "wall":  # corrections may still be on their way to a rank
+            self.close()
+
+    def close(self) -> None:
+        """Kill what is held."""
+        for handle in [handle for role in self.roles for handle in role]:
+            ray.kill(handle)
+        if self.group is not None:
+            remove_placement_group(self.group)
+        self.group, self.roles, self.kind = None, [], ()
+
+    def _ready(self, config: RunConfig) -> Fleet:
+        needed, kind = counts(config), _kind(config)
+        plans = _constructors(config)
+        enough = self.kind == kind and all(len(role) >= n for role, n in zip(self.roles, needed))
+        if enough:
+            self._construct_again(config, plans)
+        else:
+            self.close()
+            self.group = _reserve(config)
+            self.kind, self.roles = kind, [[], [], []]
+            _start(config, self.group, plans, self.roles)
+        actors = Fleet(*(role[:n] for role, n in zip(self.roles, needed)))
+        _build(config, actors)
+        return actors
+
+    def _construct_again(self, config: RunConfig, plans: list[list[tuple]]) -> None:
+        def construct(actor: Any, *args: Any) -> None:  # a closure travels by value: no import in the actor
+            vars(actor).clear()  # the old model goes before the new one comes
+            actor.__init__(*args)
+
+        calls = [
+            (f"{role} {i}", handle.__ray_call__.remote(construct, *args))
+            for role, handles, wanted in zip(("worker", "engine", "anchor"), self.roles, plans)
+            for i, (handle, (_, *args)) in enumerate(zip(handles, wanted))
+        ]
+        gather(calls, "its new run", config.swarm.start_timeout_s, "swarm.start_timeout_s")
+
+
+def _kind(config: RunConfig) -> tuple[Any, ...]:
+    """What an actor cannot change once it runs."""
+    devices = config.swarm.device, config.rollout.device, config.anchor.device
+    return (*devices, config.swarm.threads, config.anchor.clock)
+
+
+def _reserve(config: RunConfig) -> PlacementGroup:
+    wanted = bundles(config)
+    group = placement_group(wanted, strategy="PACK")
+    ready, _ = ray.wait([group.ready()], timeout=config.swarm.start_timeout_s)
+    if not ready:
+        remove_placement_group(group)
+        have, need = ray.cluster_resources(), {k: sum(b.get(k, 0) for b in wanted) for k in ("CPU", "GPU")}
+        what = (
+            f"{need['CPU']:g} CPUs and {need['GPU']:g} GPUs (it has {have.get('CPU', 0):g} and {have.get('GPU', 0):g})"
+        )
+        raise WaitTimeout(
+            "the Ray cluster", what, config.swarm.start_timeout_s, "swarm.start_timeout_s, or lower swarm.dp"
+        )
+    return group
+
+
+def _start(config: RunConfig, group: PlacementGroup, plans: list[list[tuple]], roles: list[list[Any]]) -> None:
+    """New actors, in the order of the bundles; a handle is in `roles` as soon as it is there."""
+    wanted = bundles(config)
+    for plan, role in zip(plans, roles):
+        for cls, *args in plan:
+            index = sum(map(len, roles))
+            options = dict(
+                num_cpus=wanted[index]["CPU"],
+                num_gpus=wanted[index].get("GPU", 0),
+                max_restarts=0,
+                max_task_retries=0,  # a repeated tick would hang the other ranks
+                scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index),
+                runtime_env={"env_vars": {**_ENV, "OMP_NUM_THREADS": str(config.swarm.threads)}},
+            )
+            if cls is Worker and config.anchor.clock == "wall":
+                options["concurrency_groups"] = {"inbox": 1}  # corrections arrive beside a running tick
+            role.append(ray.remote(**options)(cls).remote(*args))
+
+
+def _constructors(config: RunConfig) -> list[list[tuple]]:
+    """(class, argument, ...) of every worker, engine and anchor worker."""
+    rules = Rules(
+        grpo=config.grpo,
+        anchor=config.anchor,
+        merger=config.merger,
+        q_cadence=config.q_cadence,
+        temperature=config.rollout.temperature,
+        check_every=config.swarm.check_every,
+        seed=config.run.seed,
+    )
+    worker_count, engine_count, anchor_count = counts(config)
+    shared = config.run.seed, config.model, config.codec, config.snapshot, config.swarm, rules
+    workers = [(Worker, WorkerSetup(rank, *shared)) for rank in range(worker_count)]
+    engine = (
+        RolloutWorker,
+        config.model,
+        config.task,
+        config.grpo,
+        config.rollout,
+        config.snapshot,
+        config.run.seed,
+        config.val.size,
+        config.swarm.threads,
+    )
+    return [workers, [engine] * engine_count, [_anchor(config)] * anchor_count if anchor_count else []]
+
+
+def _anchor(config: RunConfig) -> tuple:
+    layers = model_shape(str(resolve(config.model.path))).layers
+    payload = MERGERS[config.merger.kind].payload or "sign"
+    return (
+        Anchor,
+        config.anchor,
+        config.model.path,
+        config.model.dtype,
+        spans(layers, config.swarm.boundaries, config.swarm.pp),
+        config.grpo,
+        config.rollout.temperature,
+        config.snapshot,
+        "dense" if config.anchor.payload == "dense" else payload,
+        config.swarm.threads,
+    )
+
+
+def _build(config: RunConfig, actors: Fleet) -> None:
+    """Wait until every actor has loaded its part of the model and the workers have met."""
+    limit = (config.swarm.start_timeout_s, "swarm.start_timeout_s")
+    (init,) = gather([("worker d0p0", actors.workers[0].address.remote())], "its address", *limit)
+    calls = [(f"worker {rank}", worker.build.remote(init)) for rank, worker in enumerate(actors.workers)]
+    calls += [(f"engine {i}", engine.__ray_ready__.remote()) for i, engine in enumerate(actors.engines)]
+    calls += [(f"anchor {i}", anchor.__ray_ready__.remote()) for i, anchor in enumerate(actors.anchors)]
+    gather(calls, "its part of the model", *limit)

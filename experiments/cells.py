@@ -1,0 +1,142 @@
+"""The cells of a sweep, read back: their runs, what they came to, and which learning rate each arm would choose."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments.runs import Run, load_run
+from experiments.stats import Estimate, estimate, ignition, leader
+from experiments.sweep import FILE, Sweep, cell_name, read
+
+
+@dataclass(frozen=True)
+class Ignition:
+    """When length and entropy of one run left their baselines for good, in steps."""
+
+    length: float | None
+    entropy: float | None
+
+    @property
+    def led(self) -> str | None:
+        return leader(self.length, self.entropy)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """All runs of one cell at one point of the grid."""
+
+    arm: str
+    point: dict[str, Any]
+    runs: tuple[Run, ...]  # that have a folder
+    planned: int
+
+    @property
+    def name(self) -> str:
+        return cell_name(self.arm, self.point)
+
+    @cached_property
+    def completed(self) -> tuple[Run, ...]:
+        return tuple(run for run in self.runs if run.status == "completed")
+
+    def values_at(self, step: int | None) -> dict[str, float]:
+        """Validation accuracy by seed, at `step` or at the end; only completed runs count."""
+        found = {}
+        for run in self.completed:
+            series = run.series("val", "step", "accuracy")
+            value = series.get(step) if step else next(reversed(series.values()), None)
+            if value is not None and math.isfinite(value):
+                found[run.seed] = value
+        return found
+
+    @cached_property
+    def values(self) -> dict[str, float]:
+        """By seed, at the end."""
+        return self.values_at(None)
+
+    @cached_property
+    def mean(self) -> Estimate:
+        return estimate(list(self.values.values()))
+
+    @cached_property
+    def ignitions(self) -> dict[str, Ignition]:
+        """By seed, of every run that has steps, completed or not."""
+        metrics = ("response_length/mean", "actor/entropy")
+        return {run.seed: Ignition(*(ignition(run.series("step", "step", m)) for m in metrics)) for run in self.runs}
+
+    @cached_property
+    def clip_spike(self) -> float | None:
+        """Mean clipped share of the ticks that refreshed Q, over that of the others; of all runs together."""
+        shares: dict[bool, list[float]] = {True: [], False: []}
+        for run in self.runs:
+            refreshed = run.series("tick", "tick", "codec/q_refreshed")
+            for tick, share in run.series("tick", "tick", "actor/pg_clipfrac").items():
+                if tick in refreshed and math.isfinite(share):
+                    shares[bool(refreshed[tick])].append(share)
+        spike, floor = (np.mean(shares[due]) if shares[due] else 0.0 for due in (True, False))
+        return float(spike / floor) if floor else None
+
+    @property
+    def absent(self) -> int:
+        """Runs without a folder."""
+        return self.planned - len(self.runs)
+
+    @property
+    def stopped(self) -> str:
+        """`1 failed, 2 interrupted`, of the runs that have a folder; empty where all of them completed."""
+        statuses = [run.status for run in self.runs if run.status != "completed"]
+        return ", ".join(f"{statuses.count(s)} {s}" for s in dict.fromkeys(statuses))
+
+
+@dataclass(frozen=True)
+class Findings:
+    """A sweep and its cells, in the order of the sweep file: points of the grid on the outside."""
+
+    sweep: Sweep
+    cells: list[Cell]
+
+    @property
+    def runs(self) -> list[Run]:
+        return [run for cell in self.cells for run in cell.runs]
+
+    def at(self, point: dict[str, Any]) -> dict[str, Cell]:
+        """Cells by arm at one point of the grid."""
+        return {cell.arm: cell for cell in self.cells if cell.point == point}
+
+    @cached_property
+    def tuned(self) -> dict[str, Cell]:
+        """By arm, the cell at its best point of the grid: without a grid, the cell itself.
+
+        The one with the best mean, of those with the most completed runs: a point at which seeds fail is no good one.
+        """
+        points: dict[str, list[Cell]] = {}
+        for cell in self.cells:
+            points.setdefault(cell.arm, []).append(cell)
+        return {arm: max(cells, key=lambda c: (c.mean.n, c.mean.mean)) for arm, cells in points.items()}
+
+    def at_the_edge(self, cell: Cell) -> bool:
+        """Whether a tuned cell sits at an end of an axis, so that its optimum may lie outside of the grid."""
+        axes = {key: sorted(values) for key, values in self.sweep.axes.items() if len(values) > 1}
+        return any(cell.point[key] in (values[0], values[-1]) for key, values in axes.items())
+
+
+def is_sweep(folder: Path) -> bool:
+    return (folder / FILE).is_file()
+
+
+def load_sweep(folder: Path) -> Findings:
+    """Raises SweepError if the folder's sweep file cannot be read."""
+    sweep = read(folder / FILE)
+    jobs = sweep.jobs()
+    cells = []
+    for point in sweep.points():
+        for arm in sweep.cells:
+            folders = [folder / job.folder for job in jobs if job.cell == arm and job.point == point]
+            runs = tuple(load_run(path.resolve()) for path in folders if path.is_dir() and any(path.iterdir()))
+            cells.append(Cell(arm, point, runs, len(folders)))
+    return Findings(sweep, cells)

@@ -1,0 +1,207 @@
+"""A sweep: named cells of overrides on one base config, over seeds and a grid, and what to conclude from them.
+
+    name = "decouple"
+    base = "k5"                                    a preset or a TOML file
+    seeds = [0, 1, 2]
+
+    [cells]                                        what a cell changes: the keys of --set, or tables
+    A = {}
+    D = {anchor.delay_k = 20, anchor.cadence = 20}
+    floor = {anchor.enabled = false, merger.kind = "none"}
+
+    [grid]                                         optional: every cell at each of these
+    grpo.lr = [1e-5, 3e-5]
+
+    [gates]                                        optional: what the report judges
+    base = "A"
+    floor = "floor"
+
+Pure: reading and expanding. Whether a cell's config is a good one is checked by who can load configs.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from codec.config import Section
+
+SHIPPED = Path(__file__).parent / "sweeps"
+FILE = "sweep.toml"  # the sweep, kept in its output folder for the report
+_NAME = r"^[A-Za-z0-9._-]+$"
+
+
+class SweepError(ValueError):
+    """One readable message for what is wrong with a sweep, or with one of its cells."""
+
+
+class Gates(Section):
+    """What the report judges every other cell by."""
+
+    base: str | None = Field(None, description="cell that the others should remain near")
+    floor: str | None = Field(None, description="cell that the others should be above")
+    drop: float = Field(0.05, ge=0, description="largest drop of validation accuracy that is still near")
+    step: int | None = Field(None, ge=1, description="step at which nearness is judged; default: the last validation")
+
+
+class Sweep(Section):
+    """One sweep file."""
+
+    name: str = Field(pattern=_NAME, description="name of the sweep; its folder is named after it")
+    base: str = Field(description="preset or TOML file that every cell starts from")
+    seeds: list[int] = Field(min_length=1, description="every cell is run with each of them as run.seed")
+    cells: dict[str, dict[str, Any]] = Field(min_length=1, description="overrides of each cell")
+    grid: dict[str, Any] = Field({}, description="lists of values: every cell is run at each combination")
+    gates: Gates = Gates()
+    two_by_two: list[str] = Field(
+        [], description="four cells: neither, the first factor raised, the second raised, both (delay, cadence)"
+    )
+    compare: list[list[str]] = Field([], description="pairs of cells whose difference is reported, seed by seed")
+
+    @field_validator("seeds")
+    @classmethod
+    def _different(cls, seeds: list[int]) -> list[int]:
+        if len(set(seeds)) < len(seeds):
+            raise ValueError(f"{seeds} names a seed twice")
+        return seeds
+
+    @model_validator(mode="after")
+    def _names(self) -> Sweep:
+        for cell, table in self.cells.items():
+            if "run.seed" in flat(table):
+                raise ValueError(f"cells.{cell} sets run.seed: seeds are those of the sweep")
+            twice = set(flat(table)) & set(self.axes)
+            if twice:
+                raise ValueError(f"cells.{cell} sets {', '.join(sorted(twice))}, which is an axis of the grid")
+        if self.two_by_two and len(set(self.two_by_two)) != 4:
+            raise ValueError(f"two_by_two = {self.two_by_two}: must be four different cells")
+        if any(len(pair) != 2 for pair in self.compare):
+            raise ValueError(f"compare = {self.compare}: must be pairs of cells")
+        named = [*self.two_by_two, *itertools.chain(*self.compare), self.gates.base, self.gates.floor]
+        unknown = {name for name in named if name is not None} - set(self.cells)
+        if unknown:
+            raise ValueError(f"no cell {', '.join(sorted(unknown))} (cells: {', '.join(self.cells)})")
+        for axis, values in self.axes.items():
+            if not isinstance(values, list) or not values:
+                raise ValueError(f"grid.{axis} = {values!r}: must be a list of values")
+        return self
+
+    @property
+    def axes(self) -> dict[str, Any]:
+        """The grid with dotted keys."""
+        return flat(self.grid)
+
+    def points(self) -> list[dict[str, Any]]:
+        """Every combination of the grid's values; one empty point without a grid."""
+        return [dict(zip(self.axes, values)) for values in itertools.product(*self.axes.values())]
+
+    def jobs(self) -> list[Job]:
+        """Every run. Seeds on the outside: an early look has all cells."""
+        runs = itertools.product(self.seeds, self.points(), self.cells)
+        return [Job(cell, point, seed, self.cells[cell]) for seed, point, cell in runs]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a sweep."""
+
+    cell: str
+    point: dict[str, Any]  # of the grid
+    seed: int
+    changes: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """`D`, or with a grid `D-lr=1e-05`: the folder of a cell at one point, and the name of its runs."""
+        return cell_name(self.cell, self.point)
+
+    @property
+    def folder(self) -> Path:
+        """Where it goes, below the folder of the sweep."""
+        return Path(self.name) / f"seed-{self.seed}"
+
+    def tables(self) -> list[dict[str, Any]]:
+        """What is laid over the base, in order."""
+        own = {"run.name": self.name, "run.seed": self.seed}
+        return [nested(flat(self.changes)), nested(self.point), nested(own)]
+
+
+def cell_name(cell: str, point: dict[str, Any]) -> str:
+    return "-".join([cell, *(f"{key.rpartition('.')[2]}_{value}" for key, value in point.items())])
+
+
+def flat(table: dict[str, Any], path: str = "") -> dict[str, Any]:
+    """{dotted key: value} of nested tables; a quoted key may be dotted already."""
+    found: dict[str, Any] = {}
+    for key, value in table.items():
+        found |= flat(value, f"{path}{key}.") if isinstance(value, dict) else {f"{path}{key}": value}
+    return found
+
+
+def nested(keys: dict[str, Any]) -> dict[str, Any]:
+    """The opposite of `flat`."""
+    found: dict[str, Any] = {}
+    for key, value in keys.items():
+        *tables, last = key.split(".")
+        here = found
+        for table in tables:
+            here = here.setdefault(table, {})
+            if not isinstance(here, dict):
+                raise SweepError(f"{key!r}: {table!r} is set to a value and used as a table")
+        here[last] = value
+    return found
+
+
+def names() -> list[str]:
+    """The shipped sweeps."""
+    return sorted(path.stem for path in SHIPPED.glob("*.toml"))
+
+
+def find(source: str) -> Path:
+    """The file of a shipped sweep, or `source` itself. Raises SweepError if there is none."""
+    shipped, file = SHIPPED / f"{source}.toml", Path(source).expanduser()
+    if not shipped.exists() and not file.is_file():
+        raise SweepError(f"no sweep or TOML file {source!r}: sweeps are {', '.join(names())}")
+    return shipped if shipped.exists() else file
+
+
+def read(file: Path) -> Sweep:
+    """Raises SweepError. A `base` that is a file is found from the folder of the sweep file."""
+    try:
+        data = tomllib.loads(file.read_text())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SweepError(f"{file}: not valid TOML: {error}") from None
+    base = data.get("base")
+    if isinstance(base, str) and (file.parent / base).is_file():
+        data["base"] = str((file.parent / base).resolve())
+    try:
+        sweep = Sweep.model_validate(data)
+    except ValidationError as error:
+        raise SweepError(f"{file}: " + "\n".join(_explain(e) for e in error.errors())) from None
+    bad = [job.name for job in sweep.jobs() if not re.fullmatch(_NAME, job.name)]
+    if bad:
+        raise SweepError(f"{file}: {bad[0]!r} cannot name a folder: use letters, digits, dot, dash and underscore")
+    return sweep
+
+
+def keep(sweep: Sweep, out: Path) -> None:
+    """Write the sweep into its folder, for the report."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / FILE).write_text(tomli_w.dumps(sweep.model_dump(exclude_none=True, mode="json")))
+
+
+def _explain(e: dict[str, Any]) -> str:
+    where = ".".join(map(str, e["loc"]))
+    if e["type"] == "extra_forbidden":
+        return f"unknown key {where!r} (allowed: {', '.join(Sweep.model_fields)})"
+    if e["type"] == "missing":
+        return f"{where} is missing"
+    message = e["msg"].removeprefix("Value error, ")
+    return f"{where}: {message}" if where else message

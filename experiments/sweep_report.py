@@ -1,0 +1,120 @@
+"""The parts of a report that only a sweep has: the verdict in words and its tables, for the page and for Markdown."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from experiments.cells import Cell, Findings
+from experiments.stats import CONFIDENCE, LEAST_SEEDS
+from experiments.verdict import Number, Sentence, Square, differences, ignited, interval, place, plain, square, verdict
+
+
+class Row(NamedTuple):
+    """A cell of the sweep as the table shows it."""
+
+    cell: Cell
+    best: bool  # of its arm's points, where there is a grid
+    values: list[str]
+
+
+class Tables(NamedTuple):
+    """What the template needs of a sweep."""
+
+    how: str
+    verdict: list[Sentence]
+    squares: list[tuple[str, Square, list[tuple[str, str, str]]]]  # where, cells, (contrast, interval, seeds)
+    headings: list[str]
+    rows: list[Row]
+    compared: list[tuple[str, str, str, str]]  # pair, where, difference, says
+
+
+def tables(findings: Findings) -> Tables:
+    points = findings.sweep.points()
+    squares = [(place(point), found) for point in points if (found := square(findings, point))]
+    return Tables(
+        _how(findings),
+        verdict(findings),
+        [(where, found, _contrasts(found)) for where, found in squares],
+        [
+            "cell",
+            *[key.rpartition(".")[2] for key in findings.sweep.axes],
+            "val accuracy",
+            "seeds",
+            "not completed",
+            "clip spike",
+            "ignition",
+        ],
+        [Row(cell, findings.tuned[cell.arm] is cell, _row(cell)) for cell in findings.cells],
+        [
+            (f"{d.a.arm} − {d.b.arm}", d.where, interval(d.found), _says(d.found.distinguishable, d.found.n))
+            for d in differences(findings)
+        ],
+    )
+
+
+def _how(findings: Findings) -> str:
+    """How the numbers were made, in a paragraph."""
+    text = (
+        f"Accuracy is that of a run's last validation. Brackets and ± are {CONFIDENCE:.0%} Student intervals over seeds; "
+        f"differences are taken within a seed. Only completed runs count. “Not distinguishable” means that the interval "
+        f"holds 0, or fewer than {LEAST_SEEDS} seeds. Clip spike: the clipped share of ticks that refreshed Q, over that "
+        f"of the others."
+    )
+    if findings.sweep.grid:
+        text += (
+            " Each arm is shown at its best point of the grid, chosen by the same seeds that are reported: "
+            "a little optimistic for every arm alike."
+        )
+    return text
+
+
+def _row(cell: Cell) -> list[str]:
+    axes = [f"{value}" for value in cell.point.values()]
+    spike = "–" if cell.clip_spike is None else f"{cell.clip_spike:.1f}×"
+    return [*axes, plain(cell.mean), f"{len(cell.values)} of {cell.planned}", _short(cell), spike, ignited(cell)]
+
+
+def _short(cell: Cell) -> str:
+    return ", ".join([cell.stopped] * bool(cell.stopped) + [f"{cell.absent} not run"] * bool(cell.absent)) or "–"
+
+
+def _contrasts(found: Square) -> list[tuple[str, str, str]]:
+    effects, (first, second) = found.effects, found.factors
+    named = [
+        (f"main effect, {first}", effects.first),
+        (f"main effect, {second}", effects.second),
+        ("interaction", effects.interaction),
+        ("second main effect minus first", found.second_minus_first),
+    ]
+    return [(name, interval(e), _says(e.distinguishable, e.n)) for name, e in named]
+
+
+def _says(distinguishable: bool, n: int) -> str:
+    return f"{n} seed{'s' * (n != 1)}" + ("" if distinguishable else ", not distinguishable")
+
+
+# --- Markdown --------------------------------------------------------------------------------------
+
+
+def markdown(findings: Findings) -> str:
+    """Everything above the table of runs. Links go to the cells' folders, from the folder of the sweep."""
+    found = tables(findings)
+    lines = [f"## {findings.sweep.name}", "", found.how, ""]
+    lines += ["- " + "".join(_link(part) for part in sentence.parts) for sentence in found.verdict] + [""]
+    for where, the_square, contrasts in found.squares:
+        cells = [f"[{cell.arm} {plain(cell.mean)}]({cell.name})" for cell in the_square.cells]
+        first, second = the_square.factors
+        lines += _table([where, "low", second], [["low", cells[0], cells[2]], [first, cells[1], cells[3]]])
+        lines += _table(["contrast", "accuracy", "seeds"], [list(row) for row in contrasts])
+    lines += _table(found.headings, [[f"[{row.cell.arm}]({row.cell.name})", *row.values] for row in found.rows])
+    if found.compared:
+        lines += _table(["difference", "where", "accuracy", "seeds"], [list(row) for row in found.compared])
+    return "\n".join(lines) + "\n"
+
+
+def _link(part: str | Number) -> str:
+    return part if isinstance(part, str) else f"[{part.text}]({part.cell})"
+
+
+def _table(headings: list[str], rows: list[list[str]]) -> list[str]:
+    return [f"| {' | '.join(row)} |" for row in [headings, ["---"] * len(headings), *rows]] + [""]
