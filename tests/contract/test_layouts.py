@@ -106,7 +106,8 @@ def test_virtual_and_wire_give_the_same_numbers_to_the_bit(untied_model: Path, c
 def test_with_equal_tables_and_microbatches_a_quantiser_does_not_see_the_layout(untied_model: Path, coder: str):
     """One sample a microbatch, and the tables of a run of one worker: then what is quantised is the same on any grid.
 
-    Up to rounding: a coefficient between two steps may fall to either side, and then differs by a whole one.
+    Up to rounding: a coefficient between two steps may fall to either side, and then differs by a whole one. Of the
+    first tick: each replica's coder learns from its own half, so they spend other bytes and a held rate other steps.
     """
     options = dict(codec=CodecConfig(coder=coder, total_rate=0.2), size=1)
     (warm,) = _layout(untied_model, 1, 1, **options)
@@ -114,8 +115,8 @@ def test_with_equal_tables_and_microbatches_a_quantiser_does_not_see_the_layout(
     (reference,) = _layout(untied_model, 1, 1, **options)
     for dp, pp in ((2, 1), (1, 2), (2, 2)):
         ranks = _layout(untied_model, dp, pp, **options)
-        losses = np.sum([r["losses"] for r in ranks], axis=0)
-        np.testing.assert_allclose(losses, reference["losses"], rtol=1e-2)
+        loss = sum(r["losses"][0] for r in ranks)
+        assert loss == pytest.approx(reference["losses"][0], rel=1e-3)
         found = {name: value for r in ranks for name, value in r["grad"].items()}
         error = sum(np.square(found[n] - g).sum() for n, g in reference["grad"].items())
         assert error < 1e-4 * sum(np.square(g).sum() for g in reference["grad"].values())

@@ -107,7 +107,7 @@ def test_in_an_outage_nothing_starts():
 def test_several_workers_merge_more_often():
     slow = ["anchor.clock=wall", "links.anchor_tokens_s=200.0"]
     one, three = sim(*slow), sim(*slow, "anchor.workers=3")
-    assert len(three.lags) >= 2 * len(one.lags)  # not 3: fires that are done in one tick pass each other over
+    assert len(three.lags) > 1.5 * len(one.lags)  # not 3: fires that are done in one tick pass each other over
 
 
 def test_a_correction_beyond_max_lag_is_refused():
