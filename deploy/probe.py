@@ -25,7 +25,6 @@ from rl.model_files import model_shape, resolve
 from rl.objective import MicroBatch, microbatches
 from rl.rollout import RolloutWorker
 
-SAMPLES = 4  # answers to a prompt: enough for advantages, and many different prompts
 CALIBRATION = 2  # times as many tokens as are scored; a run pools over far more
 GRADIENT_EVERY = 3  # microbatches: a gradient costs as much as three forwards
 SKETCHES = (0.05, 0.125)  # ranks of PowerSGD that are compared, as shares of the hidden size
@@ -135,7 +134,7 @@ def _answers(config: RunConfig, tokens: int, say: Say) -> tuple[Batch, Batch]:
 
 def _sample(worker: RolloutWorker, split: str, config: RunConfig, tokens: int, say: Say) -> Batch:
     """Batches of prompts until there are `tokens` response tokens, or no more validation prompts."""
-    size, n = config.rollout.batch_size, min(SAMPLES, config.grpo.group_size)
+    size, n = config.rollout.batch_size, config.grpo.group_size  # as many as share a prompt's rows in the run
     last = config.val.size if split == "val" else None
     batches, count, first = [], 0, 0
     while count < tokens and first != last:
