@@ -135,8 +135,8 @@ def test_microbatches_add_up(untied_model: Path):
 
 @pytest.fixture(scope="module")
 def tiny() -> Probe:
-    config = load("k5", [*SMALL, "codec.rank=4"])
-    ranks = (128, 32, 4, 2)
+    config = load("k5", [*SMALL, "codec.rank=2"])
+    ranks = (128, 32, 8, 2)
     candidates = [CodecConfig(kind="none"), *(config.codec.model_copy(update={"rank": r}) for r in ranks)]
     return probe(config, 200, ignore, candidates)
 
@@ -172,14 +172,14 @@ def test_the_tokens_that_are_scored_are_as_many_as_asked_for_and_of_the_validati
 
 def test_the_advice_names_the_configured_codec_and_the_cheapest_that_keeps_the_policy(tiny: Probe):
     own, cheapest = advice(tiny)
-    assert own.startswith("Configured, powersgd r=4:") and "powersgd r=32" in cheapest
+    assert own.startswith("Configured, powersgd r=2:") and "powersgd r=8" in cheapest
 
 
 def test_side_information_is_spread_over_the_refresh_schedule(tiny: Probe):
     """A basis of 4·H·r bytes in every fifth tick and in tick 2, each tick of 64 answers."""
     config, own = tiny.config, next(s for s in tiny.scores if s.own)
     ticks = config.run.steps * config.grpo.ticks_per_step
-    per_tick = (ticks // 5 + 1) / ticks * 4 * 128 * 4
+    per_tick = (ticks // 5 + 1) / ticks * 4 * 128 * 2
     assert per_tick / own.side_bytes / 64 == pytest.approx(21, abs=4)  # tokens of an answer and its prompt
 
 
