@@ -43,6 +43,7 @@ class Transform:
         self.sender, self.receiver = CODERS[config.coder](), CODERS[config.coder]()
         self.moments, self.control = Moments(hidden), RateControl(rate, config.side_share)
         self.knob = 0.0  # the coder's, steered
+        self.wanted = 1.0  # bits for each coded row that the knob was last set for
         self.refreshed = False
         self.age = 0  # ticks since the tables came
         self.bits = self.symbols = self.escapes = self.rows = 0.0
@@ -101,7 +102,9 @@ class Transform:
         """Packed, and booked."""
         raw, tables = payload.pack(), payload.tables.numel()
         own = raw.numel() - tables + room.taken
-        self.control.count(own, 2 * self.hidden * room.dense_rows, payload.rows, HEADER_BYTES + room.taken)
+        coded = payload.rows if payload.body.numel() else 0  # zeros say nothing of what a knob spends
+        fixed = HEADER_BYTES + room.taken
+        self.control.count(own, 2 * self.hidden * room.dense_rows, coded, fixed)
         self.control.count_side(tables)
         self.bits += 8 * own
         self.rows += room.dense_rows
@@ -128,7 +131,7 @@ class Transform:
         moments.add(x)
         moments.absorb(moments.gathered())
         dense, fixed = 2 * self.hidden * room.dense_rows, HEADER_BYTES + room.taken
-        bits = _bits_a_row(self.control.rate, dense, fixed, len(x))
+        bits = self.wanted = _bits_a_row(self.control.rate, dense, fixed, len(x))
         self._adopt(self._make(moments, bits))
         self.knob = _float32(self.sender.first_knob((x - self.tables.mean) @ self.tables.analysis, bits))
 
@@ -204,9 +207,9 @@ class Transform:
     def _target_bits(self) -> float:
         """Bits for each coded row in the next tick."""
         _, _, dense, rows, fixed = self.control.last.tolist()
-        if not rows:
-            return 1.0
-        return _bits_a_row(self.control.target(), dense, fixed, rows)
+        if rows:  # else nothing but zeros was sent, or nothing yet
+            self.wanted = _bits_a_row(self.control.target(), dense, fixed, rows)
+        return self.wanted
 
     # --- what it tells --------------------------------------------------------------------------------
 
@@ -219,7 +222,7 @@ class Transform:
         return found
 
     def state(self) -> dict[str, Tensor]:
-        numbers = torch.tensor([self.knob, self.refreshed, self.age], dtype=torch.float64)
+        numbers = torch.tensor([self.knob, self.wanted, self.refreshed, self.age], dtype=torch.float64)
         found = {"numbers": numbers} | ({} if self.tables is None else {"tables": self.tables.raw})
         parts = {
             "moments": self.moments,
@@ -232,8 +235,8 @@ class Transform:
     def restore(self, state: dict[str, Tensor]) -> None:
         if "tables" in state:
             self._adopt(state["tables"])
-        knob, refreshed, age = state["numbers"].tolist()
-        self.knob, self.refreshed, self.age = knob, bool(refreshed), int(age)
+        self.knob, self.wanted, refreshed, age = state["numbers"].tolist()
+        self.refreshed, self.age = bool(refreshed), int(age)
         for name in ("moments", "control", "sender", "receiver"):
             part = {k.removeprefix(f"{name}."): v for k, v in state.items() if k.startswith(f"{name}.")}
             getattr(self, name).restore(part)

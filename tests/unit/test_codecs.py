@@ -273,6 +273,31 @@ def test_a_side_with_other_tables_is_caught_by_digest(config: CodecConfig):
 
 
 @coded
+def test_ticks_of_nothing_but_zeros_do_not_move_the_knob(config: CodecConfig):
+    """A model that solves nothing for a while sends no gradients; the first one after that must keep the rate."""
+    b, stream = boundary(config), Stream()
+    list(ticks(b, b, stream, 4))
+    before = b.backward.knob
+    for _ in range(20):
+        b.begin_tick()
+        _, dx, rows = stream.micro()
+        b.decode_backward(b.encode_backward(torch.zeros_like(dx), rows), rows, dx.dtype)
+        b.backward.steer(b.backward.spent())
+    assert b.backward.knob == before > 0
+
+
+@coded
+def test_a_refresh_before_any_tick_has_ended_keeps_the_directions_that_the_rate_pays_for(config: CodecConfig):
+    b, stream = boundary(config), Stream()
+    for _ in range(2):
+        x, _, rows = stream.micro(samples=40)
+        b.encode(x, rows, observe=True)
+        directions = len(b.forward.tables.deviations)
+        b.refresh_alone("fwd")
+        assert len(b.forward.tables.deviations) > 0.7 * directions > 4
+
+
+@coded
 def test_a_nan_is_refused_by_the_sender(config: CodecConfig):
     _, dx, rows = Stream().micro()
     dx[3, 4] = float("nan")
