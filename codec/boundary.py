@@ -116,7 +116,7 @@ class Boundary:
     def _note(self, sent: Tensor, x_hat: Tensor, rows: Rows) -> None:
         """Fidelity of coded rows, token 0 left out also where it is coded: it would hide all others."""
         if not self.exact_first:
-            others = ~(rows.first[rows.kept] if self.share_prefixes else rows.first)
+            others = ~self._first(rows)
             sent, x_hat = sent[others], x_hat[others]
         self.seen["fwd"].add(sent, x_hat)
 
@@ -131,24 +131,29 @@ class Boundary:
 
     def _split(self, rows: Rows) -> tuple[Tensor, Tensor]:
         """Indices, among the kept rows, of the coded ones and of the ones sent exactly."""
-        first = rows.first[rows.kept] if self.share_prefixes else rows.first
+        first = self._first(rows)
         if not self.exact_first:
             return torch.arange(len(first), device=first.device), first.new_empty(0, dtype=torch.int64)
         return (~first).nonzero().squeeze(1), first.nonzero().squeeze(1)
+
+    def _first(self, rows: Rows) -> Tensor:
+        """Which of the kept rows are token 0 of a sample, bool [n]."""
+        return rows.first[rows.kept] if self.share_prefixes else rows.first
 
     def virtual(self, x: Tensor, rows: Rows, observe: bool) -> Tensor:
         """Both ends at once, differentiable: [N, H] -> [N, H]."""
         return _Virtual.apply(x, self, rows, observe)
 
-    def refresh_alone(self, name: str) -> None:
-        """A refresh where both ends are here and there is one replica; `swarm.tick` does it for all others."""
-        codec = self.way(name)
+    def refresh_alone(self, name: str) -> Tensor:
+        """A refresh where there is one replica; `swarm.tick` does it for all others. Returns the tables, if any are new."""
+        codec, tables = self.way(name), torch.empty(0, dtype=torch.uint8)
         statistics = codec.statistics() if codec.refreshes else None
         if statistics is not None:
             codec.absorb(statistics)
             tables = codec.refresh()
             codec.count_side(tables.numel())
             codec.load(tables)
+        return tables
 
     def health(self, name: str) -> dict[str, float]:
         """What the sender of a way saw in this tick."""

@@ -35,10 +35,6 @@ class Rows:
         """Where each row is found among the kept ones, int64 [N]."""
         return torch.searchsorted(self.kept, self.keeper)
 
-    def apart(self) -> Rows:
-        """The same rows, each standing for itself."""
-        return Rows(self.first, torch.arange(len(self), device=self.keeper.device))
-
 
 def rows_of(ids: np.ndarray, real: np.ndarray, device: torch.device) -> Rows:
     """Tokens [B, L] and the mask of real ones, right-padded."""

@@ -14,6 +14,10 @@ from deploy.config import ConfigError, RunConfig, load
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
+Source = Annotated[str, typer.Argument(metavar="PRESET_OR_TOML", help="a preset (`northstar presets`) or a TOML file")]
+JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write the numbers there as well")]
+Address = Annotated[str | None, typer.Option(help="a running Ray cluster, for example auto or ray://host:10001")]
+
 
 @app.callback()
 def northstar() -> None:
@@ -22,17 +26,13 @@ def northstar() -> None:
 
 @app.command()
 def run(
-    source: Annotated[
-        str, typer.Argument(metavar="PRESET_OR_TOML", help="a preset (`northstar presets`) or a TOML file")
-    ],
+    source: Source,
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a key, for example merger.dose=0.5")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="run folder; default runs/NAME-TIME")] = None,
     resume: Annotated[bool, typer.Option(help="go on from the newest checkpoint in --out")] = False,
-    address: Annotated[
-        str | None, typer.Option(help="a running Ray cluster, for example auto or ray://host:10001")
-    ] = None,
+    address: Address = None,
 ) -> None:
     """Run an experiment to its end: live progress, a run folder, a summary table. Exit 0 only if it ran to the end."""
     config = _checked(source, set_ or [])
@@ -68,9 +68,7 @@ def sweep(
     lanes: Annotated[
         int | None, typer.Option(min=1, help="runs side by side; default: as many as the CPUs and GPUs hold")
     ] = None,
-    address: Annotated[
-        str | None, typer.Option(help="a running Ray cluster, for example auto or ray://host:10001")
-    ] = None,
+    address: Address = None,
 ) -> None:
     """Run every cell of a sweep at every seed, and report. Goes on where it was stopped. Exit 0 only if all completed."""
     from deploy.sweep import plan
@@ -81,8 +79,7 @@ def sweep(
         folder = out or Path("runs") / found.name
         runs = plan(found, folder, set_ or [])
     except sweeps.SweepError as error:
-        typer.secho(str(error), fg="red", err=True)
-        raise typer.Exit(2) from error
+        raise _refused(error) from error
     sweeps.keep(found, folder)
     # After the checks, as torch and Ray take their time
     from deploy.lanes import execute
@@ -99,16 +96,12 @@ def sweep(
 
 @app.command()
 def plan(
-    source: Annotated[
-        str, typer.Argument(metavar="PRESET_OR_TOML", help="a preset (`northstar presets`) or a TOML file")
-    ],
+    source: Source,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="override a key, for example links.swarm_mbit=1000"),
     ] = None,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="write the numbers there as well")
-    ] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Say what a config will send, hold and wait for: bytes, memory, time, the cadence its anchor can keep."""
     from deploy.plan import load_for_planning, make_plan, to_dict
@@ -117,9 +110,8 @@ def plan(
 
     try:
         found = make_plan(load_for_planning(source, set_ or []))
-    except (ConfigError, ValueError) as error:
-        typer.secho(str(error), fg="red", err=True)
-        raise typer.Exit(2) from error
+    except ValueError as error:
+        raise _refused(error) from error
     show(found, console)
     if json_file:
         json_file.write_text(json.dumps(to_dict(found), indent=1) + "\n")
@@ -127,16 +119,12 @@ def plan(
 
 @app.command()
 def probe(
-    source: Annotated[
-        str, typer.Argument(metavar="PRESET_OR_TOML", help="a preset (`northstar presets`) or a TOML file")
-    ],
+    source: Source,
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a key, for example codec.rank=16")
     ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="response tokens to score; twice as many others calibrate")] = 2000,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="write the numbers there as well")
-    ] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Measure what codecs do to the policy and its gradient, before a run, on its model, tasks and boundaries.
 
@@ -149,9 +137,8 @@ def probe(
 
     try:
         found = probing.probe(config, tokens, lambda line: console.print(line, highlight=False))
-    except (ConfigError, ValueError) as error:
-        typer.secho(str(error), fg="red", err=True)
-        raise typer.Exit(2) from error
+    except ValueError as error:
+        raise _refused(error) from error
     show(found, console)
     if json_file:
         json_file.write_text(json.dumps(probing.to_dict(found) | {"advice": advice(found)}, indent=1) + "\n")
@@ -159,9 +146,7 @@ def probe(
 
 @app.command()
 def simulate(
-    source: Annotated[
-        str, typer.Argument(metavar="PRESET_OR_TOML", help="a preset (`northstar presets`) or a TOML file")
-    ],
+    source: Source,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="override a key, for example links.anchor_mbit=50.0"),
@@ -178,9 +163,8 @@ def simulate(
 
     try:
         found = simulation.simulate(load_for_planning(source, set_ or []), ticks)
-    except (ConfigError, ValueError) as error:
-        typer.secho(str(error), fg="red", err=True)
-        raise typer.Exit(2) from error
+    except ValueError as error:
+        raise _refused(error) from error
     console.print(simulation.table(found))
     if out:
         simulation.write(found, out)
@@ -222,12 +206,17 @@ def presets() -> None:
             typer.echo(f"{name:20} {config.model.path} on {config.task.name}, {config.run.steps} steps")
 
 
+def _refused(error: ValueError) -> typer.Exit:
+    """A config or a sweep that is wrong: said in red, exit code 2."""
+    typer.secho(str(error), fg="red", err=True)
+    return typer.Exit(2)
+
+
 def _checked(source: str, overrides: list[str]) -> RunConfig:
     try:
         return load(source, overrides)
-    except (ConfigError, ValueError) as error:
-        typer.secho(str(error), fg="red", err=True)
-        raise typer.Exit(2) from error
+    except ValueError as error:
+        raise _refused(error) from error
 
 
 def _run_folder(config: RunConfig, out: Path | None, resume: bool) -> Path:

@@ -88,16 +88,8 @@ class Stream:
 
 def refresh(sender: Boundary, receiver: Boundary, way: str) -> None:
     """What `swarm.tick` does between ticks, on one replica."""
-    mine = sender.way(way)
-    if not mine.refreshes:
-        return
-    statistics, tables = mine.statistics(), torch.empty(0, dtype=torch.uint8)
-    if statistics is not None:
-        mine.absorb(statistics)
-        tables = mine.refresh()
-    mine.count_side(tables.numel())
-    mine.load(tables)
-    if receiver is not sender:
+    tables = sender.refresh_alone(way)
+    if receiver is not sender and sender.way(way).refreshes:
         receiver.way(way).load(tables.clone())
 
 
