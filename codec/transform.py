@@ -158,10 +158,12 @@ class Transform:
 
     def absorb(self, summed: Tensor) -> None:
         self.moments.absorb(summed)
-        self.refreshed = True
+        self.refreshed = bool(self.moments.pool[0])  # the pool of all replicas: they agree
 
     def refresh(self) -> Tensor:
-        """New tables, or none if those at hand serve the pooled rows as well."""
+        """New tables; none if those at hand serve the pooled rows as well, or if nothing but zeros was seen."""
+        if not self.refreshed:
+            return torch.empty(0, dtype=torch.uint8)
         bits = self._target_bits()
         raw = self._make(self.moments, bits)
         new = unpack_tables(raw, self.hidden, self.device)

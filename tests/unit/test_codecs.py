@@ -290,6 +290,18 @@ def test_a_refresh_before_any_tick_has_ended_keeps_the_directions_that_the_rate_
 
 
 @coded
+def test_a_refresh_after_nothing_but_zeros_makes_no_tables(config: CodecConfig):
+    """Tables of no rows would have one direction; the first gradient brings tables of its own instead."""
+    b, stream = boundary(config), Stream()
+    _, dx, rows = stream.micro()
+    b.decode_backward(b.encode_backward(torch.zeros_like(dx), rows), rows, dx.dtype)
+    assert not b.refresh_alone("bwd").numel()
+    b.begin_tick()
+    b.decode_backward(b.encode_backward(dx, rows), rows, dx.dtype)
+    assert b.health("bwd")["codec/dx_cosine"] > 0.9
+
+
+@coded
 def test_a_nan_is_refused_by_the_sender(config: CodecConfig):
     _, dx, rows = Stream().micro()
     dx[3, 4] = float("nan")
