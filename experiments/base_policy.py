@@ -1,9 +1,10 @@
-"""Train the base policy that ships with the package, from demonstrations of the built-in task.
+"""Train a small base policy from demonstrations: the one that ships with the package, or one of another task.
 
     python -m experiments.base_policy --out rl/builtin/tiny
+    python -m experiments.base_policy --task chain_sum --out models/chain
 
-A small decoder learns the demonstrations of `rl/sums.py`, slips included, by next-token
-prediction on the answer's tokens. It must end near even odds: much weaker and most groups of
+A small decoder learns the demonstrations of `experiments/demonstrations.py`, slips included, by
+next-token prediction on the answer's tokens. It must end near even odds: much weaker and most groups of
 samples earn nothing, much stronger and reinforcement learning has nothing left to gain. A policy
 outside `ACCURACY` is not written.
 """
@@ -12,25 +13,28 @@ import argparse
 import math
 import os
 import random
+import re
 import shutil
 import time
 from pathlib import Path
 
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from rl.sums import EOS, Sums, demonstration
+from experiments.demonstrations import LESSONS, Lesson
+from rl.sums import EOS
+from rl.tasks import Task
 
 PAD = "<pad>"
-VOCABULARY = [PAD, EOS, *"0123456789+=,?#"]
 MAX_NEW_TOKENS = 40
 ACCURACY = (0.40, 0.60)
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a character. There is no unknown token: a character outside the vocabulary is dropped."""
-    core = Tokenizer(models.WordLevel({token: i for i, token in enumerate(VOCABULARY)}))
+def build_tokenizer(alphabet: str) -> PreTrainedTokenizerFast:
+    """One token a character. A character outside the alphabet is dropped."""
+    core = Tokenizer(models.WordLevel({token: i for i, token in enumerate([PAD, EOS, *alphabet])}))
+    core.normalizer = normalizers.Replace(Regex(f"[^{re.escape(alphabet + EOS)}]"), "")
     core.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     core.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
@@ -69,22 +73,21 @@ def build_model(tokenizer) -> Qwen2ForCausalLM:
     return model
 
 
-def train(model, tokenizer, task: Sums, *, steps: int, batch: int, lr: float, seed: int) -> None:
+def train(model, tokenizer, lesson: Lesson, *, steps: int, batch: int, lr: float, seed: int) -> None:
     rng = random.Random(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     warmup, started = steps // 20, time.time()
     model.train()
     for step in range(steps):
-        examples = [task.example("train", step * batch + i) for i in range(batch)]
-        answers = [demonstration(e.metadata["digits"], rng) for e in examples]
-        # Prompts all have one length, so the answers start in one column.
-        start = len(examples[0].prompt)
+        examples = [lesson.task.example("train", step * batch + i) for i in range(batch)]
+        answers = [lesson.demonstrate(e, rng) for e in examples]
         ids = tokenizer(
             [e.prompt + a for e, a in zip(examples, answers)],
             padding=True, padding_side="right", return_tensors="pt",
         )  # fmt: skip
         labels = ids.input_ids.masked_fill(ids.attention_mask == 0, -100)
-        labels[:, :start] = -100
+        for row, prompt in zip(labels, tokenizer([e.prompt for e in examples]).input_ids):
+            row[: len(prompt)] = -100
 
         progress = max(0.0, (step - warmup) / (steps - warmup))
         scale = min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * progress)))
@@ -100,11 +103,11 @@ def train(model, tokenizer, task: Sums, *, steps: int, batch: int, lr: float, se
 
 
 @torch.inference_mode()
-def validate(model, tokenizer, task: Sums, size: int) -> dict[str, float]:
+def validate(model, tokenizer, task: Task, size: int) -> dict[str, float]:
     """Sampled at temperature 1; an answer without EOS was cut off and scores nothing."""
     model.eval()
     examples = [task.example("val", i) for i in range(size)]
-    prompts = tokenizer([e.prompt for e in examples], return_tensors="pt")
+    prompts = tokenizer([e.prompt for e in examples], padding=True, return_tensors="pt")
     out = model.generate(**prompts)
     answers = out[:, prompts.input_ids.shape[1] :]
     texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
@@ -133,6 +136,7 @@ def write(model, tokenizer, out: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder to write the policy to")
+    parser.add_argument("--task", choices=sorted(LESSONS), default="sums", help="what it learns")
     parser.add_argument("--seed", type=int, default=0, help="of weights, demonstrations, sampling")
     parser.add_argument("--steps", type=int, default=600, help="optimizer steps")
     parser.add_argument("--batch", type=int, default=128, help="demonstrations in a step")
@@ -144,18 +148,19 @@ def main() -> None:
 
     torch.set_num_threads(1)  # the thread count changes the order of sums, and so the weights
     torch.manual_seed(args.seed)
-    task, tokenizer = Sums(args.seed), build_tokenizer()
+    lesson = LESSONS[args.task](args.seed, args.val_size)
+    tokenizer = build_tokenizer(lesson.alphabet)
     model = build_model(tokenizer)
     print(f"{model.num_parameters():,} parameters")
-    train(model, tokenizer, task, steps=args.steps, batch=args.batch, lr=args.lr, seed=args.seed)
+    train(model, tokenizer, lesson, steps=args.steps, batch=args.batch, lr=args.lr, seed=args.seed)
 
-    result = validate(model, tokenizer, task, args.val_size)
+    result = validate(model, tokenizer, lesson.task, args.val_size)
     print(f"validation on {args.val_size} prompts: " + ", ".join(f"{k} {v:.4g}" for k, v in result.items()))
     low, high = ACCURACY
     if not low <= result["accuracy"] <= high:
         raise SystemExit(
             f"accuracy {result['accuracy']:.3f} is outside {low}-{high}: nothing written. Too low:"
-            " train longer (--steps). Too high: make the slips in rl/sums.py more frequent."
+            " train longer (--steps). Too high: make the slips of its demonstrations more frequent."
         )
     write(model, tokenizer, args.out)
     print(f"wrote {args.out}")

@@ -1,4 +1,4 @@
-"""One local Ray cluster for all tests of this folder; a helper that runs a config on it."""
+"""One local Ray cluster for all tests of this folder; a helper that runs a config on it, on kept actors."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from deploy.config import RunConfig, load
+from deploy.fleet import Held, fleet
+from deploy.launch import cluster, drive
 
 SMALL = (
     "run.steps=6",
@@ -28,15 +30,22 @@ SMALL = (
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
-    from deploy.launch import cluster
-
-    with cluster(small("swarm.dp=2", "swarm.pp=2", "anchor.workers=2", "rollout.replicas=2"), address=None):
+    with cluster(small("swarm.dp=2", "swarm.pp=2", "anchor.workers=2", "rollout.replicas=2"), None, lanes=2):
         yield
+        HELD.close()
 
 
 def small(*overrides: str) -> RunConfig:
     """The preset k5 on a small scale: 6 steps of 2 ticks, an anchor at delay 3, cadence 2."""
     return load("k5", [*SMALL, *overrides])
+
+
+HELD = Held()  # starting processes takes longer than a test; `test_sweep.py` holds that kept ones give the same bits
+
+
+def run_kept(config: RunConfig, folder: Path, resume: bool = False) -> dict[str, Any]:
+    """The summary of a run, in lockstep on actors that earlier tests may have used."""
+    return drive(config, folder, ignore, resume, fleets=fleet if config.anchor.clock == "wall" else HELD.fleet)
 
 
 def ignore(record: dict[str, Any]) -> None: ...

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from deploy.launch import drive
 from rl.mismatch import NAMES
 from swarm.gate import PolicyChanged
-from tests.ray.conftest import ignore, of_kind, small
+from tests.ray.conftest import of_kind, run_kept, small
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 
@@ -22,7 +21,7 @@ def test_a_codec_that_changes_the_policy_stops_the_run_at_its_second_step(tmp_pa
     """With recomputed log-probs before the step's first tick, else as soon as that tick has measured it."""
     config = small(*ALONE, "codec.max_kl=0.001", f"grpo.old_logprobs={old}")
     with pytest.raises(PolicyChanged, match=r"codec\.max_kl 0\.001.*northstar probe") as caught:
-        drive(config, tmp_path / "run", ignore)
+        run_kept(config, tmp_path / "run")
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["status"] == "failed" and "PolicyChanged" in summary["error"]
     assert summary["steps"] == 2 and summary["ticks"] == ticks
@@ -31,7 +30,7 @@ def test_a_codec_that_changes_the_policy_stops_the_run_at_its_second_step(tmp_pa
 
 @pytest.mark.parametrize("old", ["trainer", "rollout"])
 def test_without_a_limit_the_run_goes_on_and_says_so_once(tmp_path: Path, old: str):
-    drive(small(*ALONE, f"grpo.old_logprobs={old}"), tmp_path / "run", ignore)
+    run_kept(small(*ALONE, f"grpo.old_logprobs={old}"), tmp_path / "run")
     (event,) = [e for e in of_kind(tmp_path / "run", "event") if e["event"] == "codec changes the policy"]
     steps = of_kind(tmp_path / "run", "step")
     assert event["step"] == 2 and event["codec/logprob_kl"] == steps[1]["codec/logprob_kl"] > 0.02
@@ -41,7 +40,7 @@ def test_without_a_limit_the_run_goes_on_and_says_so_once(tmp_path: Path, old: s
 
 
 def test_without_a_codec_the_two_policies_agree_and_nothing_is_said(tmp_path: Path):
-    drive(small(*ALONE, "codec.kind=none", "codec.max_kl=0.001", "run.steps=2"), tmp_path / "run", ignore)
+    run_kept(small(*ALONE, "codec.kind=none", "codec.max_kl=0.001", "run.steps=2"), tmp_path / "run")
     assert "codec changes the policy" not in [e["event"] for e in of_kind(tmp_path / "run", "event")]
     (_, step) = of_kind(tmp_path / "run", "step")
     assert abs(step["codec/logprob_kl"]) < 1e-5 and step["codec/logprob_corr"] > 0.99999

@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 
 from codec.ledger import CHANNELS
-from deploy.launch import drive
 from deploy.plan import make_plan
 from deploy.sizes import total_ticks
-from tests.ray.conftest import ignore, of_kind, small
+from tests.ray.conftest import of_kind, run_kept, small
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 
@@ -56,7 +55,7 @@ WHOLE = (  # snapshots; and everything that adds to control
 @pytest.mark.parametrize("overrides", [(), WHOLE], ids=["deltas", "whole snapshots"])
 def test_the_planned_bytes_are_those_of_the_ledger(overrides: tuple[str, ...], tmp_path: Path):
     run = tmp_path / "run"
-    summary = drive(small(*RUN, *overrides), run, ignore)
+    summary = run_kept(small(*RUN, *overrides), run)
     plan = make_plan(small(*RUN, *overrides, *as_it_went(run)))
     ticks = total_ticks(plan.config)
     assert summary["ticks"] == ticks

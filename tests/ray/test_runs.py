@@ -10,10 +10,10 @@ import pytest
 import ray
 
 from deploy.config import load
-from deploy.launch import drive, fleet
+from deploy.launch import fleet
 from swarm.coordinator import Coordinator
 from swarm.telemetry import Telemetry
-from tests.ray.conftest import ignore, lines, of_kind, small
+from tests.ray.conftest import ignore, lines, of_kind, run_kept, small
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 
@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 def first(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run that the others are compared with: one worker, a virtual boundary, checkpoints on the way."""
     run = tmp_path_factory.mktemp("runs") / "first"
-    drive(small("run.checkpoint_every=3"), run, ignore)
+    run_kept(small("run.checkpoint_every=3"), run)
     return run
 
 
@@ -66,13 +66,13 @@ def test_fires_lags_and_ages_follow_the_contract(first: Path):
 
 
 def test_the_same_seed_gives_the_same_run_also_with_a_slow_anchor(first: Path, tmp_path: Path):
-    summary = drive(small("anchor.slowdown=5.0"), tmp_path / "slow", ignore)
+    summary = run_kept(small("anchor.slowdown=5.0"), tmp_path / "slow")
     assert lines(tmp_path / "slow", "corrections.jsonl") == lines(first, "corrections.jsonl")
     assert summary["weights_digests"] == json.loads((first / "summary.json").read_text())["weights_digests"]
 
 
 def test_dense_corrections_give_the_same_weights_as_sign_planes_and_more_engines_too(first: Path, tmp_path: Path):
-    summary = drive(small("anchor.payload=dense", "rollout.replicas=2"), tmp_path / "dense", ignore)
+    summary = run_kept(small("anchor.payload=dense", "rollout.replicas=2"), tmp_path / "dense")
     reference = json.loads((first / "summary.json").read_text())
     assert summary["weights_digests"] == reference["weights_digests"]
     ratio = reference["bytes"]["correction"]["sent"] / summary["bytes"]["correction"]["sent"]
@@ -85,7 +85,7 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_did(first: Path, tmp_pat
     run = tmp_path / "resumed"
     shutil.copytree(first, run)
     shutil.rmtree(run / "checkpoints" / "step-000006")  # as if it had been killed after step 3's checkpoint
-    summary = drive(small("run.checkpoint_every=3"), run, ignore, resume=True)
+    summary = run_kept(small("run.checkpoint_every=3"), run, resume=True)
     reference = json.loads((first / "summary.json").read_text())
     assert summary["weights_digests"] == reference["weights_digests"]
     assert lines(run, "corrections.jsonl") == lines(first, "corrections.jsonl")

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.launch import drive
-from tests.ray.conftest import ignore, lines, of_kind, small
+from tests.ray.conftest import ignore, lines, of_kind, run_kept, small
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 
@@ -17,7 +16,7 @@ WALL = ("anchor.clock=wall", "run.steps=20", "val.every=20", "anchor.lag.kind=lo
 @pytest.fixture(scope="module")
 def wall(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("runs") / "wall"
-    drive(small(*WALL, "swarm.pp=2", "swarm.dp=2", "anchor.workers=2"), run, ignore)
+    run_kept(small(*WALL, "swarm.pp=2", "swarm.dp=2", "anchor.workers=2"), run)
     return run
 
 
@@ -43,21 +42,21 @@ def test_a_wall_run_replayed_from_its_record_gives_the_same_corrections_and_weig
     replay = tmp_path / "replay"
     overrides = ("run.steps=20", "val.every=20", "swarm.pp=2", "swarm.dp=2", "anchor.lag.kind=trace")
     config = small(*overrides, f"anchor.lag.path={wall / 'corrections.jsonl'}")
-    summary = drive(config, replay, ignore)
+    summary = run_kept(config, replay)
     assert lines(replay, "corrections.jsonl") == lines(wall, "corrections.jsonl")
     assert summary["weights_digests"] == json.loads((wall / "summary.json").read_text())["weights_digests"]
 
 
 def test_delta_merges_the_same_on_a_short_wall_run(tmp_path: Path):
     config = small("anchor.clock=wall", "run.steps=8", "val.every=8", "merger.kind=delta", "anchor.replay_fraction=0.5")
-    summary = drive(config, tmp_path / "delta", ignore)
+    summary = run_kept(config, tmp_path / "delta")
     assert summary["status"] == "completed" and lines(tmp_path / "delta", "corrections.jsonl")
 
 
 def test_a_shared_stream_gives_the_same_run_and_sends_no_snapshot(tmp_path: Path):
     aligned = ("anchor.delay_k=4", "anchor.cadence=2", "run.steps=4", "val.every=4")
-    own = drive(small(*aligned), tmp_path / "own", ignore)
-    shared = drive(small(*aligned, "anchor.weights=shared"), tmp_path / "shared", ignore)
+    own = run_kept(small(*aligned), tmp_path / "own")
+    shared = run_kept(small(*aligned, "anchor.weights=shared"), tmp_path / "shared")
     assert shared["weights_digests"] == own["weights_digests"]
     assert lines(tmp_path / "shared", "corrections.jsonl") == lines(tmp_path / "own", "corrections.jsonl")
     assert own["bytes"]["snapshot"]["sent"] > 0 and "snapshot" not in shared["bytes"]
@@ -70,10 +69,10 @@ def test_a_wall_run_goes_on_from_its_checkpoint(tmp_path: Path):
 
     run = tmp_path / "stopped"
     config = ("anchor.clock=wall", "run.checkpoint_every=4", "run.steps=8", "val.every=8", "anchor.slowdown=4.0")
-    drive(small(*config), run, ignore)
+    run_kept(small(*config), run)
     versions = [c["version"] for c in lines(run, "corrections.jsonl") if (c["first_tick"] or 0) <= 8]
     shutil.rmtree(run / "checkpoints" / "step-000008")
-    summary = drive(small(*config), run, ignore, resume=True)
+    summary = run_kept(small(*config), run, resume=True)
     assert summary["status"] == "completed" and summary["steps"] == 8
     assert [r["tick"] for r in of_kind(run, "tick")] == list(range(1, 17))
     again = [c["version"] for c in lines(run, "corrections.jsonl")]
