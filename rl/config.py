@@ -81,7 +81,9 @@ class RolloutConfig(Section):
     replicas: int = Field(1, ge=1, description="engine actors; results do not depend on their number")
     temperature: float = Field(1.0, gt=0, description="sampling temperature, also of the trainer's log-probs")
     batch_size: int = Field(
-        8, ge=1, description="prompts an engine takes at a time; results are fixed for a fixed value"
+        8,
+        ge=1,
+        description="prompts an engine takes at a time, in validation as many samples; results are fixed for a fixed value",
     )
     val_temperature: float | None = Field(None, gt=0, description="temperature of validation; default: `temperature`")
     timeout_s: float = Field(600.0, gt=0, description="deadline of one batch of prompts")

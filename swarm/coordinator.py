@@ -270,9 +270,9 @@ class Coordinator:
         return self._generate("train", self.step, indices, grpo.group_size, rollout.temperature)
 
     def _generate(self, split: str, step: int, indices: range, n: int, temperature: float) -> tuple[Batch, dict]:
-        """Batches of `rollout.batch_size` prompts, whatever the number of engines: so results do not depend on it."""
+        """Batches of one number of samples, whatever the number of engines: so results do not depend on it."""
         start = time.perf_counter()
-        size, engines = self.config.rollout.batch_size, self.fleet.engines
+        size, engines = self.config.rollout.batch_size * self.config.grpo.group_size // n, self.fleet.engines
         calls = []
         for i in range(0, len(indices), size):
             k = (i // size) % len(engines)
