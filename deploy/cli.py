@@ -65,28 +65,40 @@ def sweep(
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="change the base of every cell")
     ] = None,
+    cells: Annotated[
+        str | None, typer.Option(metavar="CELL,…", help="run these cells only; another call can run the others")
+    ] = None,
     lanes: Annotated[
         int | None, typer.Option(min=1, help="runs side by side; default: as many as the CPUs and GPUs hold")
     ] = None,
     address: Address = None,
 ) -> None:
     """Run every cell of a sweep at every seed, and report. Goes on where it was stopped. Exit 0 only if all completed."""
-    from deploy.sweep import plan
+    from deploy.sweep import Planned, plan
     from experiments import sweep as sweeps
 
     try:
         found = sweeps.read(sweeps.find(source))
         folder = out or Path("runs") / found.name
-        runs = plan(found, folder, set_ or [])
+        wanted = found.select(cells.split(",") if cells else list(found.cells))
+        runs = plan(found, folder, set_ or [], [job for job in found.jobs() if job.cell in wanted])
     except sweeps.SweepError as error:
         raise _refused(error) from error
     sweeps.keep(found, folder)
     # After the checks, as torch and Ray take their time
     from deploy.lanes import execute
     from deploy.sweep_progress import SweepDisplay
+    from experiments.cells import chosen
 
-    with SweepDisplay(runs) as display:
-        finished = execute(runs, display, address, lanes)
+    def run(runs: list[Planned]) -> bool:
+        with SweepDisplay(runs) as display:
+            return execute(runs, display, address, lanes)
+
+    finished = run(runs)
+    if finished and found.tuning:
+        jobs = [job for job in found.jobs_at(chosen(folder)) if job.cell in wanted]
+        judging = plan(found, folder, set_ or [], jobs)
+        finished, runs = run(judging), runs + judging
     _write_report(folder)
     typer.echo(f"sweep folder {folder}; the same command goes on with what is not completed", err=True)
     if finished and all(run.state == "completed" for run in runs):

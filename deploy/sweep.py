@@ -25,13 +25,13 @@ class Planned:
         return f"{self.job.name}, seed {self.job.seed}"
 
 
-def plan(sweep: Sweep, out: Path, overrides: list[str]) -> list[Planned]:
-    """Every run of the sweep, its config checked and its folder looked at. Raises SweepError.
+def plan(sweep: Sweep, out: Path, overrides: list[str], jobs: list[Job] | None = None) -> list[Planned]:
+    """`jobs` (default: `sweep.jobs()`), each config checked and each folder looked at. Raises SweepError.
 
     `overrides` (as of --set) are laid over the base, below what a cell sets.
     """
     found = []
-    for job in sweep.jobs():
+    for job in sweep.jobs() if jobs is None else jobs:
         try:
             config = load(sweep.base, overrides, job.tables())
         except (ConfigError, ValueError) as error:

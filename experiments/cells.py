@@ -12,7 +12,7 @@ import numpy as np
 
 from experiments.runs import Run, load_run
 from experiments.stats import Estimate, estimate, ignition, leader
-from experiments.sweep import FILE, Sweep, cell_name, read
+from experiments.sweep import FILE, Job, Sweep, cell_name, read
 
 
 @dataclass(frozen=True)
@@ -34,15 +34,19 @@ class Cell:
     arm: str
     point: dict[str, Any]
     runs: tuple[Run, ...]  # that have a folder
-    planned: int
+    seeds: tuple[str, ...]  # that count
 
     @property
     def name(self) -> str:
         return cell_name(self.arm, self.point)
 
     @cached_property
+    def counted(self) -> tuple[Run, ...]:
+        return tuple(run for run in self.runs if run.seed in self.seeds)
+
+    @cached_property
     def completed(self) -> tuple[Run, ...]:
-        return tuple(run for run in self.runs if run.status == "completed")
+        return tuple(run for run in self.counted if run.status == "completed")
 
     def values_at(self, step: int | None) -> dict[str, float]:
         """Validation accuracy by seed, at `step` or at the end; only completed runs count."""
@@ -84,12 +88,12 @@ class Cell:
     @property
     def absent(self) -> int:
         """Runs without a folder."""
-        return self.planned - len(self.runs)
+        return len(self.seeds) - len(self.counted)
 
     @property
     def stopped(self) -> str:
         """`1 failed, 2 interrupted`, of the runs that have a folder; empty where all of them completed."""
-        statuses = [run.status for run in self.runs if run.status != "completed"]
+        statuses = [run.status for run in self.counted if run.status != "completed"]
         return ", ".join(f"{statuses.count(s)} {s}" for s in dict.fromkeys(statuses))
 
 
@@ -110,14 +114,11 @@ class Findings:
 
     @cached_property
     def tuned(self) -> dict[str, Cell]:
-        """By arm, the cell at its best point of the grid: without a grid, the cell itself.
-
-        The one with the best mean, of those with the most completed runs: a point at which seeds fail is no good one.
-        """
-        points: dict[str, list[Cell]] = {}
-        for cell in self.cells:
-            points.setdefault(cell.arm, []).append(cell)
-        return {arm: max(cells, key=lambda c: (c.mean.n, c.mean.mean)) for arm, cells in points.items()}
+        """By arm, the cell at its best point of the grid: without a grid, the cell itself."""
+        if not self.sweep.tuning:
+            return _best(self.cells)
+        later = set(self.sweep.later)
+        return {cell.arm: cell for cell in self.cells if set(cell.seeds) == later} or _best(self.cells)
 
     def at_the_edge(self, cell: Cell) -> bool:
         """Whether a tuned cell sits at an end of an axis, so that its optimum may lie outside of the grid."""
@@ -132,11 +133,32 @@ def is_sweep(folder: Path) -> bool:
 def load_sweep(folder: Path) -> Findings:
     """Raises SweepError if the folder's sweep file cannot be read."""
     sweep = read(folder / FILE)
-    jobs = sweep.jobs()
-    cells = []
-    for point in sweep.points():
-        for arm in sweep.cells:
-            folders = [folder / job.folder for job in jobs if job.cell == arm and job.point == point]
-            runs = tuple(load_run(path.resolve()) for path in folders if path.is_dir() and any(path.iterdir()))
-            cells.append(Cell(arm, point, runs, len(folders)))
-    return Findings(sweep, cells)
+    every = tuple(map(str, sweep.seeds))
+    cells = [_cell(folder, sweep, arm, point, every) for point in sweep.points() for arm in sweep.cells]
+    if not sweep.tuning:
+        return Findings(sweep, cells)
+    tuning = [Cell(c.arm, c.point, c.runs, every[: sweep.tuning]) for c in cells]
+    if any(cell.absent for cell in tuning):
+        return Findings(sweep, tuning)
+    best = _best(tuning)
+    later = every[sweep.tuning :]
+    return Findings(sweep, [Cell(c.arm, c.point, c.runs, later) if c is best[c.arm] else c for c in tuning])
+
+
+def chosen(folder: Path) -> dict[str, dict[str, Any]]:
+    """The point of the grid at which each arm did best over the seeds that tune; they must have been run."""
+    return {arm: cell.point for arm, cell in load_sweep(folder).tuned.items()}
+
+
+def _cell(folder: Path, sweep: Sweep, arm: str, point: dict[str, Any], seeds: tuple[str, ...]) -> Cell:
+    folders = [folder / Job(arm, point, seed, {}).folder for seed in sweep.seeds]
+    runs = tuple(load_run(path.resolve()) for path in folders if path.is_dir() and any(path.iterdir()))
+    return Cell(arm, point, runs, seeds)
+
+
+def _best(cells: list[Cell]) -> dict[str, Cell]:
+    """By arm, the one with the best mean, of those with the most completed runs: where seeds fail is no good point."""
+    points: dict[str, list[Cell]] = {}
+    for cell in cells:
+        points.setdefault(cell.arm, []).append(cell)
+    return {arm: max(found, key=lambda c: (c.mean.n, c.mean.mean)) for arm, found in points.items()}

@@ -3,6 +3,7 @@
     name = "decouple"
     base = "k5"                                    a preset or a TOML file
     seeds = [0, 1, 2]
+    tuning = 1                                     with a grid: the first seed chooses each arm's point
 
     [cells]                                        what a cell changes: the keys of --set, or tables
     A = {}
@@ -59,6 +60,12 @@ class Sweep(Section):
     seeds: list[int] = Field(min_length=1, description="every cell is run with each of them as run.seed")
     cells: dict[str, dict[str, Any]] = Field(min_length=1, description="overrides of each cell")
     grid: dict[str, Any] = Field({}, description="lists of values: every cell is run at each combination")
+    tuning: int = Field(
+        0,
+        ge=0,
+        description="so many of the first seeds run the whole grid and choose each arm's point; the others run only "
+        "there, and only they are judged. 0: all seeds run the whole grid",
+    )
     gates: Gates = Gates()
     two_by_two: list[str] = Field(
         [], description="four cells: neither, the first factor raised, the second raised, both (delay, cadence)"
@@ -80,6 +87,12 @@ class Sweep(Section):
             twice = set(flat(table)) & set(self.axes)
             if twice:
                 raise ValueError(f"cells.{cell} sets {', '.join(sorted(twice))}, which is an axis of the grid")
+        if self.tuning and not self.axes:
+            raise ValueError(f"tuning = {self.tuning}: needs a [grid] to choose from")
+        if self.tuning and self.two_by_two:
+            raise ValueError("two_by_two compares cells at equal points of the grid, tuning chooses one for each arm")
+        if self.tuning >= len(self.seeds):
+            raise ValueError(f"tuning = {self.tuning} leaves none of {len(self.seeds)} seeds to judge by")
         if self.two_by_two and len(set(self.two_by_two)) != 4:
             raise ValueError(f"two_by_two = {self.two_by_two}: must be four different cells")
         if any(len(pair) != 2 for pair in self.compare):
@@ -102,10 +115,27 @@ class Sweep(Section):
         """Every combination of the grid's values; one empty point without a grid."""
         return [dict(zip(self.axes, values)) for values in itertools.product(*self.axes.values())]
 
+    def select(self, names: list[str]) -> set[str]:
+        """Those of the cells. Raises SweepError for a name that is none."""
+        unknown = set(names) - set(self.cells)
+        if unknown:
+            raise SweepError(f"no cell {', '.join(sorted(unknown))} in {self.name} (cells: {', '.join(self.cells)})")
+        return set(names)
+
+    @property
+    def later(self) -> tuple[str, ...]:
+        """The seeds that judge where others tune."""
+        return tuple(map(str, self.seeds[self.tuning :]))
+
     def jobs(self) -> list[Job]:
-        """Every run. Seeds on the outside: an early look has all cells."""
-        runs = itertools.product(self.seeds, self.points(), self.cells)
+        """Every run, or those that tune. Seeds on the outside: an early look has all cells."""
+        runs = itertools.product(self.seeds[: self.tuning or None], self.points(), self.cells)
         return [Job(cell, point, seed, self.cells[cell]) for seed, point, cell in runs]
+
+    def jobs_at(self, chosen: dict[str, dict[str, Any]]) -> list[Job]:
+        """The runs of the other seeds, each arm at its chosen point."""
+        seeds = self.seeds[self.tuning :] if self.tuning else []
+        return [Job(cell, chosen[cell], seed, self.cells[cell]) for seed in seeds for cell in self.cells]
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,12 @@ def _how(findings: Findings) -> str:
         f"holds 0, or fewer than {LEAST_SEEDS} seeds. Clip spike: the clipped share of ticks that refreshed Q, over that "
         f"of the others."
     )
-    if findings.sweep.grid:
+    if findings.sweep.tuning:
+        text += (
+            f" The first {findings.sweep.tuning} of the seeds chose each arm's point of the grid; arms are judged "
+            "by the others alone, so that the choice favours none. Points that were not chosen show the seeds that tuned."
+        )
+    elif findings.sweep.grid:
         text += (
             " Each arm is shown at its best point of the grid, chosen by the same seeds that are reported: "
             "a little optimistic for every arm alike."
@@ -71,7 +76,7 @@ def _how(findings: Findings) -> str:
 def _row(cell: Cell) -> list[str]:
     axes = [f"{value}" for value in cell.point.values()]
     spike = "–" if cell.clip_spike is None else f"{cell.clip_spike:.1f}×"
-    return [*axes, plain(cell.mean), f"{len(cell.values)} of {cell.planned}", _short(cell), spike, ignited(cell)]
+    return [*axes, plain(cell.mean), f"{len(cell.values)} of {len(cell.seeds)}", _short(cell), spike, ignited(cell)]
 
 
 def _short(cell: Cell) -> str:

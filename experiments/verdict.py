@@ -12,6 +12,8 @@ from experiments.cells import Cell, Findings
 from experiments.stats import Effects, Estimate, above_floor, factorial, near_base, paired
 from experiments.sweep import Gates, flat
 
+TUNED = "each at its best"
+
 
 class Number(NamedTuple):
     """A number and the cell it is about."""
@@ -87,18 +89,19 @@ def differences(findings: Findings) -> list[Difference]:
     """Every pair that the sweep compares: at each point of the grid, and each arm at its best one."""
     found = []
     for a, b in findings.sweep.compare:
-        for point in findings.sweep.points():
+        for point in [] if findings.sweep.tuning else findings.sweep.points():
             cells = findings.at(point)
             found.append(Difference(cells[a], cells[b], place(point), paired(cells[a].values, cells[b].values)))
         if findings.sweep.grid:
             cells = findings.tuned
-            found.append(Difference(cells[a], cells[b], "each at its best", paired(cells[a].values, cells[b].values)))
+            found.append(Difference(cells[a], cells[b], TUNED, paired(cells[a].values, cells[b].values)))
     return found
 
 
 def _compared(findings: Findings) -> list[Sentence]:
-    last = len(findings.sweep.points()) if findings.sweep.grid else 0  # with a grid, the rows where both are tuned
-    return [_difference(d) for d in differences(findings)[last :: last + 1]]
+    """With a grid, only where both are tuned."""
+    found = [d for d in differences(findings) if not findings.sweep.grid or d.where == TUNED]
+    return [_difference(d) for d in found]
 
 
 def _difference(d: Difference) -> Sentence:

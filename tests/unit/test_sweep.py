@@ -143,9 +143,26 @@ def test_every_shipped_sweep_expands_to_good_configs_that_differ(name: str, tmp_
     sweep = read(sweeps.find(name))
     assert sweep.name == name
     runs = plan(sweep, tmp_path, [])
-    assert len(runs) == len(sweep.cells) * len(sweep.points()) * len(sweep.seeds)
+    assert len(runs) == len(sweep.cells) * len(sweep.points()) * len(sweep.seeds[: sweep.tuning or None])
     first = [run.config.model_dump(exclude={"run"}) for run in runs if run.job.seed == sweep.seeds[0]]
     assert all(a != b for i, a in enumerate(first) for b in first[:i])
+
+
+def test_seeds_that_tune_run_the_grid_and_the_others_the_chosen_points():
+    sweep = Sweep(
+        name="t", base="k5", seeds=[4, 5, 6], tuning=1, cells={"A": {}, "B": {}}, grid={"grpo.lr": [1e-5, 1e-4]}
+    )
+    assert [(j.cell, j.seed, j.point["grpo.lr"]) for j in sweep.jobs()] == [
+        ("A", 4, 1e-5), ("B", 4, 1e-5), ("A", 4, 1e-4), ("B", 4, 1e-4)
+    ]  # fmt: skip
+    judging = sweep.jobs_at({"A": {"grpo.lr": 1e-4}, "B": {"grpo.lr": 1e-5}})
+    assert [(j.cell, j.seed, j.point["grpo.lr"]) for j in judging] == [
+        ("A", 5, 1e-4), ("B", 5, 1e-5), ("A", 6, 1e-4), ("B", 6, 1e-5)
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match=r"needs a \[grid\]"):
+        Sweep(name="t", base="k5", seeds=[4, 5], tuning=1, cells={"A": {}})
+    with pytest.raises(ValueError, match="leaves none of 2 seeds"):
+        Sweep(name="t", base="k5", seeds=[4, 5], tuning=2, cells={"A": {}}, grid={"grpo.lr": [1e-5]})
 
 
 def test_the_shipped_2x2_raises_delay_and_cadence_and_nothing_else(tmp_path: Path):

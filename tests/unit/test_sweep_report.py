@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from deploy import cli
 from experiments import sweep as sweeps
-from experiments.cells import load_sweep
+from experiments.cells import chosen, load_sweep
 from experiments.report import markdown, write_html
 from experiments.sweep import Sweep, flat
 from experiments.verdict import verdict
@@ -170,6 +170,26 @@ def test_of_a_grid_each_arm_is_judged_at_its_own_best_point(tmp_path: Path):
     assert "floor lr 0.0001" in edge and "A" not in edge.removeprefix("At")
     table = markdown([tmp_path / "s"])
     assert "| A − floor | lr 3e-05 | +0.200" in table and "| A − floor | each at its best | +0.000" in table
+
+
+def test_seeds_that_tune_choose_the_point_and_do_not_judge_it(tmp_path: Path):
+    cells = {"A": CELLS["A"], "floor": CELLS["floor"]}
+    settings = {"cells": cells, "two_by_two": [], "seeds": [0, 1, 2, 3], "tuning": 1}
+    sweep = decouple(**settings, grid={"grpo": {"lr": [1e-5, 3e-5]}})
+    sweeps.keep(sweep, tmp_path / "s")
+    for job in sweep.jobs():  # lucky at one point: what tuning chooses by
+        leave(tmp_path / "s", job, 0.9 if job.point["grpo.lr"] == 3e-5 else 0.5)
+    best = chosen(tmp_path / "s")
+    assert best == {"A": {"grpo.lr": 3e-5}, "floor": {"grpo.lr": 3e-5}}
+    for job in sweep.jobs_at(best):
+        leave(tmp_path / "s", job, 0.7 if job.cell == "A" else 0.6)
+    found = load_sweep(tmp_path / "s")
+    assert {arm: cell.values for arm, cell in found.tuned.items()} == {
+        "A": {"1": 0.7, "2": 0.7, "3": 0.7}, "floor": {"1": 0.6, "2": 0.6, "3": 0.6}
+    }  # fmt: skip
+    table = markdown([tmp_path / "s"])
+    assert "| A − floor | each at its best | +0.100" in table and "| A − floor | lr" not in table
+    assert "judged by the others alone" in table
 
 
 def test_a_point_of_the_grid_at_which_runs_fail_is_not_the_best_one(tmp_path: Path):
