@@ -193,13 +193,20 @@ def report(
         Path | None,
         typer.Option(metavar="FILE", help="where the page goes; default report.html in DIR, beside it if several"),
     ] = None,
+    csv_file: Annotated[
+        Path | None, typer.Option("--csv", metavar="FILE", help="also write one row a run: accuracies, ends, bytes")
+    ] = None,
 ) -> None:
     """Compare runs: a table in Markdown on standard output, and a self-contained page with figures and configs."""
+    from experiments import run_table
     from experiments.report import markdown, write_html
+    from experiments.runs import load_runs
 
     first = folders[0].resolve()
     out = html or (first if len(folders) == 1 else first.parent) / "report.html"
     write_html(folders, out)
+    if csv_file:
+        run_table.write(load_runs(folders), csv_file)
     typer.echo(markdown(folders), nl=False)
     typer.echo(f"page {out}", err=True)
 

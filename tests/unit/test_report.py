@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import re
@@ -236,6 +237,13 @@ def test_the_command(tmp_path: Path):
     chosen = tmp_path / "new" / "x.html"
     assert CliRunner().invoke(cli.app, ["report", str(one), "--html", str(chosen)]).exit_code == 0 and chosen.exists()
     assert CliRunner().invoke(cli.app, ["report", str(tmp_path / "nowhere")]).exit_code == 2
+    table = tmp_path / "data" / "runs.csv"
+    assert CliRunner().invoke(cli.app, ["report", str(one), str(two), "--csv", str(table)]).exit_code == 0
+    rows = list(csv.DictReader(table.open()))
+    runs = load_runs([one, two])
+    assert [(r["run"], r["seed"], r["status"]) for r in rows] == [(r.name, r.seed, r.status) for r in runs]
+    last = max((c for c in rows[0] if c.startswith("val@")), key=lambda c: int(c[4:]))
+    assert float(rows[0][last]) == pytest.approx(runs[0].summary["val_end"], abs=1e-4)
 
 
 @pytest.mark.parametrize(("status", "code"), [("completed", 0), ("interrupted", 130), ("failed", 1)])
