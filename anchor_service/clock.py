@@ -34,6 +34,13 @@ class Lockstep:
 
     def finished(self, version: int) -> None: ...
 
+    def merged_at_multiple(self, due: Due, every: int) -> bool:
+        """Whether a tick that `every` divides merges the correction of `due`, as far as the agenda says."""
+        if due.first_tick is None:
+            return False
+        after = min((first for first in self._by_first if first > due.first_tick), default=None)
+        return after is None or -(-due.first_tick // every) * every < after
+
     def resume(self, tick: int, newest: int) -> set[int]:
         """Versions that must be under way after `tick` ticks."""
         dues = [due for dues in self._by_source.values() for due in dues if due.source_tick < tick]
@@ -78,6 +85,10 @@ class Wall:
 
     def finished(self, version: int) -> None:
         self._running.discard(version)
+
+    def merged_at_multiple(self, due: Due, every: int) -> bool:
+        """Nobody knows yet in which ticks it will be merged."""
+        return True
 
     def resume(self, tick: int, newest: int) -> set[int]:
         """Go on after version `newest`; fires that were under way are lost, none must be there."""

@@ -43,21 +43,20 @@ class DenseGradient:
         self.receiver.load(parts, tick, self.model.weights.master)
         self.model.weights.publish()
 
-    def gradient(self, batch: Batch, denominator: float) -> Tensor:
+    def gradient(self, batch: Batch, denominator: float, grpo: GrpoConfig | None = None) -> Tensor:
         """∇L at the loaded weights on `batch`, fp32 [numel], divided by `denominator`.
 
         For a whole mini-batch that is its response tokens, so that M is normalised as the swarm's
         gradient is; for a share f of its samples f times that, which keeps M unbiased.
         The ratio is taken to the log-probs that the rollout engine recorded: its model is the
-        uncompressed one too. The result is overwritten by the next call.
+        uncompressed one too. `grpo` asks for another objective than the run's. The result is
+        overwritten by the next call.
         """
-        weights = self.model.weights
+        weights, grpo = self.model.weights, grpo or self.grpo
         weights.grad.zero_()
         for micro in microbatches(batch, np.argsort(-batch.total, kind="stable"), self.size, self.device):
             hidden = self.model(micro.ids, micro.real, cuts={})
-            terms = loss_terms(
-                self.model, hidden, micro, micro.rollout_logprobs, denominator, self.grpo, self.temperature
-            )
+            terms = loss_terms(self.model, hidden, micro, micro.rollout_logprobs, denominator, grpo, self.temperature)
             terms.loss.backward()
             weights.collect()
         return weights.grad

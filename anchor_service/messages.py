@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +34,7 @@ class TickPlan:
     correction: Any | None  # reference to this stage's correction frame, in the tick that must first merge it
     version: int | None  # version that must be merged in this tick, 0 before the first fire; None: what all ranks hold
     keep_source: bool = False  # a fire starts from the weights before this tick: `delta` will need its G_comp
+    record: bool = False  # this tick is diagnosed: keep what `record` will be asked for
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,40 @@ def unpack_correction(frame: np.ndarray, stage: int, numel: int) -> Correction:
 def content_digest(frame: np.ndarray) -> str:
     """Digest of what a correction says, whenever it was merged: a run and its replay have the same."""
     return frames.digest(*frames.unpack(frame, "the anchor")[1].values())
+
+
+def pack_record(arrays: dict[str, np.ndarray], tick: int, stage: int) -> np.ndarray:
+    """worker -> diagnoser: vectors over one stage's own parameters, flat fp32 (or int8 signs), as of `tick`."""
+    return frames.pack({"kind": "record", "tick": tick, "stage": stage}, arrays)
+
+
+def unpack_records(records: Sequence[np.ndarray], tick: int, numel: int) -> dict[str, Tensor]:
+    """Records of all stages -> fp32 vectors over the whole model, `numel` long, by name.
+
+    Raises FrameError for a record that is damaged, of another tick or stage, or that does not fit the others.
+    """
+    stages = [_record(record, tick, stage) for stage, record in enumerate(records)]
+    found = {}
+    for name in stages[0]:
+        if any(set(stage) != set(stages[0]) for stage in stages):
+            raise frames.FrameError("the workers", name, "is not in the record of every stage")
+        flat = np.concatenate([stage[name] for stage in stages]).astype(np.float32, copy=False)
+        if flat.shape != (numel,):
+            raise frames.FrameError("the workers", name, f"has {flat.shape} entries, the model {numel} parameters")
+        found[name] = torch.from_numpy(flat)
+    return found
+
+
+def _record(record: np.ndarray, tick: int, stage: int) -> dict[str, np.ndarray]:
+    sender = f"stage {stage}"
+    header, arrays = frames.unpack(record, sender)
+    for field, expected in (("kind", "record"), ("tick", tick), ("stage", stage)):
+        if header.get(field) != expected:
+            raise frames.FrameError(sender, field, f"is {header.get(field)!r}, not {expected!r}")
+    for name, array in arrays.items():
+        if array.ndim != 1 or array.dtype not in (np.float32, np.int8):
+            raise frames.FrameError(sender, name, f"is {array.dtype} {array.shape}, not a row of float32 or int8")
+    return arrays
 
 
 def _dense(arrays: dict[str, np.ndarray], numel: int) -> Tensor:

@@ -20,7 +20,7 @@ from merger.config import MergerConfig
 from rl.config import GrpoConfig, ModelConfig, RolloutConfig, SnapshotConfig, TaskConfig, ValConfig
 from rl.model_files import ModelShape, model_shape
 from rl.tasks import check_task_name
-from swarm.config import LinksConfig, SwarmConfig
+from swarm.config import DiagnosticsConfig, LinksConfig, SwarmConfig
 
 PRESETS = Path(__file__).parent.parent / "experiments" / "presets"
 
@@ -55,6 +55,7 @@ class RunConfig(Section):
     anchor: AnchorConfig = AnchorConfig()
     merger: MergerConfig = MergerConfig()
     val: ValConfig = ValConfig()
+    diagnostics: DiagnosticsConfig = DiagnosticsConfig()
     links: LinksConfig = LinksConfig()
 
     @property

@@ -11,6 +11,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from anchor_service.actor import Anchor
+from anchor_service.diagnosis import Diagnoser
 from anchor_service.errors import WaitTimeout
 from deploy.config import RunConfig
 from merger import MERGERS
@@ -28,15 +29,18 @@ _ENV = {
 }
 
 
-def counts(config: RunConfig) -> tuple[int, int, int]:
-    """Workers, engines, anchor workers."""
+ROLES = ("worker", "engine", "anchor", "diagnoser")
+
+
+def counts(config: RunConfig) -> tuple[int, int, int, int]:
+    """Actors of each role."""
     anchors = config.anchor.workers if config.anchor.enabled else 0
-    return config.swarm.dp * config.swarm.pp, config.rollout.replicas, anchors
+    return config.swarm.dp * config.swarm.pp, config.rollout.replicas, anchors, int(bool(config.diagnostics.every))
 
 
 def bundles(config: RunConfig) -> list[dict[str, float]]:
-    """Resources of workers, engines and anchor, in this order: one placement-group bundle an actor."""
-    devices = config.swarm.device, config.rollout.device, config.anchor.device
+    """Resources of all roles, in their order: one placement-group bundle an actor."""
+    devices = config.swarm.device, config.rollout.device, config.anchor.device, config.anchor.device
     cuda = [device == "cuda" for device, count in zip(devices, counts(config)) for _ in range(count)]
     return [{"CPU": 1, "GPU": 1} if gpu else {"CPU": 1} for gpu in cuda]
 
@@ -60,7 +64,7 @@ class Held:
 
     def __init__(self) -> None:
         self.group: PlacementGroup | None = None
-        self.roles: list[list[Any]] = []  # handles of workers, engines, anchor workers
+        self.roles: list[list[Any]] = []  # handles, in the order of ROLES
         self.kind: tuple[Any, ...] = ()
 
     @contextmanager
@@ -92,7 +96,7 @@ class Held:
         else:
             self.close()
             self.group = _reserve(config)
-            self.kind, self.roles = kind, [[], [], []]
+            self.kind, self.roles = kind, [[] for _ in ROLES]
             _start(config, self.group, plans, self.roles)
         actors = Fleet(*(role[:n] for role, n in zip(self.roles, needed)))
         _build(config, actors)
@@ -105,7 +109,7 @@ class Held:
 
         calls = [
             (f"{role} {i}", handle.__ray_call__.remote(construct, *args))
-            for role, handles, wanted in zip(("worker", "engine", "anchor"), self.roles, plans)
+            for role, handles, wanted in zip(ROLES, self.roles, plans)
             for i, (handle, (_, *args)) in enumerate(zip(handles, wanted))
         ]
         gather(calls, "its new run", config.swarm.start_timeout_s, "swarm.start_timeout_s")
@@ -153,7 +157,7 @@ def _start(config: RunConfig, group: PlacementGroup, plans: list[list[tuple]], r
 
 
 def _constructors(config: RunConfig) -> list[list[tuple]]:
-    """(class, argument, ...) of every worker, engine and anchor worker."""
+    """(class, argument, ...) of every actor, by role."""
     rules = Rules(
         grpo=config.grpo,
         anchor=config.anchor,
@@ -163,7 +167,7 @@ def _constructors(config: RunConfig) -> list[list[tuple]]:
         check_every=config.swarm.check_every,
         seed=config.run.seed,
     )
-    worker_count, engine_count, anchor_count = counts(config)
+    worker_count, engine_count, anchor_count, diagnoser_count = counts(config)
     shared = config.run.seed, config.model, config.codec, config.snapshot, config.swarm, rules
     workers = [(Worker, WorkerSetup(rank, *shared)) for rank in range(worker_count)]
     engine = (
@@ -177,20 +181,23 @@ def _constructors(config: RunConfig) -> list[list[tuple]]:
         config.val.size,
         config.swarm.threads,
     )
-    return [workers, [engine] * engine_count, [_anchor(config)] * anchor_count if anchor_count else []]
+    anchors = [_anchor(config)] * anchor_count if anchor_count else []
+    diagnosers = [(Diagnoser, *_dense(config), config.swarm.threads)] if diagnoser_count else []
+    return [workers, [engine] * engine_count, anchors, diagnosers]
+
+
+def _dense(config: RunConfig) -> tuple:
+    """What every actor that computes dense gradients is built from."""
+    layers = model_shape(str(resolve(config.model.path))).layers
+    stages = spans(layers, config.swarm.boundaries, config.swarm.pp)
+    return config.anchor, config.model.path, config.model.dtype, stages, config.grpo, config.rollout.temperature
 
 
 def _anchor(config: RunConfig) -> tuple:
-    layers = model_shape(str(resolve(config.model.path))).layers
     payload = MERGERS[config.merger.kind].payload or "sign"
     return (
         Anchor,
-        config.anchor,
-        config.model.path,
-        config.model.dtype,
-        spans(layers, config.swarm.boundaries, config.swarm.pp),
-        config.grpo,
-        config.rollout.temperature,
+        *_dense(config),
         config.snapshot,
         "dense" if config.anchor.payload == "dense" else payload,
         config.swarm.threads,
@@ -202,6 +209,6 @@ def _build(config: RunConfig, actors: Fleet) -> None:
     limit = (config.swarm.start_timeout_s, "swarm.start_timeout_s")
     (init,) = gather([("worker d0p0", actors.workers[0].address.remote())], "its address", *limit)
     calls = [(f"worker {rank}", worker.build.remote(init)) for rank, worker in enumerate(actors.workers)]
-    calls += [(f"engine {i}", engine.__ray_ready__.remote()) for i, engine in enumerate(actors.engines)]
-    calls += [(f"anchor {i}", anchor.__ray_ready__.remote()) for i, anchor in enumerate(actors.anchors)]
+    others = zip(ROLES[1:], (actors.engines, actors.anchors, actors.diagnosers))
+    calls += [(f"{role} {i}", actor.__ray_ready__.remote()) for role, held in others for i, actor in enumerate(held)]
     gather(calls, "its part of the model", *limit)

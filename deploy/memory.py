@@ -42,10 +42,12 @@ class Part:
 
 
 def memory(config: RunConfig, params: Params) -> list[Part]:
-    """Every part of every role: one worker of each stage, one engine, one anchor worker."""
+    """Every part of every role: one worker of each stage, one engine, one anchor worker, the diagnoser."""
     parts = [part for p in range(config.swarm.pp) for part in worker(config, params, p)]
     parts += engine(config, params)
-    return [part for part in parts + (anchor(config, params) if config.anchor.enabled else []) if part.bytes]
+    parts += anchor(config, params) if config.anchor.enabled else []
+    parts += diagnoser(config, params) if config.diagnostics.every else []
+    return [part for part in parts if part.bytes]
 
 
 def _model(config: RunConfig, role: str, n: int, trained: bool) -> list[Part]:
@@ -79,6 +81,7 @@ def worker(config: RunConfig, params: Params, p: int) -> list[Part]:
         Part(role, "scratch of norm and merge", 16 * min(owned, 1 << 22), rough=True, during="merge"),
         *activations(config, params, role, alive, span.hi - span.lo, tokens, last),
         Part(role, "bases of deltas", bases, "host"),
+        Part(role, "kept for a diagnosis", 3 * FP32 * owned if config.diagnostics.every else 0, "host"),
     ]
 
 
@@ -139,6 +142,16 @@ def anchor(config: RunConfig, params: Params) -> list[Part]:
         Part(role, "M̄, old and new", 2 * FP32 * n, "host"),
         Part(role, "weights held for deltas", _held(config, n), "host"),
         Part(role, "corrections", sum(correction_bytes(config, stages)), "host"),
+    ]
+
+
+def diagnoser(config: RunConfig, params: Params) -> list[Part]:
+    """Its vectors at the most: those of a record and M̄, the update, g, ∇R, ∇len, then θ_s, M_d and M_s."""
+    role, n = "diagnoser", params.total
+    return [
+        *_model(config, role, n, trained=True),
+        *activations(config, params, role, 1, params.layers, config.anchor.micro_batch_size, logits=True),
+        Part(role, "gradients and weights compared", 9 * FP32 * n, "host"),
     ]
 
 

@@ -85,6 +85,11 @@ class Cell:
         spike, floor = (np.mean(shares[due]) if shares[due] else 0.0 for due in (True, False))
         return float(spike / floor) if floor else None
 
+    def diagnosis(self, name: str) -> Estimate:
+        """Over seeds, of the mean of `diagnostics/name` over a run's diagnosed ticks; only completed runs count."""
+        series = [run.series("tick", "tick", f"diagnostics/{name}").values() for run in self.completed]
+        return estimate([float(np.mean(list(values))) for values in series if values])
+
     @property
     def absent(self) -> int:
         """Runs without a folder."""

@@ -75,6 +75,12 @@ CORRECTION = "In ticks. Lag: how old the weights behind the correction are; age:
 SAMPLES = "Mean over the step's samples."
 REFRESHED = "Open markers: ticks that refreshed Q."
 IGNITED = "Dotted: from here on, a run stays above its own early baseline."
+TRUTH = "Cosine with the dense gradient of the tick's own weights and batch; before clipping."
+ERRORS = (
+    "M of the source against the dense gradient, relative to it: all, from old weights, from other samples, and what "
+)
+ERRORS += "two independent batches at equal weights would differ by."
+GAINS = "First-order change of mean reward and of mean length by the tick's update, judged on the tick's own samples."
 PLOTS = (
     Plot("Validation accuracy", "val", "step", (("accuracy", "accuracy"),)),
     Plot("Reward", "step", "step", (("mean reward", "critic/rewards/mean"),), SAMPLES),
@@ -82,6 +88,27 @@ PLOTS = (
     Plot("Entropy", "step", "step", (("nats a token", "actor/entropy"),), ignites=True),
     Plot("Lag and age", "tick", "tick", (("lag", "anchor/lag"), ("age", "anchor/age")), CORRECTION),
     Plot("Clipped share", "tick", "tick", (("pg_clipfrac", "actor/pg_clipfrac"),), REFRESHED, "codec/q_refreshed"),
+    Plot(
+        "Agreement with the true gradient",
+        "tick",
+        "tick",
+        (("M̄", "diagnostics/cos_m_bar"), ("G_comp", "diagnostics/cos_g_comp"), ("merged", "diagnostics/cos_merged")),
+        TRUTH,
+    ),
+    Plot(
+        "Error of the correction",
+        "tick",
+        "tick",
+        tuple((name, f"diagnostics/error_{name}") for name in ("total", "drift", "shift", "noise")),
+        ERRORS,
+    ),
+    Plot(
+        "Predicted gain of an update",
+        "tick",
+        "tick",
+        (("reward", "diagnostics/gain_reward"), ("tokens", "diagnostics/gain_length")),
+        GAINS,
+    ),
 )
 
 

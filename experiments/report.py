@@ -45,6 +45,7 @@ def write_html(folders: list[Path], out: Path) -> None:
         headline=_headline(runs),
         sweep=sweep_report.tables(findings) if findings else None,
         plain=plain,
+        diagnosed=sweep_report.DIAGNOSED,
         runs=runs,
         numbers={run.folder: i for i, run in enumerate(runs, start=1)},
         columns=[heading for heading, _ in COLUMNS],

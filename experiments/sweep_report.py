@@ -8,6 +8,19 @@ from experiments.cells import Cell, Findings
 from experiments.stats import CONFIDENCE, LEAST_SEEDS
 from experiments.verdict import Number, Sentence, Square, differences, ignited, interval, place, plain, square, verdict
 
+DIAGNOSED = (
+    "cos_m_bar",
+    "sign_m_bar",
+    "cos_g_comp",
+    "sign_g_comp",
+    "cos_source",
+    "error_drift",
+    "error_shift",
+    "error_noise",
+    "cos_update_reward",
+    "gain_length",
+)
+
 
 class Row(NamedTuple):
     """A cell of the sweep as the table shows it."""
@@ -26,6 +39,7 @@ class Tables(NamedTuple):
     headings: list[str]
     rows: list[Row]
     compared: list[tuple[str, str, str, str]]  # pair, where, difference, says
+    diagnosed: list[tuple[Cell, list[str]]]  # values of DIAGNOSED, of the cells that have any
 
 
 def tables(findings: Findings) -> Tables:
@@ -49,6 +63,7 @@ def tables(findings: Findings) -> Tables:
             (f"{d.a.arm} − {d.b.arm}", d.where, interval(d.found), _says(d.found.distinguishable, d.found.n))
             for d in differences(findings)
         ],
+        _diagnosed(findings),
     )
 
 
@@ -77,6 +92,11 @@ def _row(cell: Cell) -> list[str]:
     axes = [f"{value}" for value in cell.point.values()]
     spike = "–" if cell.clip_spike is None else f"{cell.clip_spike:.1f}×"
     return [*axes, plain(cell.mean), f"{len(cell.values)} of {len(cell.seeds)}", _short(cell), spike, ignited(cell)]
+
+
+def _diagnosed(findings: Findings) -> list[tuple[Cell, list[str]]]:
+    found = [(cell, [cell.diagnosis(name) for name in DIAGNOSED]) for cell in findings.cells]
+    return [(cell, [plain(e) for e in estimates]) for cell, estimates in found if any(e.n for e in estimates)]
 
 
 def _short(cell: Cell) -> str:
@@ -112,6 +132,9 @@ def markdown(findings: Findings) -> str:
         lines += _table([where, "low", second], [["low", cells[0], cells[2]], [first, cells[1], cells[3]]])
         lines += _table(["contrast", "accuracy", "seeds"], [list(row) for row in contrasts])
     lines += _table(found.headings, [[f"[{row.cell.arm}]({row.cell.name})", *row.values] for row in found.rows])
+    if found.diagnosed:
+        rows = [[f"[{cell.arm}]({cell.name})", *values] for cell, values in found.diagnosed]
+        lines += _table(["diagnosis", *DIAGNOSED], rows)
     if found.compared:
         lines += _table(["difference", "where", "accuracy", "seeds"], [list(row) for row in found.compared])
     return "\n".join(lines) + "\n"

@@ -37,6 +37,17 @@ class SwarmConfig(Section):
         return self
 
 
+class DiagnosticsConfig(Section):
+    """What a correction is worth, measured in the run: dense gradients beside those that the swarm used."""
+
+    every: int | None = Field(
+        None,
+        ge=1,
+        description="diagnose every so many ticks, on an actor of its own with `anchor.device` and "
+        "`anchor.micro_batch_size`; the weights stay the same to the bit; default: never",
+    )
+
+
 class LinksConfig(Section):
     """What `plan` and `simulate` assume of the cluster; a run itself never reads this."""
 

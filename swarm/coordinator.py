@@ -31,6 +31,7 @@ from rl.model_files import model_shape, resolve, tensor_sizes
 from rl.snapshot import BaseLost
 from swarm import checkpoint
 from swarm.gate import LaunchGate
+from swarm.sources import Sources
 from swarm.telemetry import Telemetry, combine
 
 
@@ -41,6 +42,7 @@ class Fleet:
     workers: list[Any]
     engines: list[Any]
     anchors: list[Any]
+    diagnosers: list[Any]
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,7 @@ class Coordinator:
         corrects = fleet.anchors and MERGERS[config.merger.kind].payload is not None
         timeout_s, bound = config.anchor.timeout_s, self.clock.bound()
         self.line = AnchorLine(fleet.anchors, config.swarm.pp, timeout_s, bound) if corrects else None
+        self.sources = Sources(config.diagnostics.every, self.clock)
         self._deliveries: list[Any] = []
         self._expired = False
         self._merged_m_bar: Any = None
@@ -122,7 +125,9 @@ class Coordinator:
         timing |= {k: v for k, v in metrics.items() if k.startswith("timing_s/")}
         timing["timing_s/ticks"] = sum(t["timing_s/tick"] for t in ticks)
         timing["timing_s/step"] = time.perf_counter() - start
-        seconds = timing["timing_s/step"] / len(ticks)
+        paused = sum(t.get("timing_s/diagnostics", 0.0) for t in ticks)
+        timing |= {"timing_s/diagnostics": paused} if paused else {}
+        seconds = (timing["timing_s/step"] - paused) / len(ticks)
         self.tick_seconds += (0.2 if self.tick_seconds else 1.0) * (seconds - self.tick_seconds)
         means = {
             k: float(np.mean([t[k] for t in ticks if k in t]))
@@ -149,10 +154,11 @@ class Coordinator:
         self.tick += 1
         due = self.clock.due(self.tick) if self.line else None
         self.version = due.version if due else self.version
-        plans = []
+        plans, pp, version = [], self.config.swarm.pp, self.version if self.clock.waits else None
+        diagnosed = self.sources.diagnosed(self.tick)
         for rank in range(len(self.fleet.workers)):
-            correction = [self.line.fires[due.version].corrections[rank % self.config.swarm.pp]] if due else None
-            plans.append((TickPlan(self.tick, index, correction, self.version if self.clock.waits else None, keep),))
+            correction = [self.line.fires[due.version].corrections[rank % pp]] if due else None
+            plans.append((TickPlan(self.tick, index, correction, version, keep, diagnosed and rank < pp),))
         reports = self._on_workers("tick", plans, f"tick {self.tick}")
         metrics, ledger = combine(reports, mini.batch.response_tokens)
         self._judge_codec(metrics)
@@ -160,6 +166,8 @@ class Coordinator:
         self._log_corrections(metrics)
         metrics |= self._bytes_since_last_tick()
         metrics["timing_s/tick"] = time.perf_counter() - start
+        if diagnosed:
+            metrics |= self._diagnose(mini, metrics)
         self.telemetry.tick(self.step, self.tick, metrics | self._totals())
         return metrics
 
@@ -181,6 +189,8 @@ class Coordinator:
             self.line.start(due, worker, references, replay, self._least_seconds(due))
             self.ledger.add("snapshot", nbytes, 0)
             self.ledger.add("replay", size, 0)
+            if self.sources.wants(due):
+                self.sources.keep(due, self._records(), mini.reference)
             if self.config.anchor.workers > 1:  # M̄ goes from one anchor worker to the next, in fp32
                 self.ledger.add("control", 4 * self._parameters, 0)
         return bool(dues)
@@ -253,12 +263,31 @@ class Coordinator:
             self.telemetry.fire(self.step, self.tick, report | {"first_tick": first})
         if "anchor/refused" in metrics:
             self.telemetry.event(self.step, self.tick, "correction refused", version=int(metrics["anchor/refused"]))
+        self.sources.settle(metrics)
         expired = "anchor/expired" in metrics
         if expired and not self._expired:
             self.telemetry.event(self.step, self.tick, "correction dropped at max_age", version=version)
         self._expired = expired
         if self.line:
             metrics["anchor/backwards"] = self.fires
+
+    # --- diagnosis ------------------------------------------------------------------------------
+
+    def _records(self) -> list[Any]:
+        """References to the weights of every stage, with what this tick kept; waits for nothing."""
+        return [worker.record.remote(self.tick) for worker in self.fleet.workers[: self.config.swarm.pp]]
+
+    def _diagnose(self, mini: MiniFrame, metrics: dict[str, float]) -> dict[str, float]:
+        """What this tick's correction was worth. The swarm waits for it; it is not part of `timing_s/tick`."""
+        start = time.perf_counter()
+        source = self.sources.merged(metrics)
+        # a correction from before a restart is left out whole: its M̄ may be that of a later fire
+        known = (source.due.source_tick, self._merged_m_bar, source.replay) if source else (None, None, None)
+        records = [*self._records(), *(source.records if source else [])]
+        call = self.fleet.diagnosers[0].diagnose.remote(self.tick, mini.reference, *known, *records)
+        (found,) = gather([("the diagnoser", call)], f"the diagnosis of tick {self.tick}", *self._anchor_limit())
+        self._remember("diagnoser", found.pop("perf/max_memory_gb"))
+        return found | {"timing_s/diagnostics": time.perf_counter() - start}
 
     # --- rollouts and weights -------------------------------------------------------------------
 

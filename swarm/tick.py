@@ -24,6 +24,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import xxhash
 from torch import Tensor
@@ -90,6 +91,7 @@ class Rank:
         self.optimizer = torch.optim.AdamW(
             [parameter], lr=grpo.lr, betas=grpo.betas, weight_decay=grpo.weight_decay, fused=True
         )
+        self.kept: dict[str, np.ndarray] = {}  # of a tick that is diagnosed, until `Worker.record` takes it away
         self.sealed: int | None = None  # digest of the weights at the end of the last checked tick
         self.timing: dict[str, float] = defaultdict(float)
 
@@ -136,6 +138,7 @@ def tick(rank: Rank, plan: TickPlan, mini: MiniBatch, fetch: Callable[[Any], Cor
     with rank.timed("reduce"):
         rank.reducer(weights.grad)
         _sum_tied(rank)  # after the replicas: then both copies add the same two numbers, bit for bit
+    _keep(rank, plan, before=weights.master, g_comp=weights.grad)
     if plan.correction is not None:
         with rank.timed("anchor_wait"):
             rank.inbox.put(fetch(plan.correction))
@@ -261,6 +264,7 @@ def _merge(rank: Rank, plan: TickPlan) -> dict[str, float]:
         return values | {"anchor/expired": 1.0}
     rank.merger.prepare(g_comp, correction.values, age, rank.norm)
     agree, flips = _merge_in_place(rank.merger, g_comp, correction.values)
+    _keep(rank, plan, merged=g_comp, **({"m_bar": correction.values} if rank.placebo else {}))
     return values | {
         "anchor/sign_agreement": agree / g_comp.numel(),
         "merger/dose": rank.merger.dose,
@@ -316,6 +320,13 @@ def _stand_in(rank: Rank, plan: TickPlan) -> dict[str, float]:
         values = rank.placebo.fire(source, g_comp)
         rank.correction = Correction(rank.seen, source, plan.tick, values, rank.rules.merger.placebo)
     return {}
+
+
+def _keep(rank: Rank, plan: TickPlan, **vectors: Tensor) -> None:
+    """For the diagnosis of this tick, if there is one: copies on the host, a tied embedding left to its owner."""
+    if plan.record:
+        owned = rank.stage.weights.owned
+        rank.kept |= {k: v[:owned].detach().to("cpu", copy=True).numpy() for k, v in vectors.items()}
 
 
 def _clip(rank: Rank, plan: TickPlan) -> float:

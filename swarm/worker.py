@@ -15,7 +15,7 @@ import torch
 from ray.exceptions import GetTimeoutError
 
 from anchor_service.errors import WaitTimeout
-from anchor_service.messages import Correction, TickPlan, unpack_correction
+from anchor_service.messages import Correction, TickPlan, pack_record, unpack_correction
 from codec.boundary import Boundary
 from codec.config import CodecConfig
 from codec.gradient import DenseSum, PowerSGDSum
@@ -153,6 +153,13 @@ class Worker:
             self.senders[stream] = Sender(snapshot, bf16)
         frame = self.senders[stream].frame(weights.master[: weights.owned], tick, self.rank.grid.p, whole)
         return frame, frame.nbytes
+
+    def record(self, tick: int) -> np.ndarray:
+        """This stage's weights after `tick` ticks, fp32, with what that tick kept if it is diagnosed."""
+        weights, kept = self.rank.stage.weights, self.rank.kept
+        self.rank.kept = {}
+        after = weights.master[: weights.owned].detach().cpu().numpy()
+        return pack_record(kept | {"after": after}, tick, self.rank.grid.p)
 
     def digest(self) -> int:
         return weights_digest(self.rank)

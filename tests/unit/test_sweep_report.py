@@ -242,3 +242,26 @@ def test_the_command_on_a_sweep(tmp_path: Path):
     result = CliRunner().invoke(cli.app, ["report", str(folder)])
     assert result.exit_code == 0 and result.stdout == markdown([folder]) and (folder / "report.html").exists()
     assert "| [A](A) |" in result.stdout and "main effect, anchor.delay_k 5 → 20" in result.stdout
+
+
+def test_cells_that_were_diagnosed_have_a_table_of_means_over_seeds(tmp_path: Path):
+    folder = fill(tmp_path / "s", decouple())
+    write_html([folder], folder / "report.html")
+    html = (folder / "report.html").read_text()
+    assert "gain_length" not in html + markdown([folder]) and "Error of the correction" not in html
+    for job in decouple().jobs():
+        if job.cell in ("A", "floor"):
+            values = {"cos_g_comp": 0.1 * job.seed, "gain_length": -0.5}
+            values |= {"cos_m_bar": 0.2, "error_drift": 0.3} if job.cell == "A" else {}
+            with (folder / job.folder / "metrics.jsonl").open("a") as file:
+                for tick, wobble in ((7, -0.1), (14, 0.1)):  # a mean over ticks first
+                    found = {f"diagnostics/{k}": v + wobble for k, v in values.items()}
+                    file.write(json.dumps({"kind": "tick", "step": tick // 2, "tick": tick} | found) + "\n")
+    heading, _, *rows = markdown([folder]).partition("| diagnosis |")[2].splitlines()[:5]
+    assert heading.split(" | ")[:3] == [" cos_m_bar", "sign_m_bar", "cos_g_comp"]
+    assert rows[0].startswith("| [A](A) | 0.200 ± 0.000 | – | 0.100 ± 0.248 | – | – | 0.300 ± 0.000 |")
+    assert rows[1].startswith("| [floor](floor) | – | – | 0.100 ± 0.248 |") and rows[2] == ""
+    write_html([folder], folder / "report.html")
+    html = (folder / "report.html").read_text()
+    for title in ("<h2>Diagnosis", "Agreement with the true gradient", "Error of the correction", "Predicted gain"):
+        assert title in html
