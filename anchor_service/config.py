@@ -125,6 +125,11 @@ class AnchorConfig(Section):
         "auto", description="`auto`: sign planes where the merger needs no more; `dense`: fp32 M̄ always"
     )
     device: Literal["cpu", "cuda"] = Field("cpu", description="device of the anchor")
+    resource: str | None = Field(
+        None,
+        pattern=r"^[a-z][a-z0-9_-]*$",
+        description="custom Ray resource of the node that the anchor must be on, e.g. `anchor`; default: any node",
+    )
     micro_batch_size: int = Field(32, ge=1, description="samples in one backward of the anchor")
     slowdown: float = Field(1.0, ge=1, description="sleep until a fire took this many times its own time")
     timeout_s: float = Field(600.0, gt=0, description="deadline of a correction that is due")

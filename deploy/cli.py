@@ -212,6 +212,35 @@ def report(
 
 
 @app.command()
+def doctor(
+    source: Annotated[
+        str | None, typer.Argument(metavar="[PRESET_OR_TOML]", help="does this config fit? default: the machine alone")
+    ] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a key, for example swarm.dp=8")
+    ] = None,
+    address: Address = None,
+    nodes: Annotated[int, typer.Option(min=1, help="with --address: nodes to wait for, two minutes at most")] = 1,
+    out: Annotated[Path, typer.Option(help="where the run folder would be: its disk is looked at")] = Path("runs"),
+    json_file: JsonFile = None,
+) -> None:
+    """Say what will not work here, or on a cluster, and the fix: versions, GPUs, network, ports, disks, clocks, memory.
+
+    Exit 0 if nothing is an error, 1 if something is, 2 if the config itself is refused.
+    """
+    config = _checked(source, set_ or []) if source else None
+    from deploy.checks import to_dict
+    from deploy.doctor import examine, show
+    from deploy.progress import console
+
+    found = examine(config, address, out, nodes)
+    show(found, console)
+    if json_file:
+        json_file.write_text(json.dumps(to_dict(found), indent=1) + "\n")
+    raise typer.Exit(1 if any(finding.level == "error" for finding in found) else 0)
+
+
+@app.command()
 def presets() -> None:
     """List the shipped presets."""
     from deploy.config import preset_names

@@ -6,13 +6,14 @@ No torch, no Ray. What a check needs of the model is read from the model's own m
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import tomli_w
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from anchor_service.config import AnchorConfig
 from codec.config import CodecConfig, Section
@@ -39,6 +40,18 @@ class RunSection(Section):
     seed: int = Field(0, ge=0, lt=2**31, description="seeds prompts, sampling and the first Q")
     steps: int = Field(75, ge=1, description="global steps")
     checkpoint_every: int = Field(0, ge=0, description="checkpoint every so many steps; 0: never")
+    loggers: list[Literal["wandb", "mlflow", "trackio"]] = Field(
+        default_factory=list, description="beside metrics.jsonl and TensorBoard; one that fails does not stop the run"
+    )
+
+    @field_validator("loggers")
+    @classmethod
+    def _loggers_are_installed(cls, names: list[str]) -> list[str]:
+        for name in names:
+            found = importlib.util.find_spec(name)
+            if found is None or found.origin is None:  # a mere folder of that name, as wandb leaves behind, is none
+                raise ValueError(f"{name!r} is not installed: pip install 'northstar[{name}]', or leave it out")
+        return names
 
 
 class RunConfig(Section):
@@ -245,4 +258,10 @@ def _fields_at(loc: tuple) -> list[str]:
 
 
 def _literals_at(loc: tuple) -> list[str]:
-    return [str(v) for v in get_args(_section_at(loc[:-1]).model_fields[loc[-1]].annotation)]
+    *sections, key = [part for part in loc if isinstance(part, str)]  # an item of a list has a number at its end
+    return [str(value) for value in _leaves(_section_at(tuple(sections)).model_fields[key].annotation)]
+
+
+def _leaves(kind: Any) -> list[Any]:
+    """The values of a Literal, wherever it is in a type."""
+    return [leaf for part in get_args(kind) for leaf in (_leaves(part) if get_args(part) else [part])]

@@ -14,6 +14,7 @@ from anchor_service.actor import Anchor
 from anchor_service.diagnosis import Diagnoser
 from anchor_service.errors import WaitTimeout
 from deploy.config import RunConfig
+from deploy.placement import ROLES, UNMASKED, counts, demand, placement
 from merger import MERGERS
 from rl.model_files import model_shape, resolve
 from rl.policy import spans
@@ -22,27 +23,7 @@ from swarm.coordinator import Fleet, gather
 from swarm.tick import Rules
 from swarm.worker import Worker, WorkerSetup
 
-_ENV = {
-    # Ray's masking of GPUs makes NCCL slow or hang on some machines; a worker picks its device itself
-    "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-}
-
-
-ROLES = ("worker", "engine", "anchor", "diagnoser")
-
-
-def counts(config: RunConfig) -> tuple[int, int, int, int]:
-    """Actors of each role."""
-    anchors = config.anchor.workers if config.anchor.enabled else 0
-    return config.swarm.dp * config.swarm.pp, config.rollout.replicas, anchors, int(bool(config.diagnostics.every))
-
-
-def bundles(config: RunConfig) -> list[dict[str, float]]:
-    """Resources of all roles, in their order: one placement-group bundle an actor."""
-    devices = config.swarm.device, config.rollout.device, config.anchor.device, config.anchor.device
-    cuda = [device == "cuda" for device, count in zip(devices, counts(config)) for _ in range(count)]
-    return [{"CPU": 1, "GPU": 1} if gpu else {"CPU": 1} for gpu in cuda]
+_ENV = {"TOKENIZERS_PARALLELISM": "false"}
 
 
 @contextmanager
@@ -118,38 +99,44 @@ class Held:
 def _kind(config: RunConfig) -> tuple[Any, ...]:
     """What an actor cannot change once it runs."""
     devices = config.swarm.device, config.rollout.device, config.anchor.device
-    return (*devices, config.swarm.threads, config.anchor.clock)
+    place = config.swarm.placement, config.swarm.pp if config.swarm.placement == "replicas" else None
+    return (*devices, config.swarm.threads, config.anchor.clock, config.anchor.resource, *place)
 
 
 def _reserve(config: RunConfig) -> PlacementGroup:
-    wanted = bundles(config)
-    group = placement_group(wanted, strategy="PACK")
+    wanted = placement(config)
+    group = placement_group(wanted.bundles, strategy=wanted.strategy)
     ready, _ = ray.wait([group.ready()], timeout=config.swarm.start_timeout_s)
     if not ready:
         remove_placement_group(group)
-        have, need = ray.cluster_resources(), {k: sum(b.get(k, 0) for b in wanted) for k in ("CPU", "GPU")}
-        what = (
-            f"{need['CPU']:g} CPUs and {need['GPU']:g} GPUs (it has {have.get('CPU', 0):g} and {have.get('GPU', 0):g})"
-        )
+        have = ray.cluster_resources()
+        what = ", ".join(f"{n:g} {name} (of {have.get(name, 0):g} it has)" for name, n in wanted.total.items())
         raise WaitTimeout(
-            "the Ray cluster", what, config.swarm.start_timeout_s, "swarm.start_timeout_s, or lower swarm.dp"
+            "the Ray cluster",
+            f"room for {len(wanted.bundles)} bundles, in all {what}",
+            config.swarm.start_timeout_s,
+            "swarm.start_timeout_s, or lower swarm.dp (`northstar doctor --address` says what does not fit)",
         )
     return group
 
 
 def _start(config: RunConfig, group: PlacementGroup, plans: list[list[tuple]], roles: list[list[Any]]) -> None:
-    """New actors, in the order of the bundles; a handle is in `roles` as soon as it is there."""
-    wanted = bundles(config)
+    """New actors, each in its bundle; a handle is in `roles` as soon as it is there."""
+    wanted = placement(config)
     for plan, role in zip(plans, roles):
         for cls, *args in plan:
             index = sum(map(len, roles))
+            needs = demand(config, index)
+            env = _ENV | (UNMASKED if cls is Worker else {}) | {"OMP_NUM_THREADS": str(config.swarm.threads)}
             options = dict(
-                num_cpus=wanted[index]["CPU"],
-                num_gpus=wanted[index].get("GPU", 0),
+                num_cpus=needs["CPU"],
+                num_gpus=needs["GPU"],
                 max_restarts=0,
                 max_task_retries=0,  # a repeated tick would hang the other ranks
-                scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index),
-                runtime_env={"env_vars": {**_ENV, "OMP_NUM_THREADS": str(config.swarm.threads)}},
+                scheduling_strategy=PlacementGroupSchedulingStrategy(
+                    group, placement_group_bundle_index=wanted.of_actor[index]
+                ),
+                runtime_env={"env_vars": env},
             )
             if cls is Worker and config.anchor.clock == "wall":
                 options["concurrency_groups"] = {"inbox": 1}  # corrections arrive beside a running tick

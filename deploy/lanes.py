@@ -15,8 +15,9 @@ from typing import Any, Protocol
 import ray
 
 from deploy.config import RunConfig
-from deploy.fleet import Held, bundles
+from deploy.fleet import Held
 from deploy.launch import drive, session
+from deploy.placement import placement
 from deploy.sweep import Planned
 
 
@@ -45,14 +46,13 @@ def execute(runs: list[Planned], watcher: Watcher, address: str | None = None, l
 
 
 def _needs(config: RunConfig) -> int:
-    return sum(int(bundle["CPU"]) for bundle in bundles(config))
+    return int(placement(config).total["CPU"])
 
 
 def _room(config: RunConfig) -> int:
     """How many runs like `config` the connected cluster can hold at once."""
-    have, wanted = ray.cluster_resources(), bundles(config)
-    needs = {key: sum(bundle.get(key, 0) for bundle in wanted) for key in ("CPU", "GPU")}
-    return max(1, int(min(have.get(key, 0) // need for key, need in needs.items() if need)))
+    have = ray.cluster_resources()
+    return max(1, int(min(have.get(key, 0) // need for key, need in placement(config).total.items())))
 
 
 def _clear(folder: Path) -> None:

@@ -12,10 +12,12 @@ from typing import Any
 import ray
 
 from deploy.config import RunConfig, to_toml
-from deploy.fleet import bundles, fleet
+from deploy.fleet import fleet
+from deploy.placement import placement
 from rl.model_files import model_shape, resolve
 from swarm import checkpoint
 from swarm.coordinator import Coordinator, Fleet
+from swarm.loggers import Loggers
 from swarm.telemetry import Listener, Telemetry
 
 
@@ -30,10 +32,11 @@ def cluster(config: RunConfig, address: str | None, lanes: int = 1) -> Iterator[
     if address:
         ray.init(address=address, log_to_driver=False)
     else:
-        needed = lanes * sum(bundle.get("CPU", 0) for bundle in bundles(config))
+        needed, anchor = lanes * placement(config).total["CPU"], config.anchor.resource
         # Logical CPUs, so that a small machine can run every role; each process uses `swarm.threads` threads
         ray.init(
             num_cpus=max(os.cpu_count() or 1, needed),
+            resources={anchor: 1} if anchor else None,
             include_dashboard=False,
             log_to_driver=False,
             _node_ip_address="127.0.0.1",
@@ -84,11 +87,13 @@ def drive(
     `fleets` gives the actors: new ones, or those of an earlier run. Ctrl-C and SIGTERM end the run with status "interrupted", any error with "failed" and the error
     raised again; the folder is valid in every case.
     """
+    run = run.resolve()  # workers write their checkpoints there too, and theirs is another working directory
     config.check_fits(model_shape(str(resolve(config.model.path))))
     folder = checkpoint.newest(run) if resume else None
     run.mkdir(parents=True, exist_ok=True)
     (run / "config.toml").write_text(to_toml(config))
-    telemetry = Telemetry(run, listener)
+    loggers = Loggers.named(config.run.loggers, config.run.name, run, config.model_dump(mode="json"))
+    telemetry = Telemetry(run, listener, loggers)
     outcome = _Outcome(config, telemetry)
     try:
         with fleets(config) as actors, outcome:  # the summary is written first: taking Ray down may not succeed

@@ -97,8 +97,8 @@ class Plan:
 
 
 def load_for_planning(source: str, overrides: list[str]) -> RunConfig:
-    """A config whose task is not looked at: `plan` needs neither its file nor its answers. Raises ConfigError."""
-    return load(source, [*overrides, "task.name=sums"])
+    """A config whose task and loggers are not looked at: `plan` needs neither here. Raises ConfigError."""
+    return load(source, [*overrides, "task.name=sums", "run.loggers=[]"])
 
 
 def make_plan(config: RunConfig) -> Plan:

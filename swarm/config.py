@@ -18,6 +18,10 @@ class SwarmConfig(Section):
         default_factory=list, description="cut the decoder in front of these layers; len+1 is a multiple of pp"
     )
     device: Literal["cpu", "cuda"] = Field("cpu", description="cuda: nccl groups and one GPU a worker; cpu: gloo")
+    placement: Literal["pack", "replicas"] = Field(
+        "pack",
+        description="`pack`: on as few nodes as hold it; `replicas`: a replica's stages on one node, replicas apart",
+    )
     micro_batch_size: int = Field(32, ge=1, description="samples in one microbatch of a worker")
     threads: int = Field(1, ge=1, description="torch threads of each process")
     check_every: int = Field(1, ge=0, description="compare the replicas' weight digests every so many ticks; 0: never")

@@ -1,10 +1,11 @@
-"""What a run writes down: metrics.jsonl, corrections.jsonl, summary.json, TensorBoard events."""
+"""What a run writes down: metrics.jsonl, corrections.jsonl, summary.json, TensorBoard events; and its loggers."""
 
 from __future__ import annotations
 
 import json
 import os
 import time
+import warnings
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any, Protocol, TextIO
 from torch.utils.tensorboard import SummaryWriter
 
 from rl import mismatch
+from swarm.loggers import Loggers
 
 Entries = dict[str, tuple[float, float]]
 
@@ -48,10 +50,14 @@ class Listener(Protocol):
 
 
 class Telemetry:
-    """The files of one run folder. Lines are written whole and flushed, so a killed run stays readable."""
+    """The files of one run folder. Lines are written whole and flushed, so a killed run stays readable.
 
-    def __init__(self, run: Path, listener: Listener):
+    `loggers` get the numbers too. One that fails is left out from then on, with one event and one warning.
+    """
+
+    def __init__(self, run: Path, listener: Listener, loggers: Loggers | None = None):
         self.run, self.listener = run, listener
+        self.loggers = loggers or Loggers({})
         self.started = time.time()
         self.validations: list[dict[str, float]] = []
         self.last: dict[str, Any] = {}
@@ -91,15 +97,24 @@ class Telemetry:
         self._metrics.write(json.dumps(record) + "\n")
         self._metrics.flush()
         self.last[kind] = record
-        for name, value in metrics.items():
-            if isinstance(value, (int, float)) and "/" in name:
-                # step records have the same names as the means of their ticks, on another axis
-                self._board.add_scalar(
-                    name if kind != "step" else f"step/{name}", value, step if kind == "step" else tick
-                )
-            if kind == "step" and name.startswith("timing_s/"):
-                self.seconds[name] += value
+        # step records have the same names as the means of their ticks, on another axis
+        prefix, at = ("step/", step) if kind == "step" else ("", tick)
+        numbers = {f"{prefix}{k}": v for k, v in metrics.items() if isinstance(v, (int, float)) and "/" in k}
+        for name, value in numbers.items():
+            self._board.add_scalar(name, value, at)
+        if numbers:  # loggers have one axis, which must not go back: ticks
+            self.loggers.log(numbers | {"training/global_step": step}, tick)
+        if kind == "step":
+            for name, value in metrics.items():
+                if name.startswith("timing_s/"):
+                    self.seconds[name] += value
         self.listener(record)
+        self._report_lost_loggers(step, tick)
+
+    def _report_lost_loggers(self, step: int, tick: int) -> None:
+        for name, reason in self.loggers.failed().items():
+            self.event(step, tick, "logger_failed", logger=name, reason=reason)
+            warnings.warn(f"logger {name} failed, the run goes on without it: {reason}", stacklevel=2)
 
     def state(self) -> dict[str, Any]:
         return {"validations": self.validations, "seconds": dict(self.seconds)}
@@ -112,7 +127,7 @@ class Telemetry:
         self._corrections = _keep(self._corrections, lambda record: (record["first_tick"] or 0) <= tick)
 
     def finish(self, status: str, extra: dict[str, Any]) -> dict[str, Any]:
-        """Write summary.json and close the files."""
+        """Write summary.json and close the files and loggers."""
         accuracies = [v["accuracy"] for v in self.validations]
         summary = {
             "status": status,
@@ -125,6 +140,9 @@ class Telemetry:
             "weights_digests": self.digests,
         } | extra
         _replace(self.run / "summary.json", json.dumps(summary, indent=2) + "\n")
+        self.loggers.close()  # after the summary: this may take a while
+        last = self.last.get("step") or {"step": 0, "tick": 0}
+        self._report_lost_loggers(last["step"], last["tick"])
         self._metrics.close()
         self._corrections.close()
         self._board.close()

@@ -1,0 +1,62 @@
+"""What the actors of a run ask of a cluster, and which of them share a node. No torch, no Ray."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from deploy.config import RunConfig
+
+# Ray's masking of GPUs makes NCCL slow or hang on some machines: a worker sees all of them and picks its own. Engines
+# and anchors use no NCCL; each sees, by that mask, the one GPU that it was given
+UNMASKED = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
+ROLES = ("worker", "engine", "anchor", "diagnoser")
+_A_TRACE = 0.001  # of a node's custom resource: there is room for any number of anchor workers
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Bundles of one placement group. A bundle lies on one node; its actors are found by their index."""
+
+    bundles: list[dict[str, float]]
+    of_actor: list[int]  # the bundle of each actor: workers by rank, then the other roles in the order of ROLES
+    strategy: str  # Ray's: what it tries between bundles
+
+    @property
+    def total(self) -> dict[str, float]:
+        """Every resource that all of it needs, CPUs first."""
+        return dict(sum((Counter(bundle) for bundle in self.bundles), Counter()))
+
+
+def counts(config: RunConfig) -> tuple[int, int, int, int]:
+    """Actors of each role."""
+    anchors = config.anchor.workers if config.anchor.enabled else 0
+    return config.swarm.dp * config.swarm.pp, config.rollout.replicas, anchors, int(bool(config.diagnostics.every))
+
+
+def placement(config: RunConfig) -> Placement:
+    """One bundle an actor; with `swarm.placement = "replicas"` one for all stages of a replica."""
+    swarm, (workers, engines, anchors, diagnosers) = config.swarm, counts(config)
+    apart = swarm.placement == "replicas"
+    together = swarm.pp if apart else 1
+    anchor = _bundle(config.anchor.device)
+    if config.anchor.resource:
+        anchor[config.anchor.resource] = _A_TRACE
+    replicas = workers // together
+    bundles = [_bundle(swarm.device, together) for _ in range(replicas)]
+    bundles += [_bundle(config.rollout.device) for _ in range(engines)]
+    bundles += [dict(anchor) for _ in range(anchors)]
+    bundles += [_bundle(config.anchor.device) for _ in range(diagnosers)]
+    of_actor = [rank // together for rank in range(workers)] + list(range(replicas, len(bundles)))
+    return Placement(bundles, of_actor, "SPREAD" if apart else "PACK")
+
+
+def demand(config: RunConfig, actor: int) -> dict[str, int]:
+    """CPUs and GPUs of one actor, by its place in `Placement.of_actor`."""
+    devices = config.swarm.device, config.rollout.device, config.anchor.device, config.anchor.device
+    device = [device for device, count in zip(devices, counts(config)) for _ in range(count)][actor]
+    return {"CPU": 1, "GPU": 1 if device == "cuda" else 0}
+
+
+def _bundle(device: str, actors: int = 1) -> dict[str, float]:
+    return {"CPU": actors, "GPU": actors} if device == "cuda" else {"CPU": actors}

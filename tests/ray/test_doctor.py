@@ -1,0 +1,31 @@
+"""`northstar doctor` on a cluster: it asks each node, and takes nothing from the runs there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import ray
+
+from deploy.checks import merge
+from deploy.doctor import _connected
+from deploy.facts import gather
+from tests.ray.conftest import small
+
+pytestmark = pytest.mark.slow
+
+
+def test_every_node_of_a_cluster_is_asked_and_nothing_is_left_behind(ray_cluster: None, tmp_path: Path):
+    before = ray.available_resources().get("CPU")
+    found = merge(_connected(small("run.checkpoint_every=2"), gather(str(tmp_path)), tmp_path / "run", nodes=1))
+    about = {f.about: f.level for f in found}
+    assert about["nodes"] == about["files"] == about["clocks"] == about["room"] == "ok"
+    assert "node" not in about and "same everywhere" not in about
+    assert not list((tmp_path / "run").iterdir())
+    assert ray.available_resources().get("CPU") == before
+
+
+def test_a_run_that_the_cluster_cannot_hold_is_found_out(ray_cluster: None, tmp_path: Path):
+    found = merge(_connected(small("anchor.resource=nowhere"), gather(str(tmp_path)), tmp_path / "run", nodes=1))
+    (room,) = (f for f in found if f.about == "room")
+    assert room.level == "error" and "nowhere" in room.fix

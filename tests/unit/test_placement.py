@@ -1,0 +1,71 @@
+"""What actors ask of a cluster: the bundles hold exactly their actors, and put together what belongs together."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+
+from deploy.config import RunConfig, load
+from deploy.placement import counts, demand, placement
+
+LAYOUTS = [
+    (f"swarm.dp={dp}", f"swarm.pp={pp}", f"swarm.placement={kind}", f"anchor.workers={anchors}", *devices)
+    for dp, pp, kind, anchors in product((1, 2, 4), (1, 2), ("pack", "replicas"), (1, 2))
+    for devices in ((), ("swarm.device=cuda",), ("rollout.device=cuda", "anchor.device=cuda", "diagnostics.every=2"))
+]
+
+
+def config(*overrides: str) -> RunConfig:
+    return load("k5", [*overrides, "rollout.replicas=3"])
+
+
+@pytest.mark.parametrize("overrides", LAYOUTS, ids=" ".join)
+def test_each_bundle_holds_its_actors_and_nothing_more(overrides: tuple[str, ...]):
+    c = config(*overrides)
+    place = placement(c)
+    assert len(place.of_actor) == sum(counts(c))
+    for index, bundle in enumerate(place.bundles):
+        inside = [demand(c, actor) for actor, where in enumerate(place.of_actor) if where == index]
+        assert inside
+        for name in ("CPU", "GPU"):
+            assert bundle.get(name, 0) == sum(needs[name] for needs in inside)
+
+
+@pytest.mark.parametrize("overrides", LAYOUTS, ids=" ".join)
+def test_a_replica_shares_a_node_with_itself_alone_if_asked_to(overrides: tuple[str, ...]):
+    c = config(*overrides)
+    place, (workers, *_) = placement(c), counts(c)
+    replica = [rank // c.swarm.pp for rank in range(workers)]
+    if c.swarm.placement == "replicas":
+        assert place.of_actor[:workers] == replica and place.strategy == "SPREAD"
+    else:
+        assert place.of_actor[:workers] == list(range(workers)) and place.strategy == "PACK"
+    assert not set(place.of_actor[:workers]) & set(place.of_actor[workers:])
+
+
+def test_a_run_needs_the_same_wherever_its_actors_are():
+    for dp, pp in product((1, 2), (1, 2)):
+        layout = (f"swarm.dp={dp}", f"swarm.pp={pp}")
+        needs = [placement(config(*layout, f"swarm.placement={kind}")).total for kind in ("pack", "replicas")]
+        assert needs[0] == needs[1]
+
+
+def test_only_the_anchor_asks_for_its_node_and_many_of_its_workers_fit_there():
+    c = config("anchor.resource=anchor", "anchor.workers=4", "swarm.dp=2")
+    place, (workers, engines, anchors, _) = placement(c), counts(c)
+    asking = [index for index, bundle in enumerate(place.bundles) if "anchor" in bundle]
+    assert asking == place.of_actor[workers + engines :] and len(asking) == anchors == 4
+    assert place.total["anchor"] <= 1
+    assert all("anchor" not in bundle for bundle in placement(config("anchor.workers=4")).bundles)
+
+
+def test_a_run_without_an_anchor_asks_for_none():
+    c = config("anchor.resource=anchor", "anchor.enabled=false", "merger.kind=none")
+    assert "anchor" not in placement(c).total
+
+
+def test_the_names_of_real_resources_are_no_names_for_the_anchors():
+    for name in ("CPU", "GPU", "node:10.0.0.1"):
+        with pytest.raises(ValueError, match=r"anchor\.resource"):
+            config(f'anchor.resource="{name}"')
