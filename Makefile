@@ -11,7 +11,7 @@ $(STAMP): pyproject.toml
 	$(PYTHON) -c 'import sys; assert (3, 11) <= sys.version_info[:2] < (3, 14), f"Python 3.11 to 3.13 is needed, this is {sys.version}: set PYTHON="'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip setuptools
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[dev,gguf]'
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[dev,gguf,datasets]'
 	touch $@
 
 demo: setup  ## train the whole circuit on the built-in task: 2x2 workers, two engines, an anchor

@@ -20,7 +20,7 @@ from anchor_service.messages import FireJob, content_digest, pack_correction
 from anchor_service.ring import RingOverflow
 from codec.frames import digest
 from rl.batch import Batch
-from rl.config import GrpoConfig, SnapshotConfig
+from rl.config import GrpoConfig, ModelConfig, SnapshotConfig
 from rl.memory import peak_memory_gb
 from rl.model_files import resolve
 from rl.policy import Span
@@ -33,8 +33,8 @@ class Anchor:
     def __init__(
         self,
         config: AnchorConfig,
-        model_path: str,
-        dtype: str,
+        model: ModelConfig,
+        checkpointing: bool,
         stages: list[Span],
         grpo: GrpoConfig,
         temperature: float,
@@ -45,14 +45,16 @@ class Anchor:
         torch.set_num_threads(threads)
         self.config, self.payload = config, payload
         self.dense = DenseGradient(
-            resolve(model_path),
+            resolve(model.path),
             stages,
-            getattr(torch, dtype),
+            getattr(torch, model.dtype),
             torch.device(config.device),
             config.micro_batch_size,
             grpo,
             temperature,
             snapshot,
+            model.attention,
+            checkpointing,
         )
 
     def gradient(self, job: FireJob) -> tuple[dict[str, Any], np.ndarray]:

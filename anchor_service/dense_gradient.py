@@ -31,8 +31,11 @@ class DenseGradient:
         grpo: GrpoConfig,
         temperature: float,
         snapshot: SnapshotConfig,
+        attention: str = "sdpa",
+        checkpointing: bool = False,
     ):
-        self.model = Stage(folder, Span(0, stages[0].total, stages[0].total), dtype, device)
+        whole = Span(0, stages[0].total, stages[0].total)
+        self.model = Stage(folder, whole, dtype, device, attention=attention, checkpointing=checkpointing)
         self.stages, self.device, self.size = stages, device, micro_batch_size
         self.grpo, self.temperature = grpo, temperature
         self.receiver = Receiver(snapshot)

@@ -25,7 +25,7 @@ from anchor_service.config import AnchorConfig
 from anchor_service.dense_gradient import DenseGradient
 from anchor_service.messages import unpack_records
 from rl.batch import Batch
-from rl.config import GrpoConfig, SnapshotConfig
+from rl.config import GrpoConfig, ModelConfig, SnapshotConfig
 from rl.memory import peak_memory_gb
 from rl.model_files import resolve
 from rl.policy import Span
@@ -112,17 +112,26 @@ class Diagnoser:
     def __init__(
         self,
         config: AnchorConfig,
-        model_path: str,
-        dtype: str,
+        model: ModelConfig,
+        checkpointing: bool,
         stages: list[Span],
         grpo: GrpoConfig,
         temperature: float,
         threads: int,
     ):
         torch.set_num_threads(threads)
-        folder, device, size = resolve(model_path), torch.device(config.device), config.micro_batch_size
-        numbers = getattr(torch, dtype)
-        self.dense = DenseGradient(folder, stages, numbers, device, size, grpo, temperature, SnapshotConfig())
+        self.dense = DenseGradient(
+            resolve(model.path),
+            stages,
+            getattr(torch, model.dtype),
+            torch.device(config.device),
+            config.micro_batch_size,
+            grpo,
+            temperature,
+            SnapshotConfig(),
+            model.attention,
+            checkpointing,
+        )
         self.grpo = grpo
 
     def diagnose(

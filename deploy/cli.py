@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -241,6 +241,28 @@ def doctor(
 
 
 @app.command()
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", exists=True, file_okay=False, help="folder of the run")],
+    out: Annotated[Path, typer.Argument(metavar="DIR", help="folder to write; it must not be there yet")],
+    step: Annotated[
+        int | None, typer.Option(min=1, help="global step of the checkpoint; default: the newest one")
+    ] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16"] | None,
+        typer.Option(help="of the weights written; default: the run's model.dtype"),
+    ] = None,
+) -> None:
+    """Write a checkpoint's policy as a Hugging Face folder, which transformers and vLLM load."""
+    from deploy import export as exporting
+
+    try:
+        found = exporting.export(run, out, step, dtype)
+    except ValueError as error:
+        raise _refused(error) from error
+    typer.echo(f"step {found.step}: {found.parameters:,} parameters in {found.dtype} to {found.folder}")
+
+
+@app.command()
 def presets() -> None:
     """List the shipped presets."""
     from deploy.config import preset_names
@@ -291,4 +313,5 @@ def _write_report(folder: Path) -> None:
 
 
 def main() -> None:
+    sys.path.append(str(Path.cwd()))  # as `python -m` has it: task.reward may name a module beside the run
     sys.exit(app())

@@ -20,7 +20,7 @@ from codec.config import CodecConfig, Section
 from merger.config import MergerConfig
 from rl.config import GrpoConfig, ModelConfig, RolloutConfig, SnapshotConfig, TaskConfig, ValConfig
 from rl.model_files import ModelShape, model_shape
-from rl.tasks import check_task_name
+from rl.tasks import check_task
 from swarm.config import DiagnosticsConfig, LinksConfig, SwarmConfig
 
 PRESETS = Path(__file__).parent.parent / "experiments" / "presets"
@@ -90,10 +90,8 @@ class RunConfig(Section):
                 f"(grpo.ppo_mini_batch_size x grpo.group_size)"
             )
         self._check_shared_weights()
-        try:
-            check_task_name(self.task.name)
-        except ValueError as error:
-            raise ValueError(f"task.name: {error}") from None
+        self._check_attention()
+        check_task(self.task)
         try:
             shape = model_shape(self.model.path)
         except ValueError as error:
@@ -115,6 +113,19 @@ class RunConfig(Section):
                 "merger.placebo needs anchor.clock=lockstep and anchor.lag.kind=fixed: it has no lag of its own"
             )
 
+    def _check_attention(self) -> None:
+        """Flash attention is for 16-bit numbers on GPUs; whether it is installed is seen where the model is built."""
+        attention = self.model.attention
+        if not attention.startswith("flash"):
+            return
+        if self.model.dtype != "bfloat16":
+            raise ValueError(f"model.attention {attention!r} computes in 16 bits: set model.dtype=bfloat16")
+        devices = {"swarm.device": self.swarm.device, "rollout.device": self.rollout.device}
+        devices |= {"anchor.device": self.anchor.device} if self.anchor.enabled else {}
+        for key, device in devices.items():
+            if device != "cuda":
+                raise ValueError(f"model.attention {attention!r} needs {key}=cuda, it is {device!r}: or use sdpa")
+
     def _check_shared_weights(self) -> None:
         """The engines get weights at the end of a step: a fixed lag must take its snapshots there."""
         anchor, ticks = self.anchor, self.grpo.ticks_per_step
@@ -133,6 +144,11 @@ class RunConfig(Section):
             raise ValueError(
                 f"grpo.max_prompt_length + grpo.max_response_length is {length}, beyond the model's sliding window "
                 f"of {shape.window}: lower one of them (attention here spans the whole sequence)"
+            )
+        if self.task.chat and not shape.chat:
+            raise ValueError(
+                f"task.chat: the tokenizer of {self.model.path!r} has no chat template: set task.chat=false, use the "
+                f"instruction-tuned model, or put a chat_template.jinja into its folder"
             )
         for boundary in self.swarm.boundaries:
             if boundary >= shape.layers:

@@ -177,7 +177,8 @@ def _dense(config: RunConfig) -> tuple:
     """What every actor that computes dense gradients is built from."""
     layers = model_shape(str(resolve(config.model.path))).layers
     stages = spans(layers, config.swarm.boundaries, config.swarm.pp)
-    return config.anchor, config.model.path, config.model.dtype, stages, config.grpo, config.rollout.temperature
+    checkpointing = config.swarm.activation_checkpointing
+    return config.anchor, config.model, checkpointing, stages, config.grpo, config.rollout.temperature
 
 
 def _anchor(config: RunConfig) -> tuple:

@@ -95,7 +95,7 @@ def _sources(config: RunConfig) -> int:
 def activations(
     config: RunConfig, params: Params, role: str, alive: int, layers: int, samples: int, logits: bool
 ) -> list[Part]:
-    """Rough: what autograd keeps of a decoder layer with SDPA and no checkpointing, and of the logits.
+    """Rough: what autograd keeps of a decoder layer with SDPA, or with checkpointing of its input, and of the logits.
 
     `alive` microbatches of `samples` samples of mean length are under way at once.
     """
@@ -104,7 +104,11 @@ def activations(
     norms = 2 * (FP32 + size) * hidden  # each keeps its input in fp32 and its output
     layer = norms + size * (2 * hidden + 3 * q + 2 * kv + 4 * model["intermediate_size"])
     length = prompt_tokens(config) + response_tokens(config)
-    parts = [Part(role, "activations", alive * samples * length * layers * layer, rough=True, during="backward")]
+    rows = samples * length
+    kept = alive * rows * layers * layer
+    if config.swarm.activation_checkpointing:  # inputs of all layers, and the one that is computed again
+        kept = alive * rows * layers * size * hidden + rows * layer
+    parts = [Part(role, "activations", kept, rough=True, during="backward")]
     if logits:  # the head's output, divided by the temperature, in fp32, its log-softmax, and that one's gradient
         row = (2 * size + 4 * FP32) * params.vocab
         nbytes = samples * response_tokens(config) * row

@@ -84,7 +84,7 @@ def probe(config: RunConfig, tokens: int, say: Say, candidates: list[CodecConfig
         say("no answer was better than another: advantages are drawn, +1 or -1")
         calibration, scored = _with_drawn_advantages(calibration, 0), _with_drawn_advantages(scored, 1)
     dtype, device = getattr(torch, config.model.dtype), torch.device(config.swarm.device)
-    halves = Halves(folder, shape.layers, config.swarm.boundaries, dtype, device)
+    halves = Halves(folder, shape.layers, config.swarm.boundaries, dtype, device, config.model.attention)
     trials = [Trial(codec, halves, config.run.seed) for codec in candidates]
     calibrate(halves, trials, calibration, config, say)
     reference, gradient_tokens = score(halves, trials, scored, config, say)

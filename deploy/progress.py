@@ -97,6 +97,8 @@ def print_summary(summary: dict[str, Any], folder: Path) -> None:
     table.add_row("wall seconds with start-up", f"{summary['wall_s']:.1f}")
     console.print(table)
     console.print(f"run folder {folder}")
+    if (folder / "checkpoints").is_dir():
+        console.print(f"the policy as a Hugging Face folder: northstar export {folder} DIR", soft_wrap=True)
 
 
 def _zeros(summary: dict[str, Any]) -> dict[str, Any]:

@@ -92,9 +92,8 @@ class Durations:
         self.config, self.rng, self.links = config, rng, config.links
         self.params = sizes.parameters(config)
         # what the config could not check itself if its model is not on this machine
-        config.check_fits(
-            ModelShape(self.params.hidden, self.params.layers, self.params.vocab, self.params.tied, window=None)
-        )
+        known = self.params
+        config.check_fits(ModelShape(known.hidden, known.layers, known.vocab, known.tied, window=None, chat=True))
         self.spans = sizes.stage_spans(config, self.params.layers)
         self.stages = sizes.stage_parameters(self.params, self.spans)
         self.snapshot_bytes = cache(partial(sizes.snapshot_bytes, config, self.params))

@@ -39,11 +39,19 @@ class Halves:
     `lower` has gradients, for they show what the backward payloads are worth; `upper` has none.
     """
 
-    def __init__(self, folder: Path, layers: int, boundaries: list[int], dtype: torch.dtype, device: torch.device):
+    def __init__(
+        self,
+        folder: Path,
+        layers: int,
+        boundaries: list[int],
+        dtype: torch.dtype,
+        device: torch.device,
+        attention: str = "sdpa",
+    ):
         self.boundaries = boundaries
         low, high = spans(layers, boundaries[:1], 2)
-        self.lower = Stage(folder, low, dtype, device)
-        self.upper = Stage(folder, high, dtype, device, trainable=False)
+        self.lower = Stage(folder, low, dtype, device, attention=attention)
+        self.upper = Stage(folder, high, dtype, device, trainable=False, attention=attention)
         self.hidden = self.upper.config.hidden_size
         self.stride = -(-self.lower.weights.numel // KEPT)
 

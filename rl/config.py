@@ -14,15 +14,40 @@ class ModelConfig(Section):
 
     path: str = Field("builtin:tiny", description="`builtin:NAME`, a Hugging Face folder, a .gguf file, or a hub id")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="compute dtype; master weights stay float32")
+    attention: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"] = Field(
+        "sdpa", description="transformers' attention; the flash kinds need cuda, bfloat16 and their package"
+    )
 
 
 class TaskConfig(Section):
     """Where prompts and rewards come from."""
 
-    name: str = Field("sums", description="`sums`, `reasoning_gym:NAME` or `jsonl:PATH`")
-    params: dict[str, Any] = Field(default_factory=dict, description="parameters of a reasoning_gym task")
+    name: str = Field(
+        "sums",
+        description="`sums`, `reasoning_gym:NAME`, `jsonl:PATH`, or `hf:` and OWNER/NAME, OWNER/NAME/CONFIG or a PATH",
+    )
+    params: dict[str, Any] = Field(
+        default_factory=dict,
+        description="parameters of a reasoning_gym task; of jsonl and hf: columns and splits (docs/models.md)",
+    )
+    reward: str | None = Field(
+        None,
+        description="`module:function` of (prompt, response, answer, metadata) -> float in place of the task's own "
+        "score; validation accuracy is then the mean reward",
+    )
     instruction: str = Field("", description="text put in front of every prompt")
     chat: bool = Field(False, description="wrap prompts in the tokenizer's chat template")
+
+
+class TableParams(Section):
+    """`task.params` of a task whose problems are rows of a table."""
+
+    prompt: str | None = Field(None, description="column of the prompt; default: prompt, question or problem")
+    answer: str = Field("answer", description="column of the answer; a dot goes into a field of it")
+    train: str = Field("train", description="hf: split to train on")
+    val: str | None = Field(
+        None, description="hf: split, jsonl: file to validate on; default: a tenth of train, by a hash of the prompt"
+    )
 
 
 class GrpoConfig(Section):
@@ -40,7 +65,9 @@ class GrpoConfig(Section):
     weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
     grad_clip: float = Field(1.0, gt=0, description="largest global gradient norm over all stages")
     max_prompt_length: int = Field(64, ge=1, description="longer prompts are refused, in tokens")
-    max_response_length: int = Field(40, ge=1, description="longer answers are cut and score 0, in tokens")
+    max_response_length: int = Field(
+        40, ge=1, description="longer answers are cut and score 0 (but see task.reward), in tokens"
+    )
     old_logprobs: Literal["trainer", "rollout"] = Field(
         "trainer", description="`trainer`: recomputed through the codec at the start of a step; `rollout`: the engine's"
     )

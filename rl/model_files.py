@@ -13,7 +13,13 @@ from functools import lru_cache
 from pathlib import Path
 
 BUILTIN = Path(__file__).parent / "builtin"
-_LAYER_STACKS = {"llama", "qwen2", "qwen3", "mistral"}
+FAMILIES = {  # model_type of config.json -> what it is called
+    "llama": "Llama 2, Llama 3, SmolLM2",
+    "mistral": "Mistral",
+    "qwen2": "Qwen2, Qwen2.5",
+    "qwen3": "Qwen3",
+}
+PICKED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # what a run needs of a model on the hub
 
 
 class ModelNotFound(ValueError):
@@ -29,6 +35,7 @@ class ModelShape:
     vocab: int
     tied: bool
     window: int | None  # attention reaches back this far; None: over everything
+    chat: bool  # its tokenizer has a chat template
 
 
 def cache_folder() -> Path:
@@ -80,7 +87,7 @@ def local_folder(path: str) -> Path | None:
             names = ", ".join(sorted(p.name for p in BUILTIN.iterdir() if p.is_dir()))
             raise ModelNotFound(f"no built-in model {path!r}; there are: {names}")
         return folder
-    if path.startswith((".", "/", "~")) or Path(path).is_dir() or path.count("/") != 1:
+    if not _is_hub_id(path):
         return _existing(path)
     from huggingface_hub import try_to_load_from_cache
 
@@ -89,15 +96,55 @@ def local_folder(path: str) -> Path | None:
 
 
 def resolve(path: str) -> Path:
-    """A local Hugging Face folder with safetensors: converts a GGUF file once, downloads a hub id."""
+    """A local Hugging Face folder with safetensors: converts a GGUF file once, downloads a hub id.
+
+    Raises ModelNotFound, with what to do, where there are no weights, or no network to fetch them.
+    """
     if path.endswith(".gguf"):
         return _convert_gguf(_existing(path))
     folder = local_folder(path)
-    if folder is None or not list(folder.glob("*.safetensors")):
-        from huggingface_hub import snapshot_download
+    if folder is not None and _is_whole(folder):
+        return folder
+    if _is_hub_id(path):
+        return _download(path)
+    raise ModelNotFound(
+        f"{path!r} lacks weights in safetensors: load the model with transformers and save_pretrained it there"
+    )
 
-        folder = Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja"]))
-    return folder
+
+def _is_hub_id(path: str) -> bool:
+    """Of the form owner/name, and no folder here."""
+    return not path.startswith((".", "/", "~", "builtin:")) and path.count("/") == 1 and not Path(path).is_dir()
+
+
+def _is_whole(folder: Path) -> bool:
+    """All of its safetensors are there: a download may have been broken off between two shards."""
+    try:
+        return all(file.exists() for file in set(tensor_files(folder).values()))
+    except ModelNotFound:
+        return False
+
+
+def _download(path: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(path, allow_patterns=PICKED))
+        if not _is_whole(folder):  # offline the library returns what there is
+            raise FileNotFoundError(f"weights in safetensors in {folder}")
+        return folder
+    except RepositoryNotFoundError as error:
+        raise ModelNotFound(
+            f"the Hugging Face hub has no model {path!r}, or one that is not open to you: correct model.path, "
+            f"or log in with `hf auth login`"
+        ) from error
+    except Exception as error:  # of requests, httpx or the hub's own kinds, by version
+        raise ModelNotFound(
+            f"{path!r} is not whole on this machine and could not be fetched from the Hugging Face hub "
+            f"({type(error).__name__}): where there is a network, unset HF_HUB_OFFLINE; where there is none, fetch it "
+            f"elsewhere with `hf download {path}`, copy the folder here and set model.path to it"
+        ) from error
 
 
 def tensor_files(folder: Path) -> dict[str, Path]:
@@ -141,10 +188,7 @@ def _folder_shape(folder: Path, path: str) -> ModelShape:
         config = json.loads(file.read_text())
     except ValueError as error:
         raise ModelNotFound(f"{path!r}: its config.json is not valid JSON: {error}") from None
-    if config.get("model_type") not in _LAYER_STACKS:
-        raise ModelNotFound(
-            f"{path!r} is a {config.get('model_type')!r} model; supported are {', '.join(sorted(_LAYER_STACKS))}"
-        )
+    _check_family(config, path)
     missing = [key for key in ("hidden_size", "num_hidden_layers", "vocab_size") if key not in config]
     if missing:
         raise ModelNotFound(f"{path!r}: its config.json has no {', '.join(missing)}")
@@ -153,15 +197,54 @@ def _folder_shape(folder: Path, path: str) -> ModelShape:
         layers=config["num_hidden_layers"],
         vocab=config["vocab_size"],
         tied=config.get("tie_word_embeddings", False),
-        window=config.get("sliding_window") if config.get("use_sliding_window", True) else None,
+        window=_window(config),
+        chat=_has_chat_template(folder),
     )
+
+
+def _check_family(config: dict, path: str) -> None:
+    """Raises ModelNotFound, with the reason and what is supported, unless it is a plain stack of decoder layers."""
+    kind, supported = config.get("model_type"), ", ".join(f"{name} ({kind})" for kind, name in FAMILIES.items())
+    reasons = {
+        "a mixture of experts": any(key in config for key in ("num_experts", "num_local_experts", "n_routed_experts")),
+        "an encoder with a decoder": config.get("is_encoder_decoder", False),
+        "not only text": "vision_config" in config or "audio_config" in config,
+    }
+    why = next((f", {reason}" for reason, holds in reasons.items() if holds), "")
+    if kind not in FAMILIES or why:
+        raise ModelNotFound(f"{path!r} is a {kind!r} model{why}; supported are {supported}")
+    if quantized := config.get("quantization_config"):
+        raise ModelNotFound(
+            f"{path!r} is quantized ({quantized.get('quant_method', 'unknown')}) and cannot be trained: "
+            f"set model.path to the model in float32, bfloat16 or float16"
+        )
+    others = set(config.get("layer_types") or ()) - {"full_attention", "sliding_attention"}
+    if others:
+        raise ModelNotFound(
+            f"{path!r} has layers of {', '.join(sorted(others))}; supported are layers of full attention"
+        )
+
+
+def _window(config: dict) -> int | None:
+    """Mistral slides if there is a number; Qwen has one and uses it only if told to; Llama never slides."""
+    slides = {"llama": False, "mistral": True}.get(config["model_type"], config.get("use_sliding_window", False))
+    return config.get("sliding_window") if slides else None
+
+
+def _has_chat_template(folder: Path) -> bool:
+    if (folder / "chat_template.jinja").exists() or (folder / "chat_template.json").exists():
+        return True
+    file = folder / "tokenizer_config.json"
+    try:
+        return bool(file.exists() and json.loads(file.read_text()).get("chat_template"))
+    except ValueError as error:
+        raise ModelNotFound(f"{str(file)!r} is not valid JSON: {error}") from None
 
 
 def _gguf_shape(file: Path) -> ModelShape:
     reader = gguf_reader(file)
     arch = reader.get_field("general.architecture").contents()
-    if arch not in _LAYER_STACKS:
-        raise ModelNotFound(f"{str(file)!r} is a {arch!r} model; supported are {', '.join(sorted(_LAYER_STACKS))}")
+    _check_family({"model_type": arch}, str(file))
     names = {t.name for t in reader.tensors}
     embedding = next(t for t in reader.tensors if t.name == "token_embd.weight")
     return ModelShape(
@@ -170,6 +253,7 @@ def _gguf_shape(file: Path) -> ModelShape:
         vocab=int(embedding.shape[1]),
         tied="output.weight" not in names,
         window=None,
+        chat=reader.get_field("tokenizer.chat_template") is not None,
     )
 
 

@@ -1,27 +1,30 @@
 """A Hugging Face causal LM cut into stages, with its weights in one flat buffer.
 
-A stage is built on the meta device and reads only its own tensors from safetensors, so no process
-holds more of the model than it trains.
+A stage is built on the meta device and reads only its own tensors from safetensors, a piece at a time, so
+no process holds more of the model than it trains, not even while it loads.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.masking_utils import create_causal_mask
 
 from codec.boundary import pack_rows, unpack_rows
-from rl.model_files import tensor_files
+from rl.model_files import ModelNotFound
+from rl.stored_weights import stored_tensors
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
+PIECE = 1 << 22  # elements that are read from a checkpoint at a time
 
 
 @dataclass(frozen=True)
@@ -48,11 +51,17 @@ def spans(layers: int, boundaries: list[int], stages: int) -> list[Span]:
     return [Span(cuts[p * each], cuts[(p + 1) * each], layers) for p in range(stages)]
 
 
-def skeleton(folder: Path) -> PreTrainedModel:
-    """The whole model on the meta device: no memory, but real rotary tables (they are not in checkpoints)."""
+def skeleton(folder: Path, attention: str = "sdpa", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The whole model on the meta device: no memory, but real rotary tables (they are not in checkpoints).
+
+    Raises ValueError if transformers cannot use `attention` here.
+    """
     config = AutoConfig.from_pretrained(folder)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype)
+    except ImportError as error:
+        raise ValueError(f"model.attention {attention!r} cannot be used on this machine: {error}") from error
     model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
     return model.eval()
 
@@ -109,16 +118,17 @@ class Weights:
             owner._parameters[leaf] = parameter
 
     def _read(self, folder: Path) -> None:
-        files = tensor_files(folder)
-        by_file = defaultdict(list)
-        for i, name in enumerate(self.names):
-            if name not in files:
-                raise KeyError(f"{folder} holds no tensor {name!r}")
-            by_file[files[name]].append(i)
-        for file, indices in by_file.items():
-            with safe_open(file, framework="pt") as f:
-                for i in indices:
-                    self.view(i, self.master).copy_(f.get_tensor(self.names[i]))
+        """Into the masters, a piece at a time. Raises ModelNotFound if a tensor is missing or has another shape."""
+        stored = stored_tensors(folder)
+        for i, (name, shape) in enumerate(zip(self.names, self.shapes)):
+            if name not in stored:
+                raise ModelNotFound(f"{folder} holds no tensor {name!r}")
+            if stored[name].shape != shape:
+                raise ModelNotFound(f"{folder}: {name} is {stored[name].shape}, its config.json makes it {shape}")
+            flat = self.master[self.offsets[i] : self.offsets[i + 1]]
+            for start in range(0, len(flat), PIECE):
+                stop = min(start + PIECE, len(flat))
+                flat[start:stop].copy_(torch.from_numpy(stored[name].read(start, stop)))
         self.publish()
 
     def view(self, i: int, flat: Tensor) -> Tensor:
@@ -142,12 +152,24 @@ class Weights:
 
 
 class Stage(nn.Module):
-    """Decoder layers of one span, with the embedding if first and the norm and head if last."""
+    """Decoder layers of one span, with the embedding if first and the norm and head if last.
 
-    def __init__(self, folder: Path, span: Span, dtype: torch.dtype, device: torch.device, trainable: bool = True):
+    With `checkpointing` a layer keeps its input alone, and is computed again in the backward pass.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        span: Span,
+        dtype: torch.dtype,
+        device: torch.device,
+        trainable: bool = True,
+        attention: str = "sdpa",
+        checkpointing: bool = False,
+    ):
         super().__init__()
-        model = skeleton(folder)
-        self.span, self.config = span, model.config
+        model = skeleton(folder, attention, dtype)
+        self.span, self.config, self.checkpointing = span, model.config, checkpointing
         self.tied_away = is_tied(model) and span.last and not span.first
         self.embed = model.model.embed_tokens if span.first else None
         self.layers = nn.ModuleList(model.model.layers[span.lo : span.hi])
@@ -167,43 +189,66 @@ class Stage(nn.Module):
         self.weights = Weights(parts, folder, dtype, device, trainable, owned if self.tied_away else None)
         if span.first and span.last and is_tied(model):
             self.lm_head.weight = self.embed.weight
-        self.train()
+        self.eval()  # no dropout, whatever config.json says: the ratio is to the policy that sampled
 
     def forward(self, x: Tensor, real: Tensor, cuts: Mapping[int, Callable[[Tensor], Tensor]]) -> Tensor:
         """Token ids [B, L] (first stage) or hidden states [B, L, H] -> hidden states [B, L, H].
 
-        Sequences are right-padded, so causal attention needs no mask: no real token can see padding.
-        `cuts[i]` maps the real rows [N, H] that enter layer i (a virtual boundary).
+        Sequences are right-padded, so a causal mask is enough: no real token can see padding.
+        `cuts[i]` maps the real rows [N, H] that enter layer i (a virtual boundary); it runs once a forward,
+        checkpointing or not, for it counts what it sees.
         """
         hidden = self.embed(x) if self.span.first else x
         position_ids = torch.arange(hidden.shape[1], device=hidden.device)[None]
-        position_embeddings = self.rotary(hidden, position_ids)
+        shared = {
+            # None where the attention is causal by itself; eager attention is not
+            "attention_mask": create_causal_mask(self.config, hidden, attention_mask=None, past_key_values=None),
+            "position_ids": position_ids,
+            "position_embeddings": self.rotary(hidden, position_ids),
+        }
         for i, layer in enumerate(self.layers, start=self.span.lo):
             if i in cuts:
                 hidden = unpack_rows(cuts[i](pack_rows(hidden, real)), real)
-            hidden = layer(
-                hidden, attention_mask=None, position_ids=position_ids, position_embeddings=position_embeddings
-            )
+            hidden = self._through(layer, hidden, shared)
         return hidden
+
+    def _through(self, layer: nn.Module, hidden: Tensor, shared: dict) -> Tensor:
+        if not (self.checkpointing and torch.is_grad_enabled()):
+            return layer(hidden, **shared)
+        return checkpoint(partial(layer, **shared), hidden, use_reentrant=False, preserve_rng_state=False)
 
     def logits(self, rows: Tensor) -> Tensor:
         """Hidden rows [N, H] -> logits [N, V]; last stage only."""
         return self.lm_head(self.norm(rows))
 
 
-def whole_model(folder: Path, dtype: torch.dtype, device: torch.device) -> tuple[PreTrainedModel, Weights]:
+def whole_model(
+    folder: Path, dtype: torch.dtype, device: torch.device, attention: str = "sdpa"
+) -> tuple[PreTrainedModel, Weights]:
     """The Hugging Face model itself, for generation, with its parameters in one flat buffer.
 
     The buffer has the order of all stages' owned parameters one after the other.
     """
-    model = skeleton(folder)
-    parts = [("model.embed_tokens.", model.model.embed_tokens)]
-    parts += [(f"model.layers.{i}.", layer) for i, layer in enumerate(model.model.layers)]
-    parts.append(("model.norm.", model.model.norm))
-    if not is_tied(model):
-        parts.append(("lm_head.", model.lm_head))
-    weights = Weights(parts, folder, dtype, device, trainable=False)
+    model = skeleton(folder, attention, dtype)
+    if (folder / "generation_config.json").exists():
+        own = GenerationConfig.from_pretrained(folder)
+        if own.eos_token_id is not None:  # chat models name more ends of an answer there than in config.json
+            model.generation_config = own
+    weights = Weights(_parts(model), folder, dtype, device, trainable=False)
     if is_tied(model):
         model.lm_head.weight = model.model.embed_tokens.weight
     model.model.rotary_emb.to(device)
     return model, weights
+
+
+def layout(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of the parameters by name, in the order of the whole model's flat buffer; a tied embedding once."""
+    parts = _parts(skeleton(folder))
+    return {f"{prefix}{name}": tuple(p.shape) for prefix, module in parts for name, p in module.named_parameters()}
+
+
+def _parts(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
+    parts = [("model.embed_tokens.", model.model.embed_tokens)]
+    parts += [(f"model.layers.{i}.", layer) for i, layer in enumerate(model.model.layers)]
+    parts.append(("model.norm.", model.model.norm))
+    return parts if is_tied(model) else [*parts, ("lm_head.", model.lm_head)]

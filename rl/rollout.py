@@ -21,6 +21,7 @@ from rl.grpo import group_advantages, token_logprobs
 from rl.memory import peak_memory_gb
 from rl.model_files import resolve
 from rl.policy import Weights, whole_model
+from rl.reward import make_reward
 from rl.snapshot import Receiver
 from rl.tasks import make_task
 
@@ -53,7 +54,7 @@ class TransformersEngine:
 
     def __init__(self, folder: Path, model: ModelConfig, rollout: RolloutConfig):
         self.device = torch.device(rollout.device)
-        self.model, self.weights = whole_model(folder, getattr(torch, model.dtype), self.device)
+        self.model, self.weights = whole_model(folder, getattr(torch, model.dtype), self.device, model.attention)
         eos = self.model.generation_config.eos_token_id
         self.eos = torch.tensor(eos if isinstance(eos, list) else [eos], device=self.device)
 
@@ -164,6 +165,7 @@ class RolloutWorker:
         folder = resolve(model.path)
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.task, self.task_config = make_task(task, seed, val_size), task
+        self.reward = make_reward(task.reward, self.task)
         self.grpo, self.seed = grpo, seed
         self.receiver = Receiver(snapshot)
         self.engine: TransformersEngine = ENGINES[rollout.engine](folder, model, rollout)
@@ -188,7 +190,7 @@ class RolloutWorker:
         examples = [e for e in examples for _ in range(ask.n)]
         ref = self.reference.score(prompts, samples.tokens, ask.temperature) if self.reference else []
         rewards = [
-            0.0 if cut else self.task.score(example, self.tokenizer.decode(tokens, skip_special_tokens=True))
+            self.reward(example, self.tokenizer.decode(tokens, skip_special_tokens=True), cut)
             for example, tokens, cut in zip(examples, samples.tokens, samples.truncated)
         ]
         batch = Batch(

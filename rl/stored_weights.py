@@ -1,6 +1,7 @@
 """A model's weights where they lie, safetensors or GGUF, read in pieces as float32. No torch.
 
-For whoever needs to know what the weights are like, not to hold them: a run reads whole stages (`rl/policy.py`).
+Pieces are read from the file, not mapped: the pages of a mapped checkpoint would count as memory of the process,
+and a stage would need twice what it keeps while it loads.
 """
 
 from __future__ import annotations
@@ -27,11 +28,16 @@ _KINDS = {
 
 @dataclass(frozen=True)
 class Stored:
-    """One tensor, flat."""
+    """One tensor."""
 
     name: str
-    size: int
-    read: Callable[[int, int], np.ndarray]  # [start, stop) -> float32 [stop - start]
+    shape: tuple[int, ...]
+    read: Callable[[int, int], np.ndarray]  # [start, stop) of the flat tensor -> float32 [stop - start]
+
+    @property
+    def size(self) -> int:
+        """Elements."""
+        return prod(self.shape)
 
     @property
     def kind(self) -> str:
@@ -47,7 +53,10 @@ def stored_weights(path: str) -> list[Stored]:
     """
     folder = local_folder(path)
     if folder is not None:
-        found = _safetensors(folder)
+        try:
+            found = list(stored_tensors(folder).values())
+        except ModelNotFound:  # a folder of metadata alone, or of packed weights
+            found = []
     else:
         found = _gguf(Path(path).expanduser()) if path.endswith(".gguf") else []
     if found and model_shape(path).tied:  # some checkpoints hold it twice
@@ -61,21 +70,21 @@ def _position(tensor: Stored) -> tuple[int, int]:
     return (1, numbers[0]) if numbers else ({"embedding": 0, "layer": 2, "head": 3}[tensor.kind], 0)
 
 
-def _safetensors(folder: Path) -> list[Stored]:
-    try:
-        files = set(tensor_files(folder).values())
-    except ModelNotFound:  # a folder of metadata alone
-        return []
-    if not all(file.exists() for file in files):
-        return []
-    found = []
-    for file in files:
+def stored_tensors(folder: Path) -> dict[str, Stored]:
+    """Every tensor of a folder of safetensors, by name. Raises ModelNotFound where a file is missing or packed."""
+    files, found = set(tensor_files(folder).values()), {}
+    for file in sorted(files):
+        if not file.exists():
+            raise ModelNotFound(f"{folder} lacks {file.name}, which its index names: fetch it again")
         specs, data = tensor_specs(file)
         for name, spec in specs.items():
             if spec["dtype"] not in _DTYPES:
-                return []
+                raise ModelNotFound(
+                    f"{file} holds {name!r} as {spec['dtype']}: packed weights cannot be trained, "
+                    f"set model.path to the model in float32, bfloat16 or float16"
+                )
             read = partial(_read_safetensors, file, data + spec["data_offsets"][0], np.dtype(_DTYPES[spec["dtype"]]))
-            found.append(Stored(name, prod(spec["shape"]), read))
+            found[name] = Stored(name, tuple(spec["shape"]), read)
     return found
 
 
@@ -86,7 +95,8 @@ def _read_safetensors(file: Path, offset: int, dtype: np.dtype, start: int, stop
 
 def _gguf(file: Path) -> list[Stored]:
     return [
-        Stored(tensor.name, int(tensor.n_elements), partial(_read_gguf, tensor)) for tensor in gguf_reader(file).tensors
+        Stored(tensor.name, tuple(int(n) for n in reversed(tensor.shape)), partial(_read_gguf, tensor))
+        for tensor in gguf_reader(file).tensors
     ]
 
 

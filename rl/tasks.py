@@ -1,22 +1,27 @@
 """Tasks: prompts by seed and a score for an answer. One small interface, one registry. No torch.
 
-Train and validation prompts never overlap, whatever the seed: `sums` and `jsonl` split by a hash of
-the problem itself, `reasoning_gym` rejects any training problem that is in the validation set.
+Train and validation prompts never overlap, whatever the seed: `sums`, `jsonl` and `hf` split by a hash of
+the problem itself, or drop a training problem that is in a validation set of its own; so does `reasoning_gym`.
 """
 
 from __future__ import annotations
 
-import hashlib
+import difflib
 import importlib.util
-import json
 import re
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
-from rl.config import TaskConfig
+from pydantic import ValidationError
+
+from rl.config import TableParams, TaskConfig
 from rl.examples import Example
+from rl.hub_rows import check_hub_rows, hub_rows
+from rl.reward import check_reward
 from rl.sums import Sums
+from rl.table import Table, first_row, prompt_column, read_jsonl
 
 
 class Task(Protocol):
@@ -63,54 +68,6 @@ def _gym_example(item: dict[str, Any]) -> Example:
     return Example(item["question"], str(item["answer"]), item)
 
 
-class Jsonl:
-    """A file of {"prompt" or "question", "answer"} lines; `#### N` answers are compared as numbers."""
-
-    def __init__(self, path: str, seed: int):
-        rows = [json.loads(line) for line in Path(path).expanduser().read_text().splitlines() if line.strip()]
-        examples = [Example(row.get("prompt", row.get("question")), str(row["answer"])) for row in rows]
-        self._splits = {"train": [], "val": []}
-        for example in examples:
-            self._splits["val" if _held_out(example.prompt) else "train"].append(example)
-        for split, found in self._splits.items():
-            if not found:
-                raise ValueError(f"{path}: no problem falls in the {split} split; it needs more lines")
-        self._seed = seed
-
-    def example(self, split: str, index: int) -> Example:
-        rows = self._splits[split]
-        if split == "val":
-            return rows[index % len(rows)]
-        epoch, position = divmod(index, len(rows))
-        return rows[_permutation(len(rows), self._seed, epoch)[position]]
-
-    def score(self, example: Example, text: str) -> float:
-        return float(final_answer(text) == final_answer(example.answer))
-
-
-@lru_cache(maxsize=4)
-def _permutation(n: int, seed: int, epoch: int) -> list[int]:
-    import random
-
-    order = list(range(n))
-    random.Random(f"{seed}:{epoch}").shuffle(order)
-    return order
-
-
-def _held_out(text: str) -> bool:
-    return hashlib.blake2b(text.encode(), digest_size=8).digest()[0] < 26  # about 10 %
-
-
-def final_answer(text: str) -> str:
-    """What follows the last `####` (else the last number, else all of it), as a plain number if it is one."""
-    tail = text.rsplit("####", 1)[-1].strip() if "####" in text else text.strip()
-    numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?", tail)
-    if not numbers:
-        return tail
-    value = float(numbers[0 if "####" in text else -1].replace(",", ""))
-    return str(int(value)) if value.is_integer() else str(value)
-
-
 def _build_sums(argument: str, config: TaskConfig, seed: int, val_size: int) -> Task:
     return Sums(seed)
 
@@ -120,10 +77,18 @@ def _build_gym(argument: str, config: TaskConfig, seed: int, val_size: int) -> T
 
 
 def _build_jsonl(argument: str, config: TaskConfig, seed: int, val_size: int) -> Task:
-    return Jsonl(argument, seed)
+    columns = _columns(config)
+    val = None if columns.val is None else read_jsonl(columns.val)
+    return Table(argument, read_jsonl(argument), val, columns, seed)
 
 
-TASKS = {"sums": _build_sums, "reasoning_gym": _build_gym, "jsonl": _build_jsonl}
+def _build_hf(argument: str, config: TaskConfig, seed: int, val_size: int) -> Task:
+    columns = _columns(config)
+    val = None if columns.val is None else hub_rows(argument, columns.val)
+    return Table(config.name, hub_rows(argument, columns.train), val, columns, seed)
+
+
+TASKS = {"sums": _build_sums, "reasoning_gym": _build_gym, "jsonl": _build_jsonl, "hf": _build_hf}
 
 
 def make_task(config: TaskConfig, seed: int, val_size: int) -> Task:
@@ -131,23 +96,65 @@ def make_task(config: TaskConfig, seed: int, val_size: int) -> Task:
     return TASKS[kind](argument, config, seed, val_size)
 
 
-def check_task_name(name: str) -> None:
-    """Raises ValueError, with what is allowed, if `name` is no task. Reads files, imports nothing heavy."""
-    import difflib
+def check_task(config: TaskConfig) -> None:
+    """Raises ValueError, with the key and what is allowed, unless the task is there. Imports nothing heavy."""
+    _check("task.name", _check_name, config.name)
+    _check("task.params", _check_params, config)
+    if config.reward is not None:
+        _check("task.reward", check_reward, config.reward)
 
+
+def _check(key: str, check: Callable[[Any], None], value: Any) -> None:
+    try:
+        check(value)
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from None
+
+
+def _check_name(name: str) -> None:
     kind, _, argument = name.partition(":")
     if kind not in TASKS:
         near = difflib.get_close_matches(kind, TASKS, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"unknown task {name!r}: use sums, reasoning_gym:NAME or jsonl:PATH{hint}")
+        raise ValueError(f"unknown task {name!r}: use sums, reasoning_gym:NAME, jsonl:PATH or hf:NAME{hint}")
     if kind == "sums" and argument:
         raise ValueError(f"unknown task {name!r}: sums takes no argument")
     if kind == "jsonl" and not Path(argument).expanduser().is_file():
         raise ValueError(f"no such file: {argument!r}")
+    if kind == "hf":
+        check_hub_rows(argument)
     if kind == "reasoning_gym" and argument not in gym_names():
         near = difflib.get_close_matches(argument, gym_names(), n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"its tasks are {', '.join(sorted(gym_names()))}"
         raise ValueError(f"reasoning_gym has no task {argument!r}; {hint}")
+
+
+def _check_params(config: TaskConfig) -> None:
+    kind, _, argument = config.name.partition(":")
+    if kind == "sums" and config.params:
+        raise ValueError(f"sums takes none, got {', '.join(config.params)}")
+    if kind not in ("jsonl", "hf"):
+        return
+    columns = _columns(config)
+    if kind == "hf" and columns.val and Path(argument).expanduser().is_file():
+        raise ValueError(
+            f"val: the file {argument!r} has no split {columns.val!r}: give the folder of all splits' files"
+        )
+    if kind == "jsonl":
+        for path in filter(None, (argument, columns.val)):
+            if not Path(path).expanduser().is_file():
+                raise ValueError(f"val: no such file: {path!r}")
+            if (row := first_row(path)) is not None:
+                prompt_column(path, row, columns)
+
+
+def _columns(config: TaskConfig) -> TableParams:
+    try:
+        return TableParams.model_validate(config.params)
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        allowed = ", ".join(TableParams.model_fields)
+        raise ValueError(f"{'.'.join(map(str, wrong['loc']))}: {wrong['msg']} (allowed: {allowed})") from None
 
 
 @lru_cache(maxsize=1)

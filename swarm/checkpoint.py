@@ -33,8 +33,18 @@ def newest(run: Path) -> Path:
     """The newest complete checkpoint. Raises CheckpointError if there is none."""
     found = sorted((run / "checkpoints").glob("step-??????"))
     if not found:
-        raise CheckpointError(f"{run} has no checkpoint to resume from: set run.checkpoint_every, or start a new run")
+        raise CheckpointError(f"{run} has no checkpoint: set run.checkpoint_every before the run starts")
     return found[-1]
+
+
+def at_step(run: Path, step: int) -> Path:
+    """The checkpoint of one step. Raises CheckpointError, with the steps there are, if it is not there."""
+    folder = folder_of(run, step)
+    if not folder.is_dir():
+        found = [int(path.name.removeprefix("step-")) for path in sorted((run / "checkpoints").glob("step-??????"))]
+        kept = f"it has those of steps {', '.join(map(str, found))}" if found else "set run.checkpoint_every"
+        raise CheckpointError(f"{run} has no checkpoint of step {step}: {kept}")
+    return folder
 
 
 class Writer:
@@ -67,8 +77,8 @@ def read_frame(folder: Path, name: str) -> np.ndarray | None:
     return np.fromfile(file, np.uint8) if file.exists() else None
 
 
-def rank_file(folder: str, rank: Rank) -> Path:
-    return Path(folder) / f"rank-d{rank.grid.d}p{rank.grid.p}.safetensors"
+def rank_file(folder: str | Path, d: int, p: int) -> Path:
+    return Path(folder) / f"rank-d{d}p{p}.safetensors"
 
 
 def save_rank(rank: Rank, folder: str, step: int) -> None:
@@ -89,12 +99,13 @@ def save_rank(rank: Rank, folder: str, step: int) -> None:
             k: getattr(rank.correction, k) for k in ("version", "source_tick", "first_tick", "digest")
         }
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    save_file(tensors, rank_file(folder, rank), metadata={"fields": json.dumps(fields)})
+    file = rank_file(folder, rank.grid.d, rank.grid.p)
+    save_file(tensors, file, metadata={"fields": json.dumps(fields)})
 
 
 def restore_rank(rank: Rank, folder: str) -> None:
     """Raises CheckpointError if the grid or the model is not the one that was saved."""
-    file = rank_file(folder, rank)
+    file = rank_file(folder, rank.grid.d, rank.grid.p)
     if not file.exists():
         raise CheckpointError(f"{folder} holds no {file.name}: swarm.dp and swarm.pp must be those of the saved run")
     with safe_open(file, framework="pt") as f:

@@ -23,6 +23,9 @@ class SwarmConfig(Section):
         description="`pack`: on as few nodes as hold it; `replicas`: a replica's stages on one node, replicas apart",
     )
     micro_batch_size: int = Field(32, ge=1, description="samples in one microbatch of a worker")
+    activation_checkpointing: bool = Field(
+        False, description="keep a layer's input alone and compute it again in the backward; anchor likewise"
+    )
     threads: int = Field(1, ge=1, description="torch threads of each process")
     check_every: int = Field(1, ge=0, description="compare the replicas' weight digests every so many ticks; 0: never")
     timeout_s: float = Field(300.0, gt=0, description="deadline of a tick and of every exchange between workers")

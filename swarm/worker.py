@@ -79,7 +79,9 @@ class Worker:
         folder = resolve(setup.model.path)
         dtype = getattr(torch, setup.model.dtype)
         layers = model_shape(str(folder)).layers
-        stage = Stage(folder, spans(layers, swarm.boundaries, swarm.pp)[grid.p], dtype, device)
+        span = spans(layers, swarm.boundaries, swarm.pp)[grid.p]
+        options = {"attention": setup.model.attention, "checkpointing": swarm.activation_checkpointing}
+        stage = Stage(folder, span, dtype, device, **options)
         cuts = self._boundaries(stage, ledger, device)
         self.rank = Rank(stage, cuts, grid, setup.rules, self._reducer(stage, grid))
 

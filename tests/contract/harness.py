@@ -40,10 +40,12 @@ def make_rank(
     timeout_s: float = 30.0,
     check_every: int = 1,
     dtype: torch.dtype = torch.float32,
+    checkpointing: bool = False,
 ) -> Rank:
     ledger, device = Ledger(), torch.device("cpu")
     grid = Grid(rank, dp, pp, device, ledger, timeout_s, init)
-    stage = Stage(folder, spans(LAYERS, list(boundaries), pp)[grid.p], dtype, device)
+    span = spans(LAYERS, list(boundaries), pp)[grid.p]
+    stage = Stage(folder, span, dtype, device, checkpointing=checkpointing)
     codec = codec or CodecConfig(kind="powersgd", rank=8)
     cuts = {
         layer: Boundary(codec, i, stage.config.hidden_size, 3, ledger)

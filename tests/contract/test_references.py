@@ -115,3 +115,18 @@ def test_bf16_computes_near_fp32_and_keeps_fp32_masters(untied_model: Path):
     weights = rank.stage.weights
     assert weights.master.dtype == torch.float32 and weights.compute.dtype == torch.bfloat16
     torch.testing.assert_close(weights.compute, weights.master.detach().to(torch.bfloat16), rtol=0, atol=0)
+
+
+def test_masters_keep_updates_that_bf16_would_lose(untied_model: Path):
+    grpo = GrpoConfig(lr=1e-5)
+    rank = make_rank(untied_model, codec=CodecConfig(kind="none"), grpo=grpo, dtype=torch.bfloat16)
+    weights = rank.stage.weights
+    start, first = weights.master.detach().clone(), weights.compute.detach().clone()
+    run_ticks(rank, [make_batch(seed=1)] * 20)
+    large = start.abs() > 0.05  # a bf16 there is 2.4e-4 or more from the next one, 20 ticks move it 2e-4 at most
+    moved = (weights.master.detach() - start).abs()[large]
+    assert (moved > 5e-5).float().mean() > 0.5 and moved.max() < 2.5e-4
+    one_tick = (first[large] + 1e-5) - first[large]  # what Adam adds, in bf16
+    assert not one_tick.any()
+    shifted = (weights.compute != first)[large].float().mean()
+    assert 0.05 < shifted < 0.9  # by and by the masters cross to the next bf16

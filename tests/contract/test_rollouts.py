@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from codec.frames import FrameError, pack
 from rl.batch import Batch, Prompts
 from rl.config import GrpoConfig, ModelConfig, RolloutConfig, SnapshotConfig, TaskConfig
+from rl.model_files import BUILTIN
 from rl.rollout import PromptTooLong, RolloutWorker
 
 
-def make_worker(**grpo) -> RolloutWorker:
+def make_worker(model: ModelConfig | None = None, task: TaskConfig | None = None, **grpo) -> RolloutWorker:
     config = GrpoConfig(**({"max_response_length": 40} | grpo))
     return RolloutWorker(
-        ModelConfig(),
-        TaskConfig(),
+        model or ModelConfig(),
+        task or TaskConfig(),
         config,
         RolloutConfig(),
         SnapshotConfig(encoding="full"),
@@ -100,3 +104,40 @@ def test_weights_of_another_tick_or_size_are_refused(worker: RolloutWorker):
 def test_a_prompt_that_is_too_long_is_refused_with_the_knob():
     with pytest.raises(PromptTooLong, match=r"10 tokens, grpo.max_prompt_length is 9"):
         ask(make_worker(max_prompt_length=9), (0,))
+
+
+def test_a_chat_template_is_applied_up_to_where_the_answer_begins(tmp_path: Path):
+    shutil.copytree(BUILTIN / "tiny", tmp_path / "model")
+    template = (
+        "{% for m in messages %}{% if m['role'] == 'user' %}#{{ m['content'] }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}??{% endif %}"
+    )
+    (tmp_path / "model" / "chat_template.jinja").write_text(template)
+    worker = make_worker(
+        model=ModelConfig(path=str(tmp_path / "model")),
+        task=TaskConfig(chat=True, instruction="1+"),
+        max_prompt_length=20,
+    )
+    batch = ask(worker, (0, 1))
+    for i in range(2):
+        one = batch.take(4 * i, 4 * i + 1)
+        shown = worker.tokenizer.decode(one.tokens[: one.prompt[0]])
+        assert shown == f"#1+{worker.task.example('train', i).prompt}??"
+
+
+def test_rewards_of_ones_own_are_in_the_batch_and_in_the_advantages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "own_length_reward.py").write_text(
+        "def score(prompt, response, answer, metadata):\n"
+        "    return -1.5 if metadata['truncated'] else sum(map(ord, response)) / 64 + len(metadata['digits'])\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    worker = make_worker(task=TaskConfig(reward="own_length_reward:score"), max_response_length=10)
+    batch = ask(worker, tuple(range(4)), n=8)
+    samples = [batch.take(i, i + 1) for i in range(len(batch))]
+    texts = [worker.tokenizer.decode(s.tokens[s.prompt[0] :], skip_special_tokens=True) for s in samples]
+    expected = [-1.5 if s.truncated[0] else sum(map(ord, text)) / 64 + 5 for s, text in zip(samples, texts)]
+    np.testing.assert_array_equal(batch.rewards, np.array(expected, np.float32))
+    assert len(set(expected)) > 2 and batch.truncated.any()
+    groups = batch.rewards.reshape(-1, 8)
+    centred = (groups - groups.mean(1, keepdims=True)) / (groups.std(1, ddof=1, keepdims=True) + 1e-6)
+    np.testing.assert_allclose(batch.advantages.reshape(-1, 8), centred, rtol=1e-4, atol=1e-5)

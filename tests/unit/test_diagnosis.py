@@ -28,7 +28,7 @@ from anchor_service.diagnosis import (
 from anchor_service.messages import pack_record, unpack_records
 from codec.frames import FrameError
 from rl.batch import Batch
-from rl.config import GrpoConfig
+from rl.config import GrpoConfig, ModelConfig
 from rl.objective import logprobs, microbatches
 from rl.policy import spans
 from swarm.sources import Sources
@@ -39,7 +39,7 @@ GROUP = 4
 
 def diagnoser(folder: Path, boundaries: tuple[int, ...] = (2,), pp: int = 1) -> Diagnoser:
     stages = spans(4, list(boundaries), pp)
-    return Diagnoser(AnchorConfig(micro_batch_size=5), str(folder), "float32", stages, GRPO, 1.0, 1)
+    return Diagnoser(AnchorConfig(micro_batch_size=5), ModelConfig(path=str(folder)), False, stages, GRPO, 1.0, 1)
 
 
 GRPO = GrpoConfig(group_size=GROUP, kl_loss_coef=0.1, entropy_coeff=0.1)

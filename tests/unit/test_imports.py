@@ -20,7 +20,14 @@ BEFORE = {  # what each package may import beside itself
 }
 FILES = sorted(file.relative_to(ROOT).as_posix() for package in BEFORE for file in (ROOT / package).rglob("*.py"))
 CONFIGS = [name for name in FILES if name.endswith("/config.py")]
-LIGHT = [*CONFIGS, "rl/tasks.py", "rl/model_files.py", *(n for n in FILES if n.startswith("merger/"))]
+LIGHT = [
+    *CONFIGS,
+    "rl/tasks.py",
+    "rl/reward.py",
+    "rl/model_files.py",
+    "rl/stored_weights.py",
+    *(n for n in FILES if n.startswith("merger/")),
+]
 HEAVY = {"torch", "ray", "transformers"}
 RAY_ALLOWED = {"anchor_service/actor.py", "swarm/worker.py", "swarm/coordinator.py"}
 PICKLERS = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal", "jsonpickle"}

@@ -188,6 +188,18 @@ def test_the_peak_counts_backward_and_merge_scratch_once(tiny: Path):
     assert peak(parts, "worker stage 0", "device") == sum(p.bytes for p in mine if p.where == "device") - scratch
 
 
+def test_checkpointing_leaves_the_inputs_of_the_layers_and_one_layer_that_is_computed_again(tiny: Path):
+    def kept(*overrides: str) -> dict[str, float]:
+        parts = memory(config(tiny, *overrides), parameters(config(tiny)))
+        return {p.role: p.bytes for p in parts if p.name == "activations"}
+
+    plain, checked = kept("swarm.pp=1"), kept("swarm.pp=1", "swarm.activation_checkpointing=true")
+    for role, bytes_ in plain.items():
+        layers, tokens = TINY["num_hidden_layers"], 32 * (3 + 5)  # of a microbatch, in worker and anchor alike
+        inputs = tokens * layers * 4 * TINY["hidden_size"]
+        assert checked[role] == pytest.approx(bytes_ / layers + inputs) and checked[role] < bytes_
+
+
 def test_the_anchor_holds_the_old_and_the_new_m_bar_and_the_floor_has_no_anchor():
     found = {p.name: p for p in plan(QWEN).parts if p.role == "anchor worker"}
     assert found["M̄, old and new"].bytes == 8 * 1_543_714_304 and found["M̄, old and new"].where == "host"

@@ -11,7 +11,8 @@ from reasoning_gym.factory import DATASETS
 
 from rl.config import TaskConfig
 from rl.examples import Example
-from rl.tasks import ReasoningGym, check_task_name, final_answer, gym_names, make_task
+from rl.table import final_answer
+from rl.tasks import ReasoningGym, check_task, gym_names, make_task
 
 ODD = ["", " ", "#", "####", "\n", "x", "None", "nan", "1e999", "{}", "[1, 2", "0/0", "\x00", "é☃", "9" * 500, "#" * 99]
 
@@ -255,7 +256,7 @@ def test_no_text_of_a_policy_makes_a_scorer_raise_or_scores_partly(name: str):
 
 @pytest.mark.parametrize("name", ["sums", "reasoning_gym:chain_sum", "reasoning_gym:gsm_symbolic"])
 def test_a_task_that_exists_is_accepted(name: str):
-    check_task_name(name)
+    check_task(TaskConfig(name=name))
 
 
 @pytest.mark.parametrize(
@@ -264,8 +265,8 @@ def test_a_task_that_exists_is_accepted(name: str):
         ("sumz", "did you mean 'sums'"),
         ("json:/x", "did you mean 'jsonl'"),
         ("sums:5", "takes no argument"),
-        ("", "use sums, reasoning_gym:NAME or jsonl:PATH"),
-        ("gsm8k", "use sums, reasoning_gym:NAME or jsonl:PATH"),
+        ("", "use sums, reasoning_gym:NAME, jsonl:PATH or hf:NAME"),
+        ("gsm8k", "use sums, reasoning_gym:NAME, jsonl:PATH or hf:NAME"),
         ("reasoning_gym", "chain_sum"),
         ("reasoning_gym:chain_sun", "did you mean 'chain_sum'"),
         ("reasoning_gym:chainsum", "did you mean 'chain_sum'"),
@@ -276,4 +277,4 @@ def test_a_task_that_exists_is_accepted(name: str):
 )
 def test_an_unknown_task_is_refused_with_the_nearest_name_or_what_there_is(name: str, hint: str):
     with pytest.raises(ValueError, match=hint):
-        check_task_name(name)
+        check_task(TaskConfig(name=name))

@@ -1,0 +1,159 @@
+"""`northstar export`: the policy of a run's checkpoint as an ordinary Hugging Face folder. No Ray.
+
+    rank-d0p0 ─▶ weights [owned]                  model-00001-of-0000n.safetensors
+    rank-d0p1 ─▶ weights [owned | tied copy] ─▶    …                 + index, config, tokenizer
+
+Stages hold the model's parameters one after the other, so a tensor is a slice of one stage's masters; no more
+than one shard of them is in memory at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tomllib
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import split_state_dict_into_shards_factory
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from rl.config import ModelConfig
+from rl.model_files import resolve
+from rl.policy import EMBEDDING, HEAD, layout
+from swarm import checkpoint
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+SHARD = 5 * 10**9  # bytes of one file, as the hub has them
+WEIGHTS = (".safetensors", ".safetensors.index.json")
+
+
+class ExportError(ValueError):
+    """A run that cannot be exported, or a place where an export cannot go."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written."""
+
+    folder: Path
+    step: int
+    parameters: int
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where one tensor lies: `size` elements from `start` on in the masters of stage `stage`."""
+
+    stage: int
+    start: int
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        return prod(self.shape)
+
+
+def export(run: Path, out: Path, step: int | None = None, dtype: str | None = None) -> Exported:
+    """Write the newest checkpoint of `run`, or that of `step`, to the new folder `out`.
+
+    The folder appears under its name when it is whole. `dtype` is the model's unless given; in float32 the
+    weights are the masters, bit for bit. Raises ExportError, CheckpointError or ModelNotFound.
+    """
+    model = _model_of(run)
+    if out.exists():
+        raise ExportError(f"{out} is already there: export to a folder that is not, or remove it first")
+    saved = checkpoint.newest(run) if step is None else checkpoint.at_step(run, step)
+    base, dtype = resolve(model.path), dtype or model.dtype
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        parameters = _write_weights(saved, layout(base), partial, DTYPES[dtype])
+        _write_metadata(base, partial, dtype)
+        partial.rename(out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return Exported(out, checkpoint.read_state(saved)["step"], parameters, dtype)
+
+
+def _model_of(run: Path) -> ModelConfig:
+    """The model section alone: the task's data need not be on this machine any more."""
+    file = run / "config.toml"
+    if not file.is_file():
+        raise ExportError(f"{run} is no run folder: it has no config.toml")
+    try:
+        return ModelConfig.model_validate(tomllib.loads(file.read_text()).get("model", {}))
+    except ValueError as error:
+        raise ExportError(f"{file}: {error}") from error
+
+
+def _write_weights(saved: Path, shapes: dict[str, tuple[int, ...]], out: Path, dtype: torch.dtype) -> int:
+    """Shards and their index; returns the number of parameters."""
+    with ExitStack() as stack:
+        masters = [stack.enter_context(safe_open(file, framework="pt")).get_slice("weights") for file in _stages(saved)]
+        slots = dict(_slots(shapes, [flat.get_shape()[0] for flat in masters], saved))
+        split = split_state_dict_into_shards_factory(
+            slots,
+            get_storage_size=lambda slot: slot.size * dtype.itemsize,
+            filename_pattern="model{suffix}.safetensors",
+            max_shard_size=SHARD,
+        )
+        for name, tensors in split.filename_to_tensors.items():
+            shard = {tensor: _read(masters, slots[tensor], dtype) for tensor in tensors}
+            save_file(shard, out / name, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
+    return sum(slot.size for slot in slots.values())
+
+
+def _read(masters: list[Any], slot: Slot, dtype: torch.dtype) -> Tensor:
+    return masters[slot.stage][slot.start : slot.start + slot.size].view(slot.shape).to(dtype)
+
+
+def _stages(saved: Path) -> list[Path]:
+    """The files of the first replica, in the order of the pipeline; all replicas hold the same."""
+    files = [checkpoint.rank_file(saved, 0, p) for p in range(len(list(saved.glob("rank-d0p*.safetensors"))))]
+    if not files or not all(file.exists() for file in files):
+        raise ExportError(f"{saved} lacks files of the first replica's stages")
+    return files
+
+
+def _slots(shapes: dict[str, tuple[int, ...]], sizes: list[int], saved: Path) -> Iterator[tuple[str, Slot]]:
+    """Deal the tensors, in their order, over stages of `sizes` elements; a tied copy at the end is left out."""
+    total = sum(prod(shape) for shape in shapes.values())
+    copies = prod(shapes[EMBEDDING]) if len(sizes) > 1 and HEAD not in shapes else 0
+    if sum(sizes) != total + copies:
+        raise ExportError(
+            f"{saved} holds {sum(sizes) - copies} parameters and the model of the run {total}: "
+            f"model.path names another model than when it ran"
+        )
+    stage = start = 0
+    for name, shape in shapes.items():
+        if start == sizes[stage]:
+            stage, start = stage + 1, 0
+        if start + prod(shape) > sizes[stage]:
+            raise ExportError(f"{saved}: {name} is cut in two between stages {stage} and {stage + 1}")
+        yield name, Slot(stage, start, shape)
+        start += prod(shape)
+
+
+def _write_metadata(base: Path, out: Path, dtype: str) -> None:
+    """config.json with the new dtype; tokenizer, generation config and the rest as the base model has them."""
+    kept = (".json", ".jinja", ".model", ".txt")
+    for file in base.iterdir():
+        if file.suffix in kept and not file.name.endswith(WEIGHTS):
+            shutil.copyfile(file, out / file.name)
+    config = json.loads((base / "config.json").read_text())
+    config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype  # the key's name, by transformers' version
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")

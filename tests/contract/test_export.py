@@ -1,0 +1,188 @@
+"""An export is the policy of a checkpoint: what transformers loads from it is what the run trained."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
+
+from codec.config import CodecConfig
+from deploy import export as exporting
+from deploy.cli import app
+from deploy.config import load, to_toml
+from deploy.export import ExportError, export
+from rl.config import ModelConfig, RolloutConfig, TaskConfig
+from rl.model_files import BUILTIN, model_shape
+from rl.rollout import ENGINES
+from rl.tasks import make_task
+from swarm import checkpoint
+from tests.conftest import make_batch, on_ranks
+from tests.contract.harness import make_rank, run_ticks
+
+CUTS = {1: (), 2: (2,), 4: (1, 2, 3)}
+
+
+def run_folder(root: Path, model: Path, *overrides: str) -> Path:
+    """What a run writes first."""
+    root.mkdir(exist_ok=True)
+    (root / "config.toml").write_text(to_toml(load("k5", [f"model.path={model}", "swarm.boundaries=[]", *overrides])))
+    return root
+
+
+def trained(run: Path, model: Path, pp: int = 1, step: int = 3, ticks: int = 2) -> dict[str, np.ndarray]:
+    """A checkpoint of `step`, as the workers write it; the masters by name."""
+    writer = checkpoint.Writer(run, step)
+    found = on_ranks(pp, _train, model, pp, str(writer.path), step, ticks)
+    writer.commit({"step": step}, {})
+    return {name: value for stage in reversed(found) for name, value in stage.items()}
+
+
+def _train(rank: int, init: str, model: Path, pp: int, folder: str, step: int, ticks: int) -> dict[str, np.ndarray]:
+    vocab = model_shape(str(model)).vocab
+    state = make_rank(model, rank, pp=pp, boundaries=CUTS[pp], codec=CodecConfig(kind="none"), init=init)
+    found = run_ticks(state, [make_batch(vocab=vocab, seed=step + i) for i in range(ticks)])
+    checkpoint.save_rank(state, folder, step)
+    return found["weights"]
+
+
+@pytest.mark.parametrize("pp", [1, 2, 4])
+def test_the_weights_that_transformers_loads_are_the_masters_to_the_bit(model: Path, tmp_path: Path, pp: int):
+    run, out = run_folder(tmp_path / "run", model), tmp_path / "out"
+    masters = trained(run, model, pp)
+    found = export(run, out)
+    loaded = dict(AutoModelForCausalLM.from_pretrained(out).named_parameters())
+    assert set(loaded) == set(masters) and found.step == 3
+    for name, parameter in loaded.items():
+        assert parameter.dtype == torch.float32
+        np.testing.assert_array_equal(parameter.detach().numpy(), masters[name], err_msg=name)
+    assert found.parameters == sum(p.numel() for p in loaded.values())  # a tied embedding is stored once
+    with safe_open(out / "model.safetensors", framework="pt") as stored:
+        assert set(stored.keys()) == set(masters)
+
+
+def test_greedy_text_of_the_export_is_that_of_the_runs_engine(tmp_path: Path):
+    model, run, out = BUILTIN / "tiny", run_folder(tmp_path / "run", BUILTIN / "tiny"), tmp_path / "out"
+    masters = trained(run, model, pp=2)
+    export(run, out)
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    task = make_task(TaskConfig(name="sums"), 5, 32)
+    texts = [task.example("val", i).prompt for i in range(32)]
+    prompts = [tokenizer(text)["input_ids"] for text in texts]
+
+    engine = ENGINES["transformers"](model, ModelConfig(), RolloutConfig())
+    for i, name in enumerate(engine.weights.names):
+        engine.weights.view(i, engine.weights.master).copy_(torch.from_numpy(masters[name]))
+    coldest = engine.sample(prompts, np.full((32, 1, 40), 0.5), temperature=1e-4)
+    ours = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in coldest.tokens]
+
+    exported = AutoModelForCausalLM.from_pretrained(out)
+    theirs = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        full = exported.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=40)
+        theirs.append(tokenizer.decode(full[0, len(prompt) :], skip_special_tokens=True))
+    assert ours == theirs and len(set(ours)) > 16
+    base = ENGINES["transformers"](model, ModelConfig(), RolloutConfig())
+    before = base.sample(prompts, np.full((32, 1, 40), 0.5), temperature=1e-4)
+    assert ours != [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in before.tokens]  # it was trained
+
+
+def test_shards_and_their_index_load_as_one_file_does(
+    untied_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    run = run_folder(tmp_path / "run", untied_model)
+    masters = trained(run, untied_model, pp=2)
+    monkeypatch.setattr(exporting, "SHARD", 20_000)
+    export(run, tmp_path / "out")
+    assert len(list((tmp_path / "out").glob("model-*-of-*.safetensors"))) > 2
+    for name, parameter in AutoModelForCausalLM.from_pretrained(tmp_path / "out").named_parameters():
+        np.testing.assert_array_equal(parameter.detach().numpy(), masters[name])
+
+
+def test_the_dtype_is_the_models_unless_told_otherwise(untied_model: Path, tmp_path: Path):
+    run = run_folder(tmp_path / "run", untied_model, "model.dtype=bfloat16")
+    masters = trained(run, untied_model)
+    for asked, expected in ((None, torch.bfloat16), ("float32", torch.float32)):
+        out = tmp_path / str(asked)
+        export(run, out, dtype=asked)
+        for name, parameter in AutoModelForCausalLM.from_pretrained(out, dtype="auto").named_parameters():
+            assert parameter.dtype == expected
+            assert torch.equal(parameter.detach(), torch.from_numpy(masters[name]).to(expected))
+
+
+def test_an_export_is_a_model_to_train_from(tied_model: Path, tmp_path: Path):
+    run = run_folder(tmp_path / "run", tied_model)
+    trained(run, tied_model, pp=2)
+    export(run, tmp_path / "out")
+    again = run_folder(tmp_path / "again", tmp_path / "out")
+    masters = trained(again, tmp_path / "out", ticks=0)
+    export(again, tmp_path / "out2")
+    first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "out2"))
+    assert masters and first == second
+
+
+def test_tokenizer_and_generation_config_are_those_of_the_base_model(tmp_path: Path):
+    model, run = BUILTIN / "tiny", run_folder(tmp_path / "run", BUILTIN / "tiny")
+    trained(run, model, ticks=0)
+    export(run, tmp_path / "out")
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (model / name).read_bytes()
+    old, new = (json.loads((folder / "config.json").read_text()) for folder in (model, tmp_path / "out"))
+    assert new == old
+
+
+def test_the_newest_checkpoint_counts_unless_a_step_is_named(untied_model: Path, tmp_path: Path):
+    run = run_folder(tmp_path / "run", untied_model)
+    old, new = trained(run, untied_model, step=4), trained(run, untied_model, step=8)
+    for out, step, masters in (("a", None, new), ("b", 4, old), ("c", 8, new)):
+        assert export(run, tmp_path / out, step).step == (step or 8)
+        norm = AutoModelForCausalLM.from_pretrained(tmp_path / out).get_parameter("model.norm.weight")
+        np.testing.assert_array_equal(norm.detach().numpy(), masters["model.norm.weight"])
+
+
+# --- what is refused -----------------------------------------------------------------------------
+
+
+def test_what_cannot_be_exported_is_said_with_the_fix_and_nothing_is_written(untied_model: Path, tmp_path: Path):
+    run, out = run_folder(tmp_path / "run", untied_model), tmp_path / "out"
+    with pytest.raises(ValueError, match=r"has no checkpoint: set run\.checkpoint_every"):
+        export(run, out)
+    trained(run, untied_model, pp=2, step=3, ticks=0)
+    with pytest.raises(ValueError, match="no checkpoint of step 2: it has those of steps 3"):
+        export(run, out, step=2)
+    with pytest.raises(ExportError, match="is no run folder"):
+        export(tmp_path, out)
+    run_folder(run, BUILTIN / "tiny")  # as if the folder behind model.path had been replaced
+    with pytest.raises(ExportError, match=r"holds \d+ parameters and the model of the run \d+: model\.path names"):
+        export(run, out)
+    run_folder(run, untied_model)
+    (run / "checkpoints" / "step-000003" / "rank-d0p0.safetensors").unlink()
+    with pytest.raises(ExportError, match="lacks files of the first replica's stages"):
+        export(run, out)
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith("out")]
+
+
+def test_a_folder_that_is_there_is_left_alone(untied_model: Path, tmp_path: Path):
+    run, out = run_folder(tmp_path / "run", untied_model), tmp_path / "out"
+    trained(run, untied_model, ticks=0)
+    out.mkdir()
+    (out / "mine").write_text("mine")
+    with pytest.raises(ExportError, match="is already there"):
+        export(run, out)
+    assert [path.name for path in out.iterdir()] == ["mine"]
+
+
+def test_the_command(untied_model: Path, tmp_path: Path):
+    run = run_folder(tmp_path / "run", untied_model)
+    refused = CliRunner().invoke(app, ["export", str(run), str(tmp_path / "out")])
+    assert refused.exit_code == 2 and "run.checkpoint_every" in refused.output
+    trained(run, untied_model, step=7, ticks=0)
+    done = CliRunner().invoke(app, ["export", str(run), str(tmp_path / "out"), "--dtype", "bfloat16", "--step", "7"])
+    assert done.exit_code == 0 and "step 7" in done.output and "bfloat16" in done.output
+    assert (tmp_path / "out" / "model.safetensors").exists()
