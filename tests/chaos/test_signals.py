@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -34,8 +36,27 @@ def _descendants(marker: str) -> list[str]:
     return found
 
 
+@contextmanager
+def _started(arguments: list[str], environment: dict[str, str]) -> Iterator[subprocess.Popen]:
+    """The command in a process group of its own, which is gone at the end, also if the test failed."""
+    process = subprocess.Popen(
+        [NORTHSTAR, *arguments],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        yield process
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait(10)
+
+
 def _until_two_steps(process: subprocess.Popen, metrics: Path) -> None:
-    deadline = time.monotonic() + 150
+    deadline = time.monotonic() + 240
     while not (metrics.exists() and metrics.read_text().count('"kind": "step"') >= 2):
         assert process.poll() is None and time.monotonic() < deadline, process.communicate(timeout=5)[0]
         time.sleep(0.2)
@@ -57,19 +78,12 @@ def test_a_signal_ends_the_run_cleanly(sent: signal.Signals, to_group: bool, tmp
     arguments = [x for override in (*SMALL, "run.steps=5000") for x in ("--set", override)]
     environment = dict(os.environ) | dict([marker.split("=")])
     environment["RAY_gcs_rpc_server_reconnect_timeout_s"] = "5"  # how long Ray looks for a control store that is gone
-    process = subprocess.Popen(
-        [NORTHSTAR, "run", "k5", *arguments, "--out", str(run)],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
     metrics = run / "metrics.jsonl"
-    _until_two_steps(process, metrics)
-    assert len(_descendants(marker)) > 5
-    os.killpg(process.pid, sent) if to_group else process.send_signal(sent)
-    output, _ = process.communicate(timeout=120)
+    with _started(["run", "k5", *arguments, "--out", str(run)], environment) as process:
+        _until_two_steps(process, metrics)
+        assert len(_descendants(marker)) > 5
+        os.killpg(process.pid, sent) if to_group else process.send_signal(sent)
+        output, _ = process.communicate(timeout=120)
     # with its control store gone, Ray may abort the command after the summary is written
     assert process.returncode == 130 or (to_group and process.returncode != 0), output
     summary = json.loads((run / "summary.json").read_text())
@@ -85,17 +99,11 @@ def test_ctrl_c_ends_a_sweep_that_can_go_on(tmp_path: Path):
     cells = 'short = {run.steps = 1, anchor.enabled = false, merger.kind = "none"}\nlong.run.steps = 5000'
     sweep.write_text(f'name = "s"\nbase = "k5"\nseeds = [0]\n[cells]\n{cells}\n')
     arguments = [x for override in SMALL for x in ("--set", override)]
-    process = subprocess.Popen(
-        [NORTHSTAR, "sweep", str(sweep), "--out", str(out), *arguments],
-        env=dict(os.environ) | dict([marker.split("=")]),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    _until_two_steps(process, out / "long" / "seed-0" / "metrics.jsonl")
-    process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=120)
+    environment = dict(os.environ) | dict([marker.split("=")])
+    with _started(["sweep", str(sweep), "--out", str(out), *arguments], environment) as process:
+        _until_two_steps(process, out / "long" / "seed-0" / "metrics.jsonl")
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=120)
     assert process.returncode == 130 and "1 of 2 runs completed, 0 failed" in output, output
     assert json.loads((out / "long" / "seed-0" / "summary.json").read_text())["status"] == "interrupted"
     assert [run.state for run in plan(read(sweep), out, list(SMALL))] == ["completed", "waiting"]
