@@ -22,7 +22,7 @@ def test_every_node_of_a_cluster_is_asked_and_nothing_is_left_behind(ray_cluster
     assert about["nodes"] == about["files"] == about["clocks"] == about["room"] == "ok"
     assert "node" not in about and "same everywhere" not in about
     assert not list((tmp_path / "run").iterdir())
-    assert ray.available_resources().get("CPU") == before
+    assert ray.available_resources().get("CPU") >= before  # more, where actors of an earlier test end meanwhile
 
 
 def test_a_run_that_the_cluster_cannot_hold_is_found_out(ray_cluster: None, tmp_path: Path):
