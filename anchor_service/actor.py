@@ -22,7 +22,6 @@ from codec.frames import digest
 from rl.batch import Batch
 from rl.config import GrpoConfig, ModelConfig, SnapshotConfig
 from rl.memory import peak_memory_gb
-from rl.model_files import resolve
 from rl.policy import Span
 from rl.snapshot import BaseLost
 
@@ -44,18 +43,7 @@ class Anchor:
     ):
         torch.set_num_threads(threads)
         self.config, self.payload = config, payload
-        self.dense = DenseGradient(
-            resolve(model.path),
-            stages,
-            getattr(torch, model.dtype),
-            torch.device(config.device),
-            config.micro_batch_size,
-            grpo,
-            temperature,
-            snapshot,
-            model.attention,
-            checkpointing,
-        )
+        self.dense = DenseGradient.beside(config, model, checkpointing, stages, grpo, temperature, snapshot)
 
     def gradient(self, job: FireJob) -> tuple[dict[str, Any], np.ndarray]:
         """M of one job, fp32 [numel] on the host, with a report."""

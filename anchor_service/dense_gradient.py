@@ -8,8 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from anchor_service.config import AnchorConfig
 from rl.batch import Batch
-from rl.config import GrpoConfig, SnapshotConfig
+from rl.config import GrpoConfig, ModelConfig, SnapshotConfig
+from rl.model_files import resolve
 from rl.objective import loss_terms, microbatches
 from rl.policy import EMBEDDING, Span, Stage
 from rl.snapshot import Receiver
@@ -40,6 +42,22 @@ class DenseGradient:
         self.grpo, self.temperature = grpo, temperature
         self.receiver = Receiver(snapshot)
         self.tied = bool(self.model.config.tie_word_embeddings)
+
+    @classmethod
+    def beside(
+        cls,
+        anchor: AnchorConfig,
+        model: ModelConfig,
+        checkpointing: bool,
+        stages: list[Span],
+        grpo: GrpoConfig,
+        temperature: float,
+        snapshot: SnapshotConfig,
+    ) -> DenseGradient:
+        """As the config of a run asks for it, on the anchor's device in the anchor's microbatches."""
+        numbers, device = getattr(torch, model.dtype), torch.device(anchor.device)
+        size, options = anchor.micro_batch_size, (model.attention, checkpointing)
+        return cls(resolve(model.path), stages, numbers, device, size, grpo, temperature, snapshot, *options)
 
     def load(self, parts: list[np.ndarray], tick: int) -> None:
         """Weights frames, one a stage, all of `tick`. Raises FrameError on a mix-up, BaseLost if a delta does not fit."""

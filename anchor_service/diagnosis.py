@@ -27,7 +27,6 @@ from anchor_service.messages import unpack_records
 from rl.batch import Batch
 from rl.config import GrpoConfig, ModelConfig, SnapshotConfig
 from rl.memory import peak_memory_gb
-from rl.model_files import resolve
 from rl.policy import Span
 
 BLOCK = 1 << 20  # elements: sums in float64 without a float64 copy of a vector
@@ -120,18 +119,7 @@ class Diagnoser:
         threads: int,
     ):
         torch.set_num_threads(threads)
-        self.dense = DenseGradient(
-            resolve(model.path),
-            stages,
-            getattr(torch, model.dtype),
-            torch.device(config.device),
-            config.micro_batch_size,
-            grpo,
-            temperature,
-            SnapshotConfig(),
-            model.attention,
-            checkpointing,
-        )
+        self.dense = DenseGradient.beside(config, model, checkpointing, stages, grpo, temperature, SnapshotConfig())
         self.grpo = grpo
 
     def diagnose(
