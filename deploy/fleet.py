@@ -22,11 +22,10 @@ from swarm.coordinator import Fleet, gather
 from swarm.tick import Rules
 from swarm.worker import Worker, WorkerSetup
 
-_ENV = {
-    # Ray's masking of GPUs makes NCCL slow or hang on some machines; a worker picks its device itself
-    "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-}
+_ENV = {"TOKENIZERS_PARALLELISM": "false"}
+# Ray's masking of GPUs makes NCCL slow or hang on some machines; a worker picks its device itself. The other roles
+# have no NCCL and need the masking: each computes on the one GPU that it sees
+_WORKER_ENV = {**_ENV, "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
 
 
 ROLES = ("worker", "engine", "anchor", "diagnoser")
@@ -38,11 +37,25 @@ def counts(config: RunConfig) -> tuple[int, int, int, int]:
     return config.swarm.dp * config.swarm.pp, config.rollout.replicas, anchors, int(bool(config.diagnostics.every))
 
 
+def seats(config: RunConfig) -> list[list[int]]:
+    """The bundle of every actor, by role: one each, but colocated engines sit with the first workers."""
+    found, taken = [], 0
+    for role, count in zip(ROLES, counts(config)):
+        shares = role == "engine" and config.rollout.placement == "colocated"
+        found.append(list(range(0 if shares else taken, count if shares else taken + count)))
+        taken += 0 if shares else count
+    return found
+
+
 def bundles(config: RunConfig) -> list[dict[str, float]]:
-    """Resources of all roles, in their order: one placement-group bundle an actor."""
+    """Resources of each placement-group bundle: a CPU for every actor in it, and one GPU where they compute on one."""
     devices = config.swarm.device, config.rollout.device, config.anchor.device, config.anchor.device
-    cuda = [device == "cuda" for device, count in zip(devices, counts(config)) for _ in range(count)]
-    return [{"CPU": 1, "GPU": 1} if gpu else {"CPU": 1} for gpu in cuda]
+    found: dict[int, dict[str, float]] = {}
+    for device, role in zip(devices, seats(config)):
+        for seat in role:
+            held = found.setdefault(seat, {"CPU": 0} | ({"GPU": 1} if device == "cuda" else {}))
+            held["CPU"] += 1
+    return [found[seat] for seat in sorted(found)]
 
 
 @contextmanager
@@ -65,6 +78,7 @@ class Held:
     def __init__(self) -> None:
         self.group: PlacementGroup | None = None
         self.roles: list[list[Any]] = []  # handles, in the order of ROLES
+        self.engine_seats: list[int] = []  # bundles of the engines
         self.kind: tuple[Any, ...] = ()
 
     @contextmanager
@@ -76,7 +90,8 @@ class Held:
         except BaseException:
             self.close()
             raise
-        if config.anchor.clock == "wall":  # corrections may still be on their way to a rank
+        # on the wall clock corrections may still be on their way to a rank; vLLM starts once in a process
+        if config.anchor.clock == "wall" or config.rollout.engine == "vllm":
             self.close()
 
     def close(self) -> None:
@@ -97,10 +112,23 @@ class Held:
             self.close()
             self.group = _reserve(config)
             self.kind, self.roles = kind, [[] for _ in ROLES]
+            self.engine_seats = seats(config)[ROLES.index("engine")]
             _start(config, self.group, plans, self.roles)
-        actors = Fleet(*(role[:n] for role, n in zip(self.roles, needed)))
+        roles = [role[:n] for role, n in zip(self.roles, needed)]
+        actors = Fleet(*roles, new_engines=lambda: self._new_engines(config, plans[ROLES.index("engine")]))
         _build(config, actors)
         return actors
+
+    def _new_engines(self, config: RunConfig, plan: list[tuple]) -> list[Any]:
+        """Other engines in the place of all there are, ready for weights."""
+        engines = self.roles[ROLES.index("engine")]
+        while engines:
+            ray.kill(engines.pop())
+        for seat, (cls, *args) in zip(self.engine_seats, plan):
+            engines.append(_actor(config, self.group, seat, cls, args))
+        calls = [(f"engine {i}", engine.__ray_ready__.remote()) for i, engine in enumerate(engines)]
+        gather(calls, "its model", config.swarm.start_timeout_s, "swarm.start_timeout_s")
+        return list(engines)
 
     def _construct_again(self, config: RunConfig, plans: list[list[tuple]]) -> None:
         def construct(actor: Any, *args: Any) -> None:  # a closure travels by value: no import in the actor
@@ -118,7 +146,7 @@ class Held:
 def _kind(config: RunConfig) -> tuple[Any, ...]:
     """What an actor cannot change once it runs."""
     devices = config.swarm.device, config.rollout.device, config.anchor.device
-    return (*devices, config.swarm.threads, config.anchor.clock)
+    return (*devices, config.swarm.threads, config.anchor.clock, config.rollout.engine)
 
 
 def _reserve(config: RunConfig) -> PlacementGroup:
@@ -138,22 +166,27 @@ def _reserve(config: RunConfig) -> PlacementGroup:
 
 
 def _start(config: RunConfig, group: PlacementGroup, plans: list[list[tuple]], roles: list[list[Any]]) -> None:
-    """New actors, in the order of the bundles; a handle is in `roles` as soon as it is there."""
-    wanted = bundles(config)
-    for plan, role in zip(plans, roles):
-        for cls, *args in plan:
-            index = sum(map(len, roles))
-            options = dict(
-                num_cpus=wanted[index]["CPU"],
-                num_gpus=wanted[index].get("GPU", 0),
-                max_restarts=0,
-                max_task_retries=0,  # a repeated tick would hang the other ranks
-                scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index),
-                runtime_env={"env_vars": {**_ENV, "OMP_NUM_THREADS": str(config.swarm.threads)}},
-            )
-            if cls is Worker and config.anchor.clock == "wall":
-                options["concurrency_groups"] = {"inbox": 1}  # corrections arrive beside a running tick
-            role.append(ray.remote(**options)(cls).remote(*args))
+    """New actors; a handle is in `roles` as soon as it is there."""
+    for plan, role, places in zip(plans, roles, seats(config)):
+        for (cls, *args), seat in zip(plan, places):
+            role.append(_actor(config, group, seat, cls, args))
+
+
+def _actor(config: RunConfig, group: PlacementGroup, seat: int, cls: type, args: list[Any]) -> Any:
+    """A new actor in bundle `seat`; two in one bundle share its GPU."""
+    held = group.bundle_specs[seat]
+    env = _WORKER_ENV if cls is Worker else _ENV
+    options = dict(
+        num_cpus=1,
+        num_gpus=held.get("GPU", 0) / held["CPU"],
+        max_restarts=0,
+        max_task_retries=0,  # a repeated tick would hang the other ranks
+        scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=seat),
+        runtime_env={"env_vars": {**env, "OMP_NUM_THREADS": str(config.swarm.threads)}},
+    )
+    if cls is Worker and config.anchor.clock == "wall":
+        options["concurrency_groups"] = {"inbox": 1}  # corrections arrive beside a running tick
+    return ray.remote(**options)(cls).remote(*args)
 
 
 def _constructors(config: RunConfig) -> list[list[tuple]]:
