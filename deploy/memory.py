@@ -24,6 +24,7 @@ from deploy.sizes import (
     stage_parameters,
     stage_spans,
 )
+from rl.config import CPU_KV_CACHE_GB
 
 # parts that one expects to be the largest; anything else on top is worth a warning
 EXPECTED = {"fp32 masters", "Adam moments", "activations", "KV cache", "compute copy", "fp32 gradients"}
@@ -122,10 +123,15 @@ def engine(config: RunConfig, params: Params) -> list[Part]:
     rows = min(config.rollout.batch_size, config.grpo.train_batch_size) * config.grpo.group_size
     length = prompt_tokens(config) + config.grpo.max_response_length
     reference = sum(part.bytes for part in _model(config, role, n, trained=False)) if config.grpo.kl_loss_coef else 0
+    vllm, gib = config.rollout.engine == "vllm", config.rollout.kv_cache_gb
+    cache = rows * length * 2 * kv * params.layers * itemsize(config)
+    if vllm and (gib or config.rollout.device == "cpu"):  # on a GPU it takes what `rollout.gpu_memory` leaves
+        cache = (gib or CPU_KV_CACHE_GB) * 2**30
     return [
         *_model(config, role, n, trained=False),
+        Part(role, "vLLM's weights", itemsize(config) * n if vllm else 0),
         Part(role, "reference model", reference),
-        Part(role, "KV cache", rows * length * 2 * kv * params.layers * itemsize(config), rough=True),
+        Part(role, "KV cache", cache, rough=not gib),
         # a row of fp32 log-probs, then fp64 probabilities and their running sum
         Part(role, "scratch of a draw", rows * params.vocab * 24, rough=True),
         Part(role, "weights held for deltas", _held(config, n), "host"),

@@ -11,6 +11,7 @@ from deploy.config import RunConfig
 # and anchors use no NCCL; each sees, by that mask, the one GPU that it was given
 UNMASKED = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
 ROLES = ("worker", "engine", "anchor", "diagnoser")
+WORKER_SHARE, ENGINE_SHARE = 0.6, 0.4  # of a GPU that a worker shares with an engine: Ray puts no two workers on one
 _A_TRACE = 0.001  # of a node's custom resource: there is room for any number of anchor workers
 
 
@@ -35,27 +36,45 @@ def counts(config: RunConfig) -> tuple[int, int, int, int]:
 
 
 def placement(config: RunConfig) -> Placement:
-    """One bundle an actor; with `swarm.placement = "replicas"` one for all stages of a replica."""
+    """One bundle an actor; with `swarm.placement = "replicas"` one for all stages of a replica.
+
+    An engine that is colocated sits in the bundle of the worker of its number.
+    """
     swarm, (workers, engines, anchors, diagnosers) = config.swarm, counts(config)
-    apart = swarm.placement == "replicas"
+    apart, colocated = swarm.placement == "replicas", config.rollout.placement == "colocated"
     together = swarm.pp if apart else 1
     anchor = _bundle(config.anchor.device)
     if config.anchor.resource:
         anchor[config.anchor.resource] = _A_TRACE
     replicas = workers // together
     bundles = [_bundle(swarm.device, together) for _ in range(replicas)]
-    bundles += [_bundle(config.rollout.device) for _ in range(engines)]
+    seats = [rank // together for rank in range(workers)]
+    if colocated:
+        seats += seats[:engines]
+        for seat in seats[workers:]:
+            bundles[seat]["CPU"] += 1
+    else:
+        bundles += [_bundle(config.rollout.device) for _ in range(engines)]
+        seats += range(replicas, len(bundles))
+    first = len(bundles)
     bundles += [dict(anchor) for _ in range(anchors)]
     bundles += [_bundle(config.anchor.device) for _ in range(diagnosers)]
-    of_actor = [rank // together for rank in range(workers)] + list(range(replicas, len(bundles)))
-    return Placement(bundles, of_actor, "SPREAD" if apart else "PACK")
+    return Placement(bundles, [*seats, *range(first, len(bundles))], "SPREAD" if apart else "PACK")
 
 
-def demand(config: RunConfig, actor: int) -> dict[str, int]:
+def demand(config: RunConfig, actor: int) -> dict[str, float]:
     """CPUs and GPUs of one actor, by its place in `Placement.of_actor`."""
     devices = config.swarm.device, config.rollout.device, config.anchor.device, config.anchor.device
-    device = [device for device, count in zip(devices, counts(config)) for _ in range(count)][actor]
-    return {"CPU": 1, "GPU": 1 if device == "cuda" else 0}
+    of_role = counts(config)
+    device = [device for device, count in zip(devices, of_role) for _ in range(count)][actor]
+    workers, engines = of_role[:2]
+    gpu = 1.0 if device == "cuda" else 0.0
+    if config.rollout.placement == "colocated":
+        if actor < engines:
+            gpu = WORKER_SHARE
+        elif workers <= actor < workers + engines:
+            gpu = ENGINE_SHARE
+    return {"CPU": 1, "GPU": gpu}
 
 
 def _bundle(device: str, actors: int = 1) -> dict[str, float]:

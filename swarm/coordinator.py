@@ -10,13 +10,14 @@ anchor to the ranks, by the object store.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ray
+from ray.exceptions import RayActorError
 
 from anchor_service.actor import AnchorLine, Fire
 from anchor_service.clock import make_clock
@@ -27,22 +28,24 @@ from codec.ledger import Ledger
 from merger import MERGERS
 from rl import mismatch
 from rl.batch import Batch, Prompts, concat
+from rl.engine import EngineFailed
 from rl.model_files import model_shape, resolve, tensor_sizes
 from rl.snapshot import BaseLost
 from swarm import checkpoint
-from swarm.gate import LaunchGate
+from swarm.gate import EngineGate, LaunchGate
 from swarm.sources import Sources
 from swarm.telemetry import Telemetry, combine
 
 
 @dataclass(frozen=True)
 class Fleet:
-    """Handles of the actors of one run, workers in rank order."""
+    """Handles of the actors of one run, workers in rank order. `new_engines` kills the engines and starts others."""
 
     workers: list[Any]
     engines: list[Any]
     anchors: list[Any]
     diagnosers: list[Any]
+    new_engines: Callable[[], list[Any]]
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ class Coordinator:
         self._merged_m_bar: Any = None
         self.peaks: dict[str, float] = {}  # peak memory of the largest process of a role, GB
         self._logged: dict[str, float] = {}
-        self.gate = LaunchGate(config.codec)
+        self.gate, self.engine_gate = LaunchGate(config.codec), EngineGate(config.rollout)
         self._lost: set[str] = set()  # anchor streams whose base is gone
         self._resync = True  # the first frames of a run are whole ones
         self._parameters = parameter_count(config)
@@ -112,6 +115,8 @@ class Coordinator:
         start = time.perf_counter()
         self.step += 1
         batch, timing = self._rollout()
+        self._judge_engine(timing)
+        self._share_gpus("sleep", self.fleet.engines)
         minis = self._mini_batches(batch)
         self._control(sum(mini.size for mini in minis) * len(self.fleet.workers))
         references = [mini.reference for mini in minis]
@@ -121,7 +126,8 @@ class Coordinator:
         self._remember("worker", metrics["perf/max_memory_gb"])
         self._judge_codec(metrics)
         ticks = [self._tick(i, mini) for i, mini in enumerate(minis)]
-        self._sync_engines()
+        self._share_gpus("release_cache", self.fleet.workers)
+        digest = self._sync_engines()
         timing |= {k: v for k, v in metrics.items() if k.startswith("timing_s/")}
         timing["timing_s/ticks"] = sum(t["timing_s/tick"] for t in ticks)
         timing["timing_s/step"] = time.perf_counter() - start
@@ -132,7 +138,7 @@ class Coordinator:
         means = {
             k: float(np.mean([t[k] for t in ticks if k in t]))
             for k in set().union(*ticks)
-            if k.startswith("actor/") or k in mismatch.NAMES  # the latter of the first tick alone
+            if k.startswith(("actor/", "rollout_corr/")) or k in mismatch.NAMES  # the latter of the first tick alone
         }
         self.telemetry.step(
             self.step,
@@ -143,6 +149,7 @@ class Coordinator:
             | timing
             | {
                 "perf/throughput": float(batch.total.sum()) / timing["timing_s/step"],
+                "rollout/weights_digest": digest,
                 **self._totals(),
             },
         )
@@ -176,6 +183,12 @@ class Coordinator:
         kl = self.gate.judge(metrics, self.tick)
         if kl is not None:
             self.telemetry.event(self.step, self.tick, "codec changes the policy", **{"codec/logprob_kl": kl})
+
+    def _judge_engine(self, metrics: dict[str, float]) -> None:
+        """Once, at the first measurement: does the engine compute what a plain forward does?"""
+        kl = self.engine_gate.judge(metrics)
+        if kl is not None:
+            self.telemetry.event(self.step, self.tick, "engine differs from the model", **{"rollout_corr/dense_k3": kl})
 
     # --- the anchor -----------------------------------------------------------------------------
 
@@ -301,17 +314,30 @@ class Coordinator:
     def _generate(self, split: str, step: int, indices: range, n: int, temperature: float) -> tuple[Batch, dict]:
         """Batches of one number of samples, whatever the number of engines: so results do not depend on it."""
         start = time.perf_counter()
-        size, engines = self.config.rollout.batch_size * self.config.grpo.group_size // n, self.fleet.engines
-        calls = []
-        for i in range(0, len(indices), size):
-            k = (i // size) % len(engines)
-            ask = Prompts(split, step, tuple(indices[i : i + size]), n, temperature)
-            calls.append((f"engine {k}", engines[k].generate.remote(ask)))
-        results = gather(calls, f"{split} samples of step {step}", self.config.rollout.timeout_s, "rollout.timeout_s")
-        batch = concat([Batch.from_frame(frame, "an engine")[1] for frame, _ in results])
-        self._control(sum(frame.nbytes for frame, _ in results))
-        self._remember("engine", max(peak for _, peak in results))
-        return batch, {"timing_s/gen": time.perf_counter() - start}
+        size = self.config.rollout.batch_size * self.config.grpo.group_size // n
+        asks = [
+            Prompts(split, step, tuple(indices[i : i + size]), n, temperature) for i in range(0, len(indices), size)
+        ]
+
+        def answers() -> list[tuple[np.ndarray, float, dict[str, float]]]:
+            engines = self.fleet.engines
+            calls = [
+                (f"engine {i % len(engines)}", engines[i % len(engines)].generate.remote(ask))
+                for i, ask in enumerate(asks)
+            ]
+            return gather(calls, f"{split} samples of step {step}", *self._engine_limit())
+
+        try:
+            results = answers()
+        except (EngineFailed, RayActorError) as failure:
+            self._renew_engines(failure)
+            self._sync_engines()
+            results = answers()
+        batch = concat([Batch.from_frame(frame, "an engine")[1] for frame, *_ in results])
+        self._control(sum(frame.nbytes for frame, *_ in results))
+        self._remember("engine", max(peak for _, peak, _ in results))
+        compared = mismatch.dense_metrics([sums for *_, sums in results])
+        return batch, {"timing_s/gen": time.perf_counter() - start} | compared
 
     def _validate(self) -> None:
         """On the uncompressed weights; the same prompts and random numbers each time, so that runs are paired."""
@@ -340,8 +366,18 @@ class Coordinator:
         nbytes = sum(gather(calls, f"the weights of tick {tick}", *self._swarm_limit()))
         return [frame for frame, _ in pairs], nbytes
 
-    def _sync_engines(self) -> None:
-        """Give the engines, and an anchor that shares their stream, the newest weights."""
+    def _sync_engines(self) -> str:
+        """Give the engines, and an anchor that shares their stream, the newest weights. Returns their digest."""
+        try:
+            return self._load_engines()
+        except BaseLost as lost:
+            self.telemetry.event(self.step, self.tick, "weights resynchronised", reason=str(lost))
+        except (EngineFailed, RayActorError) as failure:
+            self._renew_engines(failure)
+        self._resync = True
+        return self._load_engines()
+
+    def _load_engines(self) -> str:
         references, nbytes = self._weights_of(self.tick, "engines", whole=self._resync)
         engines = [
             (f"engine {i}", e.load_weights.remote(self.tick, *references)) for i, e in enumerate(self.fleet.engines)
@@ -349,16 +385,26 @@ class Coordinator:
         if self.line and self.config.anchor.weights == "shared":
             self.line.follow(self.tick, references)
         self._resync = False
-        limit = (self.config.rollout.timeout_s, "rollout.timeout_s")
-        try:
-            gather(engines, f"loading the weights of tick {self.tick}", *limit)
-        except BaseLost as lost:
-            self.telemetry.event(self.step, self.tick, "weights resynchronised", reason=str(lost))
-            self._resync = True
-            return self._sync_engines()
+        digests = gather(engines, f"loading the weights of tick {self.tick}", *self._engine_limit())
+        if len(set(digests)) > 1:
+            raise EngineFailed(f"the weights of tick {self.tick}", f"engines hold {digests}", "start the run anew")
         copies = len(self.fleet.engines)
         dense = self._parameters * (2 if self.config.model.dtype == "bfloat16" else 4)  # what a dense system sends
         self.ledger.add("rollout_sync", nbytes * copies, dense * copies)
+        return digests[0]
+
+    def _renew_engines(self, failure: Exception) -> None:
+        """All of them: they follow one stream, and the new ones begin it with a whole snapshot."""
+        reason = str(failure).strip().splitlines()[-1]
+        self.telemetry.event(self.step, self.tick, "engines started anew", reason=reason)
+        self.fleet.engines[:] = self.fleet.new_engines()
+        self._resync = True
+
+    def _share_gpus(self, method: str, actors: list[Any]) -> None:
+        """Engines and workers on the same GPUs take turns in their memory."""
+        if self.config.rollout.placement == "colocated":
+            calls = [(f"actor {i}", getattr(actor, method).remote()) for i, actor in enumerate(actors)]
+            gather(calls, method, *self._engine_limit())
 
     # --- small helpers --------------------------------------------------------------------------
 
@@ -383,6 +429,9 @@ class Coordinator:
         # the ranks' own deadlines are shorter and say more, so this one only catches a rank that is stuck
         swarm, anchor = self.config.swarm, self.config.anchor
         return swarm.timeout_s * 2 + (anchor.timeout_s if self.line else 0), "swarm.timeout_s"
+
+    def _engine_limit(self) -> tuple[float, str]:
+        return self.config.rollout.timeout_s, "rollout.timeout_s"
 
     def _anchor_limit(self) -> tuple[float, str]:
         return self.config.anchor.timeout_s, "anchor.timeout_s"

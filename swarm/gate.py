@@ -1,8 +1,10 @@
-"""The launch gate: a codec that changes the policy is found out in the run's second step, not in its result."""
+"""Launch gates: an engine that computes something else than the model is found out in the run's first step, a codec
+that changes the policy in its second, and not in the run's result."""
 
 from __future__ import annotations
 
 from codec.config import CodecConfig
+from rl.config import RolloutConfig
 from rl.mismatch import COMFORT
 
 WARM = 2  # ticks after which a basis made of the run's own statistics has been in use
@@ -21,6 +23,42 @@ class PolicyChanged(RuntimeError):
             f"trainer's policy is not the one that samples. `northstar probe` shows what rate the model needs; "
             f"raise codec.rate, codec.rank or codec.rank_ratio, or codec.max_kl to run all the same"
         )
+
+
+class EngineMismatch(RuntimeError):
+    """The engine's policy is too far from that of a plain forward of the same model at the same weights."""
+
+    def __init__(self, kl: float, max_kl: float):
+        super().__init__(kl, max_kl)
+        self.kl, self.max_kl = kl, max_kl
+
+    def __str__(self) -> str:
+        return (
+            f"rollout_corr/dense_k3 is {self.kl:.3g} nats a token and rollout.max_mismatch_kl {self.max_kl:g}: without "
+            f"any codec the engine's log-probs are not those of the model; set model.dtype=float32 or "
+            f"rollout.engine=transformers, or raise rollout.max_mismatch_kl to run all the same "
+            f"(grpo.rollout_is=token corrects a small one)"
+        )
+
+
+class EngineGate:
+    """Judges the first measurement. By k3, which has little variance where the two are near: it is of few tokens."""
+
+    def __init__(self, rollout: RolloutConfig):
+        self.max_kl = rollout.max_mismatch_kl
+        self.open = False
+
+    def judge(self, metrics: dict[str, float]) -> float | None:
+        """The estimate if it deserves a warning. Raises EngineMismatch above `rollout.max_mismatch_kl`."""
+        kl = metrics.get("rollout_corr/dense_k3")
+        if self.open or kl is None:
+            return None
+        self.open = True
+        if self.max_kl is None:
+            return kl if not kl <= COMFORT else None
+        if not kl <= self.max_kl:
+            raise EngineMismatch(kl, self.max_kl)
+        return None
 
 
 class LaunchGate:

@@ -156,6 +156,10 @@ class Worker:
         frame = self.senders[stream].frame(weights.master[: weights.owned], tick, self.rank.grid.p, whole)
         return frame, frame.nbytes
 
+    def release_cache(self) -> None:
+        """Leave what torch only keeps for later to an engine on the same GPU."""
+        torch.cuda.empty_cache()
+
     def record(self, tick: int) -> np.ndarray:
         """This stage's weights after `tick` ticks, fp32, with what that tick kept if it is diagnosed."""
         weights, kept = self.rank.stage.weights, self.rank.kept

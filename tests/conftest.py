@@ -25,7 +25,9 @@ from rl.batch import Batch
 torch.set_num_threads(1)
 
 
-def make_model(folder: Path, tied: bool, layers: int = 4, hidden: int = 32, vocab: int = 48) -> Path:
+def make_model(
+    folder: Path, tied: bool, layers: int = 4, hidden: int = 32, vocab: int = 48, positions: int = 128
+) -> Path:
     """A random Qwen2 on disk. Larger than usual weights, so that gradients are not all alike."""
     torch.manual_seed(7)
     config = Qwen2Config(
@@ -35,7 +37,7 @@ def make_model(folder: Path, tied: bool, layers: int = 4, hidden: int = 32, voca
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=128,
+        max_position_embeddings=positions,
         tie_word_embeddings=tied,
         initializer_range=0.15,
         eos_token_id=1,

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from codec.frames import FrameError, pack
+from codec.frames import FrameError, digest, pack
+from rl import mismatch
 from rl.batch import Batch, Prompts
 from rl.config import GrpoConfig, ModelConfig, RolloutConfig, SnapshotConfig, TaskConfig
 from rl.model_files import BUILTIN
@@ -21,7 +22,7 @@ def make_worker(model: ModelConfig | None = None, task: TaskConfig | None = None
         model or ModelConfig(),
         task or TaskConfig(),
         config,
-        RolloutConfig(),
+        RolloutConfig(mismatch_every=2),
         SnapshotConfig(encoding="full"),
         seed=3,
         val_size=32,
@@ -34,7 +35,7 @@ def whole(tick: int, flat: np.ndarray) -> np.ndarray:
 
 
 def ask(worker: RolloutWorker, indices: tuple[int, ...], n: int = 4, split: str = "train") -> Batch:
-    frame, peak = worker.generate(Prompts(split, 1, indices, n, 1.0))
+    frame, peak, _ = worker.generate(Prompts(split, 1, indices, n, 1.0))
     assert peak > 0
     return Batch.from_frame(frame, "engine")[1]
 
@@ -55,7 +56,7 @@ def test_chunks_of_prompts_give_the_same_samples_as_all_at_once(worker: RolloutW
 def test_steps_and_samples_differ_but_repeat(worker: RolloutWorker):
     first = ask(worker, (0,), n=16)
     np.testing.assert_array_equal(first.tokens, ask(worker, (0,), n=16).tokens)
-    other, _ = worker.generate(Prompts("train", 2, (0,), 16, 1.0))
+    other, *_ = worker.generate(Prompts("train", 2, (0,), 16, 1.0))
     other = Batch.from_frame(other, "engine")[1]
     assert len(other.tokens) != len(first.tokens) or (other.tokens != first.tokens).any()
     assert len({first.take(i, i + 1).tokens.tobytes() for i in range(16)}) > 1
@@ -87,14 +88,14 @@ def test_reference_logprobs_are_those_of_the_base_policy():
     worker = make_worker(kl_loss_coef=0.1)
     before = ask(worker, (0, 1))
     np.testing.assert_allclose(before.ref_logprobs, before.rollout_logprobs, atol=1e-4)
-    flat = worker.engine.weights.master.numpy() * np.float32(1.02)
+    flat = worker.engine.plain.weights.master.numpy() * np.float32(1.02)
     worker.load_weights(7, whole(7, flat))
     after = ask(worker, (0, 1))
     assert np.abs(after.ref_logprobs - after.rollout_logprobs).max() > 1e-3
 
 
 def test_weights_of_another_tick_or_size_are_refused(worker: RolloutWorker):
-    flat = worker.engine.weights.master.numpy().copy()
+    flat = worker.engine.plain.weights.master.numpy().copy()
     with pytest.raises(FrameError, match="stage 0: tick: expected 8, got 7"):
         worker.load_weights(8, whole(7, flat))
     with pytest.raises(FrameError, match="all stages: weights"):
@@ -141,3 +142,22 @@ def test_rewards_of_ones_own_are_in_the_batch_and_in_the_advantages(tmp_path: Pa
     groups = batch.rewards.reshape(-1, 8)
     centred = (groups - groups.mean(1, keepdims=True)) / (groups.std(1, ddof=1, keepdims=True) + 1e-6)
     np.testing.assert_allclose(batch.advantages.reshape(-1, 8), centred, rtol=1e-4, atol=1e-5)
+
+
+def test_the_engine_is_compared_with_a_plain_forward_every_so_many_steps(worker: RolloutWorker):
+    def compared(split: str, step: int) -> dict[str, float]:
+        return worker.generate(Prompts(split, step, (0, 1, 2), 4, 0.8))[2]
+
+    assert compared("train", 2) == compared("val", 1) == {}
+    frame, _, sums = worker.generate(Prompts("train", 3, (0, 1, 2), 4, 0.8))
+    first = [Batch.from_frame(frame, "engine")[1].take(i, i + 1).response_tokens for i in (0, 4, 8)]
+    assert sums[f"{mismatch.PREFIX}tokens"] == sum(first)
+    found = mismatch.dense_metrics([sums])
+    assert abs(found["rollout_corr/dense_k3"]) < 1e-6 and found["rollout_corr/dense_corr"] > 0.9999
+
+
+def test_new_weights_are_acknowledged_with_the_digest_of_what_is_in_use(worker: RolloutWorker):
+    flat = worker.engine.plain.weights.master.numpy().copy()
+    assert worker.load_weights(9, whole(9, flat)) == digest(flat)
+    assert worker.load_weights(10, whole(10, -flat)) == digest(-flat) != digest(flat)
+    worker.load_weights(11, whole(11, flat))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from rl.mismatch import NAMES
-from swarm.gate import PolicyChanged
+from swarm.gate import EngineMismatch, PolicyChanged
 from tests.ray.conftest import of_kind, run_kept, small
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
@@ -45,3 +45,12 @@ def test_without_a_codec_the_two_policies_agree_and_nothing_is_said(tmp_path: Pa
     (_, step) = of_kind(tmp_path / "run", "step")
     assert abs(step["codec/logprob_kl"]) < 1e-5 and step["codec/logprob_corr"] > 0.99999
     assert step["codec/ratio_outside_1.2"] == 0
+
+
+def test_an_engine_that_differs_from_the_model_stops_the_run_before_its_first_tick(tmp_path: Path):
+    """In bf16 a cached decode rounds otherwise than a whole forward; the limit here is below any rounding."""
+    config = small(*ALONE, "model.dtype=bfloat16", "rollout.max_mismatch_kl=1e-9")
+    with pytest.raises(EngineMismatch, match=r"rollout\.max_mismatch_kl 1e-09"):
+        run_kept(config, tmp_path / "run")
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["steps"] == 1 and summary["ticks"] == 0

@@ -117,16 +117,28 @@ def test_a_grid_of_four_keeps_replicas_equal_and_names_a_flipped_bit(tmp_path: P
         assert "ReplicaMismatch" in type(caught.value).__name__ or "ReplicaMismatch" in str(caught.value)
 
 
-def test_a_dead_engine_ends_the_run_with_its_name_and_a_valid_folder(tmp_path: Path):
-    config = small("run.steps=3", "anchor.enabled=false", "merger.kind=none")
+def test_a_dead_engine_is_started_anew_and_the_run_ends_as_if_nothing_had_happened(tmp_path: Path):
+    """Killed before its first weights, and again in the middle of a run; all samples and weights are the same."""
+    config = small("run.steps=3", "rollout.replicas=2", "anchor.enabled=false", "merger.kind=none")
+    calm = run_kept(config, tmp_path / "calm")
+    folder = _made(tmp_path / "deadly")
     with fleet(config) as actors:
-        telemetry = Telemetry(_made(tmp_path / "dead"), ignore)
-        coordinator = Coordinator(config, actors, telemetry, tmp_path / "dead")
+        telemetry = Telemetry(folder, ignore)
+        coordinator = Coordinator(config, actors, telemetry, folder)
         ray.kill(actors.engines[0])
-        with pytest.raises(ray.exceptions.RayActorError):
-            coordinator.run()
-        telemetry.finish("failed", {"name": "dead", "error": "engine"})
-    assert json.loads((tmp_path / "dead" / "summary.json").read_text())["status"] == "failed"
+        mini_batches = coordinator._mini_batches
+
+        def kill_in_step_2(batch):
+            if coordinator.step == 2:
+                ray.kill(actors.engines[1])
+            return mini_batches(batch)
+
+        coordinator._mini_batches = kill_in_step_2
+        coordinator.run()
+        assert telemetry.digests == calm["weights_digests"]
+        telemetry.finish("completed", {})
+    restarts = [e["step"] for e in of_kind(folder, "event") if e["event"] == "engines started anew"]
+    assert restarts == [0, 2]
 
 
 def _made(folder: Path) -> Path:

@@ -126,7 +126,24 @@ BAD = {
     "a learning rate that is no number": Bad(["grpo.lr", "nan", "finite"], ["grpo.lr=nan"]),
     "a beta of Adam of 1": Bad(["betas", "1.0", "[0, 1)"], ["grpo.betas=[0.9, 1.0]"]),
     "a clip ratio of 0": Bad(["grpo.clip_ratio", "greater than 0"], ["grpo.clip_ratio=0.0"]),
-    "an unknown engine": Bad(["rollout.engine", "'vlm'", "'transformers'"], ["rollout.engine=vlm"]),
+    "an unknown engine": Bad(["rollout.engine", "'vlm'", "'transformers'", "'vllm'"], ["rollout.engine=vlm"]),
+    "colocated engines on a CPU": Bad(
+        ["placement 'colocated'", "'vllm' on 'cpu'", "device=cuda"], ["rollout.engine=vllm", "rollout.placement=colocated"]
+    ),
+    "colocated engines that cannot sleep": Bad(
+        ["placement 'colocated'", "'transformers' on 'cuda'"], ["rollout.device=cuda", "rollout.placement=colocated"]
+    ),
+    "more colocated engines than workers": Bad(
+        ["2 engines", "1 workers", "'cuda'"],
+        ["rollout.engine=vllm", "rollout.device=cuda", "rollout.placement=colocated", "rollout.replicas=2", "swarm.device=cuda"],
+    ),
+    "a limit on what is not measured": Bad(
+        ["max_mismatch_kl", "mismatch_every=1"], ["rollout.max_mismatch_kl=0.1", "rollout.mismatch_every=0"]
+    ),
+    "a temperature that vllm would raise": Bad(["0.001", "0.01"], ["rollout.engine=vllm", "rollout.temperature=0.001"]),
+    "importance weights that are all one": Bad(
+        ["rollout_is", "old_logprobs=trainer"], ["grpo.rollout_is=token", "grpo.old_logprobs=rollout"]
+    ),
     "an unknown task": Bad(["task.name", "'sumz'", "did you mean 'sums'", "jsonl:PATH"], ["task.name=sumz"]),
     "an unknown reasoning_gym task": Bad(
         ["task.name", "'chain_sums'", "did you mean 'chain_sum'"], ["task.name=reasoning_gym:chain_sums"]

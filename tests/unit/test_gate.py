@@ -7,7 +7,8 @@ import pickle
 import pytest
 
 from codec.config import CodecConfig
-from swarm.gate import LaunchGate, PolicyChanged
+from rl.config import RolloutConfig
+from swarm.gate import EngineGate, EngineMismatch, LaunchGate, PolicyChanged
 
 
 def gate(max_kl: float | None = None, kind: str = "powersgd") -> LaunchGate:
@@ -52,3 +53,30 @@ def test_it_judges_once():
 @pytest.mark.parametrize("max_kl", [None, 0.1])
 def test_without_a_codec_there_is_nothing_to_judge(max_kl: float | None):
     assert gate(max_kl, kind="none").judge(measured(9.0), 2) is None
+
+
+# --- the engine -----------------------------------------------------------------------------------
+
+
+def engine_gate(max_kl: float | None = None) -> EngineGate:
+    return EngineGate(RolloutConfig(max_mismatch_kl=max_kl))
+
+
+def test_an_engine_far_from_the_model_is_refused_at_the_first_measurement_with_the_key():
+    found = engine_gate(max_kl=0.01)
+    assert found.judge({"codec/logprob_kl": 9.0}) is None
+    with pytest.raises(EngineMismatch, match=r"0\.25 nats.*rollout\.max_mismatch_kl 0\.01") as caught:
+        found.judge({"rollout_corr/dense_k3": 0.25})
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+    assert found.judge({"rollout_corr/dense_k3": 9.0}) is None  # once
+
+
+def test_an_engine_without_a_limit_is_remarked_on_above_the_comfort_of_ratio_clipping():
+    assert engine_gate().judge({"rollout_corr/dense_k3": 0.5}) == 0.5
+    assert engine_gate().judge({"rollout_corr/dense_k3": 0.0199}) is None
+    assert engine_gate(max_kl=0.5).judge({"rollout_corr/dense_k3": 0.4}) is None
+
+
+def test_an_engine_whose_log_probs_are_no_numbers_does_not_pass():
+    with pytest.raises(EngineMismatch):
+        engine_gate(max_kl=0.1).judge({"rollout_corr/dense_k3": float("nan")})

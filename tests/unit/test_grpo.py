@@ -293,3 +293,49 @@ def test_the_dual_clip_is_off_unless_set_and_out_of_reach_it_changes_nothing():
 def test_a_dual_clip_of_at_most_one_is_refused(c: float):
     with pytest.raises(ValueError, match="greater than 1"):
         GrpoConfig(clip_ratio_c=c)
+
+
+# --- truncated importance weights -----------------------------------------------------------------
+
+
+def test_each_tokens_policy_loss_is_weighted_by_the_truncated_ratio_of_trainer_and_engine():
+    new, old, advantages = tokens()
+    rollout = old + 0.8 * rand(60, seed=5)
+    config = GrpoConfig(rollout_is="token", rollout_is_threshold=1.5)
+    weights = [min(math.exp(o - r), 1.5) for o, r in zip(old.tolist(), rollout.tolist())]
+    expected = 0.0
+    for n, o, a, w in zip(new.tolist(), old.tolist(), advantages.tolist(), weights):
+        ratio = math.exp(n - o)
+        expected += w * max(-a * ratio, -a * min(max(ratio, 0.8), 1.2))
+    terms = policy_loss(new, old, advantages, 60.0, config, rollout_logprobs=rollout)
+    assert terms.loss.item() == pytest.approx(expected / 60, rel=1e-9)
+    assert terms.sums["rollout_corr/rollout_is_mean"].item() == pytest.approx(sum(weights), rel=1e-9)
+    high = terms.sums["rollout_corr/rollout_is_ratio_fraction_high"].item()
+    assert high == sum(w == 1.5 for w in weights) and 0 < high < 60
+
+
+def test_the_weights_scale_the_gradient_and_have_none_of_their_own():
+    new, old, advantages = tokens()
+    rollout, config = old + 0.8 * rand(60, seed=5), GrpoConfig(rollout_is="token")
+    leaves = [new.clone().requires_grad_() for _ in range(2)]
+    policy_loss(leaves[0], old, advantages, 60.0, config, rollout_logprobs=rollout).loss.backward()
+    policy_loss(leaves[1], old, advantages, 60.0, GrpoConfig()).loss.backward()
+    weights = (old - rollout).exp().clamp_max(2.0)
+    torch.testing.assert_close(leaves[0].grad, weights * leaves[1].grad)
+    leaf = new.clone().requires_grad_()  # in the first tick of a step old and new log-probs are one forward's
+    policy_loss(leaf, leaf, advantages, 60.0, config, rollout_logprobs=rollout).loss.backward()
+    torch.testing.assert_close(leaf.grad, torch.zeros(60, dtype=torch.float64))
+
+
+def test_the_weights_leave_kl_and_entropy_alone():
+    new, old, _ = tokens()
+    none, config = torch.zeros(60, dtype=torch.float64), dict(kl_loss_coef=0.3, entropy_coeff=0.1)
+    weighted = policy_loss(new, old, none, 60.0, GrpoConfig(rollout_is="token", **config), rand(60), new + 0.1, old - 1)
+    assert weighted.loss == policy_loss(new, old, none, 60.0, GrpoConfig(**config), rand(60), new + 0.1).loss
+
+
+def test_the_anchors_weights_are_all_one():
+    """Its ratio is taken to the engine's own log-probs."""
+    new, old, advantages = tokens()
+    weighted = policy_loss(new, old, advantages, 60.0, GrpoConfig(rollout_is="token"), rollout_logprobs=old)
+    assert weighted.loss == policy_loss(new, old, advantages, 60.0, GrpoConfig()).loss

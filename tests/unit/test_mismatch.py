@@ -34,6 +34,7 @@ def test_every_metric_is_what_a_loop_over_the_tokens_gives():
         "codec/logprob_k3": statistics.fmean(r - 1 - math.log(r) for r in ratios),
         "codec/logprob_corr": statistics.correlation(a, b),
         "codec/ratio_outside_1.2": statistics.fmean(not 1 / 1.2 <= r <= 1.2 for r in ratios),
+        "codec/ratio_outside_2": statistics.fmean(not 1 / 2 <= r <= 2 for r in ratios),
         "codec/ratio_outside_5": statistics.fmean(not 1 / 5 <= r <= 5 for r in ratios),
         "rollout_corr/kl": statistics.fmean(x - y for x, y in zip(a, b)),
         "training/rollout_probs_diff_mean": statistics.fmean(abs(math.exp(y) - math.exp(x)) for x, y in zip(a, b)),
@@ -88,3 +89,16 @@ def test_ranks_and_microbatches_add_up_whatever_the_telemetry_divides_by(tokens:
 
 def test_where_nothing_was_compared_nothing_is_said():
     assert mismatch.metrics({"actor/pg_loss": 1.0}) == {"actor/pg_loss": 1.0}
+
+
+def test_without_a_codec_the_same_is_measured_under_other_names():
+    """Of parts of a batch, however it was split; most engines were not asked to compare."""
+    reference, trainer = pair()
+    parts = [
+        {name: value.item() for name, value in mismatch.sums(reference[part], trainer[part]).items()}
+        for part in (slice(0, 100), slice(100, 500))
+    ]
+    found, whole = mismatch.dense_metrics(parts), settled(reference, trainer)
+    assert tuple(found) == mismatch.DENSE
+    assert list(found.values()) == pytest.approx([whole[name] for name in mismatch.CODEC], rel=1e-9)
+    assert mismatch.dense_metrics([{}, {}]) == {}

@@ -14,13 +14,18 @@ LAYOUTS = [
     for dp, pp, kind, anchors in product((1, 2, 4), (1, 2), ("pack", "replicas"), (1, 2))
     for devices in ((), ("swarm.device=cuda",), ("rollout.device=cuda", "anchor.device=cuda", "diagnostics.every=2"))
 ]
+SHARED = ("rollout.engine=vllm", "rollout.placement=colocated", "swarm.device=cuda", "rollout.device=cuda")
+COLOCATED = [
+    (f"swarm.dp={dp}", f"swarm.pp={pp}", f"swarm.placement={kind}", *SHARED)
+    for (dp, pp), kind in product(((4, 1), (2, 2), (4, 2)), ("pack", "replicas"))
+]
 
 
 def config(*overrides: str) -> RunConfig:
     return load("k5", [*overrides, "rollout.replicas=3"])
 
 
-@pytest.mark.parametrize("overrides", LAYOUTS, ids=" ".join)
+@pytest.mark.parametrize("overrides", LAYOUTS + COLOCATED, ids=" ".join)
 def test_each_bundle_holds_its_actors_and_nothing_more(overrides: tuple[str, ...]):
     c = config(*overrides)
     place = placement(c)
@@ -42,6 +47,17 @@ def test_a_replica_shares_a_node_with_itself_alone_if_asked_to(overrides: tuple[
     else:
         assert place.of_actor[:workers] == list(range(workers)) and place.strategy == "PACK"
     assert not set(place.of_actor[:workers]) & set(place.of_actor[workers:])
+
+
+@pytest.mark.parametrize("overrides", COLOCATED, ids=" ".join)
+def test_a_colocated_engine_shares_a_gpu_with_one_worker_and_no_two_workers_fit_on_one(overrides: tuple[str, ...]):
+    c = config(*overrides)
+    place, (workers, engines, *_) = placement(c), counts(c)
+    assert place.of_actor[workers : workers + engines] == place.of_actor[:engines]
+    gpus = [demand(c, actor)["GPU"] for actor in range(workers + engines)]
+    assert all(a + b > 1 for a in gpus[:workers] for b in gpus[:workers])
+    assert all(gpus[i] + gpus[workers + i] == 1 for i in range(engines))
+    assert place.total["GPU"] == workers
 
 
 def test_a_run_needs_the_same_wherever_its_actors_are():

@@ -206,6 +206,16 @@ def test_the_anchor_holds_the_old_and_the_new_m_bar_and_the_floor_has_no_anchor(
     assert not any(p.role == "anchor worker" for p in plan("dense").parts)
 
 
+def test_vllm_holds_its_weights_and_a_cache_beside_the_plain_model(tiny: Path):
+    def engine(*options: str) -> dict[str, float]:
+        c = config(tiny, *options)
+        return {p.name: p.bytes for p in memory(c, parameters(c)) if p.role == "engine"}
+
+    plain, vllm = engine(), engine("rollout.engine=vllm", "rollout.kv_cache_gb=0.5")
+    assert vllm["vLLM's weights"] == vllm["fp32 masters"] == plain["fp32 masters"] and "vLLM's weights" not in plain
+    assert vllm["KV cache"] == 2**29 and engine("rollout.engine=vllm")["KV cache"] == 2**30
+
+
 # --- warnings ------------------------------------------------------------------------------------
 
 QUIET = (  # one stage, an anchor that keeps up, and so many tokens that the boundary and the activations are largest

@@ -1,0 +1,97 @@
+"""The engine `transformers`: batched sampling with a KV cache, bit for bit the same on every machine of one kind."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from rl.config import RolloutConfig
+from rl.engine import Key, PlainModel, Samples, uniforms
+
+
+class TransformersEngine:
+    """Batched sampling with transformers and a KV cache: one prefill a prompt, finished rows leave the batch."""
+
+    def __init__(self, plain: PlainModel, rollout: RolloutConfig, length: int):
+        self.plain, self.model, self.device = plain, plain.model, plain.device
+        self.eos = torch.tensor(plain.eos, device=self.device)
+
+    def publish(self) -> None:
+        self.plain.weights.publish()
+
+    def sleep(self) -> None: ...
+
+    @torch.inference_mode()
+    def sample(self, prompts: list[list[int]], keys: list[Key], max_new: int, temperature: float) -> Samples:
+        n = len(keys) // len(prompts)
+        drawn = torch.from_numpy(uniforms(keys, max_new)).to(self.device)
+        cache, logits, mask = self._prefill(prompts, n)
+        rows = torch.arange(len(keys), device=self.device)  # which samples are still running
+        tokens = torch.zeros(len(keys), max_new, dtype=torch.int64, device=self.device)
+        logprobs = torch.zeros(len(keys), max_new, device=self.device)
+        lengths = torch.full((len(keys),), max_new, device=self.device)
+        finished = torch.zeros(len(keys), dtype=torch.bool, device=self.device)
+        position = torch.tensor([len(p) for p in prompts], device=self.device).repeat_interleave(n)
+        for t in range(max_new):
+            chosen, logp = _draw(logits, drawn[rows, t], temperature)
+            tokens[rows, t], logprobs[rows, t] = chosen, logp
+            done = torch.isin(chosen, self.eos)
+            lengths[rows[done]] = t + 1
+            finished[rows[done]] = True
+            if done.any():
+                keep = (~done).nonzero().squeeze(1)
+                rows, chosen, position = rows[keep], chosen[keep], position[keep]
+                mask = None if mask is None else mask[keep]
+                if len(rows) and t + 1 < max_new:
+                    cache.batch_select_indices(keep)
+            if len(rows) == 0 or t + 1 == max_new:
+                break
+            if mask is not None:
+                mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+            logits = self._forward(chosen[:, None], position[:, None], mask, cache)
+            position = position + 1
+        return _ragged(tokens, logprobs, lengths, finished)
+
+    def _prefill(self, prompts: list[list[int]], n: int) -> tuple[DynamicCache, Tensor, Tensor | None]:
+        """Left-padded prompts once each, then the cache repeated for the n samples of each prompt."""
+        longest = max(map(len, prompts))
+        ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=self.device)
+        pad = torch.tensor([longest - len(p) for p in prompts], device=self.device)
+        columns = torch.arange(longest, device=self.device)[None]
+        mask = (columns >= pad[:, None]).long() if pad.any() else None
+        cache = DynamicCache(config=self.model.config)
+        logits = self._forward(ids, (columns - pad[:, None]).clamp_min(0), mask, cache)
+        cache.batch_repeat_interleave(n)
+        mask = None if mask is None else mask.repeat_interleave(n, dim=0)
+        return cache, logits.repeat_interleave(n, dim=0), mask
+
+    def _forward(self, ids: Tensor, positions: Tensor, mask: Tensor | None, cache: DynamicCache) -> Tensor:
+        out = self.model(
+            input_ids=ids,
+            position_ids=positions,
+            attention_mask=mask,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return out.logits[:, -1]
+
+
+def _draw(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Inverse-CDF sampling, one uniform number a row: independent of which rows are in the batch."""
+    logp = torch.log_softmax(logits.float() / temperature, dim=-1)
+    cdf = logp.double().exp().cumsum(-1)
+    chosen = torch.searchsorted(cdf, (uniform.double() * cdf[:, -1])[:, None], right=True).squeeze(1)
+    chosen = chosen.clamp_max(logits.shape[-1] - 1)
+    return chosen, logp.gather(1, chosen[:, None]).squeeze(1)
+
+
+def _ragged(tokens: Tensor, logprobs: Tensor, lengths: Tensor, finished: Tensor) -> Samples:
+    cut = lengths.tolist()
+    tokens, logprobs = tokens.to(torch.int32).cpu().numpy(), logprobs.cpu().numpy()
+    return Samples(
+        tokens=[row[:n] for row, n in zip(tokens, cut)],
+        logprobs=[row[:n] for row, n in zip(logprobs, cut)],
+        truncated=[not f for f in finished.tolist()],
+    )
