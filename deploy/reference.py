@@ -50,6 +50,8 @@ def _kind(field: Any) -> str:
 
 
 def _default(field: Any) -> str:
+    if field.is_required():
+        return "required"
     return f"`{field.get_default(call_default_factory=True)!r}`"
 
 

@@ -1,4 +1,8 @@
-"""One local Ray cluster for all tests of this folder; a helper that runs a config on it, on kept actors."""
+"""One local Ray cluster for all tests of this folder; a helper that runs a config on it, on kept actors.
+
+Starting a process (Ray, torch, transformers) takes five seconds of a core, a run here about two: a test starts
+actors of its own only where that is what it is about, or where its run fails.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ from typing import Any
 import pytest
 
 from deploy.config import RunConfig, load
-from deploy.fleet import Held, fleet
+from deploy.fleet import Held
 from deploy.launch import cluster, drive
 
 SMALL = (
@@ -28,9 +32,12 @@ SMALL = (
 )
 
 
+LARGEST = "swarm.dp=2", "swarm.pp=2", "anchor.workers=2", "rollout.replicas=2", "diagnostics.every=1"
+
+
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
-    with cluster(small("swarm.dp=2", "swarm.pp=2", "anchor.workers=2", "rollout.replicas=2"), None, lanes=2):
+    with cluster(small(*LARGEST), None, lanes=2):
         yield
         HELD.close()
 
@@ -40,12 +47,17 @@ def small(*overrides: str) -> RunConfig:
     return load("k5", [*SMALL, *overrides])
 
 
-HELD = Held()  # starting processes takes longer than a test; `test_sweep.py` holds that kept ones give the same bits
+HELD = Held()  # `test_sweep.py` holds that kept actors give the same bits as new ones
 
 
 def run_kept(config: RunConfig, folder: Path, resume: bool = False) -> dict[str, Any]:
     """The summary of a run, in lockstep on actors that earlier tests may have used."""
-    return drive(config, folder, ignore, resume, fleets=fleet if config.anchor.clock == "wall" else HELD.fleet)
+    if config.anchor.clock == "wall":
+        return drive(config, folder, ignore, resume)
+    if not HELD.roles:
+        with HELD.fleet(small(*LARGEST)):  # so that no later run needs more
+            pass
+    return drive(config, folder, ignore, resume, fleets=HELD.fleet)
 
 
 def ignore(record: dict[str, Any]) -> None: ...

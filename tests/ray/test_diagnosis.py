@@ -10,9 +10,7 @@ from typing import Any
 
 import pytest
 
-from deploy.fleet import Held
-from deploy.launch import drive
-from tests.ray.conftest import ignore, lines, of_kind, small
+from tests.ray.conftest import lines, of_kind, run_kept, small
 from tests.ray.test_sweep import measured
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
@@ -31,15 +29,13 @@ def without(run: Path) -> list[dict[str, Any]]:
 
 def test_a_run_is_the_same_to_the_bit_with_and_without_also_on_kept_actors_and_resumed(tmp_path: Path):
     grid = ("swarm.pp=2", "swarm.dp=2", "run.checkpoint_every=3")
-    config, other, held = small(*grid, "diagnostics.every=5"), ("anchor.delay_k=2", "run.seed=4"), Held()
-    try:
-        drive(small(*grid, *other, "diagnostics.every=3"), tmp_path / "other", ignore, fleets=held.fleet)
-        on = drive(config, tmp_path / "on", ignore, fleets=held.fleet)
-        off = drive(small(*grid), tmp_path / "off", ignore, fleets=held.fleet)
-        floor = small("anchor.enabled=false", "merger.kind=none", "run.steps=3", "diagnostics.every=5")
-        drive(floor, tmp_path / "floor", ignore, fleets=held.fleet)
-    finally:
-        held.close()
+    config, other = small(*grid, "diagnostics.every=5"), ("anchor.delay_k=2", "run.seed=4")
+    run_kept(small(*grid, *other, "diagnostics.every=3"), tmp_path / "other")
+    on = run_kept(config, tmp_path / "on")
+    off = run_kept(small(*grid), tmp_path / "off")
+    run_kept(
+        small("anchor.enabled=false", "merger.kind=none", "run.steps=3", "diagnostics.every=5"), tmp_path / "floor"
+    )
     assert on["weights_digests"] == off["weights_digests"] and on["bytes"] == off["bytes"]
     strip = [r for r in without(tmp_path / "on") if r["kind"] != "event"]
     assert strip == [r for r in without(tmp_path / "off") if r["kind"] != "event"]
@@ -52,14 +48,14 @@ def test_a_run_is_the_same_to_the_bit_with_and_without_also_on_kept_actors_and_r
     assert "cos_g_comp" in alone and not {"cos_m_bar", "sign_m_bar", "cos_merged", "cos_source"} & set(alone)
     shutil.copytree(tmp_path / "on", tmp_path / "resumed")
     shutil.rmtree(tmp_path / "resumed" / "checkpoints" / "step-000006")
-    again = drive(config, tmp_path / "resumed", ignore, resume=True)
+    again = run_kept(config, tmp_path / "resumed", resume=True)
     assert again["weights_digests"] == off["weights_digests"]
-    assert found(tmp_path / "resumed")[10] == whole[10]  # its fire started after the restart; on new actors, too
+    assert found(tmp_path / "resumed")[10] == whole[10]  # its fire started after the restart
 
 
 def test_at_delay_and_cadence_one_the_correction_is_exact(tmp_path: Path):
     config = small("anchor.delay_k=1", "anchor.cadence=1", "anchor.beta_anc=0.0", "diagnostics.every=4", "run.steps=4")
-    drive(config, tmp_path / "run", ignore)
+    run_kept(config, tmp_path / "run")
     ticks = found(tmp_path / "run")
     assert sorted(ticks) == [4, 8]
     for metrics in ticks.values():
@@ -68,12 +64,12 @@ def test_at_delay_and_cadence_one_the_correction_is_exact(tmp_path: Path):
 
 
 def test_on_the_wall_clock_and_beside_a_placebo(tmp_path: Path):
-    drive(small("anchor.clock=wall", "diagnostics.every=2", "run.steps=4"), tmp_path / "wall", ignore)
+    run_kept(small("anchor.clock=wall", "diagnostics.every=2", "run.steps=4"), tmp_path / "wall")
     ticks = found(tmp_path / "wall")
     assert sorted(ticks) == [2, 4, 6, 8]
     assert any("cos_source" in metrics for metrics in ticks.values())
     placebo = small("anchor.enabled=false", "merger.placebo=own", "diagnostics.every=4", "run.steps=2")
-    summary = drive(placebo, tmp_path / "own", ignore)
+    summary = run_kept(placebo, tmp_path / "own")
     assert "diagnoser" in summary["peak_memory_gb"]
     for metrics in found(tmp_path / "own").values():
         assert "cos_m_bar" in metrics and "cos_source" not in metrics

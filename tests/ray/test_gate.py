@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from deploy.launch import drive
 from rl.mismatch import NAMES
 from swarm.gate import EngineMismatch, PolicyChanged
-from tests.ray.conftest import of_kind, run_kept, small
+from tests.ray.conftest import ignore, of_kind, run_kept, small
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 
@@ -21,7 +22,7 @@ def test_a_codec_that_changes_the_policy_stops_the_run_at_its_second_step(tmp_pa
     """With recomputed log-probs before the step's first tick, else as soon as that tick has measured it."""
     config = small(*ALONE, "codec.max_kl=0.001", f"grpo.old_logprobs={old}")
     with pytest.raises(PolicyChanged, match=r"codec\.max_kl 0\.001.*northstar probe") as caught:
-        run_kept(config, tmp_path / "run")
+        drive(config, tmp_path / "run", ignore)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["status"] == "failed" and "PolicyChanged" in summary["error"]
     assert summary["steps"] == 2 and summary["ticks"] == ticks
@@ -51,6 +52,6 @@ def test_an_engine_that_differs_from_the_model_stops_the_run_before_its_first_ti
     """In bf16 a cached decode rounds otherwise than a whole forward; the limit here is below any rounding."""
     config = small(*ALONE, "model.dtype=bfloat16", "rollout.max_mismatch_kl=1e-9")
     with pytest.raises(EngineMismatch, match=r"rollout\.max_mismatch_kl 1e-09"):
-        run_kept(config, tmp_path / "run")
+        drive(config, tmp_path / "run", ignore)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["steps"] == 1 and summary["ticks"] == 0

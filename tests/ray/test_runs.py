@@ -97,7 +97,8 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_did(first: Path, tmp_pat
 
 
 def test_a_grid_of_four_keeps_replicas_equal_and_names_a_flipped_bit(tmp_path: Path):
-    config = small("swarm.dp=2", "swarm.pp=2", "run.steps=2")
+    grid = "swarm.dp=2", "swarm.pp=2", "anchor.enabled=false", "merger.kind=none"
+    config = small(*grid, "run.steps=2")
     with fleet(config) as actors:
         telemetry = Telemetry(_made(tmp_path / "grid"), ignore)
         coordinator = Coordinator(config, actors, telemetry, tmp_path / "grid")
@@ -111,7 +112,7 @@ def test_a_grid_of_four_keeps_replicas_equal_and_names_a_flipped_bit(tmp_path: P
             worker.rank.stage.weights.master.view(torch.int32)[1000] ^= 1
 
         ray.get(actors.workers[3].__ray_call__.remote(flip), timeout=30)
-        coordinator.config = small("swarm.dp=2", "swarm.pp=2", "run.steps=3")
+        coordinator.config = small(*grid, "run.steps=3")
         with pytest.raises(Exception, match=r"worker d1p1 changed since tick 4") as caught:
             coordinator.run()
         assert "ReplicaMismatch" in type(caught.value).__name__ or "ReplicaMismatch" in str(caught.value)
@@ -119,7 +120,7 @@ def test_a_grid_of_four_keeps_replicas_equal_and_names_a_flipped_bit(tmp_path: P
 
 def test_a_dead_engine_is_started_anew_and_the_run_ends_as_if_nothing_had_happened(tmp_path: Path):
     """Killed before its first weights, and again in the middle of a run; all samples and weights are the same."""
-    config = small("run.steps=3", "rollout.replicas=2", "anchor.enabled=false", "merger.kind=none")
+    config = small("run.steps=3", "anchor.enabled=false", "merger.kind=none")
     calm = run_kept(config, tmp_path / "calm")
     folder = _made(tmp_path / "deadly")
     with fleet(config) as actors:
@@ -130,7 +131,7 @@ def test_a_dead_engine_is_started_anew_and_the_run_ends_as_if_nothing_had_happen
 
         def kill_in_step_2(batch):
             if coordinator.step == 2:
-                ray.kill(actors.engines[1])
+                ray.kill(actors.engines[0])
             return mini_batches(batch)
 
         coordinator._mini_batches = kill_in_step_2

@@ -9,12 +9,11 @@ from typing import Any
 
 import pytest
 
-from deploy.fleet import Held
 from deploy.lanes import Lanes
 from deploy.launch import drive
 from deploy.sweep import Planned, plan
 from experiments.sweep import Sweep
-from tests.ray.conftest import SMALL, ignore, lines, of_kind, small
+from tests.ray.conftest import HELD, SMALL, ignore, lines, of_kind, run_kept, small
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 
@@ -49,19 +48,13 @@ def same(kept: Path, new: Path) -> None:
 
 def test_a_run_on_kept_actors_is_to_the_bit_the_run_on_new_ones(tmp_path: Path):
     """After another seed, codec, merger and layout, and with fewer workers than are held."""
-    held = Held()
-    try:
-        before = small(
-            "swarm.dp=2", "swarm.pp=2", "run.seed=5", "merger.kind=delta", "codec.rank=8", "anchor.beta_anc=0.9"
-        )
-        drive(before, tmp_path / "before", ignore, fleets=held.fleet)
-        workers = list(held.roles[0])
-        drive(small(*GRID), tmp_path / "grid", ignore, fleets=held.fleet)
-        drive(small("anchor.enabled=false", "merger.kind=none"), tmp_path / "floor", ignore, fleets=held.fleet)
-        drive(small("anchor.lag.kind=uniform"), tmp_path / "alone", ignore, fleets=held.fleet)
-        assert held.roles[0] == workers  # the same processes all along
-    finally:
-        held.close()
+    other = "run.seed=5", "merger.kind=delta", "codec.rank=8", "anchor.beta_anc=0.9"
+    run_kept(small("swarm.dp=2", "swarm.pp=2", *other), tmp_path / "before")
+    workers = list(HELD.roles[0])
+    run_kept(small(*GRID), tmp_path / "grid")
+    run_kept(small("anchor.enabled=false", "merger.kind=none"), tmp_path / "floor")
+    run_kept(small("anchor.lag.kind=uniform"), tmp_path / "alone")
+    assert HELD.roles[0] == workers  # the same processes all along
     for name, config in (("grid", small(*GRID)), ("alone", small("anchor.lag.kind=uniform"))):
         drive(config, tmp_path / f"new-{name}", ignore)
         same(tmp_path / name, tmp_path / f"new-{name}")
@@ -69,9 +62,9 @@ def test_a_run_on_kept_actors_is_to_the_bit_the_run_on_new_ones(tmp_path: Path):
 
 
 def test_a_failure_ends_one_run_and_only_that_is_done_again(tmp_path: Path):
-    fails, holds = {"codec": {"max_kl": 0.001}}, {"merger": {"dose": 0.5}}
-    sweep = Sweep(name="s", base="k5", seeds=[3], cells={"A": {}, "bad": fails, "half": holds})
-    out, sets = tmp_path / "out", [*SMALL, "run.steps=3"]
+    fails, holds = {"codec": {"max_kl": 0.001}}, {"codec": {"rank": 8}}
+    sweep = Sweep(name="s", base="k5", seeds=[3], cells={"A": {}, "bad": fails, "other": holds})
+    out, sets = tmp_path / "out", [*SMALL, "run.steps=3", "anchor.enabled=false", "merger.kind=none"]
     runs, watcher = plan(sweep, out, sets), Quiet()
     assert Lanes(runs, watcher).run(1)
     assert [run.state for run in runs] == ["completed", "failed", "completed"]
@@ -82,8 +75,8 @@ def test_a_failure_ends_one_run_and_only_that_is_done_again(tmp_path: Path):
     assert Lanes([run for run in again if run.state == "waiting"], watcher).run(1)
     (folder,) = out.joinpath("bad").iterdir()  # what was set aside while it was cleared is gone
     assert [r["event"] for r in of_kind(folder, "event")].count("started") == 1
-    drive(runs[2].config, tmp_path / "half", ignore)
-    same(runs[2].folder, tmp_path / "half")
+    run_kept(runs[2].config, tmp_path / "other")
+    same(runs[2].folder, tmp_path / "other")
 
 
 def test_placebos_run_without_an_anchor_and_go_on_from_a_checkpoint(tmp_path: Path):
@@ -91,13 +84,13 @@ def test_placebos_run_without_an_anchor_and_go_on_from_a_checkpoint(tmp_path: Pa
     for kind in ("own", "random"):
         config = small("anchor.enabled=false", f"merger.placebo={kind}", "run.checkpoint_every=3")
         run = tmp_path / kind
-        summary = drive(config, run, ignore)
+        summary = run_kept(config, run)
         ticks = of_kind(run, "tick")
         merged = [(r["tick"], r["anchor/lag"], r["anchor/age"], r["merger/dose"]) for r in ticks if "anchor/lag" in r]
         assert merged == [(t, 3 + t % 2, t % 2, 1.0) for t in range(4, 13)]
         assert summary["anchor_backwards"] == 0 and "correction" not in summary["bytes"]
         shutil.rmtree(run / "checkpoints" / "step-000006")
-        assert drive(config, run, ignore, resume=True)["weights_digests"] == summary["weights_digests"]
+        assert run_kept(config, run, resume=True)["weights_digests"] == summary["weights_digests"]
 
 
 def test_lanes_side_by_side_share_the_work_and_stop_together(tmp_path: Path):

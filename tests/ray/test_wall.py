@@ -47,12 +47,6 @@ def test_a_wall_run_replayed_from_its_record_gives_the_same_corrections_and_weig
     assert summary["weights_digests"] == json.loads((wall / "summary.json").read_text())["weights_digests"]
 
 
-def test_delta_merges_the_same_on_a_short_wall_run(tmp_path: Path):
-    config = small("anchor.clock=wall", "run.steps=8", "val.every=8", "merger.kind=delta", "anchor.replay_fraction=0.5")
-    summary = run_kept(config, tmp_path / "delta")
-    assert summary["status"] == "completed" and lines(tmp_path / "delta", "corrections.jsonl")
-
-
 def test_a_shared_stream_gives_the_same_run_and_sends_no_snapshot(tmp_path: Path):
     aligned = ("anchor.delay_k=4", "anchor.cadence=2", "run.steps=4", "val.every=4")
     own = run_kept(small(*aligned), tmp_path / "own")
@@ -65,10 +59,12 @@ def test_a_shared_stream_gives_the_same_run_and_sends_no_snapshot(tmp_path: Path
 
 
 def test_a_wall_run_goes_on_from_its_checkpoint(tmp_path: Path):
+    """With `delta`, whose corrections are dense, and a replay of half of each batch."""
     import shutil
 
     run = tmp_path / "stopped"
-    config = ("anchor.clock=wall", "run.checkpoint_every=4", "run.steps=8", "val.every=8", "anchor.slowdown=4.0")
+    config = ["anchor.clock=wall", "run.checkpoint_every=4", "run.steps=8", "val.every=8", "anchor.slowdown=4.0"]
+    config += ["merger.kind=delta", "anchor.replay_fraction=0.5"]
     run_kept(small(*config), run)
     versions = [c["version"] for c in lines(run, "corrections.jsonl") if (c["first_tick"] or 0) <= 8]
     shutil.rmtree(run / "checkpoints" / "step-000008")
