@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from codec.config import Section
+from codec.config import NODE_TAG, Section
 
 _MEAN = "mean lag in ticks; default: anchor.delay_k"
 
@@ -127,7 +127,7 @@ class AnchorConfig(Section):
     device: Literal["cpu", "cuda"] = Field("cpu", description="device of the anchor")
     resource: str | None = Field(
         None,
-        pattern=r"^[a-z][a-z0-9_-]*$",
+        pattern=NODE_TAG,
         description="custom Ray resource of the node that the anchor must be on, e.g. `anchor`; default: any node",
     )
     micro_batch_size: int = Field(32, ge=1, description="samples in one backward of the anchor")

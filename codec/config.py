@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 KINDS = ("none", "powersgd", "transform")
+NODE_TAG = r"^[a-z][a-z0-9_-]*$"  # a custom Ray resource that some nodes have; CPU, GPU and node:… are none
 
 
 class Section(BaseModel):

@@ -18,7 +18,7 @@ from deploy.checks import Finding, error, merge, pins
 from deploy.config import RunConfig
 from deploy.facts import NodeFacts, busy, gather
 from deploy.fit import Host
-from deploy.placement import UNMASKED, placement
+from deploy.placement import UNMASKED, placement, tags
 
 _WAIT_S = 120.0  # for nodes that should be there, and for what is asked of one
 _COLOURS = {"ok": "green", "warning": "yellow", "error": "red"}
@@ -49,8 +49,7 @@ def _machine(config: RunConfig | None, folder: Path) -> list[Finding]:
     found = [*_node(facts, config, several=False), *checks.auth(facts, connects=False), *checks.ports(busy())]
     if config:
         own = {"CPU": max(facts.cpus, placement(config).total["CPU"]), "GPU": len(facts.gpus)}
-        tag = {config.anchor.resource: 1.0} if config.anchor.resource else {}
-        found += fit.fit(config, [Host(own | tag, facts)])
+        found += fit.fit(config, [Host(own | dict.fromkeys(tags(config).values(), 1.0), facts)])
     return found
 
 

@@ -10,7 +10,7 @@ from deploy.checks import GB, Finding, error, ok, warning
 from deploy.config import RunConfig
 from deploy.facts import NodeFacts
 from deploy.memory import memory, peak
-from deploy.placement import counts, placement
+from deploy.placement import counts, placement, tags
 from deploy.sizes import (
     Params,
     correction_bytes,
@@ -56,8 +56,11 @@ def room(config: RunConfig, hosts: list[Host]) -> Iterator[Finding]:
         return
     total = {name: sum(host.resources.get(name, 0) for host in hosts) for name in place.total}
     short = [name for name, n in place.total.items() if total[name] < n]
-    if config.anchor.resource in short and not total[config.anchor.resource]:
-        fix = f"`ray start --resources '{{\"{config.anchor.resource}\":1}}'` on the anchor's node"
+    missing = {key: tag for key, tag in tags(config).items() if not total[tag]}
+    if missing:
+        fix = "; ".join(
+            f"`ray start --resources '{{\"{tag}\":1}}'` on the nodes that {key} means" for key, tag in missing.items()
+        )
     elif "GPU" in short and not total["GPU"]:
         fix = "a cluster with GPUs (--address), or swarm.device, rollout.device and anchor.device = cpu"
     elif short:
@@ -122,7 +125,7 @@ def gpu_memory(config: RunConfig, params: Params, hosts: list[Host]) -> Iterator
     """The largest of each kind of process against the smallest GPU that it may get."""
     parts = memory(config, params)
     for role, (_, device) in roles(config).items():
-        tag = config.anchor.resource if role == "anchor worker" else None
+        tag = _tag(config, role)
         mine = [host.facts for host in hosts if host.facts and (not tag or host.resources.get(tag))]
         sizes = [gpu.bytes for facts in mine for gpu in facts.gpus]
         if device != "cuda" or not sizes:  # without any, `room` has said so
@@ -138,6 +141,12 @@ def gpu_memory(config: RunConfig, params: Params, hosts: list[Host]) -> Iterator
             yield warning("GPU memory", says, f"lower {knob}; activations are an estimate")
         else:
             yield ok("GPU memory", says)
+
+
+def _tag(config: RunConfig, role: str) -> str | None:
+    """The resource of the nodes that a role of `deploy.memory` is on."""
+    of_role = {"engine": config.rollout.resource, "anchor worker": config.anchor.resource, "diagnoser": None}
+    return of_role.get(role, config.swarm.resource)
 
 
 def checkpoint_bytes(config: RunConfig) -> float:

@@ -14,7 +14,7 @@ from anchor_service.actor import Anchor
 from anchor_service.diagnosis import Diagnoser
 from anchor_service.errors import WaitTimeout
 from deploy.config import RunConfig
-from deploy.placement import ROLES, UNMASKED, counts, demand, placement
+from deploy.placement import ROLES, UNMASKED, counts, demand, placement, tags
 from merger import MERGERS
 from rl.model_files import model_shape, resolve
 from rl.policy import spans
@@ -136,7 +136,7 @@ def _kind(config: RunConfig) -> tuple[Any, ...]:
     devices = config.swarm.device, config.rollout.device, config.anchor.device
     place = config.swarm.placement, config.swarm.pp if config.swarm.placement == "replicas" else None
     engines = config.rollout.engine, config.rollout.placement
-    return (*devices, config.swarm.threads, config.anchor.clock, config.anchor.resource, *place, *engines)
+    return (*devices, config.swarm.threads, config.anchor.clock, *tags(config).items(), *place, *engines)
 
 
 def _reserve(config: RunConfig) -> PlacementGroup:

@@ -13,7 +13,7 @@ import ray
 
 from deploy.config import RunConfig, to_toml
 from deploy.fleet import fleet
-from deploy.placement import placement
+from deploy.placement import placement, tags
 from rl.model_files import model_shape, resolve
 from swarm import checkpoint
 from swarm.coordinator import Coordinator, Fleet
@@ -32,11 +32,11 @@ def cluster(config: RunConfig, address: str | None, lanes: int = 1) -> Iterator[
     if address:
         ray.init(address=address, log_to_driver=False)
     else:
-        needed, anchor = lanes * placement(config).total["CPU"], config.anchor.resource
+        needed = lanes * placement(config).total["CPU"]
         # Logical CPUs, so that a small machine can run every role; each process uses `swarm.threads` threads
         ray.init(
             num_cpus=max(os.cpu_count() or 1, needed),
-            resources={anchor: 1} if anchor else None,
+            resources=dict.fromkeys(tags(config).values(), 1),
             include_dashboard=False,
             log_to_driver=False,
             _node_ip_address="127.0.0.1",

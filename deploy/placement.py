@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
+from anchor_service.config import AnchorConfig
 from deploy.config import RunConfig
+from rl.config import RolloutConfig
+from swarm.config import SwarmConfig
 
 # Ray's masking of GPUs makes NCCL slow or hang on some machines: a worker sees all of them and picks its own. Engines
 # and anchors use no NCCL; each sees, by that mask, the one GPU that it was given
 UNMASKED = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
 ROLES = ("worker", "engine", "anchor", "diagnoser")
 WORKER_SHARE, ENGINE_SHARE = 0.6, 0.4  # of a GPU that a worker shares with an engine: Ray puts no two workers on one
-_A_TRACE = 0.001  # of a node's custom resource: there is room for any number of anchor workers
+_A_TRACE = 0.001  # of a node's custom resource: there is room for any number of bundles
 
 
 @dataclass(frozen=True)
@@ -43,22 +46,22 @@ def placement(config: RunConfig) -> Placement:
     swarm, (workers, engines, anchors, diagnosers) = config.swarm, counts(config)
     apart, colocated = swarm.placement == "replicas", config.rollout.placement == "colocated"
     together = swarm.pp if apart else 1
-    anchor = _bundle(config.anchor.device)
-    if config.anchor.resource:
-        anchor[config.anchor.resource] = _A_TRACE
     replicas = workers // together
-    bundles = [_bundle(swarm.device, together) for _ in range(replicas)]
+    bundles = [_bundle(swarm, together) for _ in range(replicas)]
     seats = [rank // together for rank in range(workers)]
     if colocated:
         seats += seats[:engines]
         for seat in seats[workers:]:
             bundles[seat]["CPU"] += 1
     else:
-        bundles += [_bundle(config.rollout.device) for _ in range(engines)]
+        bundles += [_bundle(config.rollout) for _ in range(engines)]
         seats += range(replicas, len(bundles))
     first = len(bundles)
-    bundles += [dict(anchor) for _ in range(anchors)]
-    bundles += [_bundle(config.anchor.device) for _ in range(diagnosers)]
+    bundles += [_bundle(config.anchor) for _ in range(anchors)]
+    anywhere = config.anchor.model_copy(
+        update={"resource": None}
+    )  # the anchor's node has room for anchor workers alone
+    bundles += [_bundle(anywhere) for _ in range(diagnosers)]
     return Placement(bundles, [*seats, *range(first, len(bundles))], "SPREAD" if apart else "PACK")
 
 
@@ -77,5 +80,16 @@ def demand(config: RunConfig, actor: int) -> dict[str, float]:
     return {"CPU": 1, "GPU": gpu}
 
 
-def _bundle(device: str, actors: int = 1) -> dict[str, float]:
-    return {"CPU": actors, "GPU": actors} if device == "cuda" else {"CPU": actors}
+def tags(config: RunConfig) -> dict[str, str]:
+    """Custom resources that nodes must have, by the key that asks for them."""
+    asked = {"swarm": config.swarm, "rollout": config.rollout, "anchor": config.anchor}
+    return {f"{name}.resource": section.resource for name, section in asked.items() if section.resource}
+
+
+def _bundle(section: SwarmConfig | RolloutConfig | AnchorConfig, actors: int = 1) -> dict[str, float]:
+    bundle: dict[str, float] = {"CPU": actors}
+    if section.device == "cuda":
+        bundle["GPU"] = actors
+    if section.resource:
+        bundle[section.resource] = _A_TRACE
+    return bundle

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from codec.config import Section
+from codec.config import NODE_TAG, Section
 
 
 class ModelConfig(Section):
@@ -130,6 +130,11 @@ class RolloutConfig(Section):
     val_temperature: float | None = Field(None, gt=0, description="temperature of validation; default: `temperature`")
     timeout_s: float = Field(600.0, gt=0, description="deadline of one batch of prompts")
     device: Literal["cpu", "cuda"] = Field("cpu", description="device of an engine")
+    resource: str | None = Field(
+        None,
+        pattern=NODE_TAG,
+        description="custom Ray resource of the nodes that engines must be on, e.g. `engine`; default: any node",
+    )
     placement: Literal["separate", "colocated"] = Field(
         "separate", description="`colocated`: each engine shares a worker's GPU and sleeps while it trains (vllm only)"
     )
@@ -161,6 +166,11 @@ class RolloutConfig(Section):
             raise ValueError(
                 f"placement 'colocated' shares GPUs with engines that can sleep, not {self.engine!r} on "
                 f"{self.device!r}: set engine=vllm and device=cuda, or placement=separate"
+            )
+        if self.placement == "colocated" and self.resource:
+            raise ValueError(
+                f"resource {self.resource!r} places engines on nodes of their own, placement 'colocated' with the workers: "
+                f"set swarm.resource instead, or placement=separate"
             )
         if self.max_mismatch_kl is not None and self.mismatch_every == 0:
             raise ValueError("max_mismatch_kl needs the measurement: set mismatch_every=1, or leave it out")

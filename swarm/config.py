@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from codec.config import Section
+from codec.config import NODE_TAG, Section
 
 
 class SwarmConfig(Section):
@@ -21,6 +21,11 @@ class SwarmConfig(Section):
     placement: Literal["pack", "replicas"] = Field(
         "pack",
         description="`pack`: on as few nodes as hold it; `replicas`: a replica's stages on one node, replicas apart",
+    )
+    resource: str | None = Field(
+        None,
+        pattern=NODE_TAG,
+        description="custom Ray resource of the nodes that workers must be on, e.g. `swarm`; default: any node",
     )
     micro_batch_size: int = Field(32, ge=1, description="samples in one microbatch of a worker")
     activation_checkpointing: bool = Field(

@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 
 from deploy.config import RunConfig, load
-from deploy.placement import counts, demand, placement
+from deploy.placement import counts, demand, placement, tags
 
 LAYOUTS = [
     (f"swarm.dp={dp}", f"swarm.pp={pp}", f"swarm.placement={kind}", f"anchor.workers={anchors}", *devices)
@@ -67,6 +67,16 @@ def test_a_run_needs_the_same_wherever_its_actors_are():
         assert needs[0] == needs[1]
 
 
+def test_each_role_asks_for_its_nodes_and_many_actors_fit_on_one():
+    asked = ("swarm.resource=swarm", "rollout.resource=engine", "anchor.resource=anchor")
+    c = config(*asked, "swarm.dp=4", "swarm.pp=2", "anchor.workers=4", "diagnostics.every=2")
+    place = placement(c)
+    roles = [role for role, count in zip(("swarm", "engine", "anchor", None), counts(c)) for _ in range(count)]
+    for actor, role in enumerate(roles):
+        assert set(place.bundles[place.of_actor[actor]]) == {"CPU"} | ({role} if role else set())
+    assert all(place.total[tag] <= 1 for tag in tags(c).values())
+
+
 def test_only_the_anchor_asks_for_its_node_and_many_of_its_workers_fit_there():
     c = config("anchor.resource=anchor", "anchor.workers=4", "swarm.dp=2")
     place, (workers, engines, anchors, _) = placement(c), counts(c)
@@ -85,3 +95,10 @@ def test_the_names_of_real_resources_are_no_names_for_the_anchors():
     for name in ("CPU", "GPU", "node:10.0.0.1"):
         with pytest.raises(ValueError, match=r"anchor\.resource"):
             config(f'anchor.resource="{name}"')
+        with pytest.raises(ValueError, match=r"rollout\.resource"):
+            config(f'rollout.resource="{name}"')
+
+
+def test_engines_beside_workers_have_no_nodes_of_their_own():
+    with pytest.raises(ValueError, match=r"set swarm\.resource instead"):
+        config(*COLOCATED[0], "rollout.resource=engine")
