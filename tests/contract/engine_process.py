@@ -59,9 +59,10 @@ class EngineProcess:
         self.process.join()
 
 
-def build(kind: str, folder: Path, dtype: str, **options: Any) -> Engine:
+def build(kind: str, folder: Path, dtype: str, length: int = LENGTH, attention: str = "sdpa", **options: Any) -> Engine:
     rollout = RolloutConfig(engine=kind, **({"kv_cache_gb": 0.1} | options))
-    return ENGINES[kind](PlainModel(folder, ModelConfig(dtype=dtype), rollout), rollout, LENGTH)
+    plain = PlainModel(folder, ModelConfig(dtype=dtype, attention=attention), rollout)
+    return ENGINES[kind](plain, rollout, length)
 
 
 def _serve(pipe: Any, kind: str, folder: Path, dtype: str, rollout: dict[str, Any]) -> None:

