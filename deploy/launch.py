@@ -35,6 +35,7 @@ def cluster(config: RunConfig, address: str | None, lanes: int = 1) -> Iterator[
         needed = lanes * placement(config).total["CPU"]
         # Logical CPUs, so that a small machine can run every role; each process uses `swarm.threads` threads
         ray.init(
+            address="local",  # else Ray joins any cluster that it finds on this machine, or that RAY_ADDRESS names
             num_cpus=max(os.cpu_count() or 1, needed),
             resources=dict.fromkeys(tags(config).values(), 1),
             include_dashboard=False,

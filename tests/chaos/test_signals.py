@@ -78,6 +78,7 @@ def test_a_signal_ends_the_run_cleanly(sent: signal.Signals, to_group: bool, tmp
     alone = () if to_group else ("anchor.enabled=false", "merger.kind=none")
     arguments = [x for override in (*SMALL, *alone, "run.steps=5000") for x in ("--set", override)]
     environment = dict(os.environ) | dict([marker.split("=")])
+    environment["RAY_ADDRESS"] = "127.0.0.1:1"  # without --address a run has a cluster of its own, whatever this says
     environment["RAY_gcs_rpc_server_reconnect_timeout_s"] = "5"  # how long Ray looks for a control store that is gone
     metrics = run / "metrics.jsonl"
     with _started(["run", "k5", *arguments, "--out", str(run)], environment) as process:
