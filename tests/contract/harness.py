@@ -41,14 +41,15 @@ def make_rank(
     check_every: int = 1,
     dtype: torch.dtype = torch.float32,
     checkpointing: bool = False,
+    on: str = "cpu",
 ) -> Rank:
-    ledger, device = Ledger(), torch.device("cpu")
+    ledger, device = Ledger(), torch.device(on)
     grid = Grid(rank, dp, pp, device, ledger, timeout_s, init)
     span = spans(LAYERS, list(boundaries), pp)[grid.p]
     stage = Stage(folder, span, dtype, device, checkpointing=checkpointing)
     codec = codec or CodecConfig(kind="powersgd", rank=8)
     cuts = {
-        layer: Boundary(codec, i, stage.config.hidden_size, 3, ledger)
+        layer: Boundary(codec, i, stage.config.hidden_size, 3, ledger).to(device)
         for i, layer in enumerate(boundaries)
         if stage.span.lo <= layer <= stage.span.hi
     }
@@ -98,10 +99,10 @@ def run_ticks(rank: Rank, batches: list[Batch], corrections: dict[int, Correctio
         "grad": first_grad,
         "weights": by_name(rank, rank.stage.weights.master),
         "reports": reports,
-        "flat": rank.stage.weights.master.detach().numpy().copy(),
+        "flat": rank.stage.weights.master.detach().cpu().numpy().copy(),
     }
 
 
 def by_name(rank: Rank, flat: torch.Tensor) -> dict[str, np.ndarray]:
     weights = rank.stage.weights
-    return {n: weights.view(i, flat).detach().numpy().copy() for i, n in enumerate(weights.names)}
+    return {n: weights.view(i, flat).detach().cpu().numpy().copy() for i, n in enumerate(weights.names)}
