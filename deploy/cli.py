@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -41,7 +43,7 @@ def run(
     from deploy.launch import execute
     from deploy.progress import Display, print_summary
 
-    with Display(config, folder) as display:
+    with _alone_in(folder), Display(config, folder) as display:
         try:
             summary = execute(config, folder, display, resume, address)
         except Exception as error:
@@ -88,7 +90,6 @@ def sweep(
         runs = plan(found, folder, set_ or [], [job for job in found.jobs() if job.cell in wanted])
     except sweeps.SweepError as error:
         raise _refused(error) from error
-    sweeps.keep(found, folder)
     # After the checks, as torch and Ray take their time
     from deploy.lanes import execute
     from deploy.sweep_progress import SweepDisplay
@@ -98,12 +99,14 @@ def sweep(
         with SweepDisplay(runs) as display:
             return execute(runs, display, address, lanes)
 
-    finished = run(runs)
-    if finished and found.tuning:
-        jobs = [job for job in found.jobs_at(chosen(folder)) if job.cell in wanted]
-        judging = plan(found, folder, set_ or [], jobs)
-        finished, runs = run(judging), runs + judging
-    _write_report(folder)
+    with _alone_in(folder):
+        sweeps.keep(found, folder)
+        finished = run(runs)
+        if finished and found.tuning:
+            jobs = [job for job in found.jobs_at(chosen(folder)) if job.cell in wanted]
+            judging = plan(found, folder, set_ or [], jobs)
+            finished, runs = run(judging), runs + judging
+        _write_report(folder)
     typer.echo(f"sweep folder {folder}; the same command goes on with what is not completed", err=True)
     if finished and all(run.state == "completed" for run in runs):
         raise typer.Exit(0)
@@ -302,6 +305,21 @@ def _run_folder(config: RunConfig, out: Path | None, resume: bool) -> Path:
         typer.secho(f"{folder} already holds a run: choose another --out, or add --resume", fg="red", err=True)
         raise typer.Exit(2)
     return folder
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """No other command writes there meanwhile. A lock of a process that died is none."""
+    from filelock import FileLock, Timeout
+
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        held = FileLock(folder / ".lock").acquire(timeout=0)
+    except Timeout:
+        message = f"another northstar command is writing to {folder}: wait for it to end, or choose another --out"
+        raise _refused(ValueError(message)) from None
+    with held:
+        yield
 
 
 def _write_report(folder: Path) -> None:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from typer.testing import CliRunner
 
 from deploy import cli
@@ -187,3 +188,13 @@ def test_the_same_question_of_another_base_and_over_other_seeds():
 def test_other_seeds_are_checked_like_those_of_the_file(seeds: str, says: str):
     with pytest.raises(SweepError, match=says):
         read(find("placebo")).but(None, seeds)
+
+
+@pytest.mark.parametrize("command", [["sweep", "decouple"], ["run", "k5"]], ids=" ".join)
+def test_a_folder_that_another_command_writes_to_is_left_alone(command: list[str], tmp_path: Path):
+    out = tmp_path / "out"
+    out.mkdir()
+    with FileLock(out / ".lock"):
+        result = CliRunner().invoke(cli.app, [*command, "--out", str(out)])
+    assert result.exit_code == 2 and f"another northstar command is writing to {out}" in result.output
+    assert [file.name for file in out.iterdir()] == [".lock"]
