@@ -69,9 +69,7 @@ def _left_behind(marker: str) -> list[str]:
     return left
 
 
-@pytest.mark.parametrize(
-    ("sent", "to_group"), [(signal.SIGINT, False), (signal.SIGTERM, False), (signal.SIGTERM, True)]
-)
+@pytest.mark.parametrize(("sent", "to_group"), [(signal.SIGINT, False), (signal.SIGTERM, True)])
 def test_a_signal_ends_the_run_cleanly(sent: signal.Signals, to_group: bool, tmp_path: Path):
     """To the command alone, and to its whole process group, Ray's own processes included, as batch systems do."""
     run, marker = tmp_path / "run", f"NORTHSTAR_TEST_MARK={os.getpid()}-{sent.name}-{to_group}"

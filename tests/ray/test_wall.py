@@ -16,7 +16,7 @@ WALL = ("anchor.clock=wall", "run.steps=20", "val.every=20", "anchor.lag.kind=lo
 @pytest.fixture(scope="module")
 def wall(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("runs") / "wall"
-    run_kept(small(*WALL, "swarm.pp=2", "swarm.dp=2", "anchor.workers=2"), run)
+    run_kept(small(*WALL, "swarm.pp=2", "anchor.workers=2"), run)
     return run
 
 
@@ -40,7 +40,7 @@ def test_a_wall_run_replayed_from_its_record_gives_the_same_corrections_and_weig
     import json
 
     replay = tmp_path / "replay"
-    overrides = ("run.steps=20", "val.every=20", "swarm.pp=2", "swarm.dp=2", "anchor.lag.kind=trace")
+    overrides = ("run.steps=20", "val.every=20", "swarm.pp=2", "anchor.lag.kind=trace")
     config = small(*overrides, f"anchor.lag.path={wall / 'corrections.jsonl'}")
     summary = run_kept(config, replay)
     assert lines(replay, "corrections.jsonl") == lines(wall, "corrections.jsonl")
