@@ -36,6 +36,11 @@ def _descendants(marker: str) -> list[str]:
     return found
 
 
+def _heed_ctrl_c() -> None:
+    """Also where the tests run in the background of a shell, which makes its children ignore it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @contextmanager
 def _started(arguments: list[str], environment: dict[str, str]) -> Iterator[subprocess.Popen]:
     """The command in a process group of its own, which is gone at the end, also if the test failed."""
@@ -46,6 +51,7 @@ def _started(arguments: list[str], environment: dict[str, str]) -> Iterator[subp
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
+        preexec_fn=_heed_ctrl_c,
     )
     try:
         yield process
