@@ -14,6 +14,7 @@ import typer
 
 from deploy.config import ConfigError, RunConfig, load
 
+_LOCK = ".lock"
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 Source = Annotated[str, typer.Argument(metavar="PRESET_OR_TOML", help="a preset (`northstar presets`) or a TOML file")]
@@ -314,7 +315,7 @@ def _alone_in(folder: Path) -> Iterator[None]:
 
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        held = FileLock(folder / ".lock").acquire(timeout=0)
+        held = FileLock(folder / _LOCK).acquire(timeout=0)
     except Timeout:
         message = f"another northstar command is writing to {folder}: wait for it to end, or choose another --out"
         raise _refused(ValueError(message)) from None
@@ -324,7 +325,7 @@ def _alone_in(folder: Path) -> Iterator[None]:
 
 def _write_report(folder: Path) -> None:
     """The run's page, however the run ended. Failing at it must not change how the run itself is said to have ended."""
-    if not folder.is_dir():  # the run failed before it wrote anything
+    if all(file.name == _LOCK for file in folder.iterdir()):  # the run failed before it wrote anything
         return
     from experiments.report import write_html
 

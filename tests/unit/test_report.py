@@ -27,7 +27,7 @@ def write_run(
     folder: Path, name: str = "k5", seed: int = 0, status: str | None = "completed", steps: int = 4, **more: Any
 ) -> Path:
     """A run folder as the telemetry leaves it. `more`: `tick` metrics, `config` lines, other keys of the summary."""
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     tick, config = more.pop("tick", ANCHOR), more.pop("config", "")
     (folder / "config.toml").write_text(f'[run]\nname = "{name}"\nseed = {seed}\nsteps = 4\n{config}')
     records = [{"kind": "event", "step": 0, "tick": 0, "event": "started"}]
