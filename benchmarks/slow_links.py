@@ -28,6 +28,7 @@ from deploy.launch import cluster, drive
 RATE, BRIDGE, NET, PORT = "16mbit", "nsbr", "10.77.0", 6479
 NODES = {"nsa": "swarm", "nsb": "swarm", "nsc": "far"}  # namespace: custom resource of its node
 STEPS = 4
+START_S = 10  # the others look for the head; two that start at once take each other's socket names
 COMMON = [
     f"run.steps={STEPS}",
     "val.size=8",
@@ -97,7 +98,7 @@ def raylets() -> Iterator[None]:
                     shlex.split(command), env=environment, stdout=subprocess.DEVNULL, start_new_session=True
                 )
             )
-            time.sleep(8 if i == 1 else 0)  # the others look for the head
+            time.sleep(START_S)
         yield
     finally:
         for process in reversed(started):
