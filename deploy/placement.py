@@ -58,9 +58,8 @@ def placement(config: RunConfig) -> Placement:
         seats += range(replicas, len(bundles))
     first = len(bundles)
     bundles += [_bundle(config.anchor) for _ in range(anchors)]
-    anywhere = config.anchor.model_copy(
-        update={"resource": None}
-    )  # the anchor's node has room for anchor workers alone
+    # the anchor's node has room for anchor workers alone
+    anywhere = config.anchor.model_copy(update={"resource": None})
     bundles += [_bundle(anywhere) for _ in range(diagnosers)]
     return Placement(bundles, [*seats, *range(first, len(bundles))], "SPREAD" if apart else "PACK")
 
