@@ -372,9 +372,9 @@ class Coordinator:
             return self._load_engines()
         except BaseLost as lost:
             self.telemetry.event(self.step, self.tick, "weights resynchronised", reason=str(lost))
+            self._resync = True
         except (EngineFailed, RayActorError) as failure:
             self._renew_engines(failure)
-        self._resync = True
         return self._load_engines()
 
     def _load_engines(self) -> str:

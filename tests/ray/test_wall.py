@@ -72,7 +72,7 @@ def test_a_wall_run_goes_on_from_its_checkpoint(tmp_path: Path):
     assert summary["status"] == "completed" and summary["steps"] == 8
     assert [r["tick"] for r in of_kind(run, "tick")] == list(range(1, 17))
     again = [c["version"] for c in lines(run, "corrections.jsonl")]
-    assert again[: len(versions)] == versions and again == sorted(set(again))
+    assert again and again[: len(versions)] == versions and again == sorted(set(again))
 
 
 def test_lost_bases_are_mended_with_whole_snapshots(tmp_path: Path):
