@@ -33,6 +33,20 @@ class Desync(RuntimeError):
         return f"{self.sender} sent message (number, bytes) {self.got}, expected {self.expected}: the ranks are out of step"
 
 
+def meeting(ip: str) -> tuple[dist.TCPStore, str]:
+    """Where the ranks of a grid meet, and its `ip:port`; whoever asks keeps the store until the grid is left.
+
+    It listens before its port is told to anyone: a port that was only looked up may be taken by then.
+    """
+    store = dist.TCPStore(ip, 0, is_master=True, wait_for_workers=False)
+    return store, f"{ip}:{store.port}"
+
+
+def join(address: str, timeout: timedelta) -> dist.TCPStore:
+    host, _, port = address.rpartition(":")
+    return dist.TCPStore(host, int(port), is_master=False, timeout=timeout)
+
+
 class Grid:
     """One rank's place. With dp = pp = 1 every method is local and no process group exists."""
 
@@ -67,9 +81,8 @@ class Grid:
     def _connect(self, init: str) -> None:
         backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
         timeout = timedelta(seconds=self.timeout_s)
-        dist.init_process_group(
-            backend, init_method=init, rank=self.rank, world_size=self.dp * self.pp, timeout=timeout
-        )
+        world = self.dp * self.pp
+        dist.init_process_group(backend, store=join(init, timeout), rank=self.rank, world_size=world, timeout=timeout)
         mesh = init_device_mesh(self.device.type, (self.dp, self.pp), mesh_dim_names=("dp", "pp"))
         self._dp_group, pp_group = mesh["dp"].get_group(), mesh["pp"].get_group()
         self._groups = {"fwd": pp_group, "bwd": None}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import time
 from collections import defaultdict
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ from rl.policy import Stage, spans
 from rl.snapshot import Sender
 from swarm import checkpoint
 from swarm.config import SwarmConfig
-from swarm.grid import Grid
+from swarm.grid import Grid, meeting
 from swarm.tick import MiniBatch, Rank, Rules, tick, weights_digest
 
 
@@ -58,10 +57,8 @@ class Worker:
 
     def address(self) -> str:
         """Where the process groups of this swarm meet; asked of rank 0."""
-        ip = ray.util.get_node_ip_address()
-        with socket.socket() as s:
-            s.bind((ip, 0))
-            return f"tcp://{ip}:{s.getsockname()[1]}"
+        self.store, address = meeting(ray.util.get_node_ip_address())
+        return address
 
     def build(self, init: str) -> None:
         """Join the grid and load this stage's part of the model. A worker that is used again leaves its old grid."""

@@ -9,7 +9,6 @@ os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import multiprocessing
-import socket
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +20,7 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from rl.batch import Batch
+from swarm.grid import meeting
 
 torch.set_num_threads(1)
 
@@ -80,17 +80,11 @@ def make_batch(samples: int = 16, vocab: int = 48, seed: int = 0) -> Batch:
     )
 
 
-def free_address() -> str:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return f"tcp://127.0.0.1:{s.getsockname()[1]}"
-
-
 def on_ranks(world: int, work: Callable[..., Any], *args: Any) -> list[Any]:
     """`work(rank, init, *args)` in `world` forked processes; their results, or the first traceback."""
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     context = multiprocessing.get_context("fork")
-    init = free_address()
+    _store, init = meeting("127.0.0.1")
     pipes, processes = [], []
     for rank in range(world):
         receiver, sender = context.Pipe(duplex=False)

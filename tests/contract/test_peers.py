@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from codec.config import CodecConfig
 from codec.gradient import PowerSGDSum
 from codec.ledger import Ledger
 from rl.policy import Stage, spans
-from swarm.grid import Grid
+from swarm.grid import Grid, join
 from swarm.pipeline import Pipeline
 from tests.conftest import make_batch, on_ranks
 from tests.contract.harness import make_rank, mini_batch
@@ -40,7 +41,7 @@ class _Half(nn.Module):
 
 
 def _torch_pipeline(rank: int, init: str, folder: Path, ids: torch.Tensor) -> dict[str, np.ndarray]:
-    dist.init_process_group("gloo", init_method=init, rank=rank, world_size=2)
+    dist.init_process_group("gloo", store=join(init, timedelta(seconds=30)), rank=rank, world_size=2)
     q = Boundary(CodecConfig(kind="powersgd", rank=8), 0, 32, 3, Ledger()).forward.basis
     half = _Half(folder, rank, q)
     micro = ids[: SAMPLES // MICROS]
@@ -159,7 +160,7 @@ START = 9
 
 def _hook_round(rank: int, init: str) -> np.ndarray:
     """Three rounds of PyTorch's hook on one matrix, its Q set by hand before the first."""
-    dist.init_process_group("gloo", init_method=init, rank=rank, world_size=2)
+    dist.init_process_group("gloo", store=join(init, timedelta(seconds=30)), rank=rank, world_size=2)
     state = hook.PowerSGDState(None, 3, start_powerSGD_iter=2, min_compression_rate=1.0, warm_start=True)
     parameter = nn.Parameter(torch.zeros(24, 18))
     wrapped = nn.parallel.DistributedDataParallel(_Sum(nn.ParameterList([parameter])))
