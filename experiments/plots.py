@@ -7,6 +7,7 @@ explanation) is the template's.
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -158,20 +159,27 @@ def _label(group: list[Run]) -> str:
     return f"{first.name}, seed {first.seed}" + ("" if first.status == "completed" else f", {first.status}")
 
 
-def lines(found: list[Curve]) -> list[Picture]:
-    """The pictures of all `PLOTS` that have any data, with only the panels that have."""
+def together(found: list[Curve]) -> list[list[Curve]]:
+    """Those that share pictures: neighbours, no more than there are colours, in parts of about one size."""
+    parts = math.ceil(len(found) / len(PALETTE))
+    return [list(part) for part in np.array_split(np.array(found, dtype=object), parts)] if found else []
+
+
+def lines(group: list[Curve], beside: list[Curve]) -> list[Picture]:
+    """The pictures of all `PLOTS` for which the group has any data, with only the panels for which it has.
+
+    Axes are wide enough for the curves of `beside` too, so that the pictures of groups can be compared.
+    """
     pictures = []
     for plot in PLOTS:
-        panels = tuple(panel for panel in plot.panels if any(_values(curve, plot, panel[1]) for curve in found))
-        drawn = [curve for curve in found if any(_values(curve, plot, metric) for _, metric in panels)]
-        groups = [[curve] for curve in drawn] if plot.marks else [drawn] * bool(drawn)
-        pictures += [_picture(plot._replace(panels=panels), group, drawn) for group in groups]
+        panels = tuple(panel for panel in plot.panels if any(_values(curve, plot, panel[1]) for curve in group))
+        drawn = [curve for curve in group if any(_values(curve, plot, metric) for _, metric in panels)]
+        for shown in [[curve] for curve in drawn] if plot.marks else [drawn] * bool(drawn):
+            pictures.append(_picture(plot._replace(panels=panels), shown, beside))
     return pictures
 
 
 def _picture(plot: Plot, group: list[Curve], beside: list[Curve]) -> Picture:
-    """The curves of `group`, on axes wide enough for those of `beside`, so that pictures can be compared."""
-
     def draw(figure: Figure) -> None:
         axes = figure.subplots(len(plot.panels), 1, sharex=True, squeeze=False)[:, 0]
         for axis, (label, metric) in zip(axes, plot.panels):
@@ -186,11 +194,12 @@ def _picture(plot: Plot, group: list[Curve], beside: list[Curve]) -> Picture:
         axes[-1].set_xlabel(plot.x)
         axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
 
-    title = plot.title if len(group) == len(beside) else f"{plot.title}: {group[0].label}"
+    title = f"{plot.title}: {group[0].label}" if plot.marks and len(beside) > 1 else plot.title
     marked = not plot.marks or any(any(s.values()) for s in _values(group[0], plot, plot.marks))
     ignited = any(_ignitions(group, plot, metric) for _, metric in plot.panels)
     note = " ".join([plot.note] * bool(plot.note and marked) + [IGNITED] * ignited)
-    return Picture(title, note, _svg(title, 2.5 + 0.8 * (len(plot.panels) - 1), draw))
+    key = " ".join([plot.title, *(curve.label for curve in group)])
+    return Picture(title, note, _svg(key, 2.5 + 0.8 * (len(plot.panels) - 1), draw))
 
 
 def _values(curve: Curve, plot: Plot, metric: str) -> list[dict[float, float]]:

@@ -39,7 +39,7 @@ def write_html(folders: list[Path], out: Path) -> None:
     runs = findings.runs if findings else load_runs(folders)
     # Of a grid, only each arm at its best: the others are in the table
     drawn = [run for cell in findings.tuned.values() for run in cell.runs] if findings else runs
-    curves = plots.curves(drawn)
+    curves = [curve for curve in plots.curves(drawn) if curve.has_data]
     page = _template().render(
         title=findings.sweep.name if findings else ", ".join(dict.fromkeys(run.name for run in runs)),
         headline=_headline(runs),
@@ -50,8 +50,8 @@ def write_html(folders: list[Path], out: Path) -> None:
         numbers={run.folder: i for i, run in enumerate(runs, start=1)},
         columns=[heading for heading, _ in COLUMNS],
         rows=[(run, [cell(run) for _, cell in COLUMNS]) for run in runs],
-        curves=[curve for curve in curves if curve.has_data],
-        figures=plots.lines(curves),
+        curves=curves,
+        groups=[(group, plots.lines(group, curves)) for group in plots.together(curves)],
         bars=plots.bars(curves),
         sent=plots.SENT,
         dense=plots.DENSE,

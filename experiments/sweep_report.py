@@ -75,6 +75,11 @@ def _how(findings: Findings) -> str:
         f"holds 0, or fewer than {LEAST_SEEDS} seeds. Clip spike: the clipped share of ticks that refreshed Q, over that "
         f"of the others."
     )
+    if (pairs := len(differences(findings))) > 1:
+        text += (
+            f" Of the {pairs} pairs compared, about one in {round(1 / (1 - CONFIDENCE))} would look different by chance "
+            "if none was: intervals are not widened for their number."
+        )
     if findings.sweep.tuning:
         text += (
             f" The first {findings.sweep.tuning} of the seeds chose each arm's point of the grid; arms are judged "

@@ -101,7 +101,9 @@ def differences(findings: Findings) -> list[Difference]:
 def _compared(findings: Findings) -> list[Sentence]:
     """With a grid, only where both are tuned."""
     found = [d for d in differences(findings) if not findings.sweep.grid or d.where == TUNED]
-    return [_difference(d) for d in found]
+    absent = ", ".join(f"{_name(d.a)} with {_name(d.b)}" for d in found if not d.found.n)
+    without = Sentence((f"No seed has completed in both, so not compared: {absent}.",), False)
+    return [without] * bool(absent) + [_difference(d) for d in found if d.found.n]
 
 
 def _difference(d: Difference) -> Sentence:
@@ -111,8 +113,6 @@ def _difference(d: Difference) -> Sentence:
         f") and {_name(d.b)} (",
         Number(plain(d.b.mean), d.b.name),
     )
-    if not d.found.n:
-        return Sentence((*names, ") cannot be compared: no seed has completed in both."), False)
     number = Number(interval(d.found), d.a.name)
     if not d.found.distinguishable:
         return Sentence((*names, ") are not distinguishable: ", number, _over(d.found)), False)
