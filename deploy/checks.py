@@ -103,19 +103,6 @@ def gpus(node: NodeFacts) -> Iterator[Finding]:
         )
         return
     yield ok("GPUs", f"{shown}, torch for CUDA {node.torch_cuda}, NCCL {node.nccl}")
-    yield from mask(node)
-
-
-def mask(node: NodeFacts) -> Iterator[Finding]:
-    """A worker takes the GPU of Ray's number, without Ray's mask: in a process masked otherwise that is another one."""
-    text = node.env.get("CUDA_VISIBLE_DEVICES")
-    if text is None or text == ",".join(map(str, range(len(text.split(","))))):
-        return
-    yield error(
-        "GPU mask",
-        f"CUDA_VISIBLE_DEVICES={text!r}: a worker takes Ray's number of its GPU as torch's, which differ here",
-        "unset CUDA_VISIBLE_DEVICES before `ray start`, and give Ray fewer by --num-gpus and a mask of 0,1,… only",
-    )
 
 
 def interfaces(node: NodeFacts, several: bool) -> Iterator[Finding]:

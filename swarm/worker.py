@@ -46,6 +46,14 @@ class WorkerSetup:
     rules: Rules
 
 
+def ordinal(gpu: str, visible: str) -> int:
+    """torch's number of the GPU that Ray calls `gpu`: its place in the mask that the node was started with, if any.
+
+    As in Ray Train's `get_devices`; with a mask Ray's names are the mask's own, numbers or UUIDs.
+    """
+    return visible.split(",").index(gpu) if visible else int(gpu)
+
+
 class Worker:
     """One process of the swarm."""
 
@@ -67,7 +75,9 @@ class Worker:
         device = torch.device(swarm.device)
         if device.type == "cuda":
             # Ray's masking is off (it makes NCCL slow or hang), so the GPU is chosen here
-            device = torch.device("cuda", int(ray.get_gpu_ids()[0]))
+            device = torch.device(
+                "cuda", ordinal(str(ray.get_gpu_ids()[0]), os.environ.get("CUDA_VISIBLE_DEVICES", ""))
+            )
             torch.cuda.set_device(device)
         elif ray.util.get_node_ip_address() == "127.0.0.1":
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")

@@ -25,6 +25,7 @@ from deploy.fit import Host, unplaced
 from deploy.memory import memory, peak
 from deploy.placement import placement
 from deploy.sizes import parameters
+from swarm.worker import ordinal
 
 PINS = [Requirement("torch==2.13.0"), Requirement("ray[default]==2.60.0"), Requirement("huggingface_hub>=1,<3")]
 SOUND = NodeFacts(
@@ -66,9 +67,6 @@ DEFECTS: list[tuple[dict[str, Any], str, str]] = [
     ({"broken": {"transformers": "ImportError: x"}}, "imports", "error"),
     ({"torch_cuda": None, "torch_devices": 0}, "GPUs", "error"),
     ({"torch_devices": 0}, "GPUs", "error"),
-    ({"env": SOUND.env | {"CUDA_VISIBLE_DEVICES": "2,3"}}, "GPU mask", "error"),
-    ({"env": SOUND.env | {"CUDA_VISIBLE_DEVICES": "1,0"}}, "GPU mask", "error"),
-    ({"env": SOUND.env | {"CUDA_VISIBLE_DEVICES": "GPU-1f3c"}}, "GPU mask", "error"),
     ({"env": SOUND.env | {"CUDA_VISIBLE_DEVICES": ""}, "torch_devices": 0}, "GPU mask", "error"),
     ({"env": SOUND.env | {"GLOO_SOCKET_IFNAME": "eth7"}}, "network", "error"),
     ({"own_address": "127.0.1.1"}, "network", "error"),
@@ -99,10 +97,12 @@ def test_complaints_and_only_they_come_with_a_fix():
     assert all(bool(found.fix) == (found.level != "ok") for found in everything)
 
 
-@pytest.mark.parametrize("mask", [None, "0", "0,1", "0,1,2,3"])
-def test_a_mask_that_leaves_numbers_as_they_are_is_harmless(mask: str | None):
-    env = SOUND.env | ({"CUDA_VISIBLE_DEVICES": mask} if mask else {})
-    assert not [found for found in checks.mask(replace(SOUND, env=env)) if found.level != "ok"]
+@pytest.mark.parametrize(
+    ("gpu", "visible", "number"),
+    [("3", "", 3), ("0", "0,1", 0), ("3", "2,3", 1), ("0", "1,0", 1), ("GPU-1f3c", "GPU-77aa,GPU-1f3c", 1)],
+)
+def test_a_worker_takes_its_gpu_by_torchs_number(gpu: str, visible: str, number: int):
+    assert ordinal(gpu, visible) == number
 
 
 @pytest.mark.parametrize(
