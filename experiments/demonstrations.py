@@ -41,13 +41,14 @@ class SumsLesson:
 class ChainLesson:
     """reasoning_gym's chain_sum with one digit a term: `4-1-7+2=` is worked out as `3,-4,-2####-2$`.
 
-    What goes wrong is fixed by the step itself: of all (running result, term) pairs `HARD` are missed by
-    one in `SLIP` of the attempts, the others hardly ever.
+    What goes wrong is fixed by the term: `HARD` of the terms (sign and digit) are misread by one in `SLIP` of the
+    attempts, the others hardly ever. Slips by (running result, term), ten times as many facts, are too many to
+    unlearn in a run of 75 steps: nothing is gained then, however exact the gradient.
     """
 
     alphabet = "0123456789+-=,?#"
     params = {"min_terms": 4, "max_terms": 4, "min_digits": 1, "max_digits": 1}  # noqa: RUF012
-    RECHECK, HARD, SLIP, EASY, CARE = 0.3, 0.36, 0.6, 0.02, 0.7
+    RECHECK, HARD, SLIP, EASY, CARE = 0.3, 0.36, 0.55, 0.02, 0.7
 
     def __init__(self, seed: int, val_size: int):
         self.task = make_task(TaskConfig(name="reasoning_gym:chain_sum", params=self.params), seed, val_size)
@@ -65,7 +66,7 @@ class ChainLesson:
         return f"{answer}####{running}{EOS}"
 
     def _attempt(self, running: int, term: int, rng: random.Random, care: float = 1.0) -> int:
-        drawn = hashlib.sha256(f"{running} {term}".encode()).digest()
+        drawn = hashlib.sha256(f"{term}".encode()).digest()
         chance = self.SLIP if drawn[0] < 256 * self.HARD else self.EASY
         wrong = 1 if drawn[1] % 2 else -1
         return running + term + (wrong if rng.random() < chance * care else 0)
