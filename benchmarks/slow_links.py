@@ -1,11 +1,14 @@
-"""Ticks between nodes whose links carry 16 Mbit/s, over the same ticks on fast links, for each codec. `make bench-links`.
+"""What links of 16 Mbit/s between nodes cost, over the same work on fast links. `make bench-links`.
 
-Three network namespaces on a bridge, each with a raylet of its own: one stage of the pipeline on each of the first two,
-engine and anchor on the third. What leaves and what reaches a node is shaped by a token bucket. Linux, as root; nothing
-of it is left afterwards.
+First the ticks of k5 in two stages, a node each, for each codec; then the demo as it is, a replica on each of two nodes,
+and with gradients as PowerSGD.
+
+Three network namespaces on a bridge, each with a raylet of its own: the swarm on the first two, engines and anchor on
+the third. What leaves and what reaches a node is shaped by a token bucket. Linux, as root; nothing of it is left
+afterwards.
 
     swarm 0 (head, driver) ──16 Mbit/s── bridge ──16 Mbit/s── swarm 1
-                                           └────16 Mbit/s──── engine, anchor
+                                           └────16 Mbit/s──── engines, anchor
 """
 
 from __future__ import annotations
@@ -21,28 +24,22 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from deploy.config import load
 from deploy.launch import cluster, drive
 
 RATE, BRIDGE, NET, PORT = "16mbit", "nsbr", "10.77.0", 6479
 NODES = {"nsa": "swarm", "nsb": "swarm", "nsc": "far"}  # namespace: custom resource of its node
-STEPS = 4
-START_S = 10  # the others look for the head; two that start at once take each other's socket names
-COMMON = [
-    f"run.steps={STEPS}",
-    "val.size=8",
-    "val.every=1000",
-    "swarm.pp=2",
-    "rollout.replicas=1",
-    "rollout.resource=far",
-]
-COMMON += ["swarm.resource=swarm", "anchor.resource=far", "swarm.placement=pack"]
+START_S = 60.0
+PLACES = ["swarm.resource=swarm", "rollout.resource=far", "anchor.resource=far"]
+TICKS = ["run.steps=4", "val.size=8", "val.every=1000", "swarm.pp=2", "rollout.replicas=1", "swarm.placement=pack"]
 CODECS = {
     "none": ["codec.kind=none"],
     "powersgd r=4": ["codec.kind=powersgd", "codec.rank=4"],
     "transform 5 %": ["codec.kind=transform", "codec.total_rate=0.05"],
 }
+DEMOS = {"demo": [], "demo, gradient r=4": ["codec.gradient.kind=powersgd", "codec.gradient.rank=4"]}
 
 
 def sh(command: str) -> None:
@@ -82,8 +79,8 @@ def network() -> Iterator[None]:
 
 
 @contextmanager
-def raylets() -> Iterator[None]:
-    """One in each namespace, the first with the head."""
+def raylets(folder: Path, cpus: int) -> Iterator[None]:
+    """One in each namespace, the first with the head; those of the swarm with so many CPUs."""
     ray = Path(sys.executable).parent / "ray"
     environment = os.environ | {"RAY_AUTH_MODE": "disabled", "GLOO_SOCKET_IFNAME": "eth0"}
     started = []
@@ -92,19 +89,42 @@ def raylets() -> Iterator[None]:
             role = f"--head --port {PORT} --include-dashboard=false" if i == 1 else f"--address {NET}.1:{PORT}"
             resources = json.dumps({tag: 1})
             command = f"ip netns exec {name} {ray} start {role} --block --node-ip-address {NET}.{i} --num-cpus "
-            command += f"{1 if tag == 'swarm' else 3} --object-store-memory 200000000 --resources '{resources}'"
-            started.append(
-                subprocess.Popen(
-                    shlex.split(command), env=environment, stdout=subprocess.DEVNULL, start_new_session=True
-                )
-            )
-            time.sleep(START_S)
+            command += f"{cpus if tag == 'swarm' else 3} --object-store-memory 200000000 --resources '{resources}'"
+            said = folder / f"{name}-{cpus}.log"
+            with said.open("w") as out:
+                args = dict(env=environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
+                started.append(subprocess.Popen(shlex.split(command), **args))
+            _await_start(name, said)  # two that start at once take each other's socket names
         yield
     finally:
         for process in reversed(started):
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, 15)
             process.wait(30)
+
+
+def _await_start(name: str, said: Path) -> None:
+    deadline = time.monotonic() + START_S
+    while "Ray runtime started" not in said.read_text():
+        if time.monotonic() > deadline:
+            sys.exit(f"the raylet of {name} did not start in {START_S:.0f} s (START_S):\n{said.read_text()}")
+        time.sleep(0.2)
+
+
+def drive_one(folder: str, preset: str, *overrides: str) -> None:
+    """In the head's namespace, a program of its own."""
+    config = load(preset, [*PLACES, *overrides])
+    with cluster(config, f"{NET}.1:{PORT}"):
+        drive(config, Path(folder), lambda record: None)
+
+
+def run(folder: Path, preset: str, overrides: list[str], rate: str | None) -> Path:
+    """The folder of a finished run, over links of this rate."""
+    shape(rate)
+    folder = folder / f"{time.time_ns()}"
+    inside = f"ip netns exec nsa {sys.executable} -m benchmarks.slow_links {folder} {preset}"
+    subprocess.run([*shlex.split(inside), *overrides], check=True, timeout=1800)
+    return folder
 
 
 def ticks(folder: Path) -> tuple[float, float]:
@@ -115,39 +135,29 @@ def ticks(folder: Path) -> tuple[float, float]:
     return statistics.median(r["timing_s/tick"] for r in after), crossed / 1e3
 
 
-def drive_one(name: str, folder: str) -> None:
-    """In the head's namespace, a program of its own."""
-    config = load("k5", COMMON + CODECS[name])
-    with cluster(config, f"{NET}.1:{PORT}"):
-        drive(config, Path(folder), lambda record: None)
+def summary(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "summary.json").read_text())
 
 
 def main() -> None:
     if sys.platform != "linux" or os.geteuid():
         sys.exit("network namespaces need Linux and root: run it as root, on a machine that nobody else uses")
-    with tempfile.TemporaryDirectory() as temporary, network(), raylets():
-        print(f"{'codec':15} {'kB a tick':>10} {'s, fast':>8} {'s, ' + RATE:>10} {'slower':>7}", flush=True)
-        for name in CODECS:
-            seconds = []
-            for rate in (None, RATE):
-                shape(rate)
-                folder = Path(temporary) / f"{name}-{rate}".replace(" ", "-")
-                inside = [
-                    "ip",
-                    "netns",
-                    "exec",
-                    "nsa",
-                    sys.executable,
-                    "-m",
-                    "benchmarks.slow_links",
-                    name,
-                    str(folder),
-                ]
-                subprocess.run(inside, check=True, timeout=900)
-                median, crossed = ticks(folder)
-                seconds.append(median)
-            fast, slow = seconds
-            print(f"{name:15} {crossed:10.0f} {fast:8.2f} {slow:10.2f} {slow / fast:6.2f} x", flush=True)
+    with tempfile.TemporaryDirectory() as temporary, network():
+        folder = Path(temporary)
+        with raylets(folder, cpus=1):
+            print(f"{'codec':20} {'kB a tick':>10} {'s, fast':>8} {'s, ' + RATE:>10} {'slower':>7}", flush=True)
+            for name, overrides in CODECS.items():
+                (fast, _), (slow, crossed) = [ticks(run(folder, "k5", TICKS + overrides, r)) for r in (None, RATE)]
+                print(f"{name:20} {crossed:10.0f} {fast:8.2f} {slow:10.2f} {slow / fast:6.2f} x", flush=True)
+        with raylets(folder, cpus=2):
+            print(f"{'30 steps':20} {'MB':>10} {'s, fast':>8} {'s, ' + RATE:>10} {'slower':>7}", flush=True)
+            for name, overrides in DEMOS.items():
+                fast, slow = [summary(run(folder, "demo", overrides, rate)) for rate in (None, RATE)]
+                seconds = [each["seconds"]["timing_s/step"] for each in (fast, slow)]
+                same = "the same weights" if fast["weights_digests"] == slow["weights_digests"] else "OTHER WEIGHTS"
+                line = f"{name:20} {slow['bytes_total'] / 1e6:10.0f} {seconds[0]:8.0f} {seconds[1]:10.0f}"
+                line += f" {seconds[1] / seconds[0]:6.2f} x   accuracy {slow['val_start']:.3f} to {slow['val_end']:.3f}"
+                print(f"{line}, {same}", flush=True)
 
 
 if __name__ == "__main__":

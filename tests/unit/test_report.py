@@ -273,7 +273,9 @@ def test_a_report_that_fails_does_not_fail_the_run(tmp_path: Path, monkeypatch: 
 
 def test_no_two_lines_of_a_picture_have_one_colour(tmp_path: Path):
     html = page([write_run(tmp_path / str(i), f"cell{i}") for i in range(7)], tmp_path)
-    keys = [re.findall(r'<i style="color: (#\w+)"', key) for key in re.findall(r'<ul class="key">(.*?)</ul>', html, re.S)]
+    keys = [
+        re.findall(r'<i style="color: (#\w+)"', key) for key in re.findall(r'<ul class="key">(.*?)</ul>', html, re.S)
+    ]
     assert [len(key) for key in keys] == [4, 3]
     assert all(len(set(key)) == len(key) for key in keys)
     drawn = [part.count("Validation accuracy") for part in html.split('<ul class="key">')]
