@@ -10,6 +10,7 @@ import difflib
 import importlib.util
 import re
 from collections.abc import Callable
+from dataclasses import fields
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -133,6 +134,8 @@ def _check_params(config: TaskConfig) -> None:
     kind, _, argument = config.name.partition(":")
     if kind == "sums" and config.params:
         raise ValueError(f"sums takes none, got {', '.join(config.params)}")
+    if kind == "reasoning_gym" and config.params:
+        _check_gym(argument, config.params)
     if kind not in ("jsonl", "hf"):
         return
     columns = _columns(config)
@@ -146,6 +149,18 @@ def _check_params(config: TaskConfig) -> None:
                 raise ValueError(f"val: no such file: {path!r}")
             if (row := first_row(path)) is not None:
                 prompt_column(path, row, columns)
+
+
+def _check_gym(name: str, params: dict[str, Any]) -> None:
+    """By making one problem: the library says in many ways what it does not take."""
+    import reasoning_gym
+    from reasoning_gym.factory import DATASETS
+
+    try:
+        reasoning_gym.create_dataset(name, seed=0, size=1, **params)[0]
+    except Exception as error:
+        allowed = ", ".join(f.name for f in fields(DATASETS[name][1]) if f.name not in ("seed", "size"))
+        raise ValueError(f"reasoning_gym:{name} refuses {params}: {error} (it takes {allowed})") from None
 
 
 def _columns(config: TaskConfig) -> TableParams:

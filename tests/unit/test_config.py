@@ -150,6 +150,14 @@ BAD = {
     "an unknown reasoning_gym task": Bad(
         ["task.name", "'chain_sums'", "did you mean 'chain_sum'"], ["task.name=reasoning_gym:chain_sums"]
     ),
+    "a parameter that a reasoning_gym task has not": Bad(
+        ["task.params", "mx_terms", "max_terms"],
+        ["task.name=reasoning_gym:chain_sum", "task.params.mx_terms=3"],
+    ),
+    "parameters that a reasoning_gym task refuses": Bad(
+        ["task.params", "max_terms must be >= min_terms"],
+        ["task.name=reasoning_gym:chain_sum", "task.params.min_terms=9", "task.params.max_terms=4"],
+    ),
     "a missing jsonl file": Bad(["task.name", "'ROOT/no.jsonl'", "no such file"], ["task.name=jsonl:ROOT/no.jsonl"]),
     "no steps": Bad(["run.steps", "0", "greater than or equal to 1"], ["run.steps=0"]),
     "a name that is no file name": Bad(["run.name", "'a/b'", "pattern"], ["run.name=a/b"]),
