@@ -12,38 +12,24 @@ import torch
 from ray.exceptions import GetTimeoutError
 
 from anchor_service.clock import next_worker
-from anchor_service.config import AnchorConfig
-from anchor_service.dense_gradient import DenseGradient
+from anchor_service.dense_gradient import DenseGradient, DenseSetup
 from anchor_service.errors import WaitTimeout
 from anchor_service.lag import Due
 from anchor_service.messages import FireJob, content_digest, pack_correction
 from anchor_service.ring import RingOverflow
 from codec.frames import digest
 from rl.batch import Batch
-from rl.config import GrpoConfig, ModelConfig, SnapshotConfig
 from rl.memory import peak_memory_gb
-from rl.policy import Span
 from rl.snapshot import BaseLost
 
 
 class Anchor:
     """One anchor worker. Nothing but its copy of the model stays between fires."""
 
-    def __init__(
-        self,
-        config: AnchorConfig,
-        model: ModelConfig,
-        checkpointing: bool,
-        stages: list[Span],
-        grpo: GrpoConfig,
-        temperature: float,
-        snapshot: SnapshotConfig,
-        payload: str,
-        threads: int,
-    ):
-        torch.set_num_threads(threads)
-        self.config, self.payload = config, payload
-        self.dense = DenseGradient.beside(config, model, checkpointing, stages, grpo, temperature, snapshot)
+    def __init__(self, setup: DenseSetup, payload: str):
+        torch.set_num_threads(setup.threads)
+        self.config, self.payload = setup.anchor, payload
+        self.dense = DenseGradient.beside(setup)
 
     def gradient(self, job: FireJob) -> tuple[dict[str, Any], np.ndarray]:
         """M of one job, fp32 [numel] on the host, with a report."""

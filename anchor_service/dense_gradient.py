@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,20 @@ from rl.model_files import resolve
 from rl.objective import loss_terms, microbatches
 from rl.policy import EMBEDDING, Span, Stage
 from rl.snapshot import Receiver
+
+
+@dataclass(frozen=True)
+class DenseSetup:
+    """What an actor that computes dense gradients beside a run is built from. `stages`: the swarm's spans."""
+
+    anchor: AnchorConfig
+    model: ModelConfig
+    grpo: GrpoConfig
+    snapshot: SnapshotConfig
+    stages: list[Span]
+    temperature: float
+    checkpointing: bool
+    threads: int
 
 
 class DenseGradient:
@@ -44,20 +59,12 @@ class DenseGradient:
         self.tied = bool(self.model.config.tie_word_embeddings)
 
     @classmethod
-    def beside(
-        cls,
-        anchor: AnchorConfig,
-        model: ModelConfig,
-        checkpointing: bool,
-        stages: list[Span],
-        grpo: GrpoConfig,
-        temperature: float,
-        snapshot: SnapshotConfig,
-    ) -> DenseGradient:
+    def beside(cls, setup: DenseSetup) -> DenseGradient:
         """As the config of a run asks for it, on the anchor's device in the anchor's microbatches."""
+        anchor, model = setup.anchor, setup.model
         numbers, device = getattr(torch, model.dtype), torch.device(anchor.device)
-        size, options = anchor.micro_batch_size, (model.attention, checkpointing)
-        return cls(resolve(model.path), stages, numbers, device, size, grpo, temperature, snapshot, *options)
+        rest = anchor.micro_batch_size, setup.grpo, setup.temperature, setup.snapshot
+        return cls(resolve(model.path), setup.stages, numbers, device, *rest, model.attention, setup.checkpointing)
 
     def load(self, parts: list[np.ndarray], tick: int) -> None:
         """Weights frames, one a stage, all of `tick`. Raises FrameError on a mix-up, BaseLost if a delta does not fit."""

@@ -21,13 +21,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from anchor_service.config import AnchorConfig
-from anchor_service.dense_gradient import DenseGradient
+from anchor_service.dense_gradient import DenseGradient, DenseSetup
 from anchor_service.messages import unpack_records
 from rl.batch import Batch
-from rl.config import GrpoConfig, ModelConfig, SnapshotConfig
+from rl.config import GrpoConfig
 from rl.memory import peak_memory_gb
-from rl.policy import Span
 
 BLOCK = 1 << 20  # elements: sums in float64 without a float64 copy of a vector
 
@@ -108,19 +106,10 @@ def leave_one_out(values: np.ndarray, group_size: int) -> np.ndarray:
 class Diagnoser:
     """The whole model beside a run. Keeps nothing between two diagnoses."""
 
-    def __init__(
-        self,
-        config: AnchorConfig,
-        model: ModelConfig,
-        checkpointing: bool,
-        stages: list[Span],
-        grpo: GrpoConfig,
-        temperature: float,
-        threads: int,
-    ):
-        torch.set_num_threads(threads)
-        self.dense = DenseGradient.beside(config, model, checkpointing, stages, grpo, temperature, SnapshotConfig())
-        self.grpo = grpo
+    def __init__(self, setup: DenseSetup):
+        torch.set_num_threads(setup.threads)
+        self.dense = DenseGradient.beside(setup)
+        self.grpo = setup.grpo
 
     def diagnose(
         self,

@@ -11,6 +11,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from anchor_service.actor import Anchor
+from anchor_service.dense_gradient import DenseSetup
 from anchor_service.diagnosis import Diagnoser
 from anchor_service.errors import WaitTimeout
 from deploy.config import RunConfig
@@ -181,28 +182,28 @@ def _constructors(config: RunConfig) -> list[list[tuple]]:
         config.val.size,
         config.swarm.threads,
     )
-    anchors = [_anchor(config)] * anchor_count if anchor_count else []
-    diagnosers = [(Diagnoser, *_dense(config), config.swarm.threads)] if diagnoser_count else []
-    return [workers, [engine] * engine_count, anchors, diagnosers]
+    dense = _dense(config)
+    anchors, diagnosers = [(Anchor, dense, _payload(config))], [(Diagnoser, dense)]
+    return [workers, [engine] * engine_count, anchors * anchor_count, diagnosers * diagnoser_count]
 
 
-def _dense(config: RunConfig) -> tuple:
-    """What every actor that computes dense gradients is built from."""
+def _dense(config: RunConfig) -> DenseSetup:
     layers = model_shape(str(resolve(config.model.path))).layers
-    stages = spans(layers, config.swarm.boundaries, config.swarm.pp)
-    checkpointing = config.swarm.activation_checkpointing
-    return config.anchor, config.model, checkpointing, stages, config.grpo, config.rollout.temperature
-
-
-def _anchor(config: RunConfig) -> tuple:
-    payload = MERGERS[config.merger.kind].payload or "sign"
-    return (
-        Anchor,
-        *_dense(config),
-        config.snapshot,
-        "dense" if config.anchor.payload == "dense" else payload,
-        config.swarm.threads,
+    return DenseSetup(
+        anchor=config.anchor,
+        model=config.model,
+        grpo=config.grpo,
+        snapshot=config.snapshot,
+        stages=spans(layers, config.swarm.boundaries, config.swarm.pp),
+        temperature=config.rollout.temperature,
+        checkpointing=config.swarm.activation_checkpointing,
+        threads=config.swarm.threads,
     )
+
+
+def _payload(config: RunConfig) -> str:
+    """How corrections travel."""
+    return "dense" if config.anchor.payload == "dense" else MERGERS[config.merger.kind].payload or "sign"
 
 
 def _build(config: RunConfig, actors: Fleet) -> None:

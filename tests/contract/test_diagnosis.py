@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from anchor_service.config import AnchorConfig
+from anchor_service.dense_gradient import DenseSetup
 from anchor_service.diagnosis import Diagnoser
 from anchor_service.messages import Correction, TickPlan, pack_record
 from codec.config import CodecConfig
 from merger.config import MergerConfig
 from rl.batch import Batch
-from rl.config import GrpoConfig, ModelConfig
+from rl.config import GrpoConfig, ModelConfig, SnapshotConfig
 from rl.policy import spans
 from swarm.tick import tick
 from tests.conftest import make_batch, on_ranks
@@ -38,7 +39,9 @@ def work(rank: int, init: str, folder: Path, pp: int, keys: dict, correction: in
 
 def diagnose(folder: Path, records: list[np.ndarray], pp: int = 1, batch: Batch | None = None) -> dict[str, float]:
     stages, batch = spans(LAYERS, [2], pp), batch or make_batch()
-    d = Diagnoser(AnchorConfig(), ModelConfig(path=str(folder)), False, stages, GRPO, 1.0, 1)
+    d = Diagnoser(
+        DenseSetup(AnchorConfig(), ModelConfig(path=str(folder)), GRPO, SnapshotConfig(), stages, 1.0, False, 1)
+    )
     replay = batch.to_frame(step=1, index=0, denominator=batch.response_tokens)
     return d.diagnose(1, replay, None, None, None, *records)
 

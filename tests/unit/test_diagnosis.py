@@ -13,6 +13,7 @@ import torch
 
 from anchor_service.clock import Wall, make_clock
 from anchor_service.config import AnchorConfig
+from anchor_service.dense_gradient import DenseSetup
 from anchor_service.diagnosis import (
     BLOCK,
     Diagnoser,
@@ -28,7 +29,7 @@ from anchor_service.diagnosis import (
 from anchor_service.messages import pack_record, unpack_records
 from codec.frames import FrameError
 from rl.batch import Batch
-from rl.config import GrpoConfig, ModelConfig
+from rl.config import GrpoConfig, ModelConfig, SnapshotConfig
 from rl.objective import logprobs, microbatches
 from rl.policy import spans
 from swarm.sources import Sources
@@ -39,7 +40,18 @@ GROUP = 4
 
 def diagnoser(folder: Path, boundaries: tuple[int, ...] = (2,), pp: int = 1) -> Diagnoser:
     stages = spans(4, list(boundaries), pp)
-    return Diagnoser(AnchorConfig(micro_batch_size=5), ModelConfig(path=str(folder)), False, stages, GRPO, 1.0, 1)
+    return Diagnoser(
+        DenseSetup(
+            AnchorConfig(micro_batch_size=5),
+            ModelConfig(path=str(folder)),
+            GRPO,
+            SnapshotConfig(),
+            stages,
+            1.0,
+            False,
+            1,
+        )
+    )
 
 
 GRPO = GrpoConfig(group_size=GROUP, kl_loss_coef=0.1, entropy_coeff=0.1)
