@@ -35,14 +35,11 @@ demo: setup  ## train the whole circuit on the built-in task: 2x2 workers, two e
 cells: setup  ## delay or cadence: the 2x2, its ceiling and its floor, 5 seeds each, and the verdict; goes on if stopped
 	$(BIN)/northstar sweep decouple
 
-# two at a time, files whole and those with Ray clusters first (tests/conftest.py)
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
-
 test: setup vllm  ## all tests, the ones with real Ray clusters included
-	$(PYTEST)
+	$(BIN)/python -m pytest
 
 test-fast: setup  ## only what needs no Ray
-	$(PYTEST) -m "not slow"
+	$(BIN)/python -m pytest -m "not slow"
 
 check: setup  ## lint and format
 	$(BIN)/ruff check .
@@ -54,7 +51,7 @@ bench: setup  ## time the hot paths against their baselines
 bench-wall: setup  ## tick rate beside an anchor slowed 100 times, in pairs of runs
 	$(BIN)/python -m benchmarks.wall_clock
 
-bench-links: setup  ## ticks of each codec, and the demo, between nodes over links of 16 Mbit/s; Linux, as root
+bench-links: setup  ## ticks between nodes over links of 16 Mbit/s, each codec; Linux, as root
 	$(BIN)/python -m benchmarks.slow_links
 
 chain: models/chain/config.json  ## train the base policy of the preset chain, about six minutes of a core

@@ -25,17 +25,6 @@ from swarm.grid import meeting
 torch.set_num_threads(1)
 
 
-_WITH_RAY = ("ray", "chaos")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Side by side, the tests with Ray go to one process, which keeps its actors, and to the other file after file."""
-    for item in items:
-        with_ray = item.path.parent.name in _WITH_RAY
-        item.add_marker(pytest.mark.xdist_group("ray" if with_ray else item.path.stem))
-    items.sort(key=lambda item: item.path.parent.name not in _WITH_RAY)
-
-
 def make_model(
     folder: Path, tied: bool, layers: int = 4, hidden: int = 32, vocab: int = 48, positions: int = 128
 ) -> Path:
