@@ -51,7 +51,7 @@ bench: setup  ## time the hot paths against their baselines
 bench-wall: setup  ## tick rate beside an anchor slowed 100 times, in pairs of runs
 	$(BIN)/python -m benchmarks.wall_clock
 
-bench-links: setup  ## ticks between nodes over links of 16 Mbit/s, each codec; Linux, as root
+bench-links: setup  ## ticks of each codec, and the demo, between nodes over links of 16 Mbit/s; Linux, as root
 	$(BIN)/python -m benchmarks.slow_links
 
 chain: models/chain/config.json  ## train the base policy of the preset chain, about six minutes of a core
