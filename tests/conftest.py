@@ -84,15 +84,17 @@ def on_ranks(world: int, work: Callable[..., Any], *args: Any) -> list[Any]:
     """`work(rank, init, *args)` in `world` forked processes; their results, or the first traceback."""
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     context = multiprocessing.get_context("fork")
-    _store, init = meeting("127.0.0.1")
     pipes, processes = [], []
     for rank in range(world):
-        receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=_child, args=(sender, work, rank, init, args), daemon=True)
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_child, args=(theirs, work, rank, args), daemon=True)
         process.start()
-        pipes.append(receiver)
+        pipes.append(ours)
         processes.append(process)
     try:
+        _store, init = meeting("127.0.0.1")  # after the forks: it has a thread
+        for pipe in pipes:
+            pipe.send(init)
         results = []
         for rank, pipe in enumerate(pipes):
             if not pipe.poll(120):
@@ -107,10 +109,10 @@ def on_ranks(world: int, work: Callable[..., Any], *args: Any) -> list[Any]:
             process.kill()
 
 
-def _child(pipe: Any, work: Callable[..., Any], rank: int, init: str, args: tuple) -> None:
+def _child(pipe: Any, work: Callable[..., Any], rank: int, args: tuple) -> None:
     torch.set_num_threads(1)
     try:
-        pipe.send((True, work(rank, init, *args)))
+        pipe.send((True, work(rank, pipe.recv(), *args)))
     except BaseException:
         pipe.send((False, traceback.format_exc()))
     pipe.close()
