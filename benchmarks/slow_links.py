@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
@@ -98,9 +99,12 @@ def raylets(folder: Path, cpus: int) -> Iterator[None]:
         yield
     finally:
         for process in reversed(started):
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, 15)
-            process.wait(30)
+            for number in (signal.SIGTERM, signal.SIGKILL):  # a head with its raylets gone may not heed the first
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, number)
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(20)
+                    break
 
 
 def _await_start(name: str, said: Path) -> None:
