@@ -118,7 +118,8 @@ class AnchorConfig(Section):
     max_age: int | None = Field(None, ge=0, description="a correction held longer than this, in ticks, is dropped")
     workers: int = Field(1, ge=1, description="fires that may be in flight at once, each on a worker of its own")
     weights: Literal["swarm", "shared"] = Field(
-        "swarm", description="`shared`: snapshots are taken from the stream that feeds the engines, not sent again"
+        "swarm",
+        description="`shared`: snapshots are taken from the stream that feeds the engines, not sent again to a node that has an engine",
     )
     replay_fraction: float = Field(1.0, gt=0, le=1, description="share of each replay batch that the anchor uses")
     payload: Literal["auto", "dense"] = Field(

@@ -12,6 +12,7 @@ from torch import Tensor
 from anchor_service.config import AnchorConfig
 from rl.batch import Batch
 from rl.config import GrpoConfig, ModelConfig, SnapshotConfig
+from rl.device import prefer_determinism
 from rl.model_files import resolve
 from rl.objective import loss_terms, microbatches
 from rl.policy import EMBEDDING, Span, Stage
@@ -63,6 +64,7 @@ class DenseGradient:
         """As the config of a run asks for it, on the anchor's device in the anchor's microbatches."""
         anchor, model = setup.anchor, setup.model
         numbers, device = getattr(torch, model.dtype), torch.device(anchor.device)
+        prefer_determinism(device)
         rest = anchor.micro_batch_size, setup.grpo, setup.temperature, setup.snapshot
         return cls(resolve(model.path), setup.stages, numbers, device, *rest, model.attention, setup.checkpointing)
 

@@ -25,7 +25,7 @@ from anchor_service.dense_gradient import DenseGradient, DenseSetup
 from anchor_service.messages import unpack_records
 from rl.batch import Batch
 from rl.config import GrpoConfig
-from rl.memory import peak_memory_gb
+from rl.device import peak_memory_gb
 
 BLOCK = 1 << 20  # elements: sums in float64 without a float64 copy of a vector
 

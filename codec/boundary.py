@@ -100,7 +100,8 @@ class Boundary:
         """Gradient [N, H] -> payload, downstream side. Rows that share a prefix send the sum of their gradients."""
         kept = dx
         if self.share_prefixes:
-            kept = dx.new_zeros(len(rows.kept), self.hidden).index_add_(0, rows.source, dx)
+            sums = dx.new_zeros(len(rows.kept), self.hidden, dtype=torch.float32)
+            kept = sums.index_add_(0, rows.source, dx.float()).to(dx.dtype)
         payload, dx_hat = self.backward.encode(kept, Room(len(rows)), observe=True)
         self.seen["bwd"].add(kept, dx_hat)
         self.ledger.add("boundary_bwd", payload.numel(), dx.nbytes)

@@ -15,7 +15,7 @@ from anchor_service.dense_gradient import DenseSetup
 from anchor_service.diagnosis import Diagnoser
 from anchor_service.errors import WaitTimeout
 from deploy.config import RunConfig
-from deploy.placement import ROLES, UNMASKED, counts, demand, placement, tags
+from deploy.placement import BLOCKING, ROLES, UNMASKED, counts, demand, placement, tags
 from merger import MERGERS
 from rl.model_files import model_shape, resolve
 from rl.policy import spans
@@ -24,7 +24,7 @@ from swarm.coordinator import Fleet, gather
 from swarm.tick import Rules
 from swarm.worker import Worker, WorkerSetup
 
-_ENV = {"TOKENIZERS_PARALLELISM": "false"}
+_ENV = {"TOKENIZERS_PARALLELISM": "false", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # the latter: rl/device.py
 
 
 @contextmanager
@@ -92,7 +92,7 @@ class Held:
         """New actors of one role, each in its bundle; a handle is in `roles` as soon as it is there."""
         config, held = self.made_for, self.roles[ROLES.index(role)]
         place, first = placement(config), sum(counts(config)[: ROLES.index(role)])
-        env = _ENV | (UNMASKED if role == "worker" else {}) | {"OMP_NUM_THREADS": str(config.swarm.threads)}
+        env = _ENV | (UNMASKED | BLOCKING if role == "worker" else {}) | {"OMP_NUM_THREADS": str(config.swarm.threads)}
         for index, (cls, *args) in enumerate(plan, first):
             needs = demand(config, index)
             options = dict(

@@ -13,6 +13,8 @@ from swarm.config import SwarmConfig
 # Ray's masking of GPUs makes NCCL slow or hang on some machines: a worker sees all of them and picks its own. Engines
 # and anchors use no NCCL; each sees, by that mask, the one GPU that it was given
 UNMASKED = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
+# Without it NCCL's wait returns at once, and at a deadline its watchdog kills the process, which then says nothing
+BLOCKING = {"TORCH_NCCL_BLOCKING_WAIT": "1"}
 ROLES = ("worker", "engine", "anchor", "diagnoser")
 WORKER_SHARE, ENGINE_SHARE = 0.6, 0.4  # of a GPU that a worker shares with an engine: Ray puts no two workers on one
 _A_TRACE = 0.001  # of a node's custom resource: there is room for any number of bundles

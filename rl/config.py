@@ -167,6 +167,11 @@ class RolloutConfig(Section):
                 f"placement 'colocated' shares GPUs with engines that can sleep, not {self.engine!r} on "
                 f"{self.device!r}: set engine=vllm and device=cuda, or placement=separate"
             )
+        if self.placement == "colocated" and self.kv_cache_gb is None:
+            raise ValueError(
+                "placement 'colocated' needs kv_cache_gb: left to itself vLLM takes what is free on the GPU, and takes "
+                "what the worker beside it is loading for its own"
+            )
         if self.placement == "colocated" and self.resource:
             raise ValueError(
                 f"resource {self.resource!r} places engines on nodes of their own, placement 'colocated' with the workers: "

@@ -14,9 +14,9 @@ from codec.frames import digest
 from rl import mismatch
 from rl.batch import Batch, Prompts
 from rl.config import GrpoConfig, ModelConfig, RolloutConfig, SnapshotConfig, TaskConfig
+from rl.device import peak_memory_gb, prefer_determinism
 from rl.engine import Engine, PlainModel, Samples
 from rl.grpo import group_advantages
-from rl.memory import peak_memory_gb
 from rl.model_files import resolve
 from rl.reward import make_reward
 from rl.snapshot import Receiver
@@ -49,6 +49,7 @@ class RolloutWorker:
         threads: int,
     ):
         torch.set_num_threads(threads)
+        prefer_determinism(torch.device(rollout.device))
         folder = resolve(model.path)
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.task, self.task_config = make_task(task, seed, val_size), task

@@ -14,7 +14,6 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
 
 from anchor_service.errors import WaitTimeout
 from codec.ledger import Ledger
@@ -83,16 +82,36 @@ class Grid:
         timeout = timedelta(seconds=self.timeout_s)
         world = self.dp * self.pp
         dist.init_process_group(backend, store=join(init, timeout), rank=self.rank, world_size=world, timeout=timeout)
-        mesh = init_device_mesh(self.device.type, (self.dp, self.pp), mesh_dim_names=("dp", "pp"))
-        self._dp_group, pp_group = mesh["dp"].get_group(), mesh["pp"].get_group()
-        self._groups = {"fwd": pp_group, "bwd": None}
         self._ends = None
-        for d in range(self.dp):  # every rank must make every group, in one order
+        # no device mesh: its groups have torch's own timeout, 30 minutes. Every rank must make every group, in one order
+        for d in range(self.dp):
             column = list(range(d * self.pp, (d + 1) * self.pp))
-            backward = dist.new_group(column, timeout=timeout)
+            ways = {way: dist.new_group(column, timeout=timeout) for way in ("fwd", "bwd")}
             ends = dist.new_group([column[0], column[-1]], timeout=timeout) if self.pp > 1 else None
             if d == self.d:
-                self._groups["bwd"], self._ends = backward, ends
+                self._groups, self._ends = ways, ends
+        for p in range(self.pp):
+            across = dist.new_group(list(range(p, world, self.pp)), timeout=timeout)
+            if p == self.p:
+                self._dp_group = across
+        with self._waiting("another rank", "its first word"):
+            self._meet()
+
+    def _meet(self) -> None:
+        """Speak once in every group and to every neighbour.
+
+        NCCL makes a communicator at first use; in the middle of a tick two of them could wait for each other.
+        """
+        word = torch.zeros(1, device=self.device)
+        for group in (None, self._dp_group, *self._groups.values()):
+            dist.all_reduce(word, group=group)
+        if self._ends is not None and (self.first or self.last):
+            dist.all_reduce(word, group=self._ends)
+        for way, step in (("fwd", 1), ("bwd", -1)):
+            if 0 <= self.p - step < self.pp:
+                dist.recv(word, self.rank - step, group=self._groups[way])
+            if 0 <= self.p + step < self.pp:
+                dist.send(word, self.rank + step, group=self._groups[way])
 
     @staticmethod
     def leave() -> None:
@@ -120,8 +139,9 @@ class Grid:
         header = torch.tensor([self._sent[way], raw.numel()], dtype=torch.int64, device=self.device)
         self._sent[way] += 1
         peer = self.rank + (1 if way == "fwd" else -1)
-        for message in (header, raw) if raw.numel() else (header,):
-            self._inflight.append((dist.isend(message, peer, group=self._groups[way]), message))
+        with self._waiting(self._name(*divmod(peer, self.pp)), "taking what was sent"):
+            for message in (header, raw) if raw.numel() else (header,):
+                self._inflight.append((dist.isend(message, peer, group=self._groups[way]), message))
         self.ledger.add("control", _HEADER, _HEADER)
 
     def recv(self, way: str, least: int, most: int) -> Tensor:
@@ -186,12 +206,14 @@ class Grid:
             if self.d == 0:
                 self.ledger.add(channel, (self.dp - 1) * tensor.nbytes, 0)
 
-    def bytes_from_first_replica(self, raw: Tensor | None, channel: str) -> Tensor:
-        """Flat uint8 of any size, given by replica 0, to all replicas."""
+    def bytes_from_first_replica(self, raw: Tensor | None, channel: str, most: int) -> Tensor:
+        """Flat uint8 of at most `most` bytes, given by replica 0, to all replicas. Raises Desync beyond that."""
         if self.dp == 1:
             return raw
         size = torch.tensor([0 if raw is None else raw.numel()], device=self.device)
         self.from_first_replica(size, "control")
+        if not 0 <= size.item() <= most:
+            raise Desync(self._name(0, self.p), [0, most], [0, size.item()])
         raw = torch.empty(size.item(), dtype=torch.uint8, device=self.device) if raw is None else raw.to(self.device)
         if size.item():
             self.from_first_replica(raw, channel)

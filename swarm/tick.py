@@ -198,7 +198,8 @@ def _refresh(rank: Rank, boundary: Boundary, way: str) -> dict[str, float]:
     if statistics is not None:
         grid.sum_dp(statistics, "basis", dense_bytes=0)
         codec.absorb(statistics)
-        tables = grid.bytes_from_first_replica(codec.refresh() if grid.d == 0 else None, "basis")
+        tables = codec.refresh() if grid.d == 0 else None
+        tables = grid.bytes_from_first_replica(tables, "basis", codec.tables_limit())
     if boundary is rank.pipeline.downstream or boundary is rank.pipeline.upstream:
         grid.send(way, tables.to(grid.device))
     grid.ledger.add("basis", tables.numel(), 0)  # to the other side of the boundary, wire or virtual
@@ -297,13 +298,14 @@ def _adopt(rank: Rank, plan: TickPlan) -> dict[str, float]:
     if version == rank.seen:
         return {}
     held, rank.seen = rank.inbox.adopt(version), version
+    source = rank.sources.get(held.source_tick)
+    rank.sources = {s: g for s, g in rank.sources.items() if s > held.source_tick}
     max_lag = rank.rules.anchor.max_lag
     if max_lag is not None and plan.tick - held.source_tick > max_lag:
         return {"anchor/refused": float(version)}
     values = held.values.to(rank.grid.device)
     if rank.merger.payload == "dense":
-        values = values - rank.sources[held.source_tick]
-        rank.sources = {s: g for s, g in rank.sources.items() if s > held.source_tick}
+        values = values - source
     rank.correction = Correction(held.version, held.source_tick, held.first_tick, values, held.digest)
     rank.first_tick = plan.tick
     return {}

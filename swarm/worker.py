@@ -22,7 +22,7 @@ from codec.ledger import Ledger
 from rl import mismatch
 from rl.batch import Batch
 from rl.config import ModelConfig, SnapshotConfig
-from rl.memory import peak_memory_gb
+from rl.device import peak_memory_gb, prefer_determinism
 from rl.model_files import model_shape, resolve
 from rl.objective import deal, microbatches
 from rl.policy import Stage, spans
@@ -79,8 +79,10 @@ class Worker:
                 "cuda", ordinal(str(ray.get_gpu_ids()[0]), os.environ.get("CUDA_VISIBLE_DEVICES", ""))
             )
             torch.cuda.set_device(device)
-        elif ray.util.get_node_ip_address() == "127.0.0.1":
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        if ray.util.get_node_ip_address() == "127.0.0.1":
+            for library in ("GLOO", "NCCL"):
+                os.environ.setdefault(f"{library}_SOCKET_IFNAME", "lo")
+        prefer_determinism(device)
         ledger = Ledger()
         grid = Grid(setup.rank, swarm.dp, swarm.pp, device, ledger, swarm.timeout_s, init)
         folder = resolve(setup.model.path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -79,8 +80,6 @@ def test_a_rank_that_does_not_hold_the_due_version_stops_the_run(untied_model: P
 def _silent(rank: int, init: str) -> str:
     grid = Grid(rank, 1, 2, torch.device("cpu"), Ledger(), timeout_s=1.5, init=init)
     if rank == 0:
-        import time
-
         time.sleep(4)  # alive, but sends nothing
         return ""
     with pytest.raises(WaitTimeout) as caught:
@@ -92,6 +91,42 @@ def test_a_silent_neighbour_is_named_with_the_knob(untied_model: Path):
     _, report = on_ranks(2, _silent)
     assert "worker d0p0 did not deliver an activation to worker d0p1 within 1.5 s" in report
     assert "swarm.timeout_s" in report
+
+
+def _silent_in_a_grid(rank: int, init: str) -> list[str]:
+    """Of four ranks the last says nothing: its replicas and the stage before it wait for it in groups of their own."""
+    grid = Grid(rank, 2, 2, torch.device("cpu"), Ledger(), timeout_s=2.0, init=init)
+    waits = {
+        1: lambda: grid.sum_dp(torch.ones(3), "control"),
+        2: lambda: grid.recv("bwd", 24, 24),
+        3: lambda: time.sleep(5),
+    }
+    try:
+        waits.get(rank, lambda: None)()
+    except WaitTimeout as error:
+        return [error.who, error.knob]
+    finally:
+        if rank == 0:
+            time.sleep(5)  # alive, so that its leaving ends no wait
+    return []
+
+
+def test_every_group_of_a_grid_has_its_deadline():
+    found = on_ranks(4, _silent_in_a_grid)
+    assert found == [[], ["the replicas of a stage", "swarm.timeout_s"], ["worker d1p1", "swarm.timeout_s"], []]
+
+
+def _too_much(rank: int, init: str) -> str:
+    grid = Grid(rank, 2, 1, torch.device("cpu"), Ledger(), timeout_s=5, init=init)
+    given = torch.zeros(100, dtype=torch.uint8) if rank == 0 else None
+    with pytest.raises(Desync) as caught:
+        grid.bytes_from_first_replica(given, "basis", most=99)
+    return str(caught.value)
+
+
+def test_tables_beyond_their_limit_are_not_allocated():
+    for report in on_ranks(2, _too_much):
+        assert "worker d0p0 sent message (number, bytes) [0, 100], expected [0, 99]" in report
 
 
 def _short(rank: int, init: str) -> str:

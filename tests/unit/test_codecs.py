@@ -212,6 +212,16 @@ def test_sharing_prefixes_is_exact(share: bool):
     assert sent == 4 * HIDDEN * (len(rows.kept) if share else len(rows)) and dense == x.nbytes
 
 
+def test_the_gradients_of_a_shared_row_are_summed_in_fp32():
+    """512 ones are 512 in bf16; added one by one in bf16 they stay at 256."""
+    count = 512
+    rows = Rows(torch.zeros(count, dtype=torch.bool), torch.zeros(count, dtype=torch.int64))
+    b = boundary(CodecConfig(kind="none", share_prefixes=True))
+    payload = b.encode_backward(torch.ones(count, HIDDEN, dtype=torch.bfloat16), rows)
+    back = b.decode_backward(payload, rows, torch.bfloat16)
+    assert (back[0] == count).all() and (back[1:] == 0).all()
+
+
 def test_the_rows_that_stand_for_others_are_those_of_a_dictionary_of_prefixes():
     rng = np.random.default_rng(0)
     for _ in range(20):

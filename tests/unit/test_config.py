@@ -135,9 +135,13 @@ BAD = {
     "colocated engines that cannot sleep": Bad(
         ["placement 'colocated'", "'transformers' on 'cuda'"], ["rollout.device=cuda", "rollout.placement=colocated"]
     ),
+    "colocated engines that measure what is free": Bad(
+        ["placement 'colocated'", "kv_cache_gb"],
+        ["rollout.engine=vllm", "rollout.device=cuda", "rollout.placement=colocated", "swarm.device=cuda"],
+    ),
     "more colocated engines than workers": Bad(
         ["2 engines", "1 workers", "'cuda'"],
-        ["rollout.engine=vllm", "rollout.device=cuda", "rollout.placement=colocated", "rollout.replicas=2", "swarm.device=cuda"],
+        ["rollout.engine=vllm", "rollout.device=cuda", "rollout.placement=colocated", "rollout.kv_cache_gb=1", "rollout.replicas=2", "swarm.device=cuda"],
     ),
     "a limit on what is not measured": Bad(
         ["max_mismatch_kl", "mismatch_every=1"], ["rollout.max_mismatch_kl=0.1", "rollout.mismatch_every=0"]

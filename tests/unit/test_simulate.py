@@ -113,7 +113,9 @@ def test_several_workers_merge_more_often():
 def test_a_correction_beyond_max_lag_is_refused():
     slow = ["anchor.clock=wall", "links.anchor_tokens_s=200.0"]
     assert max(sim(*slow).lags) > 3
-    assert not sim(*slow, "anchor.max_lag=3").lags
+    refused = sim(*slow, "anchor.max_lag=3")
+    assert not refused.lags and refused.corrections  # sent for nothing, and recorded as never merged
+    assert all(due.first_tick is None for due in refused.corrections)
 
 
 # --- laws --------------------------------------------------------------------------------------
