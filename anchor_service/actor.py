@@ -19,7 +19,7 @@ from anchor_service.messages import FireJob, content_digest, pack_correction
 from anchor_service.ring import RingOverflow
 from codec.frames import digest
 from rl.batch import Batch
-from rl.memory import peak_memory_gb
+from rl.device import peak_memory_gb
 from rl.snapshot import BaseLost
 
 
@@ -161,6 +161,14 @@ class AnchorLine:
             what = f"the report of correction {fire.due.version}"
             raise WaitTimeout("the anchor", what, self.timeout_s, "anchor.timeout_s") from error
 
-    def merged(self, version: int) -> list[Fire]:
+    def good(self, fire: Fire) -> bool:
+        """Of a fire that is done: whether it has a correction. One that lost its base is dropped in the next tick."""
+        try:
+            self.report(fire)
+        except BaseLost:
+            return False
+        return True
+
+    def settled(self, version: int) -> list[Fire]:
         """Fires up to `version`, oldest first; they leave the line."""
         return [self.fires.pop(v) for v in sorted(self.fires) if v <= version]

@@ -255,10 +255,11 @@ class _Run:
         if version > self.seen:
             self.seen = version
             source = self.fires[version].due.source_tick
-            if anchor.max_lag is None or tick - source <= anchor.max_lag:
-                for v in sorted(v for v in self.fires if v <= version):
-                    due = self.fires.pop(v).due
-                    found.corrections.append(Due(v, due.source_tick, tick if v == version else None))
+            merged = anchor.max_lag is None or tick - source <= anchor.max_lag
+            for v in sorted(v for v in self.fires if v <= version):
+                due = self.fires.pop(v).due
+                found.corrections.append(Due(v, due.source_tick, tick if merged and v == version else None))
+            if merged:
                 self.held = found.corrections[-1]
                 found.lags.append(tick - source)
         if self.held is not None:

@@ -349,11 +349,12 @@ def _syncs(config: RunConfig, params: Params, ticks: int) -> float:
 
 
 def _snapshots(config: RunConfig, params: Params, ticks: int, sources: list[int]) -> float:
-    """Weights to the anchor workers, who take turns, each with a stream of its own; none if they listen to the
-    engines' stream."""
-    if config.anchor.weights == "shared":
-        return 0.0
+    """Weights to the anchor workers, who take turns, each with a stream of its own; if they listen to the engines'
+    stream, its frames once more for each, or none beside an engine."""
     workers = config.anchor.workers
+    if config.anchor.weights == "shared":
+        apart = bool(sources) and config.anchor.resource != config.rollout.resource
+        return apart * workers * _syncs(config, params, ticks) / config.rollout.replicas
     return sum(stream_bytes(config, params, ticks, sources[k::workers]) for k in range(workers)) / ticks
 
 

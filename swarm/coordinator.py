@@ -86,7 +86,8 @@ class Coordinator:
         self.sources = Sources(config.diagnostics.every, self.clock)
         self._deliveries: list[Any] = []
         self._expired = False
-        self._merged_m_bar: Any = None
+        self._last_m_bar: Any = None  # of the last fire that left the line
+        self._merged_m_bar: Any = None  # of the correction that is held, which is an older one if that fire was refused
         self.peaks: dict[str, float] = {}  # peak memory of the largest process of a role, GB
         self._logged: dict[str, float] = {}
         self.gate, self.engine_gate = LaunchGate(config.codec), EngineGate(config.rollout)
@@ -259,23 +260,26 @@ class Coordinator:
         """The anchor worker has lost the base of a delta: this fire is void, its next snapshot is a whole one."""
         stream = f"anchor {fire.worker}"
         self._lost.add(stream)
-        self.line.drop(fire, self._merged_m_bar)
+        self.line.drop(fire, self._last_m_bar)
+        self._resync |= self.config.anchor.weights == "shared"
         self.telemetry.event(self.step, self.tick, "snapshot lost", stream=stream, reason=str(lost))
 
     def _log_corrections(self, metrics: dict[str, float]) -> None:
         """Write down what this tick was the first to merge, what it passed over, and what it dropped."""
-        version = int(metrics.get("anchor/version", 0))
-        fires = self.line.merged(version) if self.line and version > self.merged else []
+        version, refused = (int(metrics.get(f"anchor/{name}", 0)) for name in ("version", "refused"))
+        newest = max(version, refused)
+        fires = self.line.settled(newest) if self.line and newest > self.merged else []
         for fire in fires:
             report = self.line.report(fire)
             first = self.tick if fire.due.version == version else None
             self.fires += 1
-            self.merged, self._merged_m_bar = version, fire.m_bar
+            self.merged, self._last_m_bar = newest, fire.m_bar
+            self._merged_m_bar = self._merged_m_bar if first is None else fire.m_bar
             self._remember("anchor", report["perf/max_memory_gb"])
             self.ledger.add("correction", report["bytes"] * self.config.swarm.dp, 0)
             self.telemetry.fire(self.step, self.tick, report | {"first_tick": first})
-        if "anchor/refused" in metrics:
-            self.telemetry.event(self.step, self.tick, "correction refused", version=int(metrics["anchor/refused"]))
+        if refused:
+            self.telemetry.event(self.step, self.tick, "correction refused", version=refused)
         self.sources.settle(metrics)
         expired = "anchor/expired" in metrics
         if expired and not self._expired:
@@ -384,6 +388,8 @@ class Coordinator:
         ]
         if self.line and self.config.anchor.weights == "shared":
             self.line.follow(self.tick, references)
+            if self.config.anchor.resource != self.config.rollout.resource:  # the engines' copy is on other nodes
+                self.ledger.add("snapshot", nbytes * len(self.fleet.anchors), 0)
         self._resync = False
         digests = gather(engines, f"loading the weights of tick {self.tick}", *self._engine_limit())
         if len(set(digests)) > 1:
@@ -500,15 +506,16 @@ class Coordinator:
         fires = [self.line.fires[v] for v in sorted(self.line.fires)]
         if not self.clock.waits:
             ready = {fire.due.version for fire in self.line.arrived()}
-            fires = [fire for fire in fires if fire.delivered or fire.due.version in ready]
-        frames, pending = {}, []
+            fires = [fire for fire in fires if fire.delivered or (fire.due.version in ready and self.line.good(fire))]
+        calls, pending = {}, []
         for fire in fires:
             pending.append({"due": asdict(fire.due), "report": self.line.report(fire)})
-            for p, correction in enumerate(ray.get(fire.corrections)):
-                frames[f"fire-{fire.due.version}-{p}"] = correction
-        m_bar = fires[-1].m_bar if fires else self.line.m_bar if self.clock.waits else self._merged_m_bar
+            calls |= {f"fire-{fire.due.version}-{p}": c for p, c in enumerate(fire.corrections)}
+        m_bar = fires[-1].m_bar if fires else self.line.m_bar if self.clock.waits else self._last_m_bar
+        calls |= {} if m_bar is None else {"m_bar": m_bar}
+        frames = dict(zip(calls, gather(calls.items(), "what a checkpoint keeps of the anchor", *self._anchor_limit())))
         if m_bar is not None:
-            frames["m_bar"] = ray.get(m_bar).view(np.uint8)
+            frames["m_bar"] = frames["m_bar"].view(np.uint8)
         return frames, pending
 
     def restore(self, folder: Path) -> None:
@@ -524,7 +531,8 @@ class Coordinator:
         if self.line:
             self._restore_fires(folder, state["pending"])
         self.ledger.merge({c: tuple(v) for c, v in state["ledger"].items()})
-        self.telemetry.restore(state["telemetry"], self.step, self.tick)
+        self._bytes_since_last_tick()  # what was logged before
+        self.telemetry.restore(state["telemetry"], self.step, self.merged)
 
     def _restore_fires(self, folder: Path, pending: list[dict[str, Any]]) -> None:
         m_bar = checkpoint.read_frame(folder, "m_bar")
@@ -533,6 +541,7 @@ class Coordinator:
             due = Due(**saved["due"])
             frames = [checkpoint.read_frame(folder, f"fire-{due.version}-{p}") for p in range(self.config.swarm.pp)]
             self.line.add(Fire(due, 0, ray.put(saved["report"]), self.line.m_bar, [ray.put(f) for f in frames]))
+        self._last_m_bar = self.line.m_bar
         newest = max([self.merged, *self.line.fires])
         missing = self.clock.resume(self.tick, newest) - set(self.line.fires)
         if missing:

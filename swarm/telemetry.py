@@ -119,12 +119,12 @@ class Telemetry:
     def state(self) -> dict[str, Any]:
         return {"validations": self.validations, "seconds": dict(self.seconds)}
 
-    def restore(self, state: dict[str, Any], step: int, tick: int) -> None:
-        """Go on after `step`: records of later ones, which the stopped run had begun, are dropped."""
+    def restore(self, state: dict[str, Any], step: int, merged: int) -> None:
+        """Go on after `step`, in which version `merged` was the last: what the stopped run wrote beyond them is dropped."""
         self.validations = state["validations"]
         self.seconds.update(state["seconds"])
         self._metrics = _keep(self._metrics, lambda record: record["step"] <= step)
-        self._corrections = _keep(self._corrections, lambda record: (record["first_tick"] or 0) <= tick)
+        self._corrections = _keep(self._corrections, lambda record: record["version"] <= merged)
 
     def finish(self, status: str, extra: dict[str, Any]) -> dict[str, Any]:
         """Write summary.json and close the files and loggers."""

@@ -91,6 +91,8 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_did(first: Path, tmp_pat
     assert lines(run, "corrections.jsonl") == lines(first, "corrections.jsonl")
     assert summary["validations"] == reference["validations"]
     assert [r["tick"] for r in of_kind(run, "tick")] == list(range(1, 13))
+    steps = {r["tick"]: r for r in of_kind(run, "tick")}
+    assert steps[7]["comm/replay_bytes"] <= steps[6]["comm/replay_bytes"] * 1.5  # of a tick, not of the run so far
     for channel, counted in reference["bytes"].items():
         if channel not in ("rollout_sync", "snapshot"):  # streams begin again with whole snapshots
             assert summary["bytes"][channel] == counted

@@ -58,6 +58,24 @@ def test_a_shared_stream_gives_the_same_run_and_sends_no_snapshot(tmp_path: Path
     assert sync["sent"] < sync["dense"]
 
 
+def test_a_correction_that_is_refused_leaves_the_line_and_is_recorded(tmp_path: Path):
+    """More of them than may be under way at once."""
+    trace = tmp_path / "trace.csv"
+    trace.write_text("source_tick,first_tick\n0,3\n3,6\n6,7\n7,11\n")
+    run, lag = tmp_path / "run", ("anchor.lag.kind=trace", f"anchor.lag.path={trace}")
+    summary = run_kept(small(*lag, "anchor.max_lag=2", "anchor.delay_k=1"), run)
+    assert [(c["source_tick"], c["first_tick"]) for c in lines(run, "corrections.jsonl")] == [
+        (0, None),
+        (3, None),
+        (6, 7),
+        (7, None),
+    ]
+    refused = [(r["tick"], r["version"]) for r in of_kind(run, "event") if r["event"] == "correction refused"]
+    assert refused == [(3, 1), (6, 2), (11, 4)]
+    assert summary["anchor_backwards"] == 4 and summary["bytes"]["correction"]["sent"] > 0
+    assert {r["anchor/version"] for r in of_kind(run, "tick") if "merger/dose" in r} == {3}
+
+
 def test_a_wall_run_goes_on_from_its_checkpoint(tmp_path: Path):
     """With `delta`, whose corrections are dense, and a replay of half of each batch."""
     import shutil
@@ -98,7 +116,7 @@ def test_lost_bases_are_mended_with_whole_snapshots(tmp_path: Path):
         ray.get(
             [actors.engines[0].__ray_call__.remote(forget_engine), actors.anchors[0].__ray_call__.remote(forget_anchor)]
         )
-        coordinator.config = small("anchor.clock=wall", "run.steps=12", "val.every=12")
+        coordinator.config = small("anchor.clock=wall", "run.steps=12", "val.every=12", "run.checkpoint_every=1")
         coordinator.run()
     events = [r["event"] for r in of_kind(run, "event")]
     assert events.count("weights resynchronised") == 1 and events.count("snapshot lost") == 1
