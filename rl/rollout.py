@@ -14,7 +14,7 @@ from codec.frames import digest
 from rl import mismatch
 from rl.batch import Batch, Prompts
 from rl.config import GrpoConfig, ModelConfig, RolloutConfig, SnapshotConfig, TaskConfig
-from rl.device import peak_memory_gb, prefer_determinism
+from rl.device import peak_memory_gb
 from rl.engine import Engine, PlainModel, Samples
 from rl.grpo import group_advantages
 from rl.model_files import resolve
@@ -49,7 +49,6 @@ class RolloutWorker:
         threads: int,
     ):
         torch.set_num_threads(threads)
-        prefer_determinism(torch.device(rollout.device))
         folder = resolve(model.path)
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.task, self.task_config = make_task(task, seed, val_size), task

@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from rl.config import RolloutConfig
+from rl.device import prefer_determinism
 from rl.engine import Key, PlainModel, Samples, uniforms
 
 
@@ -15,6 +16,7 @@ class TransformersEngine:
 
     def __init__(self, plain: PlainModel, rollout: RolloutConfig, length: int):
         self.plain, self.model, self.device = plain, plain.model, plain.device
+        prefer_determinism(self.device)
         self.eos = torch.tensor(plain.eos, device=self.device)
 
     def publish(self) -> None:

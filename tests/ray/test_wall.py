@@ -10,7 +10,7 @@ from tests.ray.conftest import ignore, lines, of_kind, run_kept, small
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 
-WALL = ("anchor.clock=wall", "run.steps=20", "val.every=20", "anchor.lag.kind=lognormal", "anchor.lag.mean=4")
+WALL = ("anchor.clock=wall", "run.steps=12", "val.every=12", "anchor.lag.kind=lognormal", "anchor.lag.mean=4")
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def test_a_wall_run_replayed_from_its_record_gives_the_same_corrections_and_weig
     import json
 
     replay = tmp_path / "replay"
-    overrides = ("run.steps=20", "val.every=20", "swarm.pp=2", "anchor.lag.kind=trace")
+    overrides = ("run.steps=12", "val.every=12", "swarm.pp=2", "anchor.lag.kind=trace")
     config = small(*overrides, f"anchor.lag.path={wall / 'corrections.jsonl'}")
     summary = run_kept(config, replay)
     assert lines(replay, "corrections.jsonl") == lines(wall, "corrections.jsonl")
