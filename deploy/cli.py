@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -18,7 +18,9 @@ _LOCK = ".lock"
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 Source = Annotated[str, typer.Argument(metavar="PRESET_OR_TOML", help="a preset (`northstar presets`) or a TOML file")]
-JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write the numbers there as well")]
+JsonFile = Annotated[
+    Path | None, typer.Option("--json", metavar="FILE", dir_okay=False, help="write the numbers there as well")
+]
 Address = Annotated[str | None, typer.Option(help="a running Ray cluster, for example auto or ray://host:10001")]
 
 
@@ -33,7 +35,7 @@ def run(
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a key, for example merger.dose=0.5")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="run folder; default runs/NAME-TIME")] = None,
+    out: Annotated[Path | None, typer.Option(file_okay=False, help="run folder; default runs/NAME-TIME")] = None,
     resume: Annotated[bool, typer.Option(help="go on from the newest checkpoint in --out")] = False,
     address: Address = None,
 ) -> None:
@@ -63,7 +65,8 @@ def sweep(
         str, typer.Argument(metavar="SWEEP_OR_TOML", help="a shipped sweep (experiments/sweeps) or a TOML file")
     ],
     out: Annotated[
-        Path | None, typer.Option(help="folder of the sweep; default runs/NAME; a second call goes on")
+        Path | None,
+        typer.Option(file_okay=False, help="folder of the sweep; default runs/NAME; a second call goes on"),
     ] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="change the base of every cell")
@@ -87,7 +90,7 @@ def sweep(
     try:
         found = sweeps.read(sweeps.find(source)).but(base, seeds)
         folder = out or Path("runs") / found.name
-        wanted = found.select(cells.split(",") if cells else list(found.cells))
+        wanted = found.select(cells.split(",") if cells is not None else list(found.cells))
         runs = plan(found, folder, set_ or [], [job for job in found.jobs() if job.cell in wanted])
     except sweeps.SweepError as error:
         raise _refused(error) from error
@@ -134,7 +137,7 @@ def plan(
         raise _refused(error) from error
     show(found, console)
     if json_file:
-        json_file.write_text(json.dumps(to_dict(found), indent=1) + "\n")
+        _write_json(json_file, to_dict(found))
 
 
 @app.command()
@@ -161,7 +164,7 @@ def probe(
         raise _refused(error) from error
     show(found, console)
     if json_file:
-        json_file.write_text(json.dumps(probing.to_dict(found) | {"advice": advice(found)}, indent=1) + "\n")
+        _write_json(json_file, probing.to_dict(found) | {"advice": advice(found)})
 
 
 @app.command()
@@ -173,7 +176,8 @@ def simulate(
     ] = None,
     ticks: Annotated[int | None, typer.Option(min=1, help="ticks to simulate; default: those of the config")] = None,
     out: Annotated[
-        Path | None, typer.Option(help="folder for simulation.json, corrections.csv (a lag trace) and lag.png")
+        Path | None,
+        typer.Option(file_okay=False, help="folder for simulation.json, corrections.csv (a lag trace) and lag.png"),
     ] = None,
 ) -> None:
     """Run a config's schedule on a virtual clock: lags, bottleneck and bytes of up to 10,000 workers, no hardware."""
@@ -199,10 +203,13 @@ def report(
     ],
     html: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="where the page goes; default report.html in DIR, beside it if several"),
+        typer.Option(
+            metavar="FILE", dir_okay=False, help="where the page goes; default report.html in DIR, beside it if several"
+        ),
     ] = None,
     csv_file: Annotated[
-        Path | None, typer.Option("--csv", metavar="FILE", help="also write one row a run: accuracies, ends, bytes")
+        Path | None,
+        typer.Option("--csv", metavar="FILE", dir_okay=False, help="also write one row a run: accuracies, ends, bytes"),
     ] = None,
 ) -> None:
     """Compare runs: a table in Markdown on standard output, and a self-contained page with figures and configs."""
@@ -212,10 +219,14 @@ def report(
 
     first = folders[0].resolve()
     out = html or (first if len(folders) == 1 else first.parent) / "report.html"
-    write_html(folders, out)
-    if csv_file:
-        run_table.write(load_runs(folders), csv_file)
-    typer.echo(markdown(folders), nl=False)
+    try:
+        write_html(folders, out)
+        if csv_file:
+            csv_file.parent.mkdir(parents=True, exist_ok=True)
+            run_table.write(load_runs(folders), csv_file)
+        typer.echo(markdown(folders), nl=False)
+    except ValueError as error:
+        raise _refused(error) from error
     typer.echo(f"page {out}", err=True)
 
 
@@ -244,7 +255,7 @@ def doctor(
     found = examine(config, address, out, nodes)
     show(found, console)
     if json_file:
-        json_file.write_text(json.dumps(to_dict(found), indent=1) + "\n")
+        _write_json(json_file, to_dict(found))
     raise typer.Exit(1 if any(finding.level == "error" for finding in found) else 0)
 
 
@@ -282,6 +293,11 @@ def presets() -> None:
             typer.echo(f"{name:20} not ready: {error}")
         else:
             typer.echo(f"{name:20} {config.model.path} on {config.task.name}, {config.run.steps} steps")
+
+
+def _write_json(file: Path, numbers: dict[str, Any]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(numbers, indent=1) + "\n")
 
 
 def _refused(error: ValueError) -> typer.Exit:

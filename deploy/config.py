@@ -16,7 +16,9 @@ import tomli_w
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from anchor_service.config import AnchorConfig
+from anchor_service.lag import read_trace
 from codec.config import CodecConfig, Section
+from experiments.sweep import flat
 from merger.config import MergerConfig
 from rl.config import GrpoConfig, ModelConfig, RolloutConfig, SnapshotConfig, TaskConfig, ValConfig
 from rl.model_files import ModelShape, model_shape
@@ -92,6 +94,8 @@ class RunConfig(Section):
         self._check_shared_weights()
         self._check_placement()
         self._check_attention()
+        if self.anchor.lag.kind == "trace":
+            read_trace(self.anchor.lag.path)
         check_task(self.task)
         try:
             shape = model_shape(self.model.path)
@@ -176,7 +180,7 @@ class RunConfig(Section):
 def load(source: str, overrides: list[str] | None = None, tables: Sequence[dict[str, Any]] = ()) -> RunConfig:
     """A preset name or a TOML file, with `section.key=value` overrides, then tables, on top. Raises ConfigError."""
     data = _read(source)
-    for override in overrides or []:
+    for override in sorted(overrides or [], key=lambda text: not _chooses_a_kind(text)):  # a kind clears its section
         _apply(data, override)
     for table in tables:
         data = _overlay(data, table)
@@ -221,6 +225,11 @@ def _overlay(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
+def _chooses_a_kind(override: str) -> bool:
+    *_, section, key = ["", *override.partition("=")[0].strip().split(".")]
+    return section in _OF_A_KIND and key == "kind"
+
+
 def _apply(data: dict[str, Any], override: str) -> None:
     path, equals, text = override.partition("=")
     keys = path.strip().split(".")
@@ -237,6 +246,31 @@ def _apply(data: dict[str, Any], override: str) -> None:
         if key in _OF_A_KIND and keys[-1] == "kind" and data.get("kind") != value:
             data.clear()
     data[keys[-1]] = value
+
+
+_MAY_CHANGE = {  # where a run goes on: what decides where and how long it runs, not what it computes
+    "run.steps",
+    "run.name",
+    "run.loggers",
+    "run.checkpoint_every",
+    "val.every",
+    "rollout.replicas",
+    "rollout.gpu_memory",
+    "rollout.kv_cache_gb",
+    "anchor.slowdown",
+    "swarm.placement",
+    "swarm.activation_checkpointing",
+}
+
+
+def check_resumes(stored: Path, config: RunConfig) -> None:
+    """Raises ConfigError if `config` is another experiment than the one of a run folder's config.toml."""
+    before, after = (flat(c.model_dump(mode="json")) for c in (load(str(stored)), config))
+    other = {key for key in before | after if before.get(key) != after.get(key)} - _MAY_CHANGE
+    other = {key for key in other if not key.endswith(("timeout_s", ".resource")) and not key.startswith("links.")}
+    if other:
+        changes = ", ".join(f"{key} {before.get(key)!r} -> {after.get(key)!r}" for key in sorted(other))
+        raise ConfigError(f"--resume goes on with the experiment of {stored}, and this is another: {changes}")
 
 
 def to_toml(config: RunConfig) -> str:
@@ -256,6 +290,8 @@ def _explain_one(e: dict[str, Any]) -> str:
         return f"unknown key {where!r}{_near(e['loc'][-1], allowed)} (allowed: {', '.join(allowed)})"
     if e["type"] == "literal_error":
         return f"{where} = {e['input']!r}: must be {e['ctx']['expected']}{_near(e['input'], _literals_at(e['loc']))}"
+    if e["type"] == "union_tag_not_found":
+        return f"{where}.kind is missing: the other keys of {where} belong to a kind, set it too"
     if e["type"] == "union_tag_invalid":
         kinds = [kind.strip("' ") for kind in e["ctx"]["expected_tags"].split(",")]
         return f"{where}.kind = {e['ctx']['tag']!r}: must be one of {', '.join(kinds)}{_near(e['ctx']['tag'], kinds)}"

@@ -166,7 +166,9 @@ def needed_paths(config: RunConfig) -> tuple[str, ...]:
     """Files that every node reads, as it would look for them."""
     model, (kind, _, data) = config.model.path, config.task.name.partition(":")
     found = [model] if Path(model).expanduser().exists() else []  # else built in, or a hub id
-    return (*found, data) if kind == "jsonl" else tuple(found)
+    if kind == "jsonl":
+        found += [data, *filter(None, [config.task.params.get("val")])]
+    return tuple(found)
 
 
 def files(config: RunConfig, hosts: list[Host], marker: str) -> Iterator[Finding]:

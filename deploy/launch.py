@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -11,14 +12,17 @@ from typing import Any
 
 import ray
 
-from deploy.config import RunConfig, to_toml
+from anchor_service.errors import WaitTimeout
+from deploy.config import RunConfig, check_resumes, to_toml
 from deploy.fleet import fleet
 from deploy.placement import placement, tags
 from rl.model_files import model_shape, resolve
 from swarm import checkpoint
 from swarm.coordinator import Coordinator, Fleet
 from swarm.loggers import Loggers
-from swarm.telemetry import Listener, Telemetry
+from swarm.telemetry import Listener, Telemetry, replace_text
+
+KNOCK_S = 10.0
 
 
 @contextmanager
@@ -30,6 +34,7 @@ def cluster(config: RunConfig, address: str | None, lanes: int = 1) -> Iterator[
     # Explicit, because a local start would otherwise switch token auth on and leave it on in the environment
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     if address:
+        _knock(address)
         ray.init(address=address, log_to_driver=False)
     else:
         needed = lanes * placement(config).total["CPU"]
@@ -46,6 +51,17 @@ def cluster(config: RunConfig, address: str | None, lanes: int = 1) -> Iterator[
         yield
     finally:
         ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """Raises WaitTimeout if nobody listens there: Ray itself would try on and on, and heed no Ctrl-C meanwhile."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not (colon and port.isdigit()):
+        return  # auto, or a name that Ray refuses
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), KNOCK_S).close()
+    except OSError as error:
+        raise WaitTimeout(f"{address} ({error})", "an answer", KNOCK_S, "--address, or start Ray there") from error
 
 
 class Terminated(KeyboardInterrupt):
@@ -91,8 +107,11 @@ def drive(
     run = run.resolve()  # workers write their checkpoints there too, and theirs is another working directory
     config.check_fits(model_shape(str(resolve(config.model.path))))
     folder = checkpoint.newest(run) if resume else None
+    if folder:
+        check_resumes(run / "config.toml", config)
     run.mkdir(parents=True, exist_ok=True)
-    (run / "config.toml").write_text(to_toml(config))
+    if not folder:
+        replace_text(run / "config.toml", to_toml(config))
     loggers = Loggers.named(config.run.loggers, config.run.name, run, config.model_dump(mode="json"))
     telemetry = Telemetry(run, listener, loggers)
     outcome = _Outcome(config, telemetry)
@@ -101,6 +120,7 @@ def drive(
             outcome.coordinator = coordinator = Coordinator(config, actors, telemetry, run)
             if folder:
                 coordinator.restore(folder)
+                replace_text(run / "config.toml", to_toml(config))
             telemetry.event(coordinator.step, coordinator.tick, "started", workers=len(actors.workers))
             coordinator.run()
     except BaseException as failure:

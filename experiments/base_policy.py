@@ -76,7 +76,7 @@ def build_model(tokenizer) -> Qwen2ForCausalLM:
 def train(model, tokenizer, lesson: Lesson, *, steps: int, batch: int, lr: float, seed: int) -> None:
     rng = random.Random(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
-    warmup, started = steps // 20, time.time()
+    warmup, started = max(1, steps // 20), time.time()
     model.train()
     for step in range(steps):
         examples = [lesson.task.example("train", step * batch + i) for i in range(batch)]
@@ -145,6 +145,10 @@ def main() -> None:
     args = parser.parse_args()
     if args.val_size < 1024:
         parser.error(f"--val-size {args.val_size} is too few to tell accuracies apart: use 1024 or more")
+    if args.steps < 2:
+        parser.error(f"--steps {args.steps} is too few: use 2 or more")
+    if args.out.exists() and any(args.out.iterdir()) and not (args.out / "config.json").exists():
+        parser.error(f"--out {args.out} holds something else than a policy, and would be replaced: name another folder")
 
     torch.set_num_threads(1)  # the thread count changes the order of sums, and so the weights
     torch.manual_seed(args.seed)

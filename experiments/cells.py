@@ -123,7 +123,7 @@ class Findings:
         if not self.sweep.tuning:
             return _best(self.cells)
         later = set(self.sweep.later)
-        return {cell.arm: cell for cell in self.cells if set(cell.seeds) == later} or _best(self.cells)
+        return _best(self.cells) | {cell.arm: cell for cell in self.cells if set(cell.seeds) == later}
 
     def at_the_edge(self, cell: Cell) -> bool:
         """Whether a tuned cell sits at an end of an axis, so that its optimum may lie outside of the grid."""
@@ -143,16 +143,16 @@ def load_sweep(folder: Path) -> Findings:
     if not sweep.tuning:
         return Findings(sweep, cells)
     tuning = [Cell(c.arm, c.point, c.runs, every[: sweep.tuning]) for c in cells]
-    if any(cell.absent for cell in tuning):
-        return Findings(sweep, tuning)
-    best = _best(tuning)
+    waiting = {cell.arm for cell in tuning if cell.absent}
+    best = {arm: c for arm, c in _best(tuning).items() if arm not in waiting and c.mean.n}
     later = every[sweep.tuning :]
-    return Findings(sweep, [Cell(c.arm, c.point, c.runs, later) if c is best[c.arm] else c for c in tuning])
+    return Findings(sweep, [Cell(c.arm, c.point, c.runs, later) if c is best.get(c.arm) else c for c in tuning])
 
 
 def chosen(folder: Path) -> dict[str, dict[str, Any]]:
-    """The point of the grid at which each arm did best over the seeds that tune; they must have been run."""
-    return {arm: cell.point for arm, cell in load_sweep(folder).tuned.items()}
+    """The point of the grid at which each arm did best over the seeds that tune, of arms that have run on all of it."""
+    findings = load_sweep(folder)
+    return {arm: cell.point for arm, cell in findings.tuned.items() if cell.seeds == findings.sweep.later}
 
 
 def _cell(folder: Path, sweep: Sweep, arm: str, point: dict[str, Any], seeds: tuple[str, ...]) -> Cell:

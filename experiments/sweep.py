@@ -36,7 +36,7 @@ from codec.config import Section
 
 SHIPPED = Path(__file__).parent / "sweeps"
 FILE = "sweep.toml"  # the sweep, kept in its output folder for the report
-_NAME = r"^[A-Za-z0-9._-]+$"
+_NAME = r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$"
 
 
 class SweepError(ValueError):
@@ -102,8 +102,8 @@ class Sweep(Section):
         if unknown:
             raise ValueError(f"no cell {', '.join(sorted(unknown))} (cells: {', '.join(self.cells)})")
         for axis, values in self.axes.items():
-            if not isinstance(values, list) or not values:
-                raise ValueError(f"grid.{axis} = {values!r}: must be a list of values")
+            if not isinstance(values, list) or not values or len(set(map(str, values))) < len(values):
+                raise ValueError(f"grid.{axis} = {values!r}: must be a list of different values")
         return self
 
     @property
@@ -125,7 +125,8 @@ class Sweep(Section):
     def but(self, base: str | None, seeds: str | None) -> Sweep:
         """The same question of another base, or over other seeds ("0,1,2"). Raises SweepError."""
         try:
-            others = {"base": base or self.base, "seeds": [int(s) for s in seeds.split(",")] if seeds else self.seeds}
+            others: dict[str, Any] = {} if base is None else {"base": base}
+            others |= {} if seeds is None else {"seeds": [int(s) for s in seeds.split(",")]}
             return Sweep.model_validate(self.model_dump() | others)
         except ValidationError as error:
             raise SweepError("\n".join(_explain(e) for e in error.errors())) from None
@@ -145,7 +146,9 @@ class Sweep(Section):
     def jobs_at(self, chosen: dict[str, dict[str, Any]]) -> list[Job]:
         """The runs of the other seeds, each arm at its chosen point."""
         seeds = self.seeds[self.tuning :] if self.tuning else []
-        return [Job(cell, chosen[cell], seed, self.cells[cell]) for seed in seeds for cell in self.cells]
+        return [
+            Job(cell, chosen[cell], seed, self.cells[cell]) for seed in seeds for cell in self.cells if cell in chosen
+        ]
 
 
 @dataclass(frozen=True)
@@ -227,7 +230,9 @@ def read(file: Path) -> Sweep:
         raise SweepError(f"{file}: " + "\n".join(_explain(e) for e in error.errors())) from None
     bad = [job.name for job in sweep.jobs() if not re.fullmatch(_NAME, job.name)]
     if bad:
-        raise SweepError(f"{file}: {bad[0]!r} cannot name a folder: use letters, digits, dot, dash and underscore")
+        raise SweepError(
+            f"{file}: {bad[0]!r} cannot name a folder: use letters, digits, dash and underscore, and dots behind them"
+        )
     return sweep
 
 

@@ -180,8 +180,9 @@ def square(findings: Findings, point: dict[str, Any]) -> Square | None:
     cells = tuple(findings.at(point)[arm] for arm in findings.sweep.two_by_two)
     neither, first, second, _ = cells
     factors = _raised(neither, first), _raised(neither, second)
-    values = [cell.values for cell in cells]
-    return Square(cells, factors, factorial(*values), paired(second.values, first.values))
+    common = set.intersection(*(set(cell.values) for cell in cells))
+    values = [{seed: value for seed, value in cell.values.items() if seed in common} for cell in cells]
+    return Square(cells, factors, factorial(*values), paired(values[2], values[1]))
 
 
 def _raised(low: Cell, high: Cell) -> str:

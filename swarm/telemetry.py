@@ -139,7 +139,7 @@ class Telemetry:
             "last_step": self.last.get("step"),
             "weights_digests": self.digests,
         } | extra
-        _replace(self.run / "summary.json", json.dumps(summary, indent=2) + "\n")
+        replace_text(self.run / "summary.json", json.dumps(summary, indent=2) + "\n")
         self.loggers.close()  # after the summary: this may take a while
         last = self.last.get("step") or {"step": 0, "tick": 0}
         self._report_lost_loggers(last["step"], last["tick"])
@@ -154,11 +154,12 @@ def _keep(file: TextIO, wanted: Callable[[dict[str, Any]], bool]) -> TextIO:
     file.close()
     path = Path(file.name)
     lines = [line for line in path.read_text().splitlines() if line.endswith("}") and wanted(json.loads(line))]
-    _replace(path, "".join(f"{line}\n" for line in lines))
+    replace_text(path, "".join(f"{line}\n" for line in lines))
     return path.open("a")
 
 
-def _replace(path: Path, text: str) -> None:
+def replace_text(path: Path, text: str) -> None:
+    """All of it or nothing."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text)
     os.replace(partial, path)

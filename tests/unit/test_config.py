@@ -19,7 +19,7 @@ import pytest
 from codec.boundary import CODECS
 from codec.config import KINDS
 from deploy import config as deploy_config
-from deploy.config import ConfigError, RunConfig, load, preset_names, to_toml
+from deploy.config import ConfigError, RunConfig, check_resumes, load, preset_names, to_toml
 from rl.config import RolloutConfig
 from rl.model_files import BUILTIN
 from rl.rollout import ENGINES
@@ -128,6 +128,8 @@ BAD = {
     "a learning rate that is no number": Bad(["grpo.lr", "nan", "finite"], ["grpo.lr=nan"]),
     "a beta of Adam of 1": Bad(["betas", "1.0", "[0, 1)"], ["grpo.betas=[0.9, 1.0]"]),
     "a clip ratio of 0": Bad(["grpo.clip_ratio", "greater than 0"], ["grpo.clip_ratio=0.0"]),
+    "a lag whose kind is not said": Bad(["anchor.lag.kind is missing"], ["anchor.lag.mean=8"]),
+    "a trace that is none": Bad(["ROOT/junk.gguf", "entry 1"], ["anchor.lag.kind=trace", "anchor.lag.path=ROOT/junk.gguf"]),
     "an unknown engine": Bad(["rollout.engine", "'vlm'", "'transformers'", "'vllm'"], ["rollout.engine=vlm"]),
     "colocated engines on a CPU": Bad(
         ["placement 'colocated'", "'vllm' on 'cpu'", "device=cuda"], ["rollout.engine=vllm", "rollout.placement=colocated"]
@@ -498,3 +500,17 @@ def test_a_bad_placebo_is_refused(overrides: list[str], says: str):
 
 def test_a_placebo_needs_no_anchor():
     assert load("k5", ["merger.placebo=random", "anchor.enabled=false"]).merger.placebo == "random"
+
+
+def test_a_run_goes_on_as_the_experiment_that_it_was(tmp_path: Path):
+    stored = tmp_path / "config.toml"
+    stored.write_text(to_toml(load("k5")))
+    check_resumes(stored, load("k5", ["run.steps=90", "swarm.timeout_s=7", "rollout.replicas=2", "links.swarm_mbit=3"]))
+    with pytest.raises(ConfigError, match=r"grpo\.lr 6e-05 -> 0\.01, run\.seed 0 -> 9"):
+        check_resumes(stored, load("k5", ["grpo.lr=1e-2", "run.seed=9"]))
+
+
+def test_the_order_of_overrides_does_not_matter_where_one_chooses_a_kind():
+    keys = ["anchor.lag.mean=8", "anchor.lag.kind=pareto"]
+    assert load("k5", keys).anchor.lag == load("k5", keys[::-1]).anchor.lag
+    assert load("k5", keys).anchor.lag.mean == 8

@@ -134,6 +134,15 @@ def test_a_folder_with_a_checkpoint_is_gone_on_with(rehearsal: Rehearsal):
     assert "--resume" in rehearsal.said("run")[0]
 
 
+def test_what_ended_before_its_first_checkpoint_is_moved_aside_and_begun_anew(rehearsal: Rehearsal):
+    (rehearsal.run / "checkpoints" / "step-000005.partial").mkdir(parents=True)
+    (rehearsal.run / "metrics.jsonl").write_text("old")
+    assert rehearsal.begin().wait(60) == 0
+    assert "--resume" not in rehearsal.said("run")[0]
+    (aside,) = rehearsal.run.glob("before-*")
+    assert (aside / "metrics.jsonl").read_text() == "old" and not (rehearsal.run / "metrics.jsonl").exists()
+
+
 def test_one_node_is_too_few(rehearsal: Rehearsal):
     job = rehearsal.begin(nodes=1)
     assert job.wait(60) == 2

@@ -81,6 +81,8 @@ BAD = {
     "three cells in a square": (TEXT.replace("[cells]", 'two_by_two = ["A", "D", "A", "floor"]\n[cells]'), "four"),
     "an axis that a cell sets": (TEXT + "[grid]\nanchor.delay_k = [1, 2]\n", "cells.D sets anchor.delay_k"),
     "an axis that is no list": (TEXT + "[grid]\ngrpo.lr = 3.0\n", "grid.grpo.lr = 3.0: must be a list"),
+    "a value of an axis twice": (TEXT + "[grid]\ngrpo.lr = [3e-5, 0.00003]\n", "list of different values"),
+    "a folder above": (TEXT.replace("A = {}", '".." = {}').replace('"A"', '".."'), "'..' cannot name a folder"),
     "a name that is no folder": (
         TEXT.replace("A = {}", '"../A" = {}').replace('"A"', '"../A"'),
         "cannot name a folder",
@@ -184,7 +186,9 @@ def test_the_same_question_of_another_base_and_over_other_seeds():
     assert (other.base, other.seeds, other.cells) == ("k20", [7, 9], sweep.cells) and sweep.but(None, None) == sweep
 
 
-@pytest.mark.parametrize(("seeds", "says"), [("0,0", "names a seed twice"), ("1,b", "whole numbers"), ("2", "tuning")])
+@pytest.mark.parametrize(
+    ("seeds", "says"), [("0,0", "names a seed twice"), ("1,b", "whole numbers"), ("", "whole numbers"), ("2", "tuning")]
+)
 def test_other_seeds_are_checked_like_those_of_the_file(seeds: str, says: str):
     with pytest.raises(SweepError, match=says):
         read(find("placebo")).but(None, seeds)

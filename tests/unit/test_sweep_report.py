@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from experiments import sweep as sweeps
 from experiments.cells import chosen, load_sweep
 from experiments.report import markdown, write_html
 from experiments.sweep import Sweep, flat
-from experiments.verdict import verdict
+from experiments.verdict import square, verdict
 
 STEPS = 40
 CELLS: dict[str, dict[str, Any]] = {
@@ -190,6 +191,31 @@ def test_seeds_that_tune_choose_the_point_and_do_not_judge_it(tmp_path: Path):
     table = markdown([tmp_path / "s"])
     assert "| A − floor | each at its best | +0.100" in table and "| A − floor | lr" not in table
     assert "judged by the others alone" in table
+
+
+def test_an_arm_that_was_not_tuned_or_only_failed_hinders_no_other(tmp_path: Path):
+    """As after `--cells A`; `dense` has run on the whole grid, and nothing of it completed."""
+    cells = {name: CELLS[name] for name in ("A", "floor", "dense")}
+    sweep = decouple(cells=cells, two_by_two=[], gates={}, seeds=[0, 1], tuning=1, grid={"grpo": {"lr": [1e-5, 3e-5]}})
+    sweeps.keep(sweep, tmp_path / "s")
+    for job in sweep.jobs():
+        if job.cell != "floor":
+            leave(tmp_path / "s", job, job.point["grpo.lr"] * 1e4, "failed" if job.cell == "dense" else "completed")
+    best = chosen(tmp_path / "s")
+    assert best == {"A": {"grpo.lr": 3e-5}}
+    (job,) = sweep.jobs_at(best)
+    leave(tmp_path / "s", job, 0.7)
+    assert load_sweep(tmp_path / "s").tuned["A"].values == {"1": 0.7}
+    write_html([tmp_path / "s"], tmp_path / "s" / "report.html")
+    assert "not run" in markdown([tmp_path / "s"])
+
+
+def test_the_square_is_of_seeds_that_all_four_cells_have(tmp_path: Path):
+    folder = fill(tmp_path / "s", decouple(seeds=[0, 1, 2, 3, 4]))
+    for seed in (1, 2, 3, 4):
+        shutil.rmtree(folder / "D" / f"seed-{seed}")
+    found = square(load_sweep(folder), {})
+    assert found.second_minus_first.n == found.effects.first.n == 1
 
 
 def test_a_point_of_the_grid_at_which_runs_fail_is_not_the_best_one(tmp_path: Path):
