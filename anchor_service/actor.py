@@ -1,19 +1,21 @@
-"""The anchor as a Ray actor. It runs its fires one after the other, in the background of the swarm's ticks."""
+"""The anchor as a Ray actor, and the driver's side of it. It runs its fires one after the other, in the background of
+the swarm's ticks."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import ray
 import torch
-from ray.exceptions import GetTimeoutError
+from ray.exceptions import RayActorError
 
 from anchor_service.clock import next_worker
 from anchor_service.dense_gradient import DenseGradient, DenseSetup
-from anchor_service.errors import WaitTimeout
+from anchor_service.errors import ActorLost, WaitTimeout
 from anchor_service.lag import Due
 from anchor_service.messages import FireJob, content_digest, pack_correction
 from anchor_service.ring import RingOverflow
@@ -21,6 +23,25 @@ from codec.frames import digest
 from rl.batch import Batch
 from rl.device import peak_memory_gb
 from rl.snapshot import BaseLost
+
+
+def gather(calls: Iterable[tuple[str, Any]], what: str, seconds: float, knob: str) -> list[Any]:
+    """Objects that named actors deliver, in order. The first failure ends the wait; the deadline names who is missing.
+
+    Raises WaitTimeout, ActorLost, or what an actor raised.
+    """
+    names = {reference: name for name, reference in calls}
+    waiting, deadline = list(names), time.monotonic() + seconds
+    while waiting:
+        done, waiting = ray.wait(waiting, num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
+        if not done:
+            missing = dict.fromkeys(names[reference] for reference in waiting)
+            raise WaitTimeout(", ".join(missing), what, seconds, knob)
+        try:
+            ray.get(done)
+        except RayActorError as error:
+            raise ActorLost(names[done[0]], what, str(error).strip().splitlines()[-1]) from error
+    return ray.get(list(names))
 
 
 class Anchor:
@@ -84,12 +105,10 @@ class Anchor:
         self.dense.load(list(parts), tick)
 
     def _pull(self, job: FireJob) -> tuple[list[np.ndarray], np.ndarray]:
-        try:
-            found = ray.get([*job.snapshot, *job.replay], timeout=self.config.timeout_s)
-        except GetTimeoutError as error:
-            what = f"the snapshot of tick {job.source_tick} or its replay"
-            raise WaitTimeout("the swarm", what, self.config.timeout_s, "anchor.timeout_s") from error
-        return found[:-1], found[-1]
+        calls = [("the swarm", reference) for reference in [*job.snapshot, *job.replay]]
+        what = f"the snapshot of tick {job.source_tick} or its replay"
+        *snapshot, replay = gather(calls, what, self.config.timeout_s, "anchor.timeout_s")
+        return snapshot, replay
 
 
 @dataclass
@@ -111,6 +130,7 @@ class AnchorLine:
         self.workers, self.stages, self.timeout_s, self.bound = workers, stages, timeout_s, bound
         self.fires: dict[int, Fire] = {}
         self.m_bar: Any = None
+        self._deliveries: list[Any] = []
 
     def free_worker(self, version: int) -> int:
         """Who should run fire `version`."""
@@ -153,13 +173,25 @@ class AnchorLine:
         done, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=0) if waiting else ([], [])
         return sorted((waiting[ref] for ref in done), key=lambda fire: fire.due.version)
 
+    def deliver(self, fire: Fire, ranks: list[Any]) -> None:
+        """Send each rank its stage's correction, beside whatever tick is running; waits for nothing."""
+        fire.delivered = True
+        for index, rank in enumerate(ranks):
+            reference = [fire.corrections[index % self.stages]]
+            self._deliveries.append(rank.deliver.options(concurrency_group="inbox").remote(reference))
+
+    def check_deliveries(self) -> None:
+        """Raises what a delivery that is over raised; waits for nothing."""
+        if self._deliveries:
+            count = len(self._deliveries)
+            done, self._deliveries = ray.wait(self._deliveries, num_returns=count, timeout=0)
+            ray.get(done)
+
     def report(self, fire: Fire) -> dict[str, Any]:
         """Raises WaitTimeout if the fire is not done in time."""
-        try:
-            return ray.get(fire.report, timeout=self.timeout_s)
-        except GetTimeoutError as error:
-            what = f"the report of correction {fire.due.version}"
-            raise WaitTimeout("the anchor", what, self.timeout_s, "anchor.timeout_s") from error
+        what = f"the report of correction {fire.due.version}"
+        (report,) = gather([("the anchor", fire.report)], what, self.timeout_s, "anchor.timeout_s")
+        return report
 
     def good(self, fire: Fire) -> bool:
         """Of a fire that is done: whether it has a correction. One that lost its base is dropped in the next tick."""

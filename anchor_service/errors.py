@@ -16,6 +16,17 @@ class WaitTimeout(RuntimeError):
         )
 
 
+class ActorLost(RuntimeError):
+    """A process of the run ended before it answered."""
+
+    def __init__(self, who: str, what: str, reason: str):
+        super().__init__(who, what, reason)
+        self.who, self.what, self.reason = who, what, reason
+
+    def __str__(self) -> str:
+        return f"{self.who} ended before it delivered {self.what}: {self.reason}"
+
+
 class ReplicaMismatch(RuntimeError):
     """Replicas of a stage no longer hold the same weights, or do not hold the same correction."""
 

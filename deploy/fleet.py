@@ -10,7 +10,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from anchor_service.actor import Anchor
+from anchor_service.actor import Anchor, gather
 from anchor_service.dense_gradient import DenseSetup
 from anchor_service.diagnosis import Diagnoser
 from anchor_service.errors import WaitTimeout
@@ -20,7 +20,7 @@ from merger import MERGERS
 from rl.model_files import model_shape, resolve
 from rl.policy import spans
 from rl.rollout import RolloutWorker
-from swarm.coordinator import Fleet, gather
+from swarm.fleet import Fleet
 from swarm.tick import Rules
 from swarm.worker import Worker, WorkerSetup
 
@@ -84,7 +84,7 @@ class Held:
             for role, plan in zip(ROLES, plans):
                 self._start(role, plan)
         roles = [role[:n] for role, n in zip(self.roles, needed)]
-        actors = Fleet(*roles, new_engines=lambda: self._new_engines(config, plans[ROLES.index("engine")]))
+        actors = Fleet(config, *roles, new_engines=lambda: self._new_engines(config, plans[ROLES.index("engine")]))
         _build(config, actors)
         return actors
 

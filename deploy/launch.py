@@ -18,7 +18,8 @@ from deploy.fleet import fleet
 from deploy.placement import placement, tags
 from rl.model_files import model_shape, resolve
 from swarm import checkpoint
-from swarm.coordinator import Coordinator, Fleet
+from swarm.coordinator import Coordinator
+from swarm.fleet import Fleet
 from swarm.loggers import Loggers
 from swarm.telemetry import Listener, Telemetry, replace_text
 
@@ -121,7 +122,7 @@ def drive(
             if folder:
                 coordinator.restore(folder)
                 replace_text(run / "config.toml", to_toml(config))
-            telemetry.event(coordinator.step, coordinator.tick, "started", workers=len(actors.workers))
+            coordinator.progress.event("started", workers=len(actors.workers))
             coordinator.run()
     except BaseException as failure:
         if outcome.summary is None:  # the actors did not even start

@@ -173,6 +173,15 @@ def tensor_sizes(folder: Path) -> dict[str, int]:
     return {name: math.prod(spec["shape"]) for file in files for name, spec in tensor_specs(file)[0].items()}
 
 
+def parameter_count(path: str) -> int:
+    """Parameters of a whole model, a tied embedding once."""
+    folder = resolve(path)
+    sizes = tensor_sizes(folder)
+    if model_shape(str(folder)).tied:
+        sizes.pop("lm_head.weight", None)  # some checkpoints hold the tied embedding twice
+    return sum(sizes.values())
+
+
 def _existing(path: str) -> Path:
     found = Path(path).expanduser()
     if not found.exists():

@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 import ray
 import torch
-from ray.exceptions import GetTimeoutError
 
-from anchor_service.errors import WaitTimeout
+from anchor_service.actor import gather
 from anchor_service.messages import Correction, TickPlan, pack_record, unpack_correction
 from codec.boundary import Boundary
 from codec.config import CodecConfig
@@ -144,12 +143,9 @@ class Worker:
         self.rank.inbox.put(self._fetch_correction(reference))
 
     def _fetch_correction(self, reference: list[Any]) -> Correction:
-        seconds = self.rank.rules.anchor.timeout_s
-        try:
-            (frame,) = ray.get(reference, timeout=seconds)
-        except GetTimeoutError as error:
-            what = f"a correction that is due to {self.rank.grid.name}"
-            raise WaitTimeout("the anchor", what, seconds, "anchor.timeout_s") from error
+        what = f"a correction that is due to {self.rank.grid.name}"
+        calls = [("the anchor", one) for one in reference]
+        (frame,) = gather(calls, what, self.rank.rules.anchor.timeout_s, "anchor.timeout_s")
         return unpack_correction(frame, self.rank.grid.p, self.rank.stage.weights.numel)
 
     def weights(self, tick: int, stream: str, whole: bool) -> tuple[np.ndarray, int]:

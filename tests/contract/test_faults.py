@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from anchor_service.errors import ReplicaMismatch, WaitTimeout
+from anchor_service.errors import ActorLost, ReplicaMismatch, WaitTimeout
 from anchor_service.messages import Correction, TickPlan
 from codec.frames import FrameError
 from codec.ledger import Ledger
@@ -149,6 +149,7 @@ def test_a_message_shorter_than_expected_is_not_read_as_data(untied_model: Path)
 def test_errors_survive_pickling():
     for error in (
         WaitTimeout("the anchor", "M", 3.0, "anchor.timeout_s"),
+        ActorLost("engine 0", "val samples of step 0", "it was killed"),
         ReplicaMismatch("weights differ", 3, 1, ["worker d0p0"]),
         Desync("worker d0p0", [1, 2], [3, 4]),
         FrameError("stage 0", "digest", "bad"),

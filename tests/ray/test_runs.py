@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import ray
 
+from anchor_service.errors import ActorLost
 from deploy.config import load
 from deploy.launch import fleet
 from swarm.coordinator import Coordinator
@@ -120,8 +121,8 @@ def test_a_grid_of_four_keeps_replicas_equal_and_names_a_flipped_bit(tmp_path: P
         assert "ReplicaMismatch" in type(caught.value).__name__ or "ReplicaMismatch" in str(caught.value)
 
 
-def test_a_dead_engine_is_started_anew_and_the_run_ends_as_if_nothing_had_happened(tmp_path: Path):
-    """Killed before its first weights, and again in the middle of a run; all samples and weights are the same."""
+def test_a_dead_engine_is_started_anew_as_if_nothing_had_happened_and_a_dead_worker_is_named(tmp_path: Path):
+    """Engines killed before the first weights, and again in the middle of a run: all samples and weights are the same."""
     config = small("run.steps=3", "anchor.enabled=false", "merger.kind=none")
     calm = run_kept(config, tmp_path / "calm")
     folder = _made(tmp_path / "deadly")
@@ -132,14 +133,17 @@ def test_a_dead_engine_is_started_anew_and_the_run_ends_as_if_nothing_had_happen
         mini_batches = coordinator._mini_batches
 
         def kill_in_step_2(batch):
-            if coordinator.step == 2:
+            if coordinator.progress.step == 2:
                 ray.kill(actors.engines[0])
             return mini_batches(batch)
 
         coordinator._mini_batches = kill_in_step_2
         coordinator.run()
         assert telemetry.digests == calm["weights_digests"]
-        telemetry.finish("completed", {})
+        ray.kill(actors.workers[0])  # no new engine can mend this
+        with pytest.raises(ActorLost, match="worker d0p0 ended before it delivered the weights of tick 6"):
+            coordinator.run()
+        telemetry.finish("failed", {})
     restarts = [e["step"] for e in of_kind(folder, "event") if e["event"] == "engines started anew"]
     assert restarts == [0, 2]
 

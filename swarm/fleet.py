@@ -1,0 +1,65 @@
+"""The actors of one run, and how they are asked: by name, with a deadline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from anchor_service.actor import gather
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """Handles, workers in rank order. `config` is a `deploy.config.RunConfig`; `new_engines` kills the engines and
+    starts others."""
+
+    config: Any
+    workers: list[Any]
+    engines: list[Any]
+    anchors: list[Any]
+    diagnosers: list[Any]
+    new_engines: Callable[[], list[Any]]
+
+    @property
+    def swarm_limit(self) -> tuple[float, str]:
+        """Seconds and their knob. The ranks' own deadlines are shorter and say more: this one is for a rank that hangs."""
+        swarm, anchor = self.config.swarm, self.config.anchor
+        return swarm.timeout_s * 2 + (anchor.timeout_s if self.anchors else 0), "swarm.timeout_s"
+
+    @property
+    def engine_limit(self) -> tuple[float, str]:
+        return self.config.rollout.timeout_s, "rollout.timeout_s"
+
+    @property
+    def anchor_limit(self) -> tuple[float, str]:
+        return self.config.anchor.timeout_s, "anchor.timeout_s"
+
+    def ask_workers(self, method: str, arguments: list[tuple], what: str) -> list[Any]:
+        """What `method` returns on every rank, each with arguments of its own."""
+        calls = []
+        for rank, (worker, args) in enumerate(zip(self.workers, arguments, strict=True)):
+            d, p = divmod(rank, self.config.swarm.pp)
+            calls.append((f"worker d{d}p{p}", getattr(worker, method).remote(*args)))
+        return gather(calls, what, *self.swarm_limit)
+
+    def weights(self, tick: int, stream: str, whole: bool) -> tuple[list[Any], int]:
+        """References to the weights frames of all stages after `tick` ticks, for one stream of consumers; their bytes."""
+        pairs = [w.weights.options(num_returns=2).remote(tick, stream, whole) for w in self._first_replica]
+        calls = [(f"worker d0p{p}", size) for p, (_, size) in enumerate(pairs)]
+        nbytes = sum(gather(calls, f"the weights of tick {tick}", *self.swarm_limit))
+        return [frame for frame, _ in pairs], nbytes
+
+    def records(self, tick: int) -> list[Any]:
+        """References to the weights of every stage, with what this tick kept; waits for nothing."""
+        return [worker.record.remote(tick) for worker in self._first_replica]
+
+    def take_turns(self, method: str, actors: list[Any]) -> None:
+        """Engines and workers on the same GPUs take turns in their memory."""
+        if self.config.rollout.placement == "colocated":
+            calls = [(f"actor {i}", getattr(actor, method).remote()) for i, actor in enumerate(actors)]
+            gather(calls, method, *self.engine_limit)
+
+    @property
+    def _first_replica(self) -> list[Any]:
+        return self.workers[: self.config.swarm.pp]
