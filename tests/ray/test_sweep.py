@@ -17,6 +17,7 @@ from tests.ray.conftest import HELD, SMALL, ignore, lines, of_kind, run_kept, sm
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 
+
 class Quiet:
     """Remembers the states that were seen."""
 
