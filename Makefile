@@ -34,7 +34,7 @@ cells: setup  ## delay or cadence: the 2x2, its ceiling and its floor, 5 seeds e
 	$(BIN)/northstar sweep decouple
 
 test: setup vllm  ## all tests, the ones with real Ray clusters included
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 2 --no-loadscope-reorder
 
 test-fast: setup  ## only what needs no Ray
 	$(BIN)/python -m pytest -m "not slow"
