@@ -16,7 +16,7 @@ from anchor_service.errors import WaitTimeout
 from deploy.config import RunConfig, check_resumes, to_toml
 from deploy.fleet import fleet
 from deploy.placement import placement, tags
-from rl.model_files import model_shape, resolve
+from deploy.preflight import preflight
 from swarm import checkpoint
 from swarm.coordinator import Coordinator
 from swarm.fleet import Fleet
@@ -107,7 +107,7 @@ def drive(
     raised again; the folder is valid in every case.
     """
     run = run.resolve()  # workers write their checkpoints there too, and theirs is another working directory
-    config.check_fits(model_shape(str(resolve(config.model.path))))
+    preflight(config)
     folder = checkpoint.newest(run) if resume else None
     if folder:
         check_resumes(run / "config.toml", config)
