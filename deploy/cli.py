@@ -8,11 +8,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from deploy.config import ConfigError, RunConfig, load
+
+if TYPE_CHECKING:
+    from deploy.resume import Resume
 
 _LOCK = ".lock"
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -42,13 +45,18 @@ def run(
     """Run an experiment to its end: live progress, a run folder, a summary table. Exit 0 only if it ran to the end."""
     config = _checked(source, set_ or [])
     folder = _run_folder(config, out, resume)
-    # After the checks: a bad config is refused before torch and Ray are even imported
+    goes_on = _prepared(config, folder, resume)
+    # After the checks: what is refused is refused before Ray is even imported
     from deploy.launch import execute
     from deploy.progress import Display, print_summary
 
     with _alone_in(folder), Display(config, folder) as display:
         try:
-            summary = execute(config, folder, display, resume, address)
+            summary = execute(config, folder, display, goes_on, address)
+        except KeyboardInterrupt:
+            display.close()
+            typer.secho(f"interrupted before it went on; {folder} is as it was", err=True)
+            raise typer.Exit(130) from None
         except Exception as error:
             display.close()
             typer.secho(f"{type(error).__name__}: {error}", fg="red", err=True)
@@ -154,6 +162,7 @@ def probe(
     One process with `swarm.threads` threads; on an idle machine --set swarm.threads=N makes it faster.
     """
     config = _checked(source, set_ or [])
+    _prepared(config, Path(), resume=False)
     from deploy import probe as probing
     from deploy.probe_tables import advice, show
     from deploy.progress import console
@@ -278,6 +287,8 @@ def export(
         found = exporting.export(run, out, step, dtype)
     except ValueError as error:
         raise _refused(error) from error
+    for reason in found.damaged:
+        typer.secho(f"passed over: {reason}", fg="yellow", err=True)
     typer.echo(f"step {found.step}: {found.parameters:,} parameters in {found.dtype} to {found.folder}")
 
 
@@ -322,6 +333,24 @@ def _run_folder(config: RunConfig, out: Path | None, resume: bool) -> Path:
         typer.secho(f"{folder} already holds a run: choose another --out, or add --resume", fg="red", err=True)
         raise typer.Exit(2)
     return folder
+
+
+def _prepared(config: RunConfig, folder: Path, resume: bool) -> Resume | None:
+    """All checks that need files alone; where a run goes on. One that is completed already ends the command, well."""
+    from deploy.preflight import preflight
+    from deploy.resume import plan_resume
+
+    try:
+        goes_on = plan_resume(folder, config) if resume else None
+        if resume and goes_on is None:
+            typer.echo(
+                f"{folder} is completed, {config.run.steps} steps: nothing is left to do; raise run.steps to go on"
+            )
+            raise typer.Exit(0)
+        preflight(config)
+    except ValueError as error:
+        raise _refused(error) from error
+    return goes_on
 
 
 @contextmanager

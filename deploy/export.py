@@ -47,6 +47,7 @@ class Exported:
     step: int
     parameters: int
     dtype: str
+    damaged: tuple[str, ...]  # what is wrong with newer checkpoints
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def export(run: Path, out: Path, step: int | None = None, dtype: str | None = No
     model = _model_of(run)
     if out.exists():
         raise ExportError(f"{out} is already there: export to a folder that is not, or remove it first")
-    saved = checkpoint.newest(run) if step is None else checkpoint.at_step(run, step)
+    saved, damaged = checkpoint.newest_good(run) if step is None else (checkpoint.at_step(run, step), [])
     base, dtype = resolve(model.path), dtype or model.dtype
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -83,7 +84,7 @@ def export(run: Path, out: Path, step: int | None = None, dtype: str | None = No
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    return Exported(out, checkpoint.read_state(saved)["step"], parameters, dtype)
+    return Exported(out, checkpoint.read_state(saved)["step"], parameters, dtype, tuple(damaged))
 
 
 def _model_of(run: Path) -> ModelConfig:

@@ -34,11 +34,12 @@ from swarm.telemetry import Telemetry, combine
 class Coordinator:
     """Drives one run to its end. `config` is a `deploy.config.RunConfig`."""
 
-    def __init__(self, config: Any, fleet: Fleet, telemetry: Telemetry, run: Path):
-        self.config, self.fleet, self.telemetry, self.run_folder = config, fleet, telemetry, run
+    def __init__(self, config: Any, fleet: Fleet, telemetry: Telemetry, folder: Path):
+        self.config, self.fleet, self.telemetry, self.run_folder = config, fleet, telemetry, folder
         self.progress = progress = Progress(telemetry)
-        ticks_per_step = config.grpo.ticks_per_step
-        clock = make_clock(config.anchor, config.run.seed, config.run.steps * ticks_per_step, ticks_per_step)
+        run, ticks_per_step = config.run, config.grpo.ticks_per_step
+        last_tick, longer = run.steps * ticks_per_step, run.checkpoint_every > 0
+        clock = make_clock(config.anchor, run.seed, last_tick, ticks_per_step, beyond=longer)
         corrects = fleet.anchors and MERGERS[config.merger.kind].payload is not None
         line = AnchorLine(fleet.anchors, config.swarm.pp, config.anchor.timeout_s, clock.bound()) if corrects else None
         self.rollouts = Rollouts(config, fleet, progress, line)
@@ -189,20 +190,15 @@ class Coordinator:
         start = time.perf_counter()
         step, ranks = self.progress.step, len(self.fleet.workers)
         writer = checkpoint.Writer(self.run_folder, step)
-        self.fleet.ask_workers("save", [(str(writer.path), step)] * ranks, "its checkpoint")
+        files = self.fleet.ask_workers("save", [(str(writer.path), step)] * ranks, "its checkpoint")
         state, frames = self.corrections.save()
-        writer.commit(self.progress.state() | state, frames)
+        writer.commit(self.progress.state() | state, frames, files)
         self.progress.event("checkpoint", seconds=time.perf_counter() - start)
 
     def restore(self, folder: Path) -> None:
         """Go on from a checkpoint. Raises CheckpointError if it does not fit the config."""
         state, progress = checkpoint.read_state(folder), self.progress
         progress.step, progress.tick = state["step"], state["tick"]
-        if progress.step >= self.config.run.steps:
-            raise checkpoint.CheckpointError(
-                f"{folder.name} is at step {progress.step} and run.steps is {self.config.run.steps}: nothing is left "
-                f"to do"
-            )
         ranks = len(self.fleet.workers)
         self.fleet.ask_workers("restore", [(str(folder),)] * ranks, "loading its checkpoint")
         self.corrections.restore(folder, state)

@@ -200,16 +200,22 @@ class Corrections:
             return
         m_bar = checkpoint.read_frame(folder, "m_bar")
         self.line.m_bar = None if m_bar is None else self.store(m_bar.view(np.float32))
+        newest = max([self.merged, *(saved["due"]["version"] for saved in state["pending"])])
+        wanted = self.clock.resume(self.progress.tick, newest)
         for saved in state["pending"]:
             due = Due(**saved["due"])
-            frames = [checkpoint.read_frame(folder, f"fire-{due.version}-{p}") for p in range(self.config.swarm.pp)]
-            references = [self.store(frame) for frame in frames]
-            self.line.add(Fire(due, 0, self.store(saved["report"]), self.line.m_bar, references))
+            if due.version in wanted or not self.clock.waits or due.first_tick is None:  # else due after the end
+                self._take_up(due, saved["report"], folder)
         self._last_m_bar = self.line.m_bar
-        newest = max([self.merged, *self.line.fires])
-        missing = self.clock.resume(self.progress.tick, newest) - set(self.line.fires)
+        missing = wanted - set(self.line.fires)
         if missing:
             raise checkpoint.CheckpointError(
                 f"{folder.name} lacks corrections {sorted(missing)}: the saved run was to end before they are due; "
                 f"start a longer run anew"
             )
+
+    def _take_up(self, due: Due, report: dict[str, Any], folder: Path) -> None:
+        """A fire that was under way, or done and not merged, when the checkpoint was written."""
+        frames = [checkpoint.read_frame(folder, f"fire-{due.version}-{p}") for p in range(self.config.swarm.pp)]
+        references = [self.store(frame) for frame in frames]
+        self.line.add(Fire(due, 0, self.store(report), self.line.m_bar, references))

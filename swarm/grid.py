@@ -7,6 +7,7 @@ communicator can wait for each other.
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -35,10 +36,14 @@ class Desync(RuntimeError):
 def meeting(ip: str) -> tuple[dist.TCPStore, str]:
     """Where the ranks of a grid meet, and its `ip:port`; whoever asks keeps the store until the grid is left.
 
-    It listens before its port is told to anyone: a port that was only looked up may be taken by then.
+    It listens before its port is told to anyone: a port that was only looked up may be taken by then. And on `ip`
+    alone: left to itself torch listens on every interface, and whoever reaches the store can write to it.
     """
-    store = dist.TCPStore(ip, 0, is_master=True, wait_for_workers=False)
-    return store, f"{ip}:{store.port}"
+    listener = socket.create_server((ip, 0), family=socket.AF_INET6 if ":" in ip else socket.AF_INET)
+    port = listener.getsockname()[1]
+    fd = listener.detach()  # the store's from now on
+    store = dist.TCPStore(ip, port, is_master=True, wait_for_workers=False, master_listen_fd=fd)
+    return store, f"{ip}:{port}"
 
 
 def join(address: str, timeout: timedelta) -> dist.TCPStore:

@@ -120,14 +120,18 @@ class Telemetry:
         return {"validations": self.validations, "seconds": dict(self.seconds)}
 
     def restore(self, state: dict[str, Any], step: int, merged: int) -> None:
-        """Go on after `step`, in which version `merged` was the last: what the stopped run wrote beyond them is dropped."""
+        """Go on after `step`, in which version `merged` was the last."""
         self.validations = state["validations"]
         self.seconds.update(state["seconds"])
+        self.drop(step, merged)
+
+    def drop(self, step: int, merged: int) -> None:
+        """Keep no record beyond `step` and version `merged`."""
         self._metrics = _keep(self._metrics, lambda record: record["step"] <= step)
         self._corrections = _keep(self._corrections, lambda record: record["version"] <= merged)
 
     def finish(self, status: str, extra: dict[str, Any]) -> dict[str, Any]:
-        """Write summary.json and close the files and loggers."""
+        """Write summary.json, then `close`."""
         accuracies = [v["accuracy"] for v in self.validations]
         summary = {
             "status": status,
@@ -140,13 +144,17 @@ class Telemetry:
             "weights_digests": self.digests,
         } | extra
         replace_text(self.run / "summary.json", json.dumps(summary, indent=2) + "\n")
-        self.loggers.close()  # after the summary: this may take a while
+        self.close()
+        return summary
+
+    def close(self) -> None:
+        """Close the files and loggers; the latter may take a while."""
+        self.loggers.close()
         last = self.last.get("step") or {"step": 0, "tick": 0}
         self._report_lost_loggers(last["step"], last["tick"])
         self._metrics.close()
         self._corrections.close()
         self._board.close()
-        return summary
 
 
 def _keep(file: TextIO, wanted: Callable[[dict[str, Any]], bool]) -> TextIO:

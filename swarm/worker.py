@@ -29,6 +29,7 @@ from rl.snapshot import Sender
 from swarm import checkpoint
 from swarm.config import SwarmConfig
 from swarm.grid import Grid, meeting
+from swarm.manifest import Entry
 from swarm.tick import MiniBatch, Rank, Rules, tick, weights_digest
 
 
@@ -175,8 +176,8 @@ class Worker:
     def digest(self) -> int:
         return weights_digest(self.rank)
 
-    def save(self, folder: str, step: int) -> None:
-        checkpoint.save_rank(self.rank, folder, step)
+    def save(self, folder: str, step: int) -> dict[str, Entry]:
+        return checkpoint.save_rank(self.rank, folder, step)
 
     def restore(self, folder: str) -> None:
         checkpoint.restore_rank(self.rank, folder)
