@@ -15,7 +15,7 @@ from ray._private import ray_constants
 from ray._private.authentication.authentication_token_setup import AuthenticationTokenLoader
 from ray._raylet import Config
 
-ADDRESS = "127.0.0.1"
+ADDRESS, INTERFACE = "127.0.0.1", "lo"
 
 
 @contextmanager
@@ -25,6 +25,8 @@ def loopback() -> Iterator[None]:
         ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "GLOO_SOCKET_IFNAME": INTERFACE,
+        "NCCL_SOCKET_IFNAME": INTERFACE,
     }
     before = {name: os.environ.get(name) for name in settings}
     clusters = ray_constants.ENABLE_RAY_CLUSTER

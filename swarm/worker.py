@@ -79,9 +79,6 @@ class Worker:
                 "cuda", ordinal(str(ray.get_gpu_ids()[0]), os.environ.get("CUDA_VISIBLE_DEVICES", ""))
             )
             torch.cuda.set_device(device)
-        if ray.util.get_node_ip_address() == "127.0.0.1":
-            for library in ("GLOO", "NCCL"):
-                os.environ.setdefault(f"{library}_SOCKET_IFNAME", "lo")
         prefer_determinism(device)
         ledger = Ledger()
         grid = Grid(setup.rank, swarm.dp, swarm.pp, device, ledger, swarm.timeout_s, init)
