@@ -92,7 +92,7 @@ def sweep(
     address: Address = None,
 ) -> None:
     """Run every cell of a sweep at every seed, and report. Goes on where it was stopped. Exit 0 only if all completed."""
-    from deploy.sweep import Planned, plan
+    from deploy.sweep import Planned, check, plan
     from experiments import sweep as sweeps
 
     try:
@@ -100,6 +100,7 @@ def sweep(
         folder = out or Path("runs") / found.name
         wanted = found.select(cells.split(",") if cells is not None else list(found.cells))
         runs = plan(found, folder, set_ or [], [job for job in found.jobs() if job.cell in wanted])
+        check(runs)
     except sweeps.SweepError as error:
         raise _refused(error) from error
     # After the checks, as torch and Ray take their time

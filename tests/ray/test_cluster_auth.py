@@ -31,6 +31,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, int, s
     """GCS address, dashboard port and token of `ray start --head` with the options of the manifests."""
     token, log = secrets.token_hex(32), tmp_path_factory.mktemp("head") / "log"
     environment = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
+    environment["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # this test stays on the loopback interface
     call = [
         RAY,
         "start",
@@ -44,7 +45,10 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, int, s
     with log.open("w") as out:
         process = subprocess.Popen(call, env=environment, stdout=out, stderr=out, start_new_session=True)
     try:
-        yield _gcs(log), _dashboard(token), token
+        port = int(_found(log, r"dashboard at.*?127\.0\.0\.1:(\d+)"))
+        (store,) = (process for process in members(token) if process.name() == "gcs_server")
+        (listens,) = {c.laddr.port for c in store.net_connections("inet") if c.status == psutil.CONN_LISTEN}
+        yield f"127.0.0.1:{listens}", port, token
     finally:
         for member in [psutil.Process(process.pid), *members(token)[1:]]:
             with suppress(psutil.NoSuchProcess):
@@ -52,26 +56,13 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, int, s
         process.wait(10)
 
 
-def _gcs(log: Path) -> str:
+def _found(log: Path, pattern: str) -> str:
+    """In what `ray start` printed, once it has; colours left out."""
     deadline = time.monotonic() + 120
-    while not (found := re.search(r"--address='([\d.]+:\d+)'", log.read_text())):
+    while not (found := re.search(pattern, re.sub(r"\x1b\[\d+m", "", log.read_text()), re.S)):
         assert time.monotonic() < deadline, log.read_text()
         time.sleep(0.2)
     return found.group(1)
-
-
-def _dashboard(token: str) -> int:
-    """The port on which the dashboard's head process serves HTTP: it listens nowhere else than on the loopback."""
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        for process in members(token):
-            if "dashboard/dashboard.py" in " ".join(process.cmdline()):
-                for port in [c.laddr.port for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN]:
-                    with suppress(OSError):
-                        _status(port, token)
-                        return port
-        time.sleep(0.5)
-    raise AssertionError("no dashboard answers")
 
 
 def _status(port: int, token: str | None) -> int:
