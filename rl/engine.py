@@ -71,8 +71,8 @@ class PlainModel:
         found = []
         for prompt, response in zip(prompts, responses):
             ids = torch.tensor([[*prompt, *response.tolist()]], device=self.device)
-            logits = self.model(input_ids=ids).logits[0, len(prompt) - 1 : -1] / temperature
-            found.append(token_logprobs(logits, ids[0, len(prompt) :], with_entropy=False)[0].cpu().numpy())
+            logits, targets = self.model(input_ids=ids).logits[0, len(prompt) - 1 : -1], ids[0, len(prompt) :]
+            found.append(token_logprobs(logits, targets, temperature, with_entropy=False)[0].cpu().numpy())
         return found
 
 
