@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.masking_utils import create_causal_mask
 
 from codec.boundary import pack_rows, unpack_rows
-from rl.model_files import ModelNotFound
+from rl.model_shape import ModelNotFound
 from rl.stored_weights import stored_tensors
 
 EMBEDDING = "model.embed_tokens.weight"

@@ -15,7 +15,9 @@ from pathlib import Path
 import numpy as np
 
 from codec.delta import from_bf16
-from rl.model_files import ModelNotFound, gguf_reader, local_folder, model_shape, tensor_files, tensor_specs
+from rl.gguf_files import gguf_reader
+from rl.model_files import local_folder, model_shape, tensor_files, tensor_specs
+from rl.model_shape import ModelNotFound
 
 _DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
 _KINDS = {
