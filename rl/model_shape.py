@@ -28,6 +28,17 @@ class ModelNotFound(ValueError):
     """`model.path` names nothing that can be loaded."""
 
 
+class ModelRefused(ModelNotFound):
+    """A model's files contradict each other: what was found, and what to do."""
+
+    def __init__(self, says: str, fix: str):
+        super().__init__(says, fix)
+        self.says, self.fix = says, fix
+
+    def __str__(self) -> str:
+        return f"{self.says}: {self.fix}"
+
+
 @dataclass(frozen=True)
 class ModelShape:
     """What a config check and a byte count need to know of a model. Lengths are in tokens, None: no limit known."""

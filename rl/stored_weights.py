@@ -79,6 +79,9 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
         if not file.exists():
             raise ModelNotFound(f"{folder} lacks {file.name}, which its index names: fetch it again")
         specs, data = tensor_specs(file)
+        end = data + max((spec["data_offsets"][1] for spec in specs.values()), default=0)
+        if file.stat().st_size < end:
+            raise ModelNotFound(f"{file} has {file.stat().st_size} of {end} bytes: fetch it again")
         for name, spec in specs.items():
             if spec["dtype"] not in _DTYPES:
                 raise ModelNotFound(

@@ -1,0 +1,101 @@
+"""Do a model's files agree? Its config.json, checkpoint and tokenizer, before anything heavy starts.
+
+A config.json is believed by whatever loads the model: what it denies is dropped without a word, what it invents
+is random.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+
+from rl.model_files import model_config
+from rl.model_shape import ModelRefused
+from rl.policy import EMBEDDING, HEAD, PIECE, layout
+from rl.stops import stop_tokens
+from rl.stored_weights import Stored, stored_tensors
+from rl.tokenizer import largest_token, load_tokenizer
+
+_TABLES = "rotary_emb.inv_freq"  # in checkpoints of old; they are computed
+
+
+def check_model(folder: Path) -> None:
+    """Raises ModelRefused, with the fix, or ModelNotFound. Reads headers, and a head only if the config denies it."""
+    config, stored = model_config(str(folder)), stored_tensors(folder)
+    vocab, pad = config["vocab_size"], config.get("pad_token_id")
+    if pad is not None and not -vocab <= pad < vocab:
+        raise ModelRefused(
+            f"{folder / 'config.json'}: pad_token_id {pad} is no token of a vocabulary of {vocab}", "set it to null"
+        )
+    _check_tensors(folder, stored, config)
+    if config.get("tie_word_embeddings", False):
+        _check_tie(folder, stored)
+    _check_tokenizer(folder, vocab)
+    stop_tokens(folder)
+
+
+def _check_tensors(folder: Path, stored: dict[str, Stored], config: dict) -> None:
+    """The checkpoint has every tensor of the model that config.json describes, in its shape, and no more of the stack."""
+    expected = _expected(folder)
+    layers = {int(found[1]) for name in stored if (found := re.match(r"model\.layers\.(\d+)\.", name))}
+    if layers and max(layers) >= config["num_hidden_layers"]:
+        raise ModelRefused(
+            f"{folder / 'config.json'}: num_hidden_layers is {config['num_hidden_layers']}, and the checkpoint has "
+            f"{max(layers) + 1} layers",
+            f"set num_hidden_layers to {max(layers) + 1}",
+        )
+    for name, shape in expected.items():
+        if name not in stored:
+            fix = "fetch the checkpoint again, or correct config.json"
+            if name == HEAD:
+                fix = "set tie_word_embeddings to true in config.json if the embedding is the head, else fetch it again"
+            raise ModelRefused(f"{folder} holds no tensor {name!r}, which its config.json describes", fix)
+        if stored[name].shape != shape:
+            raise ModelRefused(
+                f"{folder}: {name} is {stored[name].shape}, its config.json makes it {shape}",
+                f"set vocab_size to {stored[name].shape[0]} in config.json, as far as the tokenizer fits it"
+                if name in (EMBEDDING, HEAD) and stored[name].shape[1:] == shape[1:]
+                else "correct config.json, or fetch the checkpoint that belongs to it",
+            )
+    others = [n for n in stored if n.startswith("model.") and n not in expected and not n.endswith(_TABLES)]
+    if others:
+        raise ModelRefused(
+            f"{folder} holds {others[0]!r}, which is no part of the model that its config.json describes",
+            "correct config.json (attention_bias, mlp_bias, model_type)",
+        )
+
+
+def _expected(folder: Path) -> dict[str, tuple[int, ...]]:
+    try:
+        return layout(folder)
+    except Exception as error:  # of many kinds: types, divisions, an unknown rope
+        says = f"transformers refuses {folder / 'config.json'} ({type(error).__name__}: {error})"
+        raise ModelRefused(says, "correct config.json") from error
+
+
+def _check_tie(folder: Path, stored: dict[str, Stored]) -> None:
+    """transformers unties such a model with a warning; a run would drop the head."""
+    if HEAD not in stored:
+        return
+    embedding, head = stored[EMBEDDING], stored[HEAD]
+    same = embedding.shape == head.shape and all(
+        np.array_equal(embedding.read(i, j), head.read(i, j), equal_nan=True)
+        for i, j in ((i, min(i + PIECE, head.size)) for i in range(0, head.size, PIECE))
+    )
+    if not same:
+        raise ModelRefused(
+            f"{folder / 'config.json'} ties head and embedding, and the checkpoint has a {HEAD} of other numbers",
+            "set tie_word_embeddings to false there",
+        )
+
+
+def _check_tokenizer(folder: Path, vocab: int) -> None:
+    load_tokenizer(folder)
+    largest, token = largest_token(folder)
+    if largest >= vocab:
+        raise ModelRefused(
+            f"the tokenizer in {folder} has a token {token!r} of id {largest}, and the model embeds {vocab}",
+            "use the tokenizer that belongs to the model, take the token out of it, or resize the embedding",
+        )
