@@ -1,4 +1,4 @@
-"""Where an answer ends: the tokens that one of a model's files names as an end. No torch."""
+"""Where an answer ends: the tokens that one of a model's files names as an end."""
 
 from __future__ import annotations
 

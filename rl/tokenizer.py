@@ -1,4 +1,4 @@
-"""A model's tokenizer: its files, and the tokens that they name. No torch."""
+"""A model's tokenizer: its files, and the tokens that they name."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def largest_token(folder: Path) -> tuple[int, str]:
-    """The token of the highest id, of those in the files: a class of transformers may add others, which no prompt has."""
+    """The token of the highest id, of those in the files: transformers may add a class's own at the end."""
     file = folder / "tokenizer.json"
     if not file.exists():
         return max((i, token) for token, i in load_tokenizer(folder).get_vocab().items())
