@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
-from rl.model_shape import ModelNotFound, ModelShape, check_family, shape_of
+from rl.model_shape import ModelNotFound, ModelRefused, ModelShape, check_family, shape_of
 
 
 def cache_folder() -> Path:
@@ -80,19 +81,38 @@ def convert(file: Path) -> Path:
     out.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{out}.lock", timeout=1800):
         if not out.exists():
-            import torch
-            from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-            # dequantize=True: else the weights stay packed and can be neither saved nor trained
-            model = AutoModelForCausalLM.from_pretrained(
-                file.parent,
-                gguf_file=file.name,
-                quantization_config=GgufConfig(dequantize=True),
-                dtype=torch.float32,
-            )
             partial = out.with_name(out.name + ".partial")
             shutil.rmtree(partial, ignore_errors=True)
-            model.save_pretrained(partial)
-            AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(partial)
+            try:
+                _write(file, partial)
+            except Exception as error:  # of many kinds, those of a Rust library among them
+                says = f"transformers cannot convert {str(file)!r} ({type(error).__name__}: {error})"
+                raise ModelRefused(says, "fetch it again, or set model.path to the model in safetensors") from error
             partial.rename(out)
     return out
+
+
+def _write(file: Path, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    # dequantize=True: else the weights stay packed and can be neither saved nor trained
+    model = AutoModelForCausalLM.from_pretrained(
+        file.parent,
+        gguf_file=file.name,
+        quantization_config=GgufConfig(dequantize=True),
+        dtype=torch.float32,
+    )
+    reader = gguf_reader(file)
+    if reader.get_field("tokenizer.ggml.eos_token_id") is None:  # then it is the default of a class
+        model.config.eos_token_id = model.generation_config.eos_token_id = None
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
+    _keep_tokens(folder / "tokenizer.json", len(reader.get_field("tokenizer.ggml.tokens").data))
+
+
+def _keep_tokens(tokenizer: Path, count: int) -> None:
+    """The first `count`: a class of transformers puts `<|endoftext|>` behind them where it is not one of them."""
+    content = json.loads(tokenizer.read_text(encoding="utf-8"))
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] < count]
+    tokenizer.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")

@@ -16,7 +16,7 @@ from rl.model_shape import ModelRefused
 from rl.policy import EMBEDDING, HEAD, PIECE, layout
 from rl.stops import stop_tokens
 from rl.stored_weights import Stored, stored_tensors
-from rl.tokenizer import largest_token, load_tokenizer
+from rl.tokenizer import tokens_beyond
 
 _TABLES = "rotary_emb.inv_freq"  # in checkpoints of old; they are computed
 
@@ -39,32 +39,35 @@ def check_model(folder: Path) -> None:
 def _check_tensors(folder: Path, stored: dict[str, Stored], config: dict) -> None:
     """The checkpoint has every tensor of the model that config.json describes, in its shape, and no more of the stack."""
     expected = _expected(folder)
-    layers = {int(found[1]) for name in stored if (found := re.match(r"model\.layers\.(\d+)\.", name))}
-    if layers and max(layers) >= config["num_hidden_layers"]:
+    numbers = [int(found[1]) for name in stored if (found := re.match(r"model\.layers\.(\d+)\.", name))]
+    layers = max(numbers, default=-1) + 1
+    if layers > config["num_hidden_layers"]:
         raise ModelRefused(
             f"{folder / 'config.json'}: num_hidden_layers is {config['num_hidden_layers']}, and the checkpoint has "
-            f"{max(layers) + 1} layers",
-            f"set num_hidden_layers to {max(layers) + 1}",
+            f"{layers} layers",
+            f"set num_hidden_layers to {layers}",
         )
     for name, shape in expected.items():
-        if name not in stored:
-            fix = "fetch the checkpoint again, or correct config.json"
-            if name == HEAD:
-                fix = "set tie_word_embeddings to true in config.json if the embedding is the head, else fetch it again"
-            raise ModelRefused(f"{folder} holds no tensor {name!r}, which its config.json describes", fix)
-        if stored[name].shape != shape:
-            raise ModelRefused(
-                f"{folder}: {name} is {stored[name].shape}, its config.json makes it {shape}",
-                f"set vocab_size to {stored[name].shape[0]} in config.json, as far as the tokenizer fits it"
-                if name in (EMBEDDING, HEAD) and stored[name].shape[1:] == shape[1:]
-                else "correct config.json, or fetch the checkpoint that belongs to it",
-            )
+        _check_tensor(folder, name, shape, stored.get(name))
     others = [n for n in stored if n.startswith("model.") and n not in expected and not n.endswith(_TABLES)]
     if others:
         raise ModelRefused(
             f"{folder} holds {others[0]!r}, which is no part of the model that its config.json describes",
             "correct config.json (attention_bias, mlp_bias, model_type)",
         )
+
+
+def _check_tensor(folder: Path, name: str, shape: tuple[int, ...], found: Stored | None) -> None:
+    if found is None:
+        fix = "fetch the checkpoint again, or correct config.json"
+        if name == HEAD:
+            fix = "set tie_word_embeddings to true in config.json if the embedding is the head, else fetch it again"
+        raise ModelRefused(f"{folder} holds no tensor {name!r}, which its config.json describes", fix)
+    if found.shape != shape:
+        fix = "correct config.json, or fetch the checkpoint that belongs to it"
+        if name in (EMBEDDING, HEAD) and found.shape[1:] == shape[1:]:
+            fix = f"set vocab_size to {found.shape[0]} in config.json"
+        raise ModelRefused(f"{folder}: {name} is {found.shape}, its config.json makes it {shape}", fix)
 
 
 def _expected(folder: Path) -> dict[str, tuple[int, ...]]:
@@ -92,10 +95,10 @@ def _check_tie(folder: Path, stored: dict[str, Stored]) -> None:
 
 
 def _check_tokenizer(folder: Path, vocab: int) -> None:
-    load_tokenizer(folder)
-    largest, token = largest_token(folder)
-    if largest >= vocab:
+    beyond = tokens_beyond(folder, vocab)
+    if beyond:
+        largest = max(beyond)
         raise ModelRefused(
-            f"the tokenizer in {folder} has a token {token!r} of id {largest}, and the model embeds {vocab}",
+            f"the tokenizer in {folder} has a token {beyond[largest]!r} of id {largest}, and the model embeds {vocab}",
             "use the tokenizer that belongs to the model, take the token out of it, or resize the embedding",
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from transformers import AutoTokenizer
 
 from codec.frames import digest
 from rl import mismatch
@@ -20,7 +21,6 @@ from rl.model_files import resolve
 from rl.reward import make_reward
 from rl.snapshot import Receiver
 from rl.tasks import make_task
-from rl.tokenizer import load_tokenizer
 from rl.transformers_engine import TransformersEngine
 from rl.vllm_engine import VllmEngine
 
@@ -50,7 +50,7 @@ class RolloutWorker:
     ):
         torch.set_num_threads(threads)
         folder = resolve(model.path)
-        self.tokenizer = load_tokenizer(folder)
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.task, self.task_config = make_task(task, seed, val_size), task
         self.reward = make_reward(task.reward, self.task)
         self.grpo, self.seed = grpo, seed

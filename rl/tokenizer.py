@@ -29,13 +29,18 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise ModelRefused(says, "fetch its files again") from error
 
 
-def largest_token(folder: Path) -> tuple[int, str]:
-    """The token of the highest id, of those in the files: transformers may add a class's own at the end."""
-    file = folder / "tokenizer.json"
-    if not file.exists():
-        return max((i, token) for token, i in load_tokenizer(folder).get_vocab().items())
-    content = json.loads(file.read_text(encoding="utf-8"))
-    vocab = content["model"]["vocab"]
-    ids = vocab.items() if isinstance(vocab, dict) else ((piece, i) for i, (piece, _) in enumerate(vocab))
-    added = ((token["content"], token["id"]) for token in content.get("added_tokens", ()))
-    return max((i, token) for tokens in (ids, added) for token, i in tokens)
+def tokens_beyond(folder: Path, vocab: int) -> dict[int, str]:
+    """Tokens in the tokenizer's files whose ids an embedding of `vocab` rows has not, by id.
+
+    Without the unknown and the padding token, which classes of transformers put behind the others where a model has
+    none: no text is encoded to them by a tokenizer that knows bytes, and padding is not embedded here.
+    """
+    tokenizer, file = load_tokenizer(folder), folder / "tokenizer.json"
+    found = tokenizer.get_vocab()
+    if file.exists():  # what a class adds when it is loaded is in none of the files
+        content = json.loads(file.read_text(encoding="utf-8"))
+        pieces = content["model"]["vocab"]
+        found = dict(pieces) if isinstance(pieces, dict) else {piece: i for i, (piece, _) in enumerate(pieces)}
+        found |= {token["content"]: token["id"] for token in content.get("added_tokens", ())}
+    spare = {tokenizer.unk_token, tokenizer.pad_token}
+    return {i: token for token, i in sorted(found.items()) if i >= vocab and token not in spare}
