@@ -28,6 +28,7 @@ from torch import Tensor
 from rl.config import ModelConfig
 from rl.model_files import resolve
 from rl.policy import EMBEDDING, HEAD, layout
+from rl.stops import ends_named, stop_tokens
 from swarm import checkpoint
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -155,3 +156,13 @@ def _write_metadata(base: Path, out: Path, dtype: str) -> None:
     config = json.loads((base / "config.json").read_text())
     config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype  # the key's name, by transformers' version
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    _write_ends(base, out)
+
+
+def _write_ends(base: Path, out: Path) -> None:
+    """Whatever generates with the exported model ends its answers where the run did."""
+    file, ends = out / "generation_config.json", stop_tokens(base)
+    generation = json.loads((file if file.exists() else out / "config.json").read_text())
+    if ends_named(generation) != set(ends):
+        generation = generation if file.exists() else {}
+        file.write_text(json.dumps(generation | {"eos_token_id": ends}, indent=2) + "\n")

@@ -24,7 +24,9 @@ LIGHT = [
     *CONFIGS,
     "rl/tasks.py",
     "rl/reward.py",
+    "rl/gguf_files.py",
     "rl/model_files.py",
+    "rl/model_shape.py",
     "rl/stored_weights.py",
     *(n for n in FILES if n.startswith("merger/")),
 ]
