@@ -36,3 +36,9 @@ class ReplicaMismatch(RuntimeError):
 
     def __str__(self) -> str:
         return f"{self.what} at tick {self.tick}, correction version {self.version}: {'; '.join(self.ranks)}"
+
+
+def described(error: BaseException) -> str:
+    """An error for people: its type, its message whole, and what was noted of where it was raised."""
+    said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    return "\n".join([said, *getattr(error, "__notes__", ())])

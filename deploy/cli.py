@@ -43,18 +43,20 @@ def run(
     config = _checked(source, set_ or [])
     folder = _run_folder(config, out, resume)
     # After the checks: a bad config is refused before torch and Ray are even imported
+    from anchor_service.errors import described
     from deploy.launch import execute
-    from deploy.progress import Display, print_summary
+    from deploy.progress import Display, harmless, print_summary
 
     with _alone_in(folder), Display(config, folder) as display:
         try:
             summary = execute(config, folder, display, resume, address)
         except Exception as error:
             display.close()
-            typer.secho(f"{type(error).__name__}: {error}", fg="red", err=True)
+            typer.secho(described(error), fg="red", err=True)
             _write_report(folder)
             raise typer.Exit(1) from error
-    print_summary(summary, folder)
+    with harmless("the summary was not shown"):
+        print_summary(summary, folder)
     _write_report(folder)
     raise typer.Exit(0 if summary["status"] == "completed" else 130)
 
@@ -341,14 +343,14 @@ def _alone_in(folder: Path) -> Iterator[None]:
 
 def _write_report(folder: Path) -> None:
     """The run's page, however the run ended. Failing at it must not change how the run itself is said to have ended."""
-    if all(file.name == _LOCK for file in folder.iterdir()):  # the run failed before it wrote anything
-        return
-    from experiments.report import write_html
+    from deploy.progress import harmless
 
-    try:
+    with harmless("report.html was not written"):
+        if all(file.name == _LOCK for file in folder.iterdir()):  # the run failed before it wrote anything
+            return
+        from experiments.report import write_html
+
         write_html([folder], folder / "report.html")
-    except Exception as error:
-        typer.secho(f"report.html was not written: {type(error).__name__}: {error}", fg="yellow", err=True)
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 import ray
 
-from anchor_service.errors import WaitTimeout
+from anchor_service.errors import WaitTimeout, described
 from deploy.config import RunConfig, check_resumes, to_toml
 from deploy.fleet import fleet
 from deploy.placement import placement, tags
@@ -146,8 +147,10 @@ class _Outcome:
     def __exit__(self, kind: type | None, failure: BaseException | None, trace: Any) -> bool:
         interrupted = isinstance(failure, KeyboardInterrupt)
         status = "interrupted" if interrupted else "failed" if failure else "completed"
-        error = f"{type(failure).__name__}: {failure}" if status == "failed" else None
-        extra = {"name": self.config.run.name, "seed": self.config.run.seed, "error": error}
+        extra = {"name": self.config.run.name, "seed": self.config.run.seed, "error": None}
+        if status == "failed":
+            trace = "".join(traceback.format_exception(failure)).splitlines()
+            extra |= {"error": described(failure), "traceback": trace}
         counted = self.coordinator.summary() if self.coordinator else {}
         self.summary = self.telemetry.finish(status, extra | counted)
         return interrupted

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import ray
 
-from anchor_service.actor import AnchorLine, gather
+from anchor_service.actor import AnchorLine
+from anchor_service.calls import gather
 from anchor_service.clock import make_clock
 from anchor_service.messages import TickPlan
 from merger import MERGERS
@@ -103,7 +104,8 @@ class Coordinator:
         progress.tick += 1
         diagnosed = self.corrections.sources.diagnosed(progress.tick)
         plans = self._plans(index, keep, diagnosed)
-        reports = self.fleet.ask_workers("tick", plans, f"tick {progress.tick}")
+        limit = self.fleet.swarm_limit if plans[0][0].correction is None else self.fleet.due_limit
+        reports = self.fleet.ask_workers("tick", plans, f"tick {progress.tick}", limit)
         metrics, ledger = combine(reports, mini.batch.response_tokens)
         self._judge_codec(metrics)
         progress.ledger.merge(ledger)

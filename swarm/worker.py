@@ -12,7 +12,7 @@ import numpy as np
 import ray
 import torch
 
-from anchor_service.actor import gather
+from anchor_service.calls import gather
 from anchor_service.messages import Correction, TickPlan, pack_record, unpack_correction
 from codec.boundary import Boundary
 from codec.config import CodecConfig

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 import ray
 
-from anchor_service.actor import gather
+from anchor_service.calls import gather
 from anchor_service.errors import ActorLost, WaitTimeout
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
