@@ -3,6 +3,7 @@ the swarm's ticks."""
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -42,6 +43,9 @@ class Anchor:
             raise BaseLost(0, job.source_tick, self.dense.receiver.tick)
         header, batch = Batch.from_frame(replay, f"replay of tick {job.source_tick + 1}")
         m = self.dense.gradient(batch, header["denominator"])
+        norm = m.norm().item()
+        if not math.isfinite(norm):
+            self.dense.check(m, batch, job.source_tick)
         computed = time.perf_counter()
         least = max(job.least_seconds, self.config.slowdown * (computed - start))
         time.sleep(max(0.0, least - (computed - start)))
@@ -49,7 +53,7 @@ class Anchor:
             "version": job.version,
             "source_tick": job.source_tick,
             "first_tick": job.first_tick,
-            "anchor/grad_norm": m.norm().item(),
+            "anchor/grad_norm": norm,
             "perf/max_memory_gb": peak_memory_gb(self.dense.device),
             "timing_s/anchor_pull": pulled - start,
             "timing_s/anchor_compute": computed - pulled,

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from deploy.config import ConfigError, RunConfig, load
+from deploy.takedown import leave
 
 _LOCK = ".lock"
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -355,4 +356,8 @@ def _write_report(folder: Path) -> None:
 
 def main() -> None:
     sys.path.append(str(Path.cwd()))  # as `python -m` has it: task.reward may name a module beside the run
-    sys.exit(app())
+    try:
+        app()
+    except SystemExit as end:
+        leave(end.code)
+        raise

@@ -18,6 +18,7 @@ from anchor_service.diagnosis import Diagnoser
 from anchor_service.errors import WaitTimeout
 from deploy.config import RunConfig
 from deploy.placement import BLOCKING, ROLES, UNMASKED, counts, demand, lacking, placement, tags
+from deploy.takedown import bounded
 from merger import MERGERS
 from rl.model_files import model_shape, resolve
 from rl.policy import spans
@@ -67,11 +68,17 @@ class Held:
 
     def close(self) -> None:
         """Kill what is held."""
-        for handle in [handle for role in self.roles for handle in role]:
-            ray.kill(handle)
-        if self.group is not None:
-            remove_placement_group(self.group)
+        handles, group = [handle for role in self.roles for handle in role], self.group
         self.group, self.roles, self.kind, self.made_for = None, [], (), None
+
+        def end() -> None:
+            for handle in handles:
+                ray.kill(handle)
+            if group is not None:
+                remove_placement_group(group)
+
+        if handles or group:
+            bounded(end)
 
     def _ready(self, config: RunConfig) -> Fleet:
         needed, kind = counts(config), _kind(config)

@@ -18,6 +18,7 @@ from deploy.config import RunConfig, check_resumes, to_toml
 from deploy.fleet import fleet
 from deploy.placement import placement, tags
 from deploy.preflight import preflight
+from deploy.takedown import shut_down
 from swarm import checkpoint
 from swarm.coordinator import Coordinator
 from swarm.fleet import Fleet
@@ -52,7 +53,7 @@ def cluster(config: RunConfig, address: str | None, lanes: int = 1) -> Iterator[
     try:
         yield
     finally:
-        ray.shutdown()
+        shut_down()
 
 
 def _knock(address: str) -> None:

@@ -27,6 +27,7 @@ from swarm import checkpoint
 from swarm.corrections import Corrections, MiniFrame
 from swarm.fleet import Fleet
 from swarm.gate import EngineGate, LaunchGate
+from swarm.nonfinite import judge_loss
 from swarm.progress import Progress
 from swarm.rollouts import Rollouts, sample_metrics
 from swarm.telemetry import Telemetry, combine
@@ -107,6 +108,7 @@ class Coordinator:
         limit = self.fleet.swarm_limit if plans[0][0].correction is None else self.fleet.due_limit
         reports = self.fleet.ask_workers("tick", plans, f"tick {progress.tick}", limit)
         metrics, ledger = combine(reports, mini.batch.response_tokens)
+        judge_loss(metrics, mini.batch, progress.tick)
         self._judge_codec(metrics)
         progress.ledger.merge(ledger)
         self.corrections.log(metrics)
