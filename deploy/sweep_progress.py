@@ -81,7 +81,7 @@ class SweepDisplay:
         row = self.rows[id(run)]
         row.step = record["step"]
         if record["kind"] == "val":
-            row.accuracy = record["accuracy"]
+            row.accuracy = record.get("accuracy")
 
     def _done(self) -> int:
         return sum(row.run.state == "completed" for row in self.rows.values())

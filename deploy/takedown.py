@@ -11,11 +11,12 @@ from contextlib import suppress
 
 from anchor_service.errors import described
 
-TAKEDOWN_S = 10.0  # a healthy cluster of our own is down in about two
+CALL_S = 5.0  # a healthy cluster answers in a moment
+TAKEDOWN_S = 10.0  # and one of our own is down in about two seconds
 _STUCK = "Ray does not answer"  # the name of a thread that waits for it
 
 
-def bounded(call: Callable[[], None], seconds: float = TAKEDOWN_S) -> bool:
+def bounded(call: Callable[[], None], seconds: float = CALL_S) -> bool:
     """Whether `call` was over within `seconds`. What it raises is a warning: how the run ended is already written."""
     if stuck():
         return False
@@ -33,7 +34,7 @@ def shut_down() -> None:
     import ray
 
     node = ray._private.worker._global_node
-    if not bounded(ray.shutdown) and node is not None:
+    if not bounded(ray.shutdown, TAKEDOWN_S) and node is not None:
         with suppress(Exception):
             node.kill_all_processes(check_alive=False)
 

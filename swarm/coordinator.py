@@ -105,7 +105,7 @@ class Coordinator:
         progress.tick += 1
         diagnosed = self.corrections.sources.diagnosed(progress.tick)
         plans = self._plans(index, keep, diagnosed)
-        limit = self.fleet.swarm_limit if plans[0][0].correction is None else self.fleet.due_limit
+        limit = self.fleet.tick_limit(due=plans[0][0].correction is not None)
         reports = self.fleet.ask_workers("tick", plans, f"tick {progress.tick}", limit)
         metrics, ledger = combine(reports, mini.batch.response_tokens)
         judge_loss(metrics, mini.batch, progress.tick)

@@ -29,11 +29,12 @@ class Fleet:
         """Seconds and their knob, for what a rank is asked for. Its own deadline says more and is GRACE_S shorter."""
         return self.config.swarm.timeout_s + GRACE_S, "swarm.timeout_s"
 
-    @property
-    def due_limit(self) -> tuple[float, str]:
-        """For a tick that may have to wait for a correction."""
-        anchor = self.config.anchor.timeout_s
-        return self.config.swarm.timeout_s + anchor + GRACE_S, "swarm.timeout_s or anchor.timeout_s"
+    def tick_limit(self, due: bool) -> tuple[float, str]:
+        """For a tick, in which a rank may have to wait for a correction that is `due`."""
+        if not due:
+            return self.swarm_limit
+        seconds, knob = self.swarm_limit
+        return seconds + self.config.anchor.timeout_s, f"{knob} or anchor.timeout_s"
 
     @property
     def engine_limit(self) -> tuple[float, str]:
