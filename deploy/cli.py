@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from deploy.config import ConfigError, RunConfig, load
+from deploy.takedown import leave
 
 if TYPE_CHECKING:
     from deploy.resume import Resume
@@ -47,8 +48,9 @@ def run(
     folder = _run_folder(config, out, resume)
     goes_on = _prepared(config, folder, resume)
     # After the checks: what is refused is refused before Ray is even imported
+    from anchor_service.errors import described
     from deploy.launch import execute
-    from deploy.progress import Display, print_summary
+    from deploy.progress import Display, harmless, print_summary
 
     with _alone_in(folder), Display(config, folder) as display:
         try:
@@ -59,10 +61,11 @@ def run(
             raise typer.Exit(130) from None
         except Exception as error:
             display.close()
-            typer.secho(f"{type(error).__name__}: {error}", fg="red", err=True)
+            typer.secho(described(error), fg="red", err=True)
             _write_report(folder)
             raise typer.Exit(1) from error
-    print_summary(summary, folder)
+    with harmless("the summary was not shown"):
+        print_summary(summary, folder)
     _write_report(folder)
     raise typer.Exit(0 if summary["status"] == "completed" else 130)
 
@@ -371,16 +374,20 @@ def _alone_in(folder: Path) -> Iterator[None]:
 
 def _write_report(folder: Path) -> None:
     """The run's page, however the run ended. Failing at it must not change how the run itself is said to have ended."""
-    if all(file.name == _LOCK for file in folder.iterdir()):  # the run failed before it wrote anything
-        return
-    from experiments.report import write_html
+    from deploy.progress import harmless
 
-    try:
+    with harmless("report.html was not written"):
+        if all(file.name == _LOCK for file in folder.iterdir()):  # the run failed before it wrote anything
+            return
+        from experiments.report import write_html
+
         write_html([folder], folder / "report.html")
-    except Exception as error:
-        typer.secho(f"report.html was not written: {type(error).__name__}: {error}", fg="yellow", err=True)
 
 
 def main() -> None:
     sys.path.append(str(Path.cwd()))  # as `python -m` has it: task.reward may name a module beside the run
-    sys.exit(app())
+    try:
+        app()
+    except SystemExit as end:
+        leave(end.code)
+        raise

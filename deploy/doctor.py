@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from anchor_service.errors import described
 from deploy import checks, fit
 from deploy.checks import Finding, error, merge, pins, warning
 from deploy.config import RunConfig
@@ -158,14 +159,16 @@ def _on(node: dict[str, Any]) -> dict[str, Any]:
 def _ask(alive: list[dict[str, Any]], folder: str, paths: tuple[str, ...]) -> tuple[list[Host], list[Finding]]:
     import ray
 
+    from anchor_service.calls import failure
+
     asking = [ray.remote(max_retries=0, **_on(node))(gather).remote(folder, paths) for node in alive]
     hosts, found = [], []
     for node, answer in zip(alive, asking):
         try:
             hosts.append(Host(node["Resources"], ray.get(answer, timeout=_WAIT_S)))
-        except Exception as failure:
+        except ray.exceptions.RayError as failed:
             hosts.append(Host(node["Resources"]))
-            why = str(failure).strip().splitlines()[-1]
+            why = described(failure(failed, node["NodeManagerHostname"], "its facts"))
             fix = "install the package there, the same version as here"
             found.append(replace(error("node", f"cannot be asked: {why}", fix), where=(node["NodeManagerHostname"],)))
     return hosts, found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
@@ -12,12 +13,13 @@ from typing import Any
 
 import ray
 
-from anchor_service.errors import WaitTimeout
+from anchor_service.errors import WaitTimeout, described
 from deploy.config import RunConfig, to_toml
 from deploy.fleet import fleet
 from deploy.loopback import ADDRESS, loopback
 from deploy.placement import placement, tags
 from deploy.resume import Resume
+from deploy.takedown import shut_down
 from swarm.coordinator import Coordinator
 from swarm.fleet import Fleet
 from swarm.loggers import Loggers
@@ -53,7 +55,7 @@ def cluster(config: RunConfig, address: str | None, lanes: int = 1) -> Iterator[
         try:
             yield
         finally:
-            ray.shutdown()
+            shut_down()
 
 
 def _knock(address: str) -> None:
@@ -160,8 +162,10 @@ class _Outcome:
             return False
         interrupted = isinstance(failure, KeyboardInterrupt)
         status = "interrupted" if interrupted else "failed" if failure else "completed"
-        error = f"{type(failure).__name__}: {failure}" if status == "failed" else None
-        extra = {"name": self.config.run.name, "seed": self.config.run.seed, "error": error}
+        extra = {"name": self.config.run.name, "seed": self.config.run.seed, "error": None}
+        if status == "failed":
+            trace = "".join(traceback.format_exception(failure)).splitlines()
+            extra |= {"error": described(failure), "traceback": trace}
         counted = self.coordinator.summary() if self.coordinator else {}
         self.summary = self.telemetry.finish(status, extra | counted)
         return interrupted

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import ray
 
-from anchor_service.actor import AnchorLine, gather
+from anchor_service.actor import AnchorLine
+from anchor_service.calls import gather
 from anchor_service.clock import make_clock
 from anchor_service.messages import TickPlan
 from merger import MERGERS
@@ -26,6 +27,7 @@ from swarm import checkpoint
 from swarm.corrections import Corrections, MiniFrame
 from swarm.fleet import Fleet
 from swarm.gate import EngineGate, LaunchGate
+from swarm.nonfinite import judge_loss
 from swarm.progress import Progress
 from swarm.rollouts import Rollouts, sample_metrics
 from swarm.telemetry import Telemetry, combine
@@ -104,8 +106,10 @@ class Coordinator:
         progress.tick += 1
         diagnosed = self.corrections.sources.diagnosed(progress.tick)
         plans = self._plans(index, keep, diagnosed)
-        reports = self.fleet.ask_workers("tick", plans, f"tick {progress.tick}")
+        limit = self.fleet.tick_limit(due=plans[0][0].correction is not None)
+        reports = self.fleet.ask_workers("tick", plans, f"tick {progress.tick}", limit)
         metrics, ledger = combine(reports, mini.batch.response_tokens)
+        judge_loss(metrics, mini.batch, progress.tick)
         self._judge_codec(metrics)
         progress.ledger.merge(ledger)
         self.corrections.log(metrics)

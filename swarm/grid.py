@@ -22,6 +22,12 @@ from codec.ledger import Ledger
 _HEADER = 16  # bytes: sequence number and payload size, int64 each
 
 
+class PeerLost(RuntimeError):
+    """An exchange broke off: most often because the process of a peer is gone, which its own error says better."""
+
+    secondhand = True
+
+
 class Desync(RuntimeError):
     """A neighbour sent something else than this rank expected."""
 
@@ -131,7 +137,7 @@ class Grid:
         except RuntimeError as error:
             if "imed out" in str(error) or "imeout" in str(error):
                 raise WaitTimeout(who, f"{what} to {self.name}", self.timeout_s, "swarm.timeout_s") from error
-            raise RuntimeError(f"{self.name}: {what} with {who} failed: {error}") from error
+            raise PeerLost(f"{self.name}: {what} with {who} failed: {error}") from error
 
     # --- along a pipeline ---------------------------------------------------------------------
 

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from anchor_service.actor import AnchorLine, gather
-from anchor_service.errors import ActorLost
+from anchor_service.actor import AnchorLine
+from anchor_service.calls import gather
+from anchor_service.errors import ActorLost, described
 from rl import mismatch
 from rl.batch import Batch, Prompts, concat
 from rl.engine import EngineFailed
@@ -117,7 +118,7 @@ class Rollouts:
 
     def _renew(self, failure: Exception) -> None:
         """All of them: they follow one stream, and the new ones begin it with a whole snapshot."""
-        self.progress.event("engines started anew", reason=str(failure).strip().splitlines()[-1])
+        self.progress.event("engines started anew", reason=described(failure))
         self.fleet.engines[:] = self.fleet.new_engines()
         self.resync()
 
