@@ -62,7 +62,8 @@ class Display:
         elif kind == "step":
             self._step(record)
         elif kind == "event":
-            console.print(f"step {record['step']:4d}  {record['event']}")
+            reason = f": {record['reason']}" if "reason" in record else ""
+            console.print(f"step {record['step']:4d}  {record['event']}{reason}", markup=False, soft_wrap=True)
 
     def _step(self, record: dict[str, Any]) -> None:
         lag = "–" if self.lag is None else f"{self.lag:g}"

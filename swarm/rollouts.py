@@ -13,6 +13,7 @@ from rl import mismatch
 from rl.batch import Batch, Prompts, concat
 from rl.engine import EngineFailed
 from rl.model_files import parameter_count
+from rl.problems import Problems
 from rl.snapshot import BaseLost
 from swarm.fleet import Fleet
 from swarm.progress import Progress
@@ -26,6 +27,30 @@ class Rollouts:
         self.line = line if config.anchor.weights == "shared" else None
         self._parameters = parameter_count(config.model.path)
         self._resync = True  # the first frames of a run are whole ones
+        self._validated = config.val.size
+
+    def begin(self) -> Problems:
+        """Before the first samples: what problems the engines have, said where they are fewer than were asked for.
+
+        Raises EngineFailed if one has others than the first.
+        """
+        engines, asked = self.fleet.engines, self.config.val.size
+        calls = [(f"engine {i}", engine.problems.remote()) for i, engine in enumerate(engines)]
+        found = gather(calls, "its problems", *self.fleet.engine_limit)
+        for i, other in enumerate(found):
+            if other != found[0]:
+                reason = f"engine {i} has {_names(other)}, engine 0 {_names(found[0])}"
+                raise EngineFailed("the problems of the task", reason, "put the same files on the nodes of all engines")
+        for source in found[0].sources:
+            if source.left_out:
+                reason = f"{source.left_out} of {source.rows} of {source.name}, longer than grpo.max_prompt_length"
+                self.progress.event("rows left out", reason=reason, left_out=source.left_out, rows=source.rows)
+        there = found[0].validation
+        if there is not None and there < asked:
+            reason = f"{there} where val.size is {asked}: each is asked once"
+            self.progress.event("fewer validation problems", reason=reason, problems=there, asked=asked)
+            self._validated = there
+        return found[0]
 
     def train(self) -> tuple[Batch, dict[str, float]]:
         """Samples of the present step, and metrics of it."""
@@ -35,9 +60,7 @@ class Rollouts:
 
     def validation(self) -> tuple[Batch, dict[str, float]]:
         """The same prompts and random numbers each time, so that runs are paired."""
-        rollout = self.config.rollout
-        temperature = rollout.val_temperature or rollout.temperature
-        return self._samples("val", 0, range(self.config.val.size), 1, temperature)
+        return self._samples("val", 0, range(self._validated), 1, self.config.rollout.validation_temperature)
 
     def _samples(self, split: str, step: int, indices: range, n: int, temperature: float) -> tuple[Batch, dict]:
         """Batches of one number of samples, whatever the number of engines: so results do not depend on it."""
@@ -107,6 +130,10 @@ class Rollouts:
         self.progress.event("engines started anew", reason=str(failure).strip().splitlines()[-1])
         self.fleet.engines[:] = self.fleet.new_engines()
         self.resync()
+
+
+def _names(problems: Problems) -> str:
+    return ", ".join(f"{s.rows} rows of {s.name} (digest {s.digest})" for s in problems.sources) or "none of a file"
 
 
 def sample_metrics(batch: Batch) -> dict[str, float]:
