@@ -343,6 +343,7 @@ def _prepared(config: RunConfig, folder: Path, resume: bool) -> Resume | None:
     """All checks that need files alone; where a run goes on. One that is completed already ends the command, well."""
     from deploy.preflight import preflight
     from deploy.resume import plan_resume
+    from rl.problems import check_same
 
     try:
         goes_on = plan_resume(folder, config) if resume else None
@@ -351,7 +352,9 @@ def _prepared(config: RunConfig, folder: Path, resume: bool) -> Resume | None:
                 f"{folder} is completed, {config.run.steps} steps: nothing is left to do; raise run.steps to go on"
             )
             raise typer.Exit(0)
-        preflight(config)
+        problems = preflight(config)
+        if goes_on:
+            check_same(folder / "data.json", problems)
     except ValueError as error:
         raise _refused(error) from error
     return goes_on

@@ -254,6 +254,7 @@ _MAY_CHANGE = {  # where a run goes on: what decides where and how long it runs,
     "run.loggers",
     "run.checkpoint_every",
     "val.every",
+    "task.overlong",  # rows left out are compared beside the data: `rl.problems.check_same`
     "rollout.replicas",
     "rollout.gpu_memory",
     "rollout.kv_cache_gb",
@@ -262,14 +263,18 @@ _MAY_CHANGE = {  # where a run goes on: what decides where and how long it runs,
     "swarm.activation_checkpointing",
 }
 
+_MAY_RISE = {"grpo.max_prompt_length", "grpo.max_response_length"}  # a run that met its limit can go on
+
 
 def check_resumes(stored: Path, config: RunConfig) -> None:
     """Raises ConfigError if `config` is another experiment than the one of a run folder's config.toml."""
     before, after = (flat(c.model_dump(mode="json")) for c in (load(str(stored)), config))
     other = {key for key in before | after if before.get(key) != after.get(key)} - _MAY_CHANGE
     other = {key for key in other if not key.endswith(("timeout_s", ".resource")) and not key.startswith("links.")}
+    other -= {key for key in _MAY_RISE if before[key] < after[key]}
     if other:
         changes = ", ".join(f"{key} {before.get(key)!r} -> {after.get(key)!r}" for key in sorted(other))
+        changes += "".join(f"; {key} may only be raised" for key in sorted(other & _MAY_RISE))
         raise ConfigError(f"--resume goes on with the experiment of {stored}, and this is another: {changes}")
 
 

@@ -23,6 +23,7 @@ from merger import MERGERS
 from rl.model_files import model_shape, resolve
 from rl.policy import spans
 from rl.rollout import RolloutWorker
+from rl.tasks import located
 from swarm.fleet import Fleet
 from swarm.tick import Rules
 from swarm.worker import Worker, WorkerSetup
@@ -184,7 +185,7 @@ def _constructors(config: RunConfig) -> list[list[tuple]]:
     engine = (
         RolloutWorker,
         config.model,
-        config.task,
+        located(config.task),
         config.grpo,
         config.rollout,
         config.snapshot,

@@ -5,13 +5,16 @@ from __future__ import annotations
 from deploy.config import RunConfig
 from rl.model_check import check_model
 from rl.model_files import model_shape, resolve
+from rl.problems import Problems
+from rl.survey import survey
 
 
-def preflight(config: RunConfig) -> None:
-    """Raises ValueError, naming the file or key and the fix, for what the run would stumble over later.
+def preflight(config: RunConfig) -> Problems:
+    """What the task's problems are made of. Raises ValueError, naming the file or key and the fix, for what the run would stumble over later.
 
     Downloads a model of the hub and converts a GGUF file, once.
     """
     folder = resolve(config.model.path)
     config.check_fits(model_shape(str(folder)))
     check_model(folder)
+    return survey(config.task, config.grpo, folder, config.run.seed, config.val.size)

@@ -136,7 +136,7 @@ def _answers(config: RunConfig, tokens: int, say: Say) -> tuple[Batch, Batch]:
 def _sample(worker: RolloutWorker, split: str, config: RunConfig, tokens: int, say: Say) -> Batch:
     """Batches of prompts until there are `tokens` response tokens, or no more validation prompts."""
     size, n = config.rollout.batch_size, config.grpo.group_size  # as many as share a prompt's rows in the run
-    last = config.val.size if split == "val" else None
+    last = min(config.val.size, worker.problems().validation or config.val.size) if split == "val" else None
     batches, count, first = [], 0, 0
     while count < tokens and first != last:
         stop = first + size if last is None else min(first + size, last)
@@ -145,7 +145,9 @@ def _sample(worker: RolloutWorker, split: str, config: RunConfig, tokens: int, s
         count, first = count + batches[-1].response_tokens, stop
         say(f"sampled {count:,} of {tokens:,} tokens of the {split} split")
     if count < tokens:
-        say(f"val.size {config.val.size} has no more prompts: {count:,} tokens are scored")
+        say(
+            f"there are no more than {last} validation prompts (val.size {config.val.size}): {count:,} tokens are scored"
+        )
     return concat(batches)
 
 

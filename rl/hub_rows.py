@@ -6,6 +6,8 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+from rl.rows import Rows
+
 BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".json": "json", ".jsonl": "json", ".csv": "csv"}
 SAVED = ("dataset_dict.json", "dataset_info.json", "state.json")  # in a folder that save_to_disk wrote
 
@@ -16,7 +18,7 @@ def check_hub_rows(name: str) -> None:
         raise ValueError("hf needs a data set: hf:OWNER/NAME, hf:OWNER/NAME/CONFIG, or hf:PATH of a folder or file")
     if importlib.util.find_spec("datasets") is None:
         raise ValueError("hf:… needs the datasets extra: pip install 'northstar[datasets]'")
-    if _is_local(name):
+    if is_local(name):
         path = Path(name).expanduser()
         if not path.exists():
             raise ValueError(f"no such file or folder: {name!r}")
@@ -26,12 +28,12 @@ def check_hub_rows(name: str) -> None:
         raise ValueError(f"{name!r}: no such folder, and a data set of the hub is OWNER/NAME or OWNER/NAME/CONFIG")
 
 
-def hub_rows(name: str, split: str) -> Any:
+def hub_rows(name: str, split: str) -> Rows:
     """The `datasets.Dataset` of one split. Raises ValueError with what to do."""
     try:
-        return _load(name, split)
+        return Rows(f"hf:{name}, split {split!r}", _load(name, split))
     except Exception as error:  # of the library, the hub or the network, each with kinds of their own
-        hint = "" if _is_local(name) else "; where there is no network, fetch it elsewhere and give its folder: hf:PATH"
+        hint = "" if is_local(name) else "; where there is no network, fetch it elsewhere and give its folder: hf:PATH"
         raise ValueError(
             f"hf:{name}: split {split!r} cannot be loaded ({type(error).__name__}: {error}){hint}"
         ) from error
@@ -40,7 +42,7 @@ def hub_rows(name: str, split: str) -> Any:
 def _load(name: str, split: str) -> Any:
     import datasets
 
-    if not _is_local(name):
+    if not is_local(name):
         parts = name.split("/")
         return datasets.load_dataset("/".join(parts[:2]), *parts[2:], split=split)
     path = Path(name).expanduser()
@@ -52,5 +54,5 @@ def _load(name: str, split: str) -> Any:
     return found[split] if isinstance(found, datasets.DatasetDict) else found
 
 
-def _is_local(name: str) -> bool:
+def is_local(name: str) -> bool:
     return name.startswith((".", "/", "~")) or Path(name).exists()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer
 
 from codec.frames import digest
 from rl import mismatch
@@ -18,6 +17,8 @@ from rl.device import peak_memory_gb
 from rl.engine import Engine, PlainModel, Samples
 from rl.grpo import group_advantages
 from rl.model_files import resolve
+from rl.problems import Problems
+from rl.prompts import PromptEncoder
 from rl.reward import make_reward
 from rl.snapshot import Receiver
 from rl.tasks import make_task
@@ -25,10 +26,6 @@ from rl.transformers_engine import TransformersEngine
 from rl.vllm_engine import VllmEngine
 
 SPLITS = {"train": 0, "val": 1}
-
-
-class PromptTooLong(ValueError):
-    """A prompt has more tokens than `grpo.max_prompt_length`."""
 
 
 ENGINES = {"transformers": TransformersEngine, "vllm": VllmEngine}
@@ -50,8 +47,10 @@ class RolloutWorker:
     ):
         torch.set_num_threads(threads)
         folder = resolve(model.path)
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.task, self.task_config = make_task(task, seed, val_size), task
+        self.encoder = PromptEncoder(folder, task, grpo.max_prompt_length)
+        self.tokenizer = self.encoder.tokenizer
+        judge = self.encoder.judge if task.overlong == "drop" else None  # else no row is too long: it was checked
+        self.task = make_task(task, seed, val_size, judge)
         self.reward = make_reward(task.reward, self.task)
         self.grpo, self.seed = grpo, seed
         self.receiver = Receiver(snapshot)
@@ -69,6 +68,10 @@ class RolloutWorker:
         self.engine.publish()
         return digest(master.cpu().numpy())
 
+    def problems(self) -> Problems:
+        """What this engine has read, on its node."""
+        return self.task.problems()
+
     def sleep(self) -> None:
         """Leave the GPU to the trainer until the next weights."""
         self.engine.sleep()
@@ -79,14 +82,15 @@ class RolloutWorker:
         Groups are whole, so advantages are final.
         """
         examples = [self.task.example(ask.split, i) for i in ask.indices]
-        prompts = [self._encode(example.prompt) for example in examples]
+        prompts = self.encoder.encode([example.prompt for example in examples])
         limit = self.grpo.max_response_length
         keys = [(self.seed, SPLITS[ask.split], ask.step, i, s) for i in ask.indices for s in range(ask.n)]
         samples = self.engine.sample(prompts, keys, limit, ask.temperature)
         compared = self._compare(ask, prompts, samples)
         prompts = [p for p in prompts for _ in range(ask.n)]
         examples = [e for e in examples for _ in range(ask.n)]
-        ref = self.reference.score(prompts, samples.tokens, ask.temperature) if self.reference else []
+        # of greedy validation at temperature 1: nothing reads it there
+        ref = self.reference.score(prompts, samples.tokens, ask.temperature or 1.0) if self.reference else []
         rewards = [
             self.reward(example, self.tokenizer.decode(tokens, skip_special_tokens=True), cut)
             for example, tokens, cut in zip(examples, samples.tokens, samples.truncated)
@@ -117,19 +121,3 @@ class RolloutWorker:
     @staticmethod
     def _advantages(rewards: list[float], n: int) -> np.ndarray:
         return group_advantages(torch.tensor(rewards), n).numpy() if n > 1 else np.zeros(len(rewards), np.float32)
-
-    def _encode(self, prompt: str) -> list[int]:
-        text = self.task_config.instruction + prompt
-        if self.task_config.chat:
-            message = [{"role": "user", "content": text}]
-            ids = self.tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False)
-        else:
-            ids = self.tokenizer(text)["input_ids"]
-        if not ids:
-            raise ValueError(f"the model's tokenizer knows no character of the prompt {prompt[:60]!r}")
-        if len(ids) > self.grpo.max_prompt_length:
-            raise PromptTooLong(
-                f"a prompt has {len(ids)} tokens, grpo.max_prompt_length is {self.grpo.max_prompt_length}: "
-                f"raise it, or give the task shorter problems ({prompt[:60]!r})"
-            )
-        return list(ids)

@@ -13,6 +13,7 @@ import hashlib
 import random
 
 from rl.examples import Example
+from rl.problems import Problems
 
 DIGITS = 5
 EOS = "$"
@@ -81,6 +82,9 @@ class Sums:
             answer=str(sum(digits) % 10),
             metadata={"digits": digits},
         )
+
+    def problems(self) -> Problems:
+        return Problems()
 
     def score(self, example: Example, text: str) -> float:
         """1.0 if the text closes with `#` and the right digit, else 0.0.

@@ -17,12 +17,15 @@ from typing import Any, Protocol
 
 from pydantic import ValidationError
 
+from rl.columns import prompt_column
 from rl.config import TableParams, TaskConfig
 from rl.examples import Example
-from rl.hub_rows import check_hub_rows, hub_rows
+from rl.hub_rows import check_hub_rows, hub_rows, is_local
+from rl.jsonl import first_row, read_jsonl
+from rl.problems import Problems
 from rl.reward import check_reward
 from rl.sums import Sums
-from rl.table import Table, first_row, prompt_column, read_jsonl
+from rl.table import Judge, Table
 
 
 class Task(Protocol):
@@ -31,6 +34,10 @@ class Task(Protocol):
     def example(self, split: str, index: int) -> Example: ...
 
     def score(self, example: Example, text: str) -> float: ...
+
+    def problems(self) -> Problems:
+        """How many there are to validate on, and what they were read from."""
+        ...
 
 
 class ReasoningGym:
@@ -56,6 +63,9 @@ class ReasoningGym:
                 return _gym_example(item)
         raise ValueError("100 training problems in a row are in the validation set: the task has too few problems")
 
+    def problems(self) -> Problems:
+        return Problems(len(self._val))
+
     def score(self, example: Example, text: str) -> float:
         # the scorer wants the answer alone: what follows the last "####" if the model wrote one
         answer = text.rsplit("####", 1)[-1].strip()
@@ -69,38 +79,53 @@ def _gym_example(item: dict[str, Any]) -> Example:
     return Example(item["question"], str(item["answer"]), item)
 
 
-def _build_sums(argument: str, config: TaskConfig, seed: int, val_size: int) -> Task:
+def _build_sums(argument: str, config: TaskConfig, seed: int, val_size: int, judge: Judge | None) -> Task:
     return Sums(seed)
 
 
-def _build_gym(argument: str, config: TaskConfig, seed: int, val_size: int) -> Task:
+def _build_gym(argument: str, config: TaskConfig, seed: int, val_size: int, judge: Judge | None) -> Task:
     return ReasoningGym(argument, config.params, seed, val_size)
 
 
-def _build_jsonl(argument: str, config: TaskConfig, seed: int, val_size: int) -> Task:
+def _build_jsonl(argument: str, config: TaskConfig, seed: int, val_size: int, judge: Judge | None) -> Task:
     columns = _columns(config)
     val = None if columns.val is None else read_jsonl(columns.val)
-    return Table(argument, read_jsonl(argument), val, columns, seed)
+    return Table(read_jsonl(argument), val, columns, seed, judge)
 
 
-def _build_hf(argument: str, config: TaskConfig, seed: int, val_size: int) -> Task:
+def _build_hf(argument: str, config: TaskConfig, seed: int, val_size: int, judge: Judge | None) -> Task:
     columns = _columns(config)
     val = None if columns.val is None else hub_rows(argument, columns.val)
-    return Table(config.name, hub_rows(argument, columns.train), val, columns, seed)
+    return Table(hub_rows(argument, columns.train), val, columns, seed, judge)
 
 
 TASKS = {"sums": _build_sums, "reasoning_gym": _build_gym, "jsonl": _build_jsonl, "hf": _build_hf}
+TABLES = ("jsonl", "hf")
 
 
-def make_task(config: TaskConfig, seed: int, val_size: int) -> Task:
+def make_task(config: TaskConfig, seed: int, val_size: int, judge: Judge | None = None) -> Task:
+    """`judge` says which rows of a table are left out. Raises ValueError with the rows that are no problem."""
     kind, _, argument = config.name.partition(":")
-    return TASKS[kind](argument, config, seed, val_size)
+    return TASKS[kind](argument, config, seed, val_size, judge)
+
+
+def located(config: TaskConfig) -> TaskConfig:
+    """With absolute paths: an engine may have another working directory."""
+    kind, _, argument = config.name.partition(":")
+    params = dict(config.params)
+    if kind == "jsonl" and params.get("val"):
+        params["val"] = str(Path(params["val"]).expanduser().absolute())
+    if kind == "jsonl" or (kind == "hf" and is_local(argument)):
+        argument = str(Path(argument).expanduser().absolute())
+        return config.model_copy(update={"name": f"{kind}:{argument}", "params": params})
+    return config
 
 
 def check_task(config: TaskConfig) -> None:
     """Raises ValueError, with the key and what is allowed, unless the task is there. Imports nothing heavy."""
     _check("task.name", _check_name, config.name)
     _check("task.params", _check_params, config)
+    _check("task.overlong", _check_overlong, config)
     if config.reward is not None:
         _check("task.reward", check_reward, config.reward)
 
@@ -136,7 +161,7 @@ def _check_params(config: TaskConfig) -> None:
         raise ValueError(f"sums takes none, got {', '.join(config.params)}")
     if kind == "reasoning_gym" and config.params:
         _check_gym(argument, config.params)
-    if kind not in ("jsonl", "hf"):
+    if kind not in TABLES:
         return
     columns = _columns(config)
     if kind == "hf" and columns.val and Path(argument).expanduser().is_file():
@@ -147,8 +172,17 @@ def _check_params(config: TaskConfig) -> None:
         for path in filter(None, (argument, columns.val)):
             if not Path(path).expanduser().is_file():
                 raise ValueError(f"val: no such file: {path!r}")
-            if (row := first_row(path)) is not None:
-                prompt_column(path, row, columns)
+            if (found := first_row(path)) is not None:
+                prompt_column(*found, columns)
+
+
+def _check_overlong(config: TaskConfig) -> None:
+    kind = config.name.partition(":")[0]
+    if config.overlong == "drop" and kind not in TABLES:
+        raise ValueError(
+            f"'drop' leaves rows of a table out, and {kind} makes its problems: leave it at 'error', and raise "
+            f"grpo.max_prompt_length or ask for shorter problems in task.params"
+        )
 
 
 def _check_gym(name: str, params: dict[str, Any]) -> None:

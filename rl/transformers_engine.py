@@ -82,7 +82,12 @@ class TransformersEngine:
 
 
 def _draw(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Inverse-CDF sampling, one uniform number a row: independent of which rows are in the batch."""
+    """Inverse-CDF sampling, one uniform number a row: independent of which rows are in the batch.
+
+    At temperature 0 the likeliest token, the first of several: it is certain, so its log-prob is 0.
+    """
+    if temperature == 0:
+        return logits.argmax(dim=-1), torch.zeros(len(logits), device=logits.device)
     logp = log_distribution(logits, temperature)
     cdf = logp.double().exp().cumsum(-1)
     chosen = torch.searchsorted(cdf, (uniform.double() * cdf[:, -1])[:, None], right=True).squeeze(1)

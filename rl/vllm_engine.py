@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -117,7 +118,7 @@ class VllmEngine:
         answers = [request.outputs[0] for request in self.llm.generate(asked, params, use_tqdm=False)]
         return Samples(
             tokens=[np.array(answer.token_ids, np.int32) for answer in answers],
-            logprobs=[np.array(answer.logprobs.logprobs, np.float32) for answer in answers],
+            logprobs=[_logprobs(answer, temperature) for answer in answers],
             truncated=[answer.finish_reason == "length" for answer in answers],
         )
 
@@ -151,6 +152,13 @@ class VllmEngine:
         params = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
         (answer,) = self.llm.generate(TokensPrompt(prompt_token_ids=ids), params, use_tqdm=False)
         return np.array([at[token].logprob for token, at in zip(ids[1:], answer.prompt_logprobs[1:])], np.float32)
+
+
+def _logprobs(answer: Any, temperature: float) -> np.ndarray:
+    """Under the sampling distribution. At temperature 0 the token is certain; vLLM says its log-prob at 1 then."""
+    if temperature == 0:
+        return np.zeros(len(answer.token_ids), np.float32)
+    return np.array(answer.logprobs.logprobs, np.float32)
 
 
 @contextmanager

@@ -30,7 +30,7 @@ from swarm.gate import EngineGate, LaunchGate
 from swarm.nonfinite import judge_loss
 from swarm.progress import Progress
 from swarm.rollouts import Rollouts, sample_metrics
-from swarm.telemetry import Telemetry, combine
+from swarm.telemetry import Telemetry, combine, replace_text
 
 
 class Coordinator:
@@ -53,6 +53,9 @@ class Coordinator:
     def run(self) -> None:
         """From the present step to the last."""
         run, val, progress = self.config.run, self.config.val, self.progress
+        problems = self.rollouts.begin()
+        if problems.sources:  # what a resume compares with
+            replace_text(self.run_folder / "data.json", problems.to_json())
         self.rollouts.sync()
         if progress.step == 0:
             self._validate()

@@ -14,6 +14,7 @@ from rl import mismatch
 from rl.batch import Batch, Prompts, concat
 from rl.engine import EngineFailed
 from rl.model_files import parameter_count
+from rl.problems import Problems
 from rl.snapshot import BaseLost
 from swarm.fleet import Fleet
 from swarm.progress import Progress
@@ -28,6 +29,40 @@ class Rollouts:
         self._parameters = parameter_count(config.model.path)
         self._resync = True  # the first frames of a run are whole ones
         self._endless = False  # no answer of the last step came to an end
+        self._validated = config.val.size
+
+    def begin(self) -> Problems:
+        """Before the first samples: what problems the engines have, said where they are fewer than were asked for.
+
+        Raises EngineFailed if one has others than the first.
+        """
+        try:
+            found = self._problems()
+        except ActorLost as failure:
+            self._renew(failure)
+            found = self._problems()
+        self._say_what_is_missing(found)
+        return found
+
+    def _problems(self) -> Problems:
+        calls = [(f"engine {i}", engine.problems.remote()) for i, engine in enumerate(self.fleet.engines)]
+        first, *others = gather(calls, "its problems", *self.fleet.engine_limit)
+        for i, other in enumerate(others, 1):
+            if other != first:
+                reason = f"engine {i} has {_names(other)}, engine 0 {_names(first)}"
+                raise EngineFailed("the problems of the task", reason, "put the same files on the nodes of all engines")
+        return first
+
+    def _say_what_is_missing(self, problems: Problems) -> None:
+        for source in problems.sources:
+            if source.left_out:
+                reason = f"{source.left_out} of {source.rows} of {source.name}, longer than grpo.max_prompt_length"
+                self.progress.event("rows left out", reason=reason, left_out=source.left_out, rows=source.rows)
+        there, asked = problems.validation, self.config.val.size
+        if there is not None and there < asked:
+            reason = f"{there} where val.size is {asked}: each is asked once"
+            self.progress.event("fewer validation problems", reason=reason, problems=there, asked=asked)
+            self._validated = there
 
     def train(self) -> tuple[Batch, dict[str, float]]:
         """Samples of the present step, and metrics of it."""
@@ -49,9 +84,7 @@ class Rollouts:
 
     def validation(self) -> tuple[Batch, dict[str, float]]:
         """The same prompts and random numbers each time, so that runs are paired."""
-        rollout = self.config.rollout
-        temperature = rollout.val_temperature or rollout.temperature
-        return self._samples("val", 0, range(self.config.val.size), 1, temperature)
+        return self._samples("val", 0, range(self._validated), 1, self.config.rollout.validation_temperature)
 
     def _samples(self, split: str, step: int, indices: range, n: int, temperature: float) -> tuple[Batch, dict]:
         """Batches of one number of samples, whatever the number of engines: so results do not depend on it."""
@@ -121,6 +154,10 @@ class Rollouts:
         self.progress.event("engines started anew", reason=described(failure))
         self.fleet.engines[:] = self.fleet.new_engines()
         self.resync()
+
+
+def _names(problems: Problems) -> str:
+    return ", ".join(f"{s.rows} rows of {s.name} (digest {s.digest})" for s in problems.sources) or "none of a file"
 
 
 def sample_metrics(batch: Batch) -> dict[str, float]:

@@ -9,6 +9,7 @@ os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import multiprocessing
+import shutil
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from xdist.scheduler import LoadScopeScheduling
 
 from rl.batch import Batch
+from rl.model_files import BUILTIN
 from swarm.grid import meeting
 
 torch.set_num_threads(1)
@@ -140,3 +142,14 @@ def _child(pipe: Any, work: Callable[..., Any], rank: int, args: tuple) -> None:
         pipe.send((False, traceback.format_exc()))
     pipe.close()
     os._exit(0)  # a forked child must not run the parent's exit handlers
+
+
+@pytest.fixture
+def chat_model(tmp_path: Path) -> Path:
+    """The built-in policy with a chat template: one token before a message, two where the answer begins."""
+    folder = tmp_path / "chat-model"
+    shutil.copytree(BUILTIN / "tiny", folder)
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}#{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}??{% endif %}"
+    )
+    return folder

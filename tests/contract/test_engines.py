@@ -111,6 +111,14 @@ def test_a_low_temperature_takes_likely_tokens(engine: EngineProcess):
     assert likelihood(0.01) > -0.1 and likelihood(1.0) < -1
 
 
+def test_temperature_0_takes_the_likeliest_token_and_is_certain_of_it(engine: EngineProcess):
+    found = engine(sample, PROMPTS, keys(4, 2), 10, 0.0)
+    assert not np.concatenate(found.logprobs).any()
+    assert all(np.array_equal(a, b) for a, b in zip(found.tokens[::2], found.tokens[1::2], strict=True))
+    cold = np.concatenate(list(plain_logprobs(engine, engine.folder, PROMPTS, found, 0.01)))
+    assert cold.mean() > -0.1
+
+
 def test_draws_follow_the_distribution(engine: EngineProcess):
     """The first token of 600 samples of one prompt, against the probabilities they came with."""
     found = engine(sample, PROMPTS[:1], keys(1, 600), 1, 1.0)

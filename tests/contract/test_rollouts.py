@@ -13,7 +13,8 @@ from rl import mismatch
 from rl.batch import Batch, Prompts
 from rl.config import GrpoConfig, ModelConfig, RolloutConfig, SnapshotConfig, TaskConfig
 from rl.model_files import BUILTIN
-from rl.rollout import PromptTooLong, RolloutWorker
+from rl.prompts import PromptTooLong
+from rl.rollout import RolloutWorker
 
 
 def make_worker(model: ModelConfig | None = None, task: TaskConfig | None = None, **grpo) -> RolloutWorker:

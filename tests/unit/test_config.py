@@ -148,7 +148,14 @@ BAD = {
     "a limit on what is not measured": Bad(
         ["max_mismatch_kl", "mismatch_every=1"], ["rollout.max_mismatch_kl=0.1", "rollout.mismatch_every=0"]
     ),
-    "a temperature that vllm would raise": Bad(["0.001", "0.01"], ["rollout.engine=vllm", "rollout.temperature=0.001"]),
+    "a temperature that overflows": Bad(["rollout.temperature", "1e-40", "0.01"], ["rollout.temperature=1e-40"]),
+    "greedy training": Bad(["rollout.temperature", "0.0", "0.01"], ["rollout.temperature=0.0"]),
+    "a validation temperature that overflows": Bad(
+        ["val_temperature 1e-40", "0 (greedy)", "0.01"], ["rollout.val_temperature=1e-40"]
+    ),
+    "rows left out of a task that makes its problems": Bad(
+        ["task.overlong", "'drop'", "sums", "grpo.max_prompt_length"], ["task.overlong=drop"]
+    ),
     "importance weights that are all one": Bad(
         ["rollout_is", "old_logprobs=trainer"], ["grpo.rollout_is=token", "grpo.old_logprobs=rollout"]
     ),
@@ -508,6 +515,19 @@ def test_a_run_goes_on_as_the_experiment_that_it_was(tmp_path: Path):
     check_resumes(stored, load("k5", ["run.steps=90", "swarm.timeout_s=7", "rollout.replicas=2", "links.swarm_mbit=3"]))
     with pytest.raises(ConfigError, match=r"grpo\.lr 6e-05 -> 0\.01, run\.seed 0 -> 9"):
         check_resumes(stored, load("k5", ["grpo.lr=1e-2", "run.seed=9"]))
+
+
+def test_a_run_that_met_a_limit_goes_on_with_a_higher_one_and_not_with_a_lower(tmp_path: Path):
+    stored = tmp_path / "config.toml"
+    stored.write_text(to_toml(load("k5")))
+    check_resumes(stored, load("k5", ["grpo.max_prompt_length=30", "grpo.max_response_length=41"]))
+    with pytest.raises(ConfigError, match=r"max_prompt_length 16 -> 15; grpo\.max_prompt_length may only be raised"):
+        check_resumes(stored, load("k5", ["grpo.max_prompt_length=15", "grpo.max_response_length=41"]))
+
+
+def test_validation_is_greedy_at_0_and_as_warm_as_training_where_nothing_is_said():
+    assert load("k5", ["rollout.val_temperature=0"]).rollout.validation_temperature == 0.0
+    assert load("k5", ["rollout.temperature=0.5"]).rollout.validation_temperature == 0.5
 
 
 def test_the_order_of_overrides_does_not_matter_where_one_chooses_a_kind():

@@ -115,7 +115,7 @@ def test_jsonl_splits_are_disjoint_cover_the_file_and_do_not_depend_on_the_seed(
     for seed in (0, 1):
         jsonl = task(lines, seed)
         train = {jsonl.example("train", i).prompt for i in range(400)}
-        val = {jsonl.example("val", i).prompt for i in range(400)}
+        val = {jsonl.example("val", i).prompt for i in range(jsonl.problems().validation)}
         assert not train & val and len(train | val) == 400
         assert 20 < len(val) < 80  # about a tenth
         splits.append((train, val))
@@ -142,7 +142,8 @@ def test_a_repeated_question_is_never_in_both_jsonl_splits(tmp_path: Path):
     file = tmp_path / "repeats.jsonl"
     file.write_text("\n".join(json.dumps({"prompt": f"p{i % 60}", "answer": str(i)}) for i in range(600)))
     jsonl = task(f"jsonl:{file}")
-    train, val = ({jsonl.example(split, i).prompt for i in range(600)} for split in ("train", "val"))
+    counts = {"train": 600, "val": jsonl.problems().validation}
+    train, val = ({jsonl.example(split, i).prompt for i in range(n)} for split, n in counts.items())
     assert not train & val and len(train | val) == 60
 
 

@@ -1,0 +1,79 @@
+"""The two columns of a row that make a problem: its prompt and its answer, as text. No torch."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+from rl.config import TableParams
+
+PROMPTS = ("prompt", "question", "problem")
+
+
+def prompt_column(where: str, row: dict[str, Any], columns: TableParams) -> str:
+    """The column of the prompts. Raises ValueError if it, or that of the answers, is not in `row`."""
+    found = columns.prompt or next((column for column in PROMPTS if column in row), None)
+    if found is None:
+        raise ValueError(
+            f"{where}: no column {', '.join(PROMPTS[:-1])} or {PROMPTS[-1]}: set task.params.prompt to one of "
+            f"{', '.join(row)}"
+        )
+    for key, column in (("prompt", found), ("answer", columns.answer)):
+        _value(where, row, column, key)
+    return found
+
+
+def text_of(where: str, row: dict[str, Any], columns: TableParams, key: Literal["prompt", "answer"]) -> str:
+    """The value of a column, or with dots of a field inside one; of a chat of one message its content.
+
+    Text, or a number that is written as text. Raises ValueError, with `where`, for anything that a policy cannot be
+    shown or an answer cannot be compared with.
+    """
+    column = getattr(columns, key)
+    value = _value(where, row, column, key)
+    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict) and value[0].get("role") == "user":
+        value = value[0].get("content")
+    if fault := _fault(value):
+        raise ValueError(
+            f"{where}: column {column!r} {fault}: mend or remove the row, or set task.params.{key} to another column"
+        )
+    return str(value)
+
+
+def top(column: str, row: dict[str, Any]) -> str:
+    """The column of `row` that `column` is, or lies in."""
+    return column if column in row else column.split(".")[0]
+
+
+def _value(where: str, row: dict[str, Any], column: str, key: str) -> Any:
+    value: Any = row
+    for part in [column] if column in row else column.split("."):
+        if not isinstance(value, dict) or part not in value:
+            raise ValueError(
+                f"{where}: no column {column!r}; it has {', '.join(row)}: set task.params.{key}, or mend the row"
+            )
+        value = value[part]
+    return value
+
+
+def _fault(value: Any) -> str | None:
+    if value is None:
+        return "is null"
+    if not isinstance(value, str | int | float):
+        return f"holds {type(value).__name__} ({str(value)[:60]}), not text"
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"holds {value}, not a finite number"
+    return _fault_of_text(str(value))
+
+
+def _fault_of_text(text: str) -> str | None:
+    head = repr(text[:60])
+    if not text.strip():
+        return f"is empty ({head})"
+    if "\0" in text:
+        return f"holds a NUL at character {text.index(chr(0))} ({head})"
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # valid JSON, but no character, and nothing can encode it
+        return f"holds half of a surrogate pair, {text[error.start]!r}, at character {error.start} ({head})"
+    return None

@@ -1,0 +1,68 @@
+"""The rows of one file or split, and what each is called in an error. No torch."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rl.columns import text_of, top
+from rl.config import TableParams
+
+SHOWN = 5  # faults that an error spells out
+
+
+@dataclass(frozen=True)
+class Rows:
+    """`rows` is a list, or a datasets.Dataset, which reads a row when it is asked for."""
+
+    name: str  # of the file, or of data set and split
+    rows: Sequence[dict[str, Any]]
+    lines: Sequence[int] | None = None  # of a file: the line of each row, from 1
+    digest: str | None = None  # of a file's bytes
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def place(self, index: int) -> str:
+        return f"{self.name}, row {index}" if self.lines is None else f"{self.name}, line {self.lines[index]}"
+
+    def texts(self, columns: TableParams) -> list[tuple[str, str]]:
+        """Prompt and answer of every row. Raises ValueError with the rows that have none."""
+        found, faults = [], []
+        for index, row in enumerate(self._narrow(columns)):
+            where = self.place(index)
+            try:
+                found.append((text_of(where, row, columns, "prompt"), text_of(where, row, columns, "answer")))
+            except ValueError as error:
+                faults.append(str(error))
+        refuse(faults)
+        return found
+
+    def _narrow(self, columns: TableParams) -> Sequence[dict[str, Any]]:
+        """Of a data set the two columns alone: others may hold images, and each row would decode them."""
+        if not hasattr(self.rows, "select_columns"):
+            return self.rows
+        return self.rows.select_columns(sorted({top(c, self.rows[0]) for c in (columns.prompt, columns.answer)}))
+
+
+def refuse(faults: Sequence[str], closing: str = "") -> None:
+    """Raises ValueError with the first faults, how many more there are, and `closing`, if there is any."""
+    if not faults:
+        return
+    more = [f"… and {len(faults) - SHOWN} more rows"] if len(faults) > SHOWN else []
+    raise ValueError("\n".join([*faults[:SHOWN], *more, *filter(None, [closing])]))
+
+
+def digest_of(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def digest_of_texts(texts: Sequence[tuple[str, str]]) -> str:
+    """Of prompts and answers in their order, each with its length before it: no two lists run into one."""
+    hashed = hashlib.blake2b(digest_size=16)
+    for text in (part for pair in texts for part in pair):
+        data = text.encode()
+        hashed.update(len(data).to_bytes(8, "little") + data)
+    return hashed.hexdigest()

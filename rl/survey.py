@@ -1,0 +1,31 @@
+"""A look at all problems of a task before a run: every row of a table, some of those that are made. No torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rl.config import GrpoConfig, TaskConfig
+from rl.problems import Problems
+from rl.prompts import PromptEncoder
+from rl.tasks import make_task
+
+SAMPLE = 64  # made problems looked at, of each split
+
+
+def survey(task: TaskConfig, grpo: GrpoConfig, folder: Path, seed: int, val_size: int) -> Problems:
+    """`folder` is the model's. Raises ValueError with the rows, or the problem, that a run could not be shown."""
+    encoder = PromptEncoder(folder, task, grpo.max_prompt_length)
+    val_size = min(val_size, SAMPLE)  # a table does not ask; making a problem may take long
+    made = make_task(task, seed, val_size, encoder.judge)
+    found = made.problems()
+    if not found.sources:
+        for split, count in (("train", min(grpo.train_batch_size, SAMPLE)), ("val", val_size)):
+            _check_made(task, encoder, [made.example(split, i).prompt for i in range(count)])
+    return found
+
+
+def _check_made(task: TaskConfig, encoder: PromptEncoder, prompts: list[str]) -> None:
+    try:
+        encoder.encode(prompts)
+    except ValueError as error:
+        raise ValueError(f"task.name {task.name!r}: {error}") from None
