@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-import re
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from rl.answers import final_answer, is_number, normal, same
 from rl.config import TableParams
 from rl.examples import Example
+from rl.symbolic import Formulas, comparable
 
 Rows = Sequence[dict[str, Any]]  # a list, or a datasets.Dataset, which reads a row when it is asked for
 PROMPTS = ("prompt", "question", "problem")
@@ -22,15 +23,15 @@ class Table:
     """Training and validation problems never overlap: neither a row nor its prompt is in both splits.
 
     `val` are rows kept for validation; without them about a tenth of `train` is, by a hash of the prompt.
-    `#### N` answers are compared as numbers. `name` is for errors. Raises ValueError for columns that are
-    not there and for a split without rows.
+    How answers are compared: `rl.answers`. `name` is for errors. Raises ValueError for columns that are not there
+    and for a split without rows.
     """
 
     def __init__(self, name: str, train: Rows, val: Rows | None, columns: TableParams, seed: int):
         if not len(train) or (val is not None and not len(val)):
             raise ValueError(f"{name} has no rows")
         self.columns = columns.model_copy(update={"prompt": prompt_column(name, train[0], columns)})
-        self._name, self._seed = name, seed
+        self._name, self._seed, self.formulas = name, seed, Formulas()
         prompts = [self._text(row, self.columns.prompt) for row in train]
         if val is None:
             held_out = {prompt for prompt in prompts if _held_out(prompt)}
@@ -54,7 +55,13 @@ class Table:
         return Example(self._text(row, self.columns.prompt), self._text(row, self.columns.answer), row)
 
     def score(self, example: Example, text: str) -> float:
-        return float(final_answer(text) == final_answer(example.answer))
+        gold = normal(final_answer(example.answer))
+        response = normal(final_answer(text, number=is_number(gold)))
+        if same(gold, response):
+            return 1.0
+        if self.columns.answers == "text" or not comparable(gold, response, self.columns.answers == "math"):
+            return 0.0
+        return float(self.formulas.same(gold, response))
 
     def _text(self, row: dict[str, Any], column: str) -> str:
         return text_of(self._name, row, column)
@@ -124,13 +131,3 @@ def _permutation(n: int, seed: int, epoch: int) -> list[int]:
 
 def _held_out(text: str) -> bool:
     return hashlib.blake2b(text.encode(), digest_size=8).digest()[0] < 26  # about 10 %
-
-
-def final_answer(text: str) -> str:
-    """What follows the last `####` (else the last number, else all of it), as a plain number if it is one."""
-    tail = text.rsplit("####", 1)[-1].strip() if "####" in text else text.strip()
-    numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?", tail)
-    if not numbers:
-        return tail
-    value = float(numbers[0 if "####" in text else -1].replace(",", ""))
-    return str(int(value)) if value.is_integer() else str(value)
