@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import unicodedata
 
-from rl.quantities import measured, quantity
+from rl.quantities import amount, quantity
 
 LONGEST = 2000  # characters of an answer that are compared as more than text
 _DEEPEST = 3  # brackets in brackets
@@ -83,12 +83,9 @@ def same(one: str, other: str) -> bool:
 
 
 def _same(one: str, other: str, depth: int) -> bool:
-    a, b = quantity(one), quantity(other)
-    if a and b:
-        return a.same(b)
+    a, b = amount(one), amount(other)
     if a or b:
-        number, counted = a or b, measured(other if a else one)
-        return counted is not None and number.same(counted)
+        return a is not None and b is not None and a.same(b)
     return _folded(one) == _folded(other) or (depth > 0 and _same_parts(_parts(one), _parts(other), depth - 1))
 
 

@@ -21,7 +21,7 @@ _RATIO = re.compile(
 )
 _MEASURED = re.compile(
     rf"([+-]?[$€£¥]?(?:{_DIGITS})[%°]?)"
-    r"(?:\s+([a-z]{2,})(?:\s+[a-z]+)*\s*(?:[.,;(].*)?|\s*\\(?:text|textrm|mathrm|mbox)\s*\{\s*([^{}]+)\}(?:\^[23])?)",
+    r"(?:\s+([a-z]{2,}(?:\s+[a-z]+)*\s*(?:[.,;(].*)?)|\s*\\(?:text|textrm|mathrm|mbox)\s*\{\s*([^{}]+)\}(?:\^[23])?)",
     re.IGNORECASE,
 )
 _CHANGES_THE_NUMBER = frozenset(
@@ -30,11 +30,13 @@ _CHANGES_THE_NUMBER = frozenset(
     "jan feb mar apr may jun jul aug sep sept oct nov dec january february march april june july august september "
     "october november december bc ad bce ce".split()
 )
+_SIGN_OF = {"dollar": "$", "dollars": "$", "usd": "$", "euro": "€", "euros": "€", "eur": "€"}
+_SIGN_OF |= {"percent": "%", "pct": "%", "degree": "°", "degrees": "°"}
 
 
 @dataclass(frozen=True)
 class Quantity:
-    """A value and the sign of what it counts: a currency, `%`, `°` or nothing."""
+    """A value and what it counts: the sign of a currency, `%`, `°`, words, or nothing."""
 
     value: Fraction
     unit: str = ""
@@ -60,11 +62,15 @@ def quantity(text: str) -> Quantity | None:
     return None
 
 
-def measured(text: str) -> Quantity | None:
-    """The number in front of words that say what is counted: `1,234 dollars`. None for `5 million` or `10 March`."""
-    found = _MEASURED.fullmatch(text) if len(text) <= LONGEST else None
-    words = re.findall(r"[a-z]+", (found[2] or found[3]).lower()) if found else []
-    return quantity(found[1]) if words and words[0] not in _CHANGES_THE_NUMBER else None
+def amount(text: str) -> Quantity | None:
+    """`quantity`, or the number in front of words that say what is counted: `1,234 dollars`. Not `5 million`."""
+    if (found := quantity(text)) or len(text) > LONGEST or not (words := _MEASURED.fullmatch(text)):
+        return found
+    number, unit = quantity(words[1]), (words[2] or words[3]).strip().casefold()
+    first = re.match(r"[^\W\d_]+", unit)
+    if number is None or first is None or first[0] in _CHANGES_THE_NUMBER:
+        return None
+    return Quantity(number.value, number.unit or _SIGN_OF.get(unit, unit))
 
 
 def _plain(found: re.Match[str]) -> Quantity | None:

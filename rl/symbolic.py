@@ -6,16 +6,18 @@ and what is not decided after a deadline is not the same.
 
 from __future__ import annotations
 
+import logging
 import re
+import signal
 from collections.abc import Callable
+from typing import Any
 
 from rl.child import Child, ChildFailed
-from rl.quantities import quantity
+from rl.quantities import amount
 
 LONGEST = 300  # characters
-DEADLINE_S = 10.0  # of one comparison; the library's own of 2 s a part cannot interrupt a long multiplication
-START_S = 120.0  # of the library
-_LIBRARY_S = 2
+CPU_S = 1.0  # of one comparison, of the CPU's time: how busy the machine is does not change a reward
+DEADLINE_S = 60.0  # where the CPU's time does not help, in one long multiplication; and of the start
 _DIGITS = 12  # a number written as a decimal is the same as a root or π only if it is so to this many places
 _MATHS = re.compile(r"[\\^_√π∞]|\d[a-z]\b|\b[a-z]\s*[-+*/=<>(]|[-+*/=<>)]\s*[a-z]\b", re.IGNORECASE)
 _LETTERS = re.compile(r"[^\W\d_]{3,}|[^\W\d_]+\s+[^\W\d_]{2,}")
@@ -46,13 +48,13 @@ class Formulas:
         """In both directions: the library would take `9 = 1` for 1."""
         if self._child is None:
             self._child = Child("rl.symbolic:comparison")
-            self._child.started(START_S)
+            self._child.started(DEADLINE_S)
         try:
-            return self._child.ask(DEADLINE_S, one, other)
+            found = self._child.ask(DEADLINE_S, one, other)
         except ChildFailed:
-            self._undecided += 1
-            self._child = None
-            return False
+            found = self._child = None
+        self._undecided += found is None
+        return bool(found)
 
 
 def comparable(one: str, other: str, always: bool) -> bool:
@@ -66,28 +68,48 @@ def comparable(one: str, other: str, always: bool) -> bool:
         return False
     if any(_DATE_OR_TIME.search(answer) or _LETTERS.search(_COMMAND.sub(" ", answer)) for answer in both):
         return False
-    numbers = [quantity(answer) is not None for answer in both]
+    numbers = [amount(answer) is not None for answer in both]
     if all(numbers) or (any(numbers) and any(map(_left_to_do, both))):
+        return False
+    if {"{"} < {answer.removeprefix("\\")[:1] for answer in both} & set("([{"):  # a set is no tuple
         return False
     return any(map(_MATHS.search, both)) or (always and all(re.search(r"[^a-zA-Z]", answer) for answer in both))
 
 
 def _left_to_do(answer: str) -> bool:
-    return quantity(answer) is None and _TO_WORK_OUT.search(answer) is not None
+    return amount(answer) is None and _TO_WORK_OUT.search(answer) is not None
 
 
-def comparison() -> Callable[[str, str], bool]:
-    """In the process: the library's judgement of one pair."""
+def comparison() -> Callable[[str, str], bool | None]:
+    """In the process: the library's judgement of one pair, None if it took too much time of the CPU."""
     from math_verify import LatexExtractionConfig, parse, verify
 
     def parsed(answer: str) -> list:
-        return parse(f"${answer}$", [LatexExtractionConfig()], "no_fallback", parsing_timeout=_LIBRARY_S)
+        return parse(f"${answer}$", [LatexExtractionConfig()], "no_fallback", parsing_timeout=None)
 
     def compared(one: str, other: str) -> bool:
         a, b = parsed(one), parsed(other)
-        if not a or not b:
-            return False
-        rules = {"float_rounding": _DIGITS, "allow_set_relation_comp": True, "timeout_seconds": _LIBRARY_S}
-        return verify(a, b, **rules) and verify(b, a, **rules)
+        rules = {"float_rounding": _DIGITS, "allow_set_relation_comp": True, "timeout_seconds": None}
+        return bool(a and b) and verify(a, b, **rules) and verify(b, a, **rules)
 
-    return compared
+    def judged(one: str, other: str) -> bool | None:
+        signal.setitimer(signal.ITIMER_PROF, CPU_S, CPU_S)
+        try:
+            return compared(one, other)
+        except _Late:
+            return None
+        finally:
+            signal.setitimer(signal.ITIMER_PROF, 0)
+
+    signal.signal(signal.SIGPROF, _late)
+    logging.getLogger("math_verify").setLevel(logging.ERROR)
+    compared("(x+1)^2", "x^2+2x+1")  # what the library loads when it is first needed is on nobody's time
+    return judged
+
+
+class _Late(BaseException):
+    """Not an Exception, as the library catches those."""
+
+
+def _late(number: int, frame: Any) -> None:
+    raise _Late

@@ -13,6 +13,7 @@ from rl import mismatch
 from rl.batch import Batch, Prompts
 from rl.config import GrpoConfig, ModelConfig, RolloutConfig, SnapshotConfig, TaskConfig
 from rl.model_files import BUILTIN
+from rl.reward import RewardError
 from rl.rollout import PromptTooLong, RolloutWorker
 
 
@@ -161,3 +162,27 @@ def test_new_weights_are_acknowledged_with_the_digest_of_what_is_in_use(worker: 
     assert worker.load_weights(9, whole(9, flat)) == digest(flat)
     assert worker.load_weights(10, whole(10, -flat)) == digest(-flat) != digest(flat)
     worker.load_weights(11, whole(11, flat))
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ("import time\n    time.sleep(1000)", "was not done after 2 s (task.reward_timeout_s)"),
+        ("import sys\n    sys.exit()", "raised SystemExit"),
+        ("import os\n    os._exit(3)", "ended its process (exit code 3)"),
+        ("import os\n    os.abort()", "ended its process (signal SIGABRT)"),
+        ("return 1e39", "returned 1e+39"),
+        ("return 1e20 * len(response)", "1e+15 at most"),
+    ],
+)
+def test_a_reward_that_hangs_or_ends_is_named_with_its_sample_and_the_engine_lives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str, says: str
+):
+    (tmp_path / "own_bad_reward.py").write_text(f"def score(prompt, response, answer, metadata):\n    {body}\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    worker = make_worker(task=TaskConfig(reward="own_bad_reward:score", reward_timeout_s=2.0), max_response_length=5)
+    with pytest.raises(RewardError) as failed:
+        ask(worker, (0,))
+    prompt = worker.task.example("train", 0).prompt
+    assert all(part in str(failed.value) for part in ("own_bad_reward:score", says, repr(prompt)))
+    assert worker.load_weights(1, whole(1, worker.engine.plain.weights.master.numpy().copy()))
