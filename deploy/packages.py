@@ -10,12 +10,13 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 
 PACKAGES = ("codec", "merger", "rl", "anchor_service", "swarm", "deploy", "experiments")
+IN_ACTORS = tuple(name for name in PACKAGES if name != "experiments")
 HOME = Path(__file__).resolve().parents[1]
 
 
-def check_packages(path: Sequence[str]) -> None:
-    """Raises ValueError if an import along `path` would find another package or module by one of our names."""
-    for name in PACKAGES:
+def check_packages(path: Sequence[str], names: Sequence[str] = PACKAGES) -> None:
+    """Raises ValueError if an import along `path` would find another package or module by one of our `names`."""
+    for name in names:
         spec = PathFinder.find_spec(name, list(path))
         if spec is None:  # none there: a later finder has ours, as an editable install does
             continue

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from deploy.config import RunConfig
-from deploy.packages import check_packages
+from deploy.packages import IN_ACTORS, check_packages
 from rl.model_files import model_shape, resolve
 
 
@@ -15,6 +15,6 @@ def preflight(config: RunConfig) -> None:
 
     Downloads a model of the hub and converts a GGUF file, once.
     """
-    check_packages([str(Path.cwd()), *sys.path])  # Ray's workers look in the working directory first
+    check_packages([str(Path.cwd()), *sys.path], IN_ACTORS)  # Ray's workers look in the working directory first
     folder = resolve(config.model.path)
     config.check_fits(model_shape(str(folder)))
