@@ -35,7 +35,7 @@ _LATEX = [
     (re.compile(r"\\[dtc]frac(?![a-zA-Z])"), r"\\frac"),
     (re.compile(r"\\(?:left|right)(?![a-zA-Z])"), ""),
     (re.compile(r"(?<=\d)(?:\\[,!]|\{,\})(?=\d{3})"), ","),
-    (re.compile(r"\\[,;:! ]|\\q?quad(?![a-zA-Z])|~"), " "),
+    (re.compile(r"(?<!\\)\\[,;:! ]|\\q?quad(?![a-zA-Z])|(?<=\w)~(?=\w)"), " "),
     (re.compile(r"\\([$%])"), r"\1"),
     (re.compile(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![a-zA-Z]))|\\degree(?![a-zA-Z])"), "°"),
     (re.compile(r"(?<=[\w)])\*\*(?=[\w({-])"), "^"),

@@ -21,7 +21,7 @@ _RATIO = re.compile(
 )
 _MEASURED = re.compile(
     rf"([+-]?[$€£¥]?(?:{_DIGITS})[%°]?)"
-    r"(?:\s+([a-z]{2,}(?:\s+[a-z]+)*\s*(?:[.,;(].*)?)|\s*\\(?:text|textrm|mathrm|mbox)\s*\{\s*([^{}]+)\}(?:\^[23])?)",
+    r"(?:\s+\(?([a-z]{2,}(?:\s+[a-z]+)*\s*(?:[.,;()].*)?)|\s*\\(?:text|textrm|mathrm|mbox)\s*\{\s*([^{}]+)\}(?:\^[23])?)",
     re.IGNORECASE,
 )
 _CHANGES_THE_NUMBER = frozenset(

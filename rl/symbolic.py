@@ -21,7 +21,9 @@ DEADLINE_S = 60.0  # where the CPU's time does not help, in one long multiplicat
 _DIGITS = 12  # a number written as a decimal is the same as a root or π only if it is so to this many places
 _MATHS = re.compile(r"[\\^_√π∞]|\d[a-z]\b|\b[a-z]\s*[-+*/=<>(]|[-+*/=<>)]\s*[a-z]\b", re.IGNORECASE)
 _LETTERS = re.compile(r"[^\W\d_]{3,}|[^\W\d_]+\s+[^\W\d_]{2,}")
-_COMMAND = re.compile(r"\\(?:text|mathrm|textbf|mbox)\s*\{[^{}]*\}|\\[a-zA-Z]+|(?:arc)?(?:sin|cos|tan)|sqrt|log|ln|pi")
+_COMMAND = re.compile(
+    r"\\(?:begin|end)\s*\{[a-zA-Z*]+\}|\\(?:text|mathrm|textbf|mbox)\s*\{[^{}]*\}|\\[a-zA-Z]+|(?:arc)?(?:sin|cos|tan)|sqrt|log|ln|pi"
+)
 _DATE_OR_TIME = re.compile(r"\d\s*[-/.]\s*\d+\s*[-/.]\s*\d|\d:\d")
 _TOO_LARGE = re.compile(
     r"\^\s*\{[^{}]*[\^!]|\^\s*[^\s{]\s*\^|\d{5,}\s*[!^]|\^\s*\(?\{?\(?-?\d{4,}|\d{4,}\)?\s*!|!\s*!|\d{100}"
