@@ -62,6 +62,8 @@ class Child:
             self._connection.send(values)
         except OSError:  # it has died since the last answer
             raise self._ended() from None
+        except Exception as error:  # a value that cannot be copied, of whatever kind
+            raise ChildFailed(f"cannot be given its arguments ({type(error).__name__}: {error})") from None
         return self._answer(seconds)
 
     def close(self) -> None:
@@ -107,16 +109,24 @@ def serve(fd: int, make: str, arguments: list[str]) -> None:
     threading.Thread(target=_listen, args=(connection, asked), daemon=True).start()
     while True:
         values = asked.get()
-        _reply(connection, lambda values=values: function(*values), lambda value: value)
+        _reply(connection, lambda values=values: _called(function, values), lambda value: value)
+
+
+def _called(function: Callable[..., Any], values: tuple | Exception) -> Any:
+    if isinstance(values, Exception):
+        raise values
+    return function(*values)
 
 
 def _listen(connection: Connection, asked: queue.SimpleQueue) -> None:
     """In a thread, so that the end of the parent is seen while the function is at work."""
-    try:
-        while True:
+    while True:
+        try:
             asked.put(connection.recv())
-    except (EOFError, OSError):
-        os._exit(0)
+        except (EOFError, OSError):
+            os._exit(0)
+        except Exception as error:  # of a class that is not there in this process
+            asked.put(error)
 
 
 def _reply(connection: Connection, work: Callable[[], Any], told: Callable[[Any], Any]) -> Any:

@@ -24,7 +24,7 @@ _LETTERS = re.compile(r"[^\W\d_]{3,}|[^\W\d_]+\s+[^\W\d_]{2,}")
 _COMMAND = re.compile(
     r"\\(?:begin|end)\s*\{[a-zA-Z*]+\}|\\(?:text|mathrm|textbf|mbox)\s*\{[^{}]*\}|\\[a-zA-Z]+|(?:arc)?(?:sin|cos|tan)|sqrt|log|ln|pi"
 )
-_DATE_OR_TIME = re.compile(r"\d\s*[-/.]\s*\d+\s*[-/.]\s*\d|\d:\d")
+_DATE_OR_TIME = re.compile(r"(?<![\d.])\d+\s*([-/.])\s*\d+\s*\1\s*\d|\d:\d")
 _TOO_LARGE = re.compile(
     r"\^\s*\{[^{}]*[\^!]|\^\s*[^\s{]\s*\^|\d{5,}\s*[!^]|\^\s*\(?\{?\(?-?\d{4,}|\d{4,}\)?\s*!|!\s*!|\d{100}"
 )

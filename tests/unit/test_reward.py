@@ -200,6 +200,11 @@ def test_rewards_up_to_the_limit_are_taken_as_they_are():
     assert [reward(EXAMPLE, value, False) for value in values] == list(map(float, values))
 
 
+def test_metadata_that_does_not_travel_is_named():
+    with pytest.raises(RewardError, match=r"own_rewards:right' cannot be given its arguments"):
+        make_reward("own_rewards:right", None)(Example("", "", {"scorer": lambda: 1}), "", False)
+
+
 def test_the_function_keeps_one_process_which_ends_with_the_last_reference():
     reward = make_reward("own_rewards:where", None)
     pid = int(reward(EXAMPLE, "", False))
