@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 import time
@@ -12,10 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from deploy.config import ConfigError, RunConfig, load
-from deploy.takedown import leave
+from deploy.packages import PACKAGES, check_packages
 
 if TYPE_CHECKING:
+    from deploy.config import RunConfig
     from deploy.resume import Resume
 
 _LOCK = ".lock"
@@ -299,7 +300,7 @@ def export(
 @app.command()
 def presets() -> None:
     """List the shipped presets."""
-    from deploy.config import preset_names
+    from deploy.config import ConfigError, load, preset_names
 
     for name in preset_names():
         try:
@@ -322,6 +323,8 @@ def _refused(error: ValueError) -> typer.Exit:
 
 
 def _checked(source: str, overrides: list[str]) -> RunConfig:
+    from deploy.config import load
+
     try:
         return load(source, overrides)
     except ValueError as error:
@@ -388,6 +391,14 @@ def _write_report(folder: Path) -> None:
 
 
 def main() -> None:
+    try:
+        check_packages(sys.path)  # PYTHONPATH may hold others of these names
+    except ValueError as error:
+        sys.exit(_refused(error).exit_code)
+    for name in PACKAGES:  # before a folder of the same name beside the run can be found
+        importlib.import_module(name)
+    from deploy.takedown import leave
+
     sys.path.append(str(Path.cwd()))  # as `python -m` has it: task.reward may name a module beside the run
     try:
         app()

@@ -98,6 +98,11 @@ class RunConfig(Section):
         if self.anchor.lag.kind == "trace":
             read_trace(self.anchor.lag.path)
         check_task(self.task)
+        if self.task.reward and self.task.reward_timeout_s >= self.rollout.timeout_s:
+            raise ValueError(
+                f"task.reward_timeout_s {self.task.reward_timeout_s:g} must be below rollout.timeout_s "
+                f"{self.rollout.timeout_s:g}, the deadline of a whole batch: else a reward that hangs looks like an engine"
+            )
         try:
             shape = model_shape(self.model.path)
         except ValueError as error:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 from deploy.config import RunConfig
+from deploy.packages import IN_ACTORS, check_packages
 from rl.model_check import check_model
 from rl.model_files import model_shape, resolve
 from rl.problems import Problems
@@ -14,6 +18,7 @@ def preflight(config: RunConfig) -> Problems:
 
     Downloads a model of the hub and converts a GGUF file, once.
     """
+    check_packages([str(Path.cwd()), *sys.path], IN_ACTORS)  # Ray's workers look in the working directory first
     folder = resolve(config.model.path)
     config.check_fits(model_shape(str(folder)))
     check_model(folder)

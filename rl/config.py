@@ -35,6 +35,9 @@ class TaskConfig(Section):
         description="`module:function` of (prompt, response, answer, metadata) -> float in place of the task's own "
         "score; validation accuracy is then the mean reward",
     )
+    reward_timeout_s: float = Field(
+        60.0, gt=0, description="deadline of one call of `reward`, and of the import of its module"
+    )
     instruction: str = Field("", description="text put in front of every prompt")
     chat: bool = Field(False, description="wrap prompts in the tokenizer's chat template")
     overlong: Literal["error", "drop"] = Field(
@@ -52,6 +55,10 @@ class TableParams(Section):
     train: str = Field("train", description="hf: split to train on")
     val: str | None = Field(
         None, description="hf: split, jsonl: file to validate on; default: a tenth of train, by a hash of the prompt"
+    )
+    answers: Literal["auto", "math", "text"] = Field(
+        "auto",
+        description="`auto`: as numbers, else text, else formulas if they look so; `math`: formulas more often; `text`: never",
     )
 
 

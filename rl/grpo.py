@@ -15,12 +15,21 @@ def group_advantages(rewards: Tensor, group_size: int) -> Tensor:
 
     `rewards` [groups * group_size] -> the same shape; std is the unbiased one, as in verl and TRL.
     In float64, where the mean of equal rewards is exact: rounded, it would be divided by 1e-6.
-    Raises ValueError if the rewards do not divide in groups of at least two.
+    Raises ValueError if the rewards do not divide in groups of at least two, or if some differ and yet every
+    advantage of their group is 0 in float32.
     """
     if group_size < 2 or rewards.numel() % group_size:
         raise ValueError(f"{rewards.numel()} rewards do not divide in groups of {group_size} (at least 2 each)")
     r = rewards.double().view(-1, group_size)
-    return ((r - r.mean(1, keepdim=True)) / (r.std(1, keepdim=True) + 1e-6)).float().view(-1)
+    found = ((r - r.mean(1, keepdim=True)) / (r.std(1, keepdim=True) + 1e-6)).float()
+    lost = ((r != r[:, :1]) & (found == 0).all(1, keepdim=True)).any(1)
+    if lost.any():
+        low, high = r[lost][0].min().item(), r[lost][0].max().item()
+        raise ValueError(
+            f"rewards from {low:g} to {high:g} in one group leave only advantages of 0: scale them to differ by "
+            f"something between 1e-30 and 1e15"
+        )
+    return found.view(-1)
 
 
 def log_distribution(logits: Tensor, temperature: float) -> Tensor:

@@ -1,22 +1,27 @@
-"""What an answer is worth: the task's own score, or a function of the user's. No torch."""
+"""What an answer is worth: the task's own score, or a function of the user's. No torch.
+
+A user's function runs in a process of its own (`rl.child`), so that one that hangs, exits or crashes is named.
+"""
 
 from __future__ import annotations
 
 import ast
 import difflib
 import importlib
-import importlib.util
 import inspect
 import math
-from collections.abc import Callable, Iterator
-from importlib.machinery import ModuleSpec, PathFinder
+from collections.abc import Callable
+from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import Any, Protocol
 
+from rl.child import Child, ChildFailed
 from rl.examples import Example
+from rl.module_source import bound_names, find_module
 
 Reward = Callable[[Example, str, bool], float]  # (example, answer, was it cut at the length limit)
 FORM = "function(prompt: str, response: str, answer: str, metadata: dict) -> float"
+LARGEST = 1e15  # squares of a whole batch still add up in float32, in which a batch keeps rewards
 
 
 class Scorer(Protocol):
@@ -37,42 +42,67 @@ class RewardError(RuntimeError):
         return f"task.reward {self.name!r} {self.reason}; {sample}"
 
 
-def make_reward(name: str | None, task: Scorer) -> Reward:
+def make_reward(name: str | None, task: Scorer, timeout_s: float = 60.0) -> Reward:
     """The task's score, 0 for an answer that was cut; or the function `name`, which also judges cut ones.
 
-    Raises ValueError if the function cannot be imported or takes other arguments.
+    Raises ValueError if the function cannot be imported within `timeout_s` or takes other arguments; the reward
+    raises RewardError.
     """
     if name is None:
         return lambda example, text, cut: 0.0 if cut else task.score(example, text)
-    function = _imported(name)
+    child = _started(name, timeout_s)
 
     def reward(example: Example, text: str, cut: bool) -> float:
         sample = (example.prompt, text, example.answer)
         try:
-            value = function(*sample, dict(example.metadata) | {"truncated": cut})
-        except Exception as error:
-            raise RewardError(name, f"raised {type(error).__name__}: {error}", *sample) from error
-        try:
-            number = float(value)
-        except (TypeError, ValueError):
-            number = math.nan
-        if not math.isfinite(number):
-            raise RewardError(name, f"returned {value!r}, not a finite number", *sample)
-        return number
+            judged = child.ask(timeout_s, *sample, dict(example.metadata) | {"truncated": cut})
+        except ChildFailed as failure:
+            hint = " (task.reward_timeout_s)" if failure.late else ""
+            raise RewardError(name, f"{failure.reason}{hint}", *sample) from None
+        if isinstance(judged, str):
+            raise RewardError(name, f"returned {judged}", *sample)
+        return judged
 
     return reward
 
 
+def _started(name: str, timeout_s: float) -> Child:
+    child = Child("rl.reward:judge", name)
+    try:
+        child.started(timeout_s)
+    except ChildFailed as failure:
+        hint = ": raise task.reward_timeout_s" if failure.late else ""
+        raise ValueError(f"task.reward {name!r} cannot be imported: its module {failure.reason}{hint}") from None
+    return child
+
+
+def judge(name: str) -> Callable[[str, str, str, dict], float | str]:
+    """In the child: the user's function; it returns a reward, or what is wrong with what the user's returned."""
+    function = _imported(name)
+    return lambda *sample: _number(function(*sample))
+
+
+def _number(value: Any) -> float | str:
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        return f"{value!r}, not a finite number"
+    if abs(number) > LARGEST:
+        return f"{value!r}: rewards are kept in float32 and may be {LARGEST:g} at most, of either sign"
+    return number
+
+
 def _imported(name: str) -> Callable[..., Any]:
     module, _, function = name.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), function)
-    except Exception as error:  # whatever the module does when it is imported
-        raise ValueError(f"task.reward {name!r} cannot be imported: {type(error).__name__}: {error}") from error
+    found = getattr(importlib.import_module(module), function)
+    if inspect.iscoroutinefunction(found) or (callable(found) and inspect.iscoroutinefunction(type(found).__call__)):
+        raise TypeError(f"{function} is async, and a reward must be a plain {FORM}")
     try:
         inspect.signature(found).bind("", "", "", {})
     except (TypeError, ValueError) as error:
-        raise ValueError(f"task.reward {name!r} must be a {FORM}: {error}") from None
+        raise TypeError(f"{function} must be a {FORM}: {error}") from None
     return found
 
 
@@ -81,42 +111,33 @@ def check_reward(name: str) -> None:
     module, colon, function = name.partition(":")
     if not (colon and function.isidentifier() and all(part.isidentifier() for part in module.split("."))):
         raise ValueError(f"{name!r}: write it as module:function, for example my_rewards:score, a {FORM}")
-    spec = _find(module)
+    spec = find_module(module)
     if spec is None:
-        raise ValueError(f"{name!r}: there is no module {module!r}: run from the folder that holds it, or install it")
+        raise ValueError(f"{name!r}: there is no module {module!r}{_why_missing(module)}")
     if spec.origin is None or not spec.origin.endswith(".py"):
         return
     try:
-        tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
-    except SyntaxError as error:
-        raise ValueError(f"{name!r}: {spec.origin}, line {error.lineno}: {error.msg}") from None
-    names = set(_defined(tree))
+        tree = ast.parse(Path(spec.origin).read_bytes())
+    except (SyntaxError, ValueError) as error:
+        line = f", line {error.lineno}: {error.msg}" if isinstance(error, SyntaxError) else f": {error}"
+        raise ValueError(f"{name!r}: {spec.origin}{line}") from None
+    _check_defined(name, function, spec.origin, tree)
+
+
+def _check_defined(name: str, function: str, file: str, tree: ast.Module) -> None:
+    last = [node for node in tree.body if function in set(bound_names(ast.Module([node], [])))][-1:]
+    if last and isinstance(last[0], ast.AsyncFunctionDef) and not last[0].decorator_list:
+        raise ValueError(f"{name!r}: {file} defines it with async def, and nothing awaits it: make it a plain {FORM}")
+    names = set(bound_names(tree))
     if function not in names and "*" not in names:
         near = difflib.get_close_matches(function, names, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"{name!r}: {spec.origin} defines no {function!r}{hint}")
+        raise ValueError(f"{name!r}: {file} defines no {function!r}{hint}")
 
 
-def _find(module: str) -> ModuleSpec | None:
-    """Like importlib.util.find_spec, which would import the packages around `module`."""
-    first, *rest = module.split(".")
-    spec = importlib.util.find_spec(first)
-    for part in rest:
-        if spec is None or spec.submodule_search_locations is None:
-            return None
-        spec = PathFinder.find_spec(part, list(spec.submodule_search_locations))
-    return spec
-
-
-def _defined(tree: ast.AST) -> Iterator[str]:
-    """Names at the top of a module, those under an if or a try included; `*` if it imports all of another."""
-    for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.FunctionDef | ast.ClassDef):
-            yield node.name
-        elif isinstance(node, ast.Import | ast.ImportFrom):
-            yield from (alias.asname or alias.name for alias in node.names)
-        elif isinstance(node, ast.Assign | ast.AnnAssign):
-            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            yield from (target.id for target in targets if isinstance(target, ast.Name))
-        elif isinstance(node, ast.If | ast.Try | ast.ExceptHandler | ast.With):
-            yield from _defined(node)
+def _why_missing(module: str) -> str:
+    top = module.partition(".")[0]
+    owners = packages_distributions().get(top)
+    if find_module(top) is None or top == module or not owners:
+        return ": run from the folder that holds it, or install it"
+    return f": {top!r} is a package of {owners[0]}'s own: give the folder of your rewards another name"

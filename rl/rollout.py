@@ -21,11 +21,13 @@ from rl.problems import Problems
 from rl.prompts import PromptEncoder
 from rl.reward import make_reward
 from rl.snapshot import Receiver
+from rl.table import Table
 from rl.tasks import make_task
 from rl.transformers_engine import TransformersEngine
 from rl.vllm_engine import VllmEngine
 
 SPLITS = {"train": 0, "val": 1}
+UNDECIDED = "task/undecided"  # answers that the library for formulas was not done with in time: they score 0
 
 
 ENGINES = {"transformers": TransformersEngine, "vllm": VllmEngine}
@@ -51,7 +53,7 @@ class RolloutWorker:
         self.tokenizer = self.encoder.tokenizer
         judge = self.encoder.judge if task.overlong == "drop" else None  # else no row is too long: it was checked
         self.task = make_task(task, seed, val_size, judge)
-        self.reward = make_reward(task.reward, self.task)
+        self.reward = make_reward(task.reward, self.task, task.reward_timeout_s)
         self.grpo, self.seed = grpo, seed
         self.receiver = Receiver(snapshot)
         self.rollout, plain = rollout, PlainModel(folder, model, rollout)
@@ -79,7 +81,7 @@ class RolloutWorker:
     def generate(self, ask: Prompts) -> tuple[np.ndarray, float, dict[str, float]]:
         """Samples, scored, as a batch frame, the peak memory in GB, and how far the engine is from a plain forward.
 
-        Groups are whole, so advantages are final.
+        Groups are whole, so advantages are final. The last also holds `UNDECIDED`, where there are any.
         """
         examples = [self.task.example(ask.split, i) for i in ask.indices]
         prompts = self.encoder.encode([example.prompt for example in examples])
@@ -105,7 +107,12 @@ class RolloutWorker:
             advantages=self._advantages(rewards, ask.n),
             truncated=np.array(samples.truncated, bool),
         )
-        return batch.to_frame(split=ask.split, step=ask.step), peak_memory_gb(self.engine.device), compared
+        frame = batch.to_frame(split=ask.split, step=ask.step)
+        return frame, peak_memory_gb(self.engine.device), compared | self._undecided()
+
+    def _undecided(self) -> dict[str, float]:
+        count = self.task.formulas.take_undecided() if isinstance(self.task, Table) else 0
+        return {UNDECIDED: count} if count else {}
 
     def _compare(self, ask: Prompts, prompts: list[list[int]], samples: Samples) -> dict[str, float]:
         """`mismatch.sums` of each prompt's first sample: the engine's log-probs against an uncompressed forward's.
@@ -120,4 +127,8 @@ class RolloutWorker:
 
     @staticmethod
     def _advantages(rewards: list[float], n: int) -> np.ndarray:
-        return group_advantages(torch.tensor(rewards), n).numpy() if n > 1 else np.zeros(len(rewards), np.float32)
+        return (
+            group_advantages(torch.tensor(rewards, dtype=torch.float64), n).numpy()
+            if n > 1
+            else np.zeros(len(rewards), np.float32)
+        )

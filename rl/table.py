@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import random
-import re
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 
+from rl.answers import final_answer, is_number, normal, same
 from rl.columns import prompt_column, text_of
 from rl.config import TableParams
 from rl.examples import Example
 from rl.problems import Problems, Source
 from rl.rows import Rows, digest_of_texts
+from rl.symbolic import Formulas, comparable
 
 Judge = Callable[[Rows, Sequence[str]], list[bool]]  # (rows, their prompts) -> which of them are kept
 
@@ -21,12 +22,12 @@ class Table:
     """Training and validation problems never overlap: neither a row nor its prompt is in both splits.
 
     `val` are rows kept for validation; without them about a tenth of `train` is, by a hash of the prompt.
-    `judge` says which rows are left out, and may refuse some; without it none is. `#### N` answers are compared as
-    numbers. Raises ValueError for rows without a prompt or an answer, and for a split without rows.
+    `judge` says which rows are left out, and may refuse some; without it none is. How answers are compared:
+    `rl.answers`. Raises ValueError for rows without a prompt or an answer, and for a split without rows.
     """
 
     def __init__(self, train: Rows, val: Rows | None, columns: TableParams, seed: int, judge: Judge | None = None):
-        self._seed, self._sources = seed, []
+        self._seed, self._sources, self.formulas = seed, [], Formulas()
         for rows in [train] if val is None else [train, val]:
             if not len(rows):
                 raise ValueError(f"{rows.name} has no rows")
@@ -75,7 +76,13 @@ class Table:
         return Example(*(text_of(place, row, self.columns, key) for key in ("prompt", "answer")), row)
 
     def score(self, example: Example, text: str) -> float:
-        return float(final_answer(text) == final_answer(example.answer))
+        gold = normal(final_answer(example.answer))
+        response = normal(final_answer(text, number=is_number(gold)))
+        if same(gold, response):
+            return 1.0
+        if self.columns.answers == "text" or not comparable(gold, response, self.columns.answers == "math"):
+            return 0.0
+        return float(self.formulas.same(gold, response))
 
 
 @lru_cache(maxsize=4)
@@ -87,13 +94,3 @@ def _permutation(n: int, seed: str) -> list[int]:
 
 def _held_out(text: str) -> bool:
     return hashlib.blake2b(text.encode(), digest_size=8).digest()[0] < 26  # about 10 %
-
-
-def final_answer(text: str) -> str:
-    """What follows the last `####` (else the last number, else all of it), as a plain number if it is one."""
-    tail = text.rsplit("####", 1)[-1].strip() if "####" in text else text.strip()
-    numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?", tail)
-    if not numbers:
-        return tail
-    value = float(numbers[0 if "####" in text else -1].replace(",", ""))
-    return str(int(value)) if value.is_integer() else str(value)

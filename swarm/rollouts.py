@@ -15,6 +15,7 @@ from rl.batch import Batch, Prompts, concat
 from rl.engine import EngineFailed
 from rl.model_files import parameter_count
 from rl.problems import Problems
+from rl.rollout import UNDECIDED
 from rl.snapshot import BaseLost
 from swarm.fleet import Fleet
 from swarm.progress import Progress
@@ -103,6 +104,9 @@ class Rollouts:
         batch = concat([Batch.from_frame(frame, "an engine")[1] for frame, *_ in results])
         self.progress.control(sum(frame.nbytes for frame, *_ in results))
         self.progress.remember("engine", max(peak for _, peak, _ in results))
+        undecided = sum(sums.pop(UNDECIDED, 0) for *_, sums in results)
+        if undecided:
+            self.progress.event("answers undecided", split=split, count=undecided)
         compared = mismatch.dense_metrics([sums for *_, sums in results])
         return batch, {"timing_s/gen": time.perf_counter() - start} | compared
 

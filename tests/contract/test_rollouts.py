@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -9,12 +10,16 @@ import numpy as np
 import pytest
 
 from codec.frames import FrameError, digest, pack
+from deploy.config import load
 from rl import mismatch
 from rl.batch import Batch, Prompts
 from rl.config import GrpoConfig, ModelConfig, RolloutConfig, SnapshotConfig, TaskConfig
 from rl.model_files import BUILTIN
 from rl.prompts import PromptTooLong
-from rl.rollout import RolloutWorker
+from rl.reward import RewardError
+from rl.rollout import UNDECIDED, RolloutWorker
+from swarm.progress import Progress
+from swarm.rollouts import Rollouts
 
 
 def make_worker(model: ModelConfig | None = None, task: TaskConfig | None = None, **grpo) -> RolloutWorker:
@@ -162,3 +167,44 @@ def test_new_weights_are_acknowledged_with_the_digest_of_what_is_in_use(worker: 
     assert worker.load_weights(9, whole(9, flat)) == digest(flat)
     assert worker.load_weights(10, whole(10, -flat)) == digest(-flat) != digest(flat)
     worker.load_weights(11, whole(11, flat))
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ("import time\n    time.sleep(1000)", "was not done after 2 s (task.reward_timeout_s)"),
+        ("import sys\n    sys.exit()", "raised SystemExit"),
+        ("import os\n    os._exit(3)", "ended its process (exit code 3)"),
+        ("import os\n    os.abort()", "ended its process (signal SIGABRT)"),
+        ("return 1e39", "returned 1e+39"),
+        ("return 1e20 * len(response)", "1e+15 at most"),
+    ],
+)
+def test_a_reward_that_hangs_or_ends_is_named_with_its_sample_and_the_engine_lives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str, says: str
+):
+    (tmp_path / "own_bad_reward.py").write_text(f"def score(prompt, response, answer, metadata):\n    {body}\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    worker = make_worker(task=TaskConfig(reward="own_bad_reward:score", reward_timeout_s=2.0), max_response_length=5)
+    with pytest.raises(RewardError) as failed:
+        ask(worker, (0,))
+    prompt = worker.task.example("train", 0).prompt
+    assert all(part in str(failed.value) for part in ("own_bad_reward:score", says, repr(prompt)))
+    assert worker.load_weights(1, whole(1, worker.engine.plain.weights.master.numpy().copy()))
+
+
+def test_answers_that_were_not_decided_are_counted_and_become_an_event(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    rows = [{"prompt": f"{i % 10}+{i // 10}=", "answer": "1"} for i in range(100)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    worker = make_worker(task=TaskConfig(name=f"jsonl:{tmp_path}/rows.jsonl"), max_response_length=5)
+    prompts = Prompts("train", 2, (0, 1), 4, 1.0)
+    assert UNDECIDED not in worker.generate(prompts)[2]
+    monkeypatch.setattr(worker.task.formulas, "_undecided", 2)
+    found = worker.generate(prompts)
+    assert found[2] == {UNDECIDED: 2} and worker.generate(prompts)[2] == {}
+    rollouts, events = Rollouts.__new__(Rollouts), []
+    rollouts.config, rollouts.progress = load("k5"), Progress(None)
+    monkeypatch.setattr(rollouts.progress, "event", lambda name, **fields: events.append((name, fields)))
+    monkeypatch.setattr(rollouts, "_ask", lambda asks, what: [found], raising=False)
+    rollouts._samples("train", 2, range(2), 4, 1.0)
+    assert events == [("answers undecided", {"split": "train", "count": 2})]

@@ -392,3 +392,11 @@ def test_the_anchors_weights_are_all_one():
     new, old, advantages = tokens()
     weighted = policy_loss(new, old, advantages, 60.0, GrpoConfig(rollout_is="token"), rollout_logprobs=old)
     assert weighted.loss == policy_loss(new, old, advantages, 60.0, GrpoConfig()).loss
+
+
+def test_rewards_that_differ_never_leave_advantages_of_0_alone():
+    for rewards in ([1e8, 1e8 + 1], [1e15, -1e15], [0.0, 1e-30], [1.0, 1.0 + 2**-52], [1e15, 0.0, 1e-9, 0.0]):
+        assert group_advantages(torch.tensor(rewards, dtype=torch.float64), len(rewards)).any()
+    for rewards in ([0.0, 1e-60], [1e200, -1e200]):
+        with pytest.raises(ValueError, match="in one group leave only advantages of 0"):
+            group_advantages(torch.tensor([1.0, 0.0, *rewards], dtype=torch.float64), 2)

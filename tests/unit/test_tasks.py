@@ -11,7 +11,6 @@ from reasoning_gym.factory import DATASETS
 
 from rl.config import TaskConfig
 from rl.examples import Example
-from rl.table import final_answer
 from rl.tasks import ReasoningGym, check_task, gym_names, make_task
 
 ODD = ["", " ", "#", "####", "\n", "x", "None", "nan", "1e999", "{}", "[1, 2", "0/0", "\x00", "é☃", "9" * 500, "#" * 99]
@@ -178,11 +177,6 @@ def test_an_answer_in_words_is_compared_as_text(lines: str):
     jsonl, example = task(lines), Example("q", "#### Paris")
     assert jsonl.score(example, "I think\n#### Paris") == 1 and jsonl.score(example, " Paris ") == 1
     assert jsonl.score(example, "#### London") == 0
-
-
-@pytest.mark.parametrize(("text", "plain"), [("-3", "-3"), ("0.50", "0.5"), ("1,000,000", "1000000"), ("x = 7", "7")])
-def test_a_final_answer_is_written_as_a_plain_number(text: str, plain: str):
-    assert final_answer(text) == plain
 
 
 # --- reasoning_gym -----------------------------------------------------------------------------
