@@ -58,7 +58,7 @@ class Scratch:
                     time.sleep(0.1)
                 if until and process.poll() is None:
                     os.killpg(process.pid, signal.SIGINT)
-                code = process.wait(280)
+                code = process.wait(560)
             finally:
                 if process.poll() is None:
                     os.killpg(process.pid, signal.SIGKILL)

@@ -86,6 +86,7 @@ def _why_not_run(text: str) -> str | None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.where)
 def test_a_command_does_what_is_printed(command: Command, scratch: Scratch, record_property: Any):
     why = _why_not_run(command.text)
