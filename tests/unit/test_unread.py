@@ -90,7 +90,7 @@ def keys_of(section: type, path: str = "") -> set[str]:
 
 def test_of_every_key_it_is_said_whether_it_is_always_read_or_by_which_kinds():
     assert set(ALWAYS) & set(READING) == set()
-    assert set(ALWAYS) | set(READING) == keys_of(RunConfig)
+    assert set(ALWAYS) | set(READING) - {"task.params.train"} == keys_of(RunConfig)  # params have no keys of their own
 
 
 def test_what_reads_a_key_is_a_key_and_a_value_that_the_config_allows():
@@ -125,7 +125,7 @@ def test_every_key_that_is_not_always_read_is_refused_somewhere_above():
         "codec.kind",
         "codec.gradient.kind",
     }
-    assert set(READING) - {"task.params"} <= refused  # which sums refuses by itself
+    assert set(READING) - {"task.params", "task.params.train"} <= refused  # below
 
 
 @pytest.mark.parametrize("command", [["plan"], ["simulate"], ["probe"], ["doctor"]], ids=" ".join)
@@ -181,6 +181,21 @@ def test_a_task_that_plan_does_not_look_at_may_have_parameters(tmp_path: Path):
     task = sets("task.name=reasoning_gym:chain_sum", "task.params.min_terms=2")
     result = CliRunner().invoke(app, ["plan", "k5", *task])
     assert result.exit_code == 0, result.output
+
+
+def test_parameters_of_a_task_are_refused_where_nobody_reads_them(tmp_path: Path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"question": "1+1=", "answer": "2"}\n')
+    for task, says in (
+        (["task.params.min_terms=2"], "sums takes none, got min_terms"),
+        ([f"task.name=jsonl:{rows}", "task.params.train=a"], "task.params.train = 'a' is not read by task.name"),
+    ):
+        result = CliRunner().invoke(app, ["run", "k5", *sets(*task), "--out", str(tmp_path / "run")])
+        assert result.exit_code == 2 and says in result.stderr
+    file = tmp_path / "gym.toml"
+    file.write_text('extends = "k5"\n[task]\nname = "reasoning_gym:chain_sum"\nparams = {min_terms = 2}\n')
+    (tmp_path / "sums.toml").write_text(f'extends = "{file}"\n[task]\nname = "sums"\n')
+    assert load(str(tmp_path / "sums.toml")).task.params == {}  # inherited from another task
 
 
 SWEEP = 'name = "s"\nbase = "k5"\nseeds = [0]\n[cells]\nK5 = {}\nfloor = {anchor.enabled = false, merger.kind = "none"'
