@@ -14,12 +14,11 @@ from pathlib import Path
 from tests.commands.documents import ROOT
 
 NORTHSTAR = Path(sys.executable).parent / "northstar"
-SMALLER = "NORTHSTAR_SMALLER"  # {subcommand or module: arguments that are put behind the printed ones}, as JSON
+SMALLER = "NORTHSTAR_SMALLER"  # {subcommand: arguments that are put behind the printed ones}, as JSON
 SHIM = """#!{python}
 import json, os, sys
-arguments = sys.argv[1:]
-key = next((word for word in arguments if word != "-m"), "")
-os.execv({real!r}, [{real!r}, *arguments, *json.loads(os.environ[{smaller!r}]).get(key, [])])
+more = json.loads(os.environ[{smaller!r}])
+os.execv({real!r}, [{real!r}, *sys.argv[1:], *more.get("".join(sys.argv[1:2]), [])])
 """
 
 
@@ -29,11 +28,10 @@ class Scratch:
     def __init__(self, folder: Path):
         self.folder, self.bin = folder, folder / ".venv" / "bin"
         self.bin.mkdir(parents=True)
-        for name, real in {"northstar": NORTHSTAR, "python": Path(sys.executable)}.items():
-            shim = self.bin / name
-            shim.write_text(SHIM.format(python=sys.executable, real=str(real), smaller=SMALLER))
-            shim.chmod(0o755)
-        for name in ("Makefile", "pyproject.toml", "deploy"):
+        shim = self.bin / "northstar"
+        shim.write_text(SHIM.format(python=sys.executable, real=str(NORTHSTAR), smaller=SMALLER))
+        shim.chmod(0o755)
+        for name in ("Makefile", "pyproject.toml"):
             (folder / name).symlink_to(ROOT / name)
         (folder / ".venv" / ".installed").touch()  # newer than pyproject.toml: make has nothing to install
 
