@@ -3,19 +3,18 @@ the swarm's ticks."""
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import ray
 import torch
-from ray.exceptions import RayActorError
 
+from anchor_service.calls import gather, take
 from anchor_service.clock import next_worker
 from anchor_service.dense_gradient import DenseGradient, DenseSetup
-from anchor_service.errors import ActorLost, WaitTimeout
 from anchor_service.lag import Due
 from anchor_service.messages import FireJob, content_digest, pack_correction
 from anchor_service.ring import RingOverflow
@@ -23,25 +22,6 @@ from codec.frames import digest
 from rl.batch import Batch
 from rl.device import peak_memory_gb
 from rl.snapshot import BaseLost
-
-
-def gather(calls: Iterable[tuple[str, Any]], what: str, seconds: float, knob: str) -> list[Any]:
-    """Objects that named actors deliver, in order. The first failure ends the wait; the deadline names who is missing.
-
-    Raises WaitTimeout, ActorLost, or what an actor raised.
-    """
-    names = {reference: name for name, reference in calls}
-    waiting, deadline = list(names), time.monotonic() + seconds
-    while waiting:
-        done, waiting = ray.wait(waiting, num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
-        if not done:
-            missing = dict.fromkeys(names[reference] for reference in waiting)
-            raise WaitTimeout(", ".join(missing), what, seconds, knob)
-        try:
-            ray.get(done)
-        except RayActorError as error:
-            raise ActorLost(names[done[0]], what, str(error).strip().splitlines()[-1]) from error
-    return ray.get(list(names))
 
 
 class Anchor:
@@ -63,6 +43,9 @@ class Anchor:
             raise BaseLost(0, job.source_tick, self.dense.receiver.tick)
         header, batch = Batch.from_frame(replay, f"replay of tick {job.source_tick + 1}")
         m = self.dense.gradient(batch, header["denominator"])
+        norm = m.norm().item()
+        if not math.isfinite(norm):
+            self.dense.check(m, batch, job.source_tick)
         computed = time.perf_counter()
         least = max(job.least_seconds, self.config.slowdown * (computed - start))
         time.sleep(max(0.0, least - (computed - start)))
@@ -70,7 +53,7 @@ class Anchor:
             "version": job.version,
             "source_tick": job.source_tick,
             "first_tick": job.first_tick,
-            "anchor/grad_norm": m.norm().item(),
+            "anchor/grad_norm": norm,
             "perf/max_memory_gb": peak_memory_gb(self.dense.device),
             "timing_s/anchor_pull": pulled - start,
             "timing_s/anchor_compute": computed - pulled,
@@ -185,7 +168,8 @@ class AnchorLine:
         if self._deliveries:
             count = len(self._deliveries)
             done, self._deliveries = ray.wait(self._deliveries, num_returns=count, timeout=0)
-            ray.get(done)
+            for delivery in done:
+                take(delivery, "a worker", "the arrival of a correction")
 
     def report(self, fire: Fire) -> dict[str, Any]:
         """Raises WaitTimeout if the fire is not done in time."""

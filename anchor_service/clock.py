@@ -99,10 +99,12 @@ class Wall:
         """Fires under way are as many as workers, but corrections that are done may wait for all ranks to hold them."""
 
 
-def make_clock(anchor: AnchorConfig, seed: int, last_tick: int, ticks_per_step: int) -> Lockstep | Wall:
-    """The clock that `anchor.clock` names, for a run of `last_tick` ticks."""
+def make_clock(
+    anchor: AnchorConfig, seed: int, last_tick: int, ticks_per_step: int, beyond: bool = False
+) -> Lockstep | Wall:
+    """The clock that `anchor.clock` names, for a run of `last_tick` ticks; `beyond`: one that may be made longer."""
     if anchor.clock == "lockstep":
-        return Lockstep(agenda(anchor, seed, last_tick))
+        return Lockstep(agenda(anchor, seed, last_tick, beyond))
     shared = anchor.weights == "shared"  # then there are new weights at the end of a step only
     return Wall(anchor.workers, make_draw(anchor, seed), lambda source: not shared or source % ticks_per_step == 0)
 

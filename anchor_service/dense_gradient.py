@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from anchor_service.config import AnchorConfig
+from anchor_service.errors import NotFinite
 from rl.batch import Batch
 from rl.config import GrpoConfig, ModelConfig, SnapshotConfig
 from rl.device import prefer_determinism
@@ -90,6 +91,21 @@ class DenseGradient:
             terms.loss.backward()
             weights.collect()
         return weights.grad
+
+    def check(self, m: Tensor, batch: Batch, tick: int) -> None:
+        """Raises NotFinite if M holds a NaN or an infinity, naming what brought it: all that follows would hide it."""
+        if m.isfinite().all():
+            return
+        pieces = {
+            "the weights that it was given": (self.model.weights.master, "the swarm's are not finite: lower grpo.lr"),
+            "the advantages of the samples": (batch.advantages, "look at task.reward"),
+        }
+        bad = [(first, fix) for first, (held, fix) in pieces.items() if not torch.as_tensor(held).isfinite().all()]
+        own = (
+            "its own passes, which have no codec",
+            'model.dtype = "float32" has the range, or anchor.device is broken',
+        )
+        raise NotFinite(f"the anchor: its gradient at the weights of tick {tick} is not finite", *(bad or [own])[0])
 
     def shard(self, m: Tensor, stage: int) -> Tensor:
         """The part of flat `m` that stage `stage` holds; its tied embedding, if any, comes last."""

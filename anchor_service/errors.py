@@ -36,3 +36,22 @@ class ReplicaMismatch(RuntimeError):
 
     def __str__(self) -> str:
         return f"{self.what} at tick {self.tick}, correction version {self.version}: {'; '.join(self.ranks)}"
+
+
+class NotFinite(FloatingPointError):
+    """A NaN or an infinity. `what` was seen, `first` is the earliest place that has one, `fix` is for that place."""
+
+    secondhand = False  # whether another rank knows better
+
+    def __init__(self, what: str, first: str, fix: str):
+        super().__init__(what, first, fix)
+        self.what, self.first, self.fix = what, first, fix
+
+    def __str__(self) -> str:
+        return f"{self.what}. First seen in {self.first}: {self.fix}"
+
+
+def described(error: BaseException) -> str:
+    """An error for people: its type, its message whole, and what was noted of where it was raised."""
+    said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    return "\n".join([said, *getattr(error, "__notes__", ())])

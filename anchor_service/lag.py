@@ -10,8 +10,9 @@ import csv
 import json
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
@@ -27,8 +28,8 @@ from anchor_service.config import (
     TraceLag,
     UniformLag,
 )
-from anchor_service.ring import anchor_should_fire
 
+BEYOND = 10_000  # no lag that matters is longer: so far after its end a run looks for fires that start within it
 Draw = Callable[[int, int], float | None]  # (number of the fire, tick) -> lag in ticks; None: no anchor now
 
 
@@ -113,30 +114,36 @@ def make_draw(config: AnchorConfig, seed: int) -> Draw:
     return LAGS[config.lag.kind](config.lag, config.delay_k, seed)
 
 
-def agenda(config: AnchorConfig, seed: int, last_tick: int) -> list[Due]:
+def agenda(config: AnchorConfig, seed: int, last_tick: int, beyond: bool = False) -> list[Due]:
     """Every fire of a lockstep run of `last_tick` ticks, in the order of versions.
 
     A fire may happen in each tick that the cadence allows. It merges the weights that are its lag
     old, rounded to whole ticks and at least 1; nothing happens where those weights do not exist yet,
     where they are no newer than the last fire's, or where the lag is beyond `max_lag`. A trace is
-    followed as it is.
+    followed as it is. `beyond`: with the fires that start within the run and are due after its end,
+    which a run that is made longer will merge.
     """
+    dues = _dues(config, seed, last_tick + (BEYOND if beyond else 0))
+    return [
+        due
+        for due in takewhile(lambda due: due.source_tick < last_tick, dues)
+        if beyond or due.first_tick is None or due.first_tick <= last_tick
+    ]
+
+
+def _dues(config: AnchorConfig, seed: int, last: int) -> Iterator[Due]:
+    """Fires due in the ticks up to `last`; of a trace all. Their sources increase."""
     if config.lag.kind == "trace":
-        return [d for d in read_trace(config.lag.path) if d.first_tick is None or d.first_tick <= last_tick]
-    if config.lag.kind == "fixed":
-        if config.max_lag and config.delay_k > config.max_lag:
-            return []
-        ticks = [t for t in range(1, last_tick + 1) if anchor_should_fire(t, config.cadence, config.delay_k)]
-        return [Due(i, t - config.delay_k, t) for i, t in enumerate(ticks, start=1)]
-    draw, dues, newest = make_draw(config, seed), [], -1
-    for number, tick in enumerate(range(config.cadence, last_tick + 1, config.cadence)):
+        yield from read_trace(config.lag.path)
+        return
+    draw, newest, version = make_draw(config, seed), -1, 0
+    for number, tick in enumerate(range(config.cadence, last + 1, config.cadence)):
         lag = draw(number, tick)
         source = -1 if lag is None else tick - max(1, round(lag))
         if source <= newest or (config.max_lag and tick - source > config.max_lag):
             continue
-        newest = source
-        dues.append(Due(len(dues) + 1, source, tick))
-    return dues
+        newest, version = source, version + 1
+        yield Due(version, source, tick)
 
 
 def read_trace(path: str) -> list[Due]:

@@ -4,8 +4,8 @@ First the ticks of k5 in two stages, a node each, for each codec; then the demo 
 and with gradients as PowerSGD.
 
 Three network namespaces on a bridge, each with a raylet of its own: the swarm on the first two, engines and anchor on
-the third. What leaves and what reaches a node is shaped by a token bucket. Linux, as root; nothing of it is left
-afterwards.
+the third. What leaves and what reaches a node is shaped by a token bucket. Linux, as root. Nothing of it is left when it
+ends, Ctrl-C and SIGTERM included; what a run left that was killed goes when the next one starts.
 
     swarm 0 (head, driver) ──16 Mbit/s── bridge ──16 Mbit/s── swarm 1
                                            └────16 Mbit/s──── engines, anchor
@@ -27,11 +27,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from deploy.config import load
 from deploy.launch import cluster, drive
 
-RATE, BRIDGE, NET, PORT = "16mbit", "nsbr", "10.77.0", 6479
-NODES = {"nsa": "swarm", "nsb": "swarm", "nsc": "far"}  # namespace: custom resource of its node
+RATE, BRIDGE, NET, PORT = "16mbit", "nslink-br", "10.77.0", 6479
+NODES = {"nslink-a": "swarm", "nslink-b": "swarm", "nslink-c": "far"}  # namespace: custom resource of its node
+HEAD = next(iter(NODES))
+LOCK = Path(tempfile.gettempdir()) / "northstar-bench-links.lock"
 START_S = 60.0
 PLACES = ["swarm.resource=swarm", "rollout.resource=far", "anchor.resource=far"]
 TICKS = ["run.steps=4", "val.size=8", "val.every=1000", "swarm.pp=2", "rollout.replicas=1", "swarm.placement=pack"]
@@ -60,6 +64,7 @@ def shape(rate: str | None) -> None:
 @contextmanager
 def network() -> Iterator[None]:
     """Namespaces with one interface each, eth0, joined by a bridge."""
+    clear()
     try:
         sh(f"ip link add {BRIDGE} type bridge")
         sh(f"ip link set {BRIDGE} up")
@@ -72,11 +77,26 @@ def network() -> Iterator[None]:
             sh(f"ip -n {name} link set lo up")
         yield
     finally:
-        for name in NODES:
-            with suppress(subprocess.CalledProcessError):
-                sh(f"ip netns del {name}")
-        with suppress(subprocess.CalledProcessError):
-            sh(f"ip link del {BRIDGE}")
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not end the cleaning
+        clear()
+
+
+def clear() -> None:
+    """Remove the namespaces with all that runs in them, whoever started it, and the bridge."""
+    for name in NODES:
+        for number in inside(name):
+            with suppress(ProcessLookupError):
+                os.kill(number, signal.SIGKILL)
+        with suppress(subprocess.CalledProcessError):  # there was none
+            sh(f"ip netns del {name}")
+    with suppress(subprocess.CalledProcessError):
+        sh(f"ip link del {BRIDGE}")
+
+
+def inside(name: str) -> list[int]:
+    """Processes in a namespace; none if it is not there."""
+    found = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True)
+    return [int(number) for number in found.stdout.split()]
 
 
 @contextmanager
@@ -103,7 +123,7 @@ def raylets(folder: Path, cpus: int) -> Iterator[None]:
                 with suppress(ProcessLookupError):
                     os.killpg(process.pid, number)
                 with suppress(subprocess.TimeoutExpired):
-                    process.wait(20)
+                    process.wait(5)
                     break
 
 
@@ -126,8 +146,8 @@ def run(folder: Path, preset: str, overrides: list[str], rate: str | None) -> Pa
     """The folder of a finished run, over links of this rate."""
     shape(rate)
     folder = folder / f"{time.time_ns()}"
-    inside = f"ip netns exec nsa {sys.executable} -m benchmarks.slow_links {folder} {preset}"
-    subprocess.run([*shlex.split(inside), *overrides], check=True, timeout=1800)
+    command = f"ip netns exec {HEAD} {sys.executable} -m benchmarks.slow_links {folder} {preset}"
+    subprocess.run([*shlex.split(command), *overrides], check=True, timeout=1800)
     return folder
 
 
@@ -146,7 +166,12 @@ def summary(folder: Path) -> dict[str, Any]:
 def main() -> None:
     if sys.platform != "linux" or os.geteuid():
         sys.exit("network namespaces need Linux and root: run it as root, on a machine that nobody else uses")
-    with tempfile.TemporaryDirectory() as temporary, network():
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
+    try:
+        lock = FileLock(LOCK).acquire(timeout=0)
+    except Timeout:
+        sys.exit("another bench-links runs on this machine")
+    with lock, tempfile.TemporaryDirectory() as temporary, network():
         folder = Path(temporary)
         with raylets(folder, cpus=1):
             print(f"{'codec':20} {'kB a tick':>10} {'s, fast':>8} {'s, ' + RATE:>10} {'slower':>7}", flush=True)

@@ -188,7 +188,7 @@ def auth(node: NodeFacts, connects: bool) -> Iterator[Finding]:
             "RAY_AUTH_MODE=token on all nodes and here, or a network that only you reach",
         )
     else:
-        yield ok("auth", "none; a run of one's own listens on the loopback interface only")
+        yield ok("auth", "a run of one's own listens on the loopback interface only, behind a token of its own")
 
 
 def ports(busy: list[int]) -> Iterator[Finding]:

@@ -8,11 +8,15 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from deploy.config import ConfigError, RunConfig, load
+from deploy.takedown import leave
+
+if TYPE_CHECKING:
+    from deploy.resume import Resume
 
 _LOCK = ".lock"
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -42,19 +46,26 @@ def run(
     """Run an experiment to its end: live progress, a run folder, a summary table. Exit 0 only if it ran to the end."""
     config = _checked(source, set_ or [])
     folder = _run_folder(config, out, resume)
-    # After the checks: a bad config is refused before torch and Ray are even imported
+    goes_on = _prepared(config, folder, resume)
+    # After the checks: what is refused is refused before Ray is even imported
+    from anchor_service.errors import described
     from deploy.launch import execute
-    from deploy.progress import Display, print_summary
+    from deploy.progress import Display, harmless, print_summary
 
     with _alone_in(folder), Display(config, folder) as display:
         try:
-            summary = execute(config, folder, display, resume, address)
+            summary = execute(config, folder, display, goes_on, address)
+        except KeyboardInterrupt:
+            display.close()
+            typer.secho(f"interrupted before it went on; {folder} is as it was", err=True)
+            raise typer.Exit(130) from None
         except Exception as error:
             display.close()
-            typer.secho(f"{type(error).__name__}: {error}", fg="red", err=True)
+            typer.secho(described(error), fg="red", err=True)
             _write_report(folder)
             raise typer.Exit(1) from error
-    print_summary(summary, folder)
+    with harmless("the summary was not shown"):
+        print_summary(summary, folder)
     _write_report(folder)
     raise typer.Exit(0 if summary["status"] == "completed" else 130)
 
@@ -84,7 +95,7 @@ def sweep(
     address: Address = None,
 ) -> None:
     """Run every cell of a sweep at every seed, and report. Goes on where it was stopped. Exit 0 only if all completed."""
-    from deploy.sweep import Planned, plan
+    from deploy.sweep import Planned, check, plan
     from experiments import sweep as sweeps
 
     try:
@@ -92,6 +103,7 @@ def sweep(
         folder = out or Path("runs") / found.name
         wanted = found.select(cells.split(",") if cells is not None else list(found.cells))
         runs = plan(found, folder, set_ or [], [job for job in found.jobs() if job.cell in wanted])
+        check(runs)
     except sweeps.SweepError as error:
         raise _refused(error) from error
     # After the checks, as torch and Ray take their time
@@ -154,6 +166,7 @@ def probe(
     One process with `swarm.threads` threads; on an idle machine --set swarm.threads=N makes it faster.
     """
     config = _checked(source, set_ or [])
+    _prepared(config, Path(), resume=False)
     from deploy import probe as probing
     from deploy.probe_tables import advice, show
     from deploy.progress import console
@@ -278,6 +291,8 @@ def export(
         found = exporting.export(run, out, step, dtype)
     except ValueError as error:
         raise _refused(error) from error
+    for reason in found.damaged:
+        typer.secho(f"passed over: {reason}", fg="yellow", err=True)
     typer.echo(f"step {found.step}: {found.parameters:,} parameters in {found.dtype} to {found.folder}")
 
 
@@ -324,6 +339,24 @@ def _run_folder(config: RunConfig, out: Path | None, resume: bool) -> Path:
     return folder
 
 
+def _prepared(config: RunConfig, folder: Path, resume: bool) -> Resume | None:
+    """All checks that need files alone; where a run goes on. One that is completed already ends the command, well."""
+    from deploy.preflight import preflight
+    from deploy.resume import plan_resume
+
+    try:
+        goes_on = plan_resume(folder, config) if resume else None
+        if resume and goes_on is None:
+            typer.echo(
+                f"{folder} is completed, {config.run.steps} steps: nothing is left to do; raise run.steps to go on"
+            )
+            raise typer.Exit(0)
+        preflight(config)
+    except ValueError as error:
+        raise _refused(error) from error
+    return goes_on
+
+
 @contextmanager
 def _alone_in(folder: Path) -> Iterator[None]:
     """No other command writes there meanwhile. A lock of a process that died is none."""
@@ -341,16 +374,20 @@ def _alone_in(folder: Path) -> Iterator[None]:
 
 def _write_report(folder: Path) -> None:
     """The run's page, however the run ended. Failing at it must not change how the run itself is said to have ended."""
-    if all(file.name == _LOCK for file in folder.iterdir()):  # the run failed before it wrote anything
-        return
-    from experiments.report import write_html
+    from deploy.progress import harmless
 
-    try:
+    with harmless("report.html was not written"):
+        if all(file.name == _LOCK for file in folder.iterdir()):  # the run failed before it wrote anything
+            return
+        from experiments.report import write_html
+
         write_html([folder], folder / "report.html")
-    except Exception as error:
-        typer.secho(f"report.html was not written: {type(error).__name__}: {error}", fg="yellow", err=True)
 
 
 def main() -> None:
     sys.path.append(str(Path.cwd()))  # as `python -m` has it: task.reward may name a module beside the run
-    sys.exit(app())
+    try:
+        app()
+    except SystemExit as end:
+        leave(end.code)
+        raise

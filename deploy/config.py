@@ -22,7 +22,8 @@ from deploy.unread import complaints, drop_unread
 from experiments.sweep import flat
 from merger.config import MergerConfig
 from rl.config import GrpoConfig, ModelConfig, RolloutConfig, SnapshotConfig, TaskConfig, ValConfig
-from rl.model_files import ModelShape, model_shape
+from rl.model_files import model_shape
+from rl.model_shape import ModelShape
 from rl.tasks import check_task
 from swarm.config import DiagnosticsConfig, LinksConfig, SwarmConfig
 
@@ -155,10 +156,9 @@ class RunConfig(Section):
     def check_fits(self, shape: ModelShape) -> None:
         """Raises ValueError where the config does not fit a model of this shape."""
         length = self.grpo.max_prompt_length + self.grpo.max_response_length
-        if shape.window is not None and length > shape.window:
+        for limit in shape.too_long(length):
             raise ValueError(
-                f"grpo.max_prompt_length + grpo.max_response_length is {length}, beyond the model's sliding window "
-                f"of {shape.window}: lower one of them (attention here spans the whole sequence)"
+                f"grpo.max_prompt_length + grpo.max_response_length is {length}, beyond {limit}: lower one of them"
             )
         if self.task.chat and not shape.chat:
             raise ValueError(

@@ -13,12 +13,15 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from anchor_service.errors import described
 from deploy import checks, fit
-from deploy.checks import Finding, error, merge, pins
+from deploy.checks import Finding, error, merge, pins, warning
 from deploy.config import RunConfig
 from deploy.facts import NodeFacts, busy, gather
 from deploy.fit import Host
 from deploy.placement import UNMASKED, placement, tags
+from rl.model_files import is_whole, local_folder
+from rl.model_shape import ModelRefused
 
 _WAIT_S = 120.0  # for nodes that should be there, and for what is asked of one
 _COLOURS = {"ok": "green", "warning": "yellow", "error": "red"}
@@ -48,6 +51,7 @@ def _machine(config: RunConfig | None, folder: Path) -> list[Finding]:
     facts = gather(str(folder))
     found = [*_node(facts, config, several=False), *checks.auth(facts, connects=False), *checks.ports(busy())]
     if config:
+        found += _files(config)
         own = {"CPU": max(facts.cpus, placement(config).total["CPU"]), "GPU": len(facts.gpus)}
         found += fit.fit(config, [Host(own | dict.fromkeys(tags(config).values(), 1.0), facts)])
     return found
@@ -62,6 +66,25 @@ def _node(facts: NodeFacts, config: RunConfig | None, several: bool) -> list[Fin
         *checks.interfaces(facts, several),
         *checks.disks(facts, checkpoint, store),
     ]
+
+
+def _files(config: RunConfig) -> Iterator[Finding]:
+    """What a run checks before it starts, if its model is here as a folder: nothing is fetched or converted for it."""
+    try:
+        folder = local_folder(config.model.path)
+        if folder is None or not is_whole(folder):
+            fix = "a run fetches or converts it here, and checks it then"
+            yield warning("model", f"not checked: no folder of {config.model.path!r} is on this machine", fix)
+            return
+        from deploy.preflight import preflight  # it builds the model without its weights, with torch
+
+        preflight(config)
+    except ModelRefused as refused:
+        yield error("model", refused.says, refused.fix)
+    except ValueError as refused:
+        yield error("config", str(refused), "correct what it names")
+    else:
+        yield checks.ok("model", "config.json, checkpoint and tokenizer agree")
 
 
 def _sizes(config: RunConfig | None) -> tuple[float, float]:
@@ -95,7 +118,7 @@ def _connected(config: RunConfig | None, here: NodeFacts, folder: Path, nodes: i
         asked = (marker.name, *(fit.needed_paths(config) if config else ()))
         hosts, found = _ask(alive, str(folder.resolve()), asked)
         if config:
-            found += fit.files(config, hosts, marker.name)
+            found += [*_files(config), *fit.files(config, hosts, marker.name)]
     if len(alive) < nodes:
         fix = "their `ray start` and its log; the head's port open to them; the same token"
         found.append(error("nodes", f"{len(alive)} of {nodes} have come", fix))
@@ -136,14 +159,16 @@ def _on(node: dict[str, Any]) -> dict[str, Any]:
 def _ask(alive: list[dict[str, Any]], folder: str, paths: tuple[str, ...]) -> tuple[list[Host], list[Finding]]:
     import ray
 
+    from anchor_service.calls import failure
+
     asking = [ray.remote(max_retries=0, **_on(node))(gather).remote(folder, paths) for node in alive]
     hosts, found = [], []
     for node, answer in zip(alive, asking):
         try:
             hosts.append(Host(node["Resources"], ray.get(answer, timeout=_WAIT_S)))
-        except Exception as failure:
+        except ray.exceptions.RayError as failed:
             hosts.append(Host(node["Resources"]))
-            why = str(failure).strip().splitlines()[-1]
+            why = described(failure(failed, node["NodeManagerHostname"], "its facts"))
             fix = "install the package there, the same version as here"
             found.append(replace(error("node", f"cannot be asked: {why}", fix), where=(node["NodeManagerHostname"],)))
     return hosts, found

@@ -28,6 +28,7 @@ from torch import Tensor
 from rl.config import ModelConfig
 from rl.model_files import resolve
 from rl.policy import EMBEDDING, HEAD, layout
+from rl.stops import ends_named, stop_tokens
 from swarm import checkpoint
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -47,6 +48,7 @@ class Exported:
     step: int
     parameters: int
     dtype: str
+    damaged: tuple[str, ...]  # what is wrong with newer checkpoints
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ def export(run: Path, out: Path, step: int | None = None, dtype: str | None = No
     model = _model_of(run)
     if out.exists():
         raise ExportError(f"{out} is already there: export to a folder that is not, or remove it first")
-    saved = checkpoint.newest(run) if step is None else checkpoint.at_step(run, step)
+    saved, damaged = checkpoint.newest_good(run) if step is None else (checkpoint.at_step(run, step), [])
     base, dtype = resolve(model.path), dtype or model.dtype
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -83,7 +85,7 @@ def export(run: Path, out: Path, step: int | None = None, dtype: str | None = No
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    return Exported(out, checkpoint.read_state(saved)["step"], parameters, dtype)
+    return Exported(out, checkpoint.read_state(saved)["step"], parameters, dtype, tuple(damaged))
 
 
 def _model_of(run: Path) -> ModelConfig:
@@ -123,10 +125,7 @@ def _read(masters: list[Any], slot: Slot, dtype: torch.dtype) -> Tensor:
 
 def _stages(saved: Path) -> list[Path]:
     """The files of the first replica, in the order of the pipeline; all replicas hold the same."""
-    files = [checkpoint.rank_file(saved, 0, p) for p in range(len(list(saved.glob("rank-d0p*.safetensors"))))]
-    if not files or not all(file.exists() for file in files):
-        raise ExportError(f"{saved} lacks files of the first replica's stages")
-    return files
+    return [checkpoint.rank_file(saved, 0, p) for p in range(len(list(saved.glob("rank-d0p*.safetensors"))))]
 
 
 def _slots(shapes: dict[str, tuple[int, ...]], sizes: list[int], saved: Path) -> Iterator[tuple[str, Slot]]:
@@ -157,3 +156,13 @@ def _write_metadata(base: Path, out: Path, dtype: str) -> None:
     config = json.loads((base / "config.json").read_text())
     config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype  # the key's name, by transformers' version
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    _write_ends(base, out)
+
+
+def _write_ends(base: Path, out: Path) -> None:
+    """Whatever generates with the exported model ends its answers where the run did."""
+    file, ends = out / "generation_config.json", stop_tokens(base)
+    generation = json.loads((file if file.exists() else out / "config.json").read_text())
+    if ends_named(generation) != set(ends):
+        generation = generation if file.exists() else {}
+        file.write_text(json.dumps(generation | {"eos_token_id": ends}, indent=2) + "\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,12 +11,14 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from anchor_service.actor import Anchor, gather
+from anchor_service.actor import Anchor
+from anchor_service.calls import gather
 from anchor_service.dense_gradient import DenseSetup
 from anchor_service.diagnosis import Diagnoser
 from anchor_service.errors import WaitTimeout
 from deploy.config import RunConfig
-from deploy.placement import BLOCKING, ROLES, UNMASKED, counts, demand, placement, tags
+from deploy.placement import BLOCKING, ROLES, UNMASKED, counts, demand, lacking, placement, tags
+from deploy.takedown import bounded
 from merger import MERGERS
 from rl.model_files import model_shape, resolve
 from rl.policy import spans
@@ -65,27 +68,35 @@ class Held:
 
     def close(self) -> None:
         """Kill what is held."""
-        for handle in [handle for role in self.roles for handle in role]:
-            ray.kill(handle)
-        if self.group is not None:
-            remove_placement_group(self.group)
+        handles, group = [handle for role in self.roles for handle in role], self.group
         self.group, self.roles, self.kind, self.made_for = None, [], (), None
+
+        def end() -> None:
+            for handle in handles:
+                ray.kill(handle)
+            if group is not None:
+                remove_placement_group(group)
+
+        if handles or group:
+            bounded(end)
 
     def _ready(self, config: RunConfig) -> Fleet:
         needed, kind = counts(config), _kind(config)
         plans = _constructors(config)
         enough = self.kind == kind and all(len(role) >= n for role, n in zip(self.roles, needed))
-        if enough:
-            self._construct_again(config, plans)
-        else:
+        if not enough:
             self.close()
             self.group, self.made_for = _reserve(config), config
+        since = time.monotonic()
+        if enough:
+            self._construct_again(config, plans, since)
+        else:
             self.kind, self.roles = kind, [[] for _ in ROLES]
             for role, plan in zip(ROLES, plans):
                 self._start(role, plan)
         roles = [role[:n] for role, n in zip(self.roles, needed)]
         actors = Fleet(config, *roles, new_engines=lambda: self._new_engines(config, plans[ROLES.index("engine")]))
-        _build(config, actors)
+        _build(config, actors, since)
         return actors
 
     def _start(self, role: str, plan: list[tuple]) -> None:
@@ -119,7 +130,7 @@ class Held:
         gather(calls, "its model", config.swarm.start_timeout_s, "swarm.start_timeout_s")
         return list(engines)
 
-    def _construct_again(self, config: RunConfig, plans: list[list[tuple]]) -> None:
+    def _construct_again(self, config: RunConfig, plans: list[list[tuple]], since: float) -> None:
         def construct(actor: Any, *args: Any) -> None:  # a closure travels by value: no import in the actor
             vars(actor).clear()  # the old model goes before the new one comes
             actor.__init__(*args)
@@ -129,7 +140,7 @@ class Held:
             for role, handles, wanted in zip(ROLES, self.roles, plans)
             for i, (handle, (_, *args)) in enumerate(zip(handles, wanted))
         ]
-        gather(calls, "its new run", config.swarm.start_timeout_s, "swarm.start_timeout_s")
+        gather(calls, "its new run", config.swarm.start_timeout_s, "swarm.start_timeout_s", since=since)
 
 
 def _kind(config: RunConfig) -> tuple[Any, ...]:
@@ -146,11 +157,10 @@ def _reserve(config: RunConfig) -> PlacementGroup:
     ready, _ = ray.wait([group.ready()], timeout=config.swarm.start_timeout_s)
     if not ready:
         remove_placement_group(group)
-        have = ray.cluster_resources()
-        what = ", ".join(f"{n:g} {name} (of {have.get(name, 0):g} it has)" for name, n in wanted.total.items())
+        have, free = ray.cluster_resources(), ray.available_resources()
         raise WaitTimeout(
             "the Ray cluster",
-            f"room for {len(wanted.bundles)} bundles, in all {what}",
+            f"room for {len(wanted.bundles)} bundles ({wanted.strategy}): {lacking(wanted.total, have, free)}",
             config.swarm.start_timeout_s,
             "swarm.start_timeout_s, or lower swarm.dp (`northstar doctor --address` says what does not fit)",
         )
@@ -206,11 +216,11 @@ def _payload(config: RunConfig) -> str:
     return "dense" if config.anchor.payload == "dense" else MERGERS[config.merger.kind].payload or "sign"
 
 
-def _build(config: RunConfig, actors: Fleet) -> None:
-    """Wait until every actor has loaded its part of the model and the workers have met."""
+def _build(config: RunConfig, actors: Fleet, since: float) -> None:
+    """Wait until every actor has loaded its part of the model and the workers have met; the deadline counts from `since`."""
     limit = (config.swarm.start_timeout_s, "swarm.start_timeout_s")
-    (init,) = gather([("worker d0p0", actors.workers[0].address.remote())], "its address", *limit)
-    calls = [(f"worker {rank}", worker.build.remote(init)) for rank, worker in enumerate(actors.workers)]
+    (init,) = gather([("worker d0p0", actors.workers[0].address.remote())], "its address", *limit, since=since)
+    calls = [(config.swarm.name_of(rank), worker.build.remote(init)) for rank, worker in enumerate(actors.workers)]
     others = zip(ROLES[1:], (actors.engines, actors.anchors, actors.diagnosers))
     calls += [(f"{role} {i}", actor.__ray_ready__.remote()) for role, held in others for i, actor in enumerate(held)]
-    gather(calls, "its part of the model", *limit)
+    gather(calls, "its part of the model", *limit, since=since)

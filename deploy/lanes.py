@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import shutil
 import threading
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
 import ray
 
+from anchor_service.errors import described
 from deploy.config import RunConfig
 from deploy.fleet import Held
 from deploy.launch import drive, session
@@ -69,7 +71,7 @@ class Lanes:
 
     def __init__(self, todo: list[Planned], watcher: Watcher):
         self.waiting: Iterator[Planned] = iter(todo)
-        self.watcher = watcher
+        self.watcher: Watcher | None = watcher
         self.lock, self.stop = threading.Lock(), threading.Event()
 
     def run(self, lanes: int) -> bool:
@@ -108,13 +110,12 @@ class Lanes:
             if self.stop.is_set():
                 raise KeyboardInterrupt
             run.state = "running"
-            with self.lock:
-                self.watcher.record(run, record)
+            self._show(lambda watcher: watcher.record(run, record))
 
         try:
             status = drive(run.config, run.folder, listen, fleets=held.fleet)["status"]
         except Exception as error:
-            run.error = f"{type(error).__name__}: {error}"
+            run.error = described(error)
             status = "failed"
         if status == "interrupted":
             self.stop.set()
@@ -122,5 +123,14 @@ class Lanes:
 
     def _change(self, run: Planned, state: str) -> None:
         run.state = state
+        self._show(lambda watcher: watcher.changed(run))
+
+    def _show(self, tell: Callable[[Watcher], None]) -> None:
+        """A display that fails ends neither a run nor the sweep, which goes on without it."""
         with self.lock:
-            self.watcher.changed(run)
+            try:
+                if self.watcher:
+                    tell(self.watcher)
+            except (Exception, SystemExit) as error:
+                self.watcher = None
+                warnings.warn(f"the display failed, the sweep goes on without it: {described(error)}", stacklevel=2)

@@ -110,8 +110,8 @@ def activations(
     if config.swarm.activation_checkpointing:  # inputs of all layers, and the one that is computed again
         kept = alive * rows * layers * size * hidden + rows * layer
     parts = [Part(role, "activations", kept, rough=True, during="backward")]
-    if logits:  # the head's output, divided by the temperature, in fp32, its log-softmax, and that one's gradient
-        row = (2 * size + 4 * FP32) * params.vocab
+    if logits:  # the head's output, in fp32, divided by the temperature, its log-softmax, and that one's gradient
+        row = (size + 5 * FP32) * params.vocab
         nbytes = samples * response_tokens(config) * row
         parts.append(Part(role, "logits", nbytes, rough=True, during="backward"))
     return parts

@@ -87,6 +87,28 @@ def tags(config: RunConfig) -> dict[str, str]:
     return {f"{name}.resource": section.resource for name, section in asked.items() if section.resource}
 
 
+def lacking(wanted: dict[str, float], have: dict[str, float], free: dict[str, float]) -> str:
+    """Why a cluster with so much in all, and so much free now, has no room, by resource."""
+    said = [
+        f"{n:g} {name} (of {have.get(name, 0):g} in the cluster {free.get(name, 0):g} are free)"
+        for name, n in wanted.items()
+    ]
+    missing = [name for name in wanted if not have.get(name)]
+    short = [name for name in wanted if have.get(name, 0) < wanted[name] and name not in missing]
+    taken = [name for name in wanted if free.get(name, 0) < wanted[name] <= have.get(name, 0)]
+    if missing:
+        why = f"no node has {' or '.join(missing)}: start one with it, or correct the .resource and .device keys"
+    elif short:
+        why = f"the cluster has too little {' and '.join(short)} in all"
+    elif taken:
+        why = (
+            f"other jobs, actors or placement groups hold the rest of {' and '.join(taken)}: wait for them, or end them"
+        )
+    else:
+        why = "all of it is free, but no node has what one bundle needs"
+    return f"{', '.join(said)}; {why}"
+
+
 def _bundle(section: SwarmConfig | RolloutConfig | AnchorConfig, actors: int = 1) -> dict[str, float]:
     bundle: dict[str, float] = {"CPU": actors}
     if section.device == "cuda":

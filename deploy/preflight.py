@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from deploy.config import RunConfig
+from rl.model_check import check_model
 from rl.model_files import model_shape, resolve
 
 
@@ -13,3 +14,4 @@ def preflight(config: RunConfig) -> None:
     """
     folder = resolve(config.model.path)
     config.check_fits(model_shape(str(folder)))
+    check_model(folder)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from codec.config import CodecConfig
 from deploy.config import ConfigError, RunConfig
+from deploy.preflight import preflight
 from deploy.sizes import itemsize, samples_per_tick, tick_bytes, total_ticks
 from deploy.trial import Calibration, Halves, Head, Trial, cosine
 from rl import mismatch
@@ -74,9 +75,9 @@ def probe(config: RunConfig, tokens: int, say: Say, candidates: list[CodecConfig
     """
     if not config.swarm.boundaries:
         raise ConfigError("swarm.boundaries is empty: nothing crosses a link, so there is no codec to probe")
+    preflight(config)
     folder = resolve(config.model.path)
     shape = model_shape(str(folder))
-    config.check_fits(shape)
     candidates = candidates or compared_with(config.codec, shape.hidden)
     calibration, scored = _answers(config, tokens, say)
     drawn = not (calibration.advantages.any() and scored.advantages.any())

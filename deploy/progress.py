@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from anchor_service.errors import described
 from codec.ledger import CHANNELS
 from deploy.config import RunConfig
 
 console = Console()
+FACTS = {  # of a step: its metric and its format
+    "tick": ("tick", "d"),
+    "reward": ("critic/rewards/mean", ".3f"),
+    "length": ("response_length/mean", ".1f"),
+    "val": ("", ".3f"),
+    "lag": ("", "g"),
+    "bytes": ("comm/bytes_ratio", ".4f"),
+    "total": ("comm/total_ratio", ".3f"),
+}
 
 
 class Display:
@@ -35,6 +48,11 @@ class Display:
         self.task = self.progress.add_task("run", total=config.run.steps, phase="starting", facts="")
 
     def __enter__(self) -> Display:
+        with harmless("the display did not start"):
+            self._start()
+        return self
+
+    def _start(self) -> None:
         c = self.config
         anchor = f"anchor K={c.anchor.delay_k}/{c.anchor.cadence}" if c.anchor.enabled else "no anchor"
         console.print(
@@ -44,33 +62,35 @@ class Display:
         )
         console.print(f"run folder {self.folder}; starting Ray and the actors …")
         self.progress.start()
-        return self
 
     def __exit__(self, *exc: object) -> None:
         self.close()
 
     def close(self) -> None:
-        self.progress.stop()
+        with harmless("the display did not end well"):
+            self.progress.stop()
 
     def __call__(self, record: dict[str, Any]) -> None:
         kind = record["kind"]
         if kind == "tick":
             self.lag, self.age = record.get("anchor/lag"), record.get("anchor/age")
         elif kind == "val":
-            self.accuracy = record["accuracy"]
-            console.print(f"step {record['step']:4d}  validation accuracy {self.accuracy:.3f}")
+            self.accuracy = record.get("accuracy")
+            console.print(f"step {record['step']:4d}  validation accuracy {_figure(self.accuracy, '.3f')}")
+        elif kind == "restored":
+            self.accuracy = record.get("accuracy")
+            self.progress.update(self.task, completed=record["step"])
+            console.print(f"step {record['step']:4d}  goes on from here, accuracy {_figure(self.accuracy, '.3f')}")
         elif kind == "step":
             self._step(record)
         elif kind == "event":
-            console.print(f"step {record['step']:4d}  {record['event']}")
+            reason = f": {record['reason']}" if "reason" in record else ""
+            console.print(f"step {record['step']:4d}  {record['event']}{reason}", markup=False, soft_wrap=True)
 
     def _step(self, record: dict[str, Any]) -> None:
-        lag = "–" if self.lag is None else f"{self.lag:g}"
-        facts = (
-            f"tick {record['tick']}  reward {record['critic/rewards/mean']:.3f}  "
-            f"length {record['response_length/mean']:.1f}  val {self.accuracy:.3f}  lag {lag}  "
-            f"bytes {record.get('comm/bytes_ratio', 1):.4f}  total {record['comm/total_ratio']:.3f}"
-        )
+        shown = {name: _figure(record.get(key), form) for name, (key, form) in FACTS.items()}
+        shown |= {"val": _figure(self.accuracy, ".3f"), "lag": _figure(self.lag, "g")}
+        facts = "  ".join(f"{name} {figure}" for name, figure in shown.items())
         self.progress.update(self.task, completed=record["step"], phase="training", facts=facts)
         if not self.live and (record["step"] % 5 == 0 or record["step"] == 1):
             console.print(f"step {record['step']:4d}  {facts}", soft_wrap=True)
@@ -99,6 +119,19 @@ def print_summary(summary: dict[str, Any], folder: Path) -> None:
     console.print(f"run folder {folder}")
     if (folder / "checkpoints").is_dir():
         console.print(f"the policy as a Hugging Face folder: northstar export {folder} DIR", soft_wrap=True)
+
+
+@contextmanager
+def harmless(failure: str) -> Iterator[None]:
+    """What is only shown or written for people must not change how a run is said to have ended."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:  # SystemExit: rich, when its output is gone
+        typer.secho(f"{failure}: {described(error)}", fg="yellow", err=True)
+
+
+def _figure(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)
 
 
 def _zeros(summary: dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deploy.config import ConfigError, RunConfig, load
+<<<<<<< HEAD
 from deploy.unread import unread, within
+=======
+from deploy.preflight import preflight
+>>>>>>> main
 from experiments.sweep import Job, Sweep, SweepError, flat
 
 
@@ -75,3 +79,19 @@ def _finished(folder: Path, config: RunConfig) -> bool:
         return json.loads((folder / "summary.json").read_text())["status"] == "completed"
     except (OSError, ValueError, KeyError):
         return False
+
+
+def check(runs: list[Planned]) -> None:
+    """`preflight` of what is to be run, once for all runs that it sees alike. Raises SweepError."""
+    seen = set()
+    for run in runs:
+        config = run.config
+        sections = config.model, config.task, config.grpo, config.rollout, config.val, config.swarm, config.codec
+        alike = str([section.model_dump(mode="json") for section in sections])
+        if run.state == "completed" or alike in seen:
+            continue
+        seen.add(alike)
+        try:
+            preflight(config)
+        except ValueError as error:
+            raise SweepError(f"cell {run.label}: {error}") from None

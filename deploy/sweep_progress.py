@@ -10,7 +10,7 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from deploy.progress import console
+from deploy.progress import console, harmless
 from deploy.sweep import Planned
 
 _COLOURS = {"completed": "green", "failed": "red", "interrupted": "yellow", "running": "bold", "starting": "bold"}
@@ -47,13 +47,18 @@ class SweepDisplay:
         self.live = Live(get_renderable=self._table, console=console, refresh_per_second=2, transient=True)
 
     def __enter__(self) -> SweepDisplay:
-        if self.before:
-            console.print(f"{self.before} of {len(self.rows)} runs were completed before")
-        if console.is_terminal:
-            self.live.start()
+        with harmless("the display did not start"):
+            if self.before:
+                console.print(f"{self.before} of {len(self.rows)} runs were completed before")
+            if console.is_terminal:
+                self.live.start()
         return self
 
     def __exit__(self, *exc: object) -> None:
+        with harmless("the display did not end well"):
+            self._end()
+
+    def _end(self) -> None:
         if console.is_terminal:
             self.live.stop()
         failed = [row.run for row in self.rows.values() if row.run.error]
@@ -76,7 +81,7 @@ class SweepDisplay:
         row = self.rows[id(run)]
         row.step = record["step"]
         if record["kind"] == "val":
-            row.accuracy = record["accuracy"]
+            row.accuracy = record.get("accuracy")
 
     def _done(self) -> int:
         return sum(row.run.state == "completed" for row in self.rows.values())

@@ -15,7 +15,7 @@ import numpy as np
 from deploy import sizes
 from deploy.config import RunConfig
 from deploy.crossing import Crossing
-from rl.model_files import ModelShape
+from rl.model_shape import ModelShape
 from swarm.schedule import schedule
 
 Rounds = list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]  # (stages, microbatches) of F, then of B

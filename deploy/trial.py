@@ -23,7 +23,7 @@ from codec.rows import Rows
 from codec.transform import Transform
 from rl import mismatch
 from rl.config import GrpoConfig
-from rl.grpo import policy_loss
+from rl.grpo import log_distribution, policy_loss
 from rl.objective import MicroBatch
 from rl.policy import Stage, spans
 
@@ -86,7 +86,7 @@ class Head:
         self.upper, self.grpo, self.temperature, self.denominator = upper, grpo, temperature, denominator
 
     def logprobs(self, rows: Tensor) -> Tensor:
-        return torch.log_softmax(self.upper.logits(rows).float() / self.temperature, dim=-1)
+        return log_distribution(self.upper.logits(rows), self.temperature)
 
     def compare(
         self, dense: Tensor, rows: Tensor, micro: MicroBatch, with_gradient: bool

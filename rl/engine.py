@@ -13,6 +13,7 @@ from numpy.random import Generator, Philox, SeedSequence
 from rl.config import ModelConfig, RolloutConfig
 from rl.grpo import token_logprobs
 from rl.policy import whole_model
+from rl.stops import stop_tokens
 
 Key = tuple[int, ...]  # (seed, split, step, prompt, sample): all that a sample's random numbers depend on
 
@@ -62,8 +63,7 @@ class PlainModel:
     def __init__(self, folder: Path, model: ModelConfig, rollout: RolloutConfig):
         self.folder, self.device = folder, torch.device(rollout.device)
         self.model, self.weights = whole_model(folder, getattr(torch, model.dtype), self.device, model.attention)
-        eos = self.model.generation_config.eos_token_id
-        self.eos: list[int] = eos if isinstance(eos, list) else [eos]
+        self.eos = stop_tokens(folder)
 
     @torch.inference_mode()
     def score(self, prompts: list[list[int]], responses: list[np.ndarray], temperature: float) -> list[np.ndarray]:
@@ -71,8 +71,8 @@ class PlainModel:
         found = []
         for prompt, response in zip(prompts, responses):
             ids = torch.tensor([[*prompt, *response.tolist()]], device=self.device)
-            logits = self.model(input_ids=ids).logits[0, len(prompt) - 1 : -1] / temperature
-            found.append(token_logprobs(logits, ids[0, len(prompt) :], with_entropy=False)[0].cpu().numpy())
+            logits, targets = self.model(input_ids=ids).logits[0, len(prompt) - 1 : -1], ids[0, len(prompt) :]
+            found.append(token_logprobs(logits, targets, temperature, with_entropy=False)[0].cpu().numpy())
         return found
 
 

@@ -23,9 +23,19 @@ def group_advantages(rewards: Tensor, group_size: int) -> Tensor:
     return ((r - r.mean(1, keepdim=True)) / (r.std(1, keepdim=True) + 1e-6)).float().view(-1)
 
 
-def token_logprobs(logits: Tensor, targets: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor | None]:
+def log_distribution(logits: Tensor, temperature: float) -> Tensor:
+    """Log-probabilities [N, V] at `temperature` of logits [N, V] of any precision, in fp32.
+
+    fp32 before the division: a quotient rounded to bf16 puts the trainer 0.01 nats a token from the sampler.
+    """
+    return torch.log_softmax(logits.float() / temperature, dim=-1)
+
+
+def token_logprobs(
+    logits: Tensor, targets: Tensor, temperature: float, with_entropy: bool
+) -> tuple[Tensor, Tensor | None]:
     """Log-probability of `targets` [N] under `logits` [N, V], and the entropy [N] if asked for, in fp32."""
-    logp = torch.log_softmax(logits.float(), dim=-1)
+    logp = log_distribution(logits, temperature)
     chosen = logp.gather(1, targets[:, None]).squeeze(1)
     return chosen, -(logp.exp() * logp).sum(-1) if with_entropy else None
 
@@ -38,6 +48,16 @@ def rollout_weights(old_logprobs: Tensor, rollout_logprobs: Tensor, threshold: f
     """
     log_ratio = (old_logprobs - rollout_logprobs).detach().clamp(-20, 20)
     return log_ratio.exp().clamp_max(threshold)
+
+
+def low_var_kl(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """The k3 estimate of the KL to the base policy, of each token [N], at most 10 nats.
+
+    Schulman 2020, joschu.net/blog/kl-approx.html; with the bounds of `low_var_kl` in verl's `kl_penalty`
+    (verl/trainer/ppo/core_algos.py). A token beyond a bound has no gradient: without one it is infinite from 89 nats.
+    """
+    log_ratio = (ref_logprobs - logprobs).clamp(-20, 20)
+    return (log_ratio.exp() - log_ratio - 1).clamp(-10, 10)
 
 
 @dataclass
@@ -65,7 +85,7 @@ def policy_loss(
     With `clip_ratio_c` the loss of a token of negative advantage ends at -A·c: the clip alone lets a
     ratio above 1 grow without bound there (dual clip, Ye et al. 2020, arXiv:1912.09729; as in verl).
     With `rollout_is` the policy loss of a token, and nothing else, is multiplied by `rollout_weights`.
-    KL is the k3 estimator of Schulman (verl's low_var_kl) against `ref_logprobs`.
+    KL is `low_var_kl` against `ref_logprobs`.
     """
     log_ratio = (logprobs - old_logprobs).clamp(-20, 20)  # as in verl: an infinite ratio times advantage 0 is NaN
     ratio = log_ratio.exp()
@@ -95,8 +115,7 @@ def policy_loss(
         if config.entropy_coeff:
             per_token = per_token - config.entropy_coeff * entropy
     if ref_logprobs is not None and config.kl_loss_coef:
-        diff = ref_logprobs - logprobs
-        kl = diff.exp() - diff - 1
+        kl = low_var_kl(logprobs, ref_logprobs)
         sums["actor/kl_loss"] = kl.detach().sum()
         per_token = per_token + config.kl_loss_coef * kl
     return LossTerms(per_token.sum() / denominator, sums, logprobs.detach())

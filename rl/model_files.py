@@ -4,43 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import shutil
 import struct
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
+from rl.gguf_files import convert, converted_folder, gguf_config, gguf_shape
+from rl.model_shape import ModelNotFound, ModelShape, shape_of
+
 BUILTIN = Path(__file__).parent / "builtin"
-FAMILIES = {  # model_type of config.json -> what it is called
-    "llama": "Llama 2, Llama 3, SmolLM2",
-    "mistral": "Mistral",
-    "qwen2": "Qwen2, Qwen2.5",
-    "qwen3": "Qwen3",
-}
 PICKED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # what a run needs of a model on the hub
-
-
-class ModelNotFound(ValueError):
-    """`model.path` names nothing that can be loaded."""
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """What a config check and a byte count need to know of a model."""
-
-    hidden: int
-    layers: int
-    vocab: int
-    tied: bool
-    window: int | None  # attention reaches back this far; None: over everything
-    chat: bool  # its tokenizer has a chat template
-
-
-def cache_folder() -> Path:
-    """Where converted models are kept; `NORTHSTAR_CACHE` moves it."""
-    return Path(os.environ.get("NORTHSTAR_CACHE", Path.home() / ".cache" / "northstar"))
 
 
 def model_shape(path: str) -> ModelShape | None:
@@ -50,8 +21,8 @@ def model_shape(path: str) -> ModelShape | None:
     """
     folder = local_folder(path)
     if folder is None:
-        return _gguf_shape(_existing(path)) if path.endswith(".gguf") else None
-    return _folder_shape(folder, path)
+        return gguf_shape(_existing(path)) if path.endswith(".gguf") else None
+    return shape_of(_folder_config(folder, path), path, _has_chat_template(folder))
 
 
 def model_config(path: str) -> dict:
@@ -61,7 +32,7 @@ def model_config(path: str) -> dict:
     """
     folder = local_folder(path)
     if folder is None and path.endswith(".gguf"):
-        return _gguf_config(_existing(path))
+        return gguf_config(_existing(path))
     if folder is None:
         from huggingface_hub import hf_hub_download
 
@@ -72,8 +43,9 @@ def model_config(path: str) -> dict:
                 f"{path!r} is not on this machine and its config.json could not be fetched ({type(error).__name__}): "
                 f"set model.path to a folder that holds it"
             ) from error
-    _folder_shape(folder, path)  # raises if the model is not supported
-    return json.loads((folder / "config.json").read_text())
+    config = _folder_config(folder, path)
+    shape_of(config, path, chat=False)  # raises if the model is not supported
+    return config
 
 
 def local_folder(path: str) -> Path | None:
@@ -101,9 +73,9 @@ def resolve(path: str) -> Path:
     Raises ModelNotFound, with what to do, where there are no weights, or no network to fetch them.
     """
     if path.endswith(".gguf"):
-        return _convert_gguf(_existing(path))
+        return convert(_existing(path))
     folder = local_folder(path)
-    if folder is not None and _is_whole(folder):
+    if folder is not None and is_whole(folder):
         return folder
     if _is_hub_id(path):
         return _download(path)
@@ -117,7 +89,7 @@ def _is_hub_id(path: str) -> bool:
     return not path.startswith((".", "/", "~", "builtin:")) and path.count("/") == 1 and not Path(path).is_dir()
 
 
-def _is_whole(folder: Path) -> bool:
+def is_whole(folder: Path) -> bool:
     """All of its safetensors are there: a download may have been broken off between two shards."""
     try:
         return all(file.exists() for file in set(tensor_files(folder).values()))
@@ -131,7 +103,7 @@ def _download(path: str) -> Path:
 
     try:
         folder = Path(snapshot_download(path, allow_patterns=PICKED))
-        if not _is_whole(folder):  # offline the library returns what there is
+        if not is_whole(folder):  # offline the library returns what there is
             raise FileNotFoundError(f"weights in safetensors in {folder}")
         return folder
     except RepositoryNotFoundError as error:
@@ -189,55 +161,14 @@ def _existing(path: str) -> Path:
     return found
 
 
-def _folder_shape(folder: Path, path: str) -> ModelShape:
+def _folder_config(folder: Path, path: str) -> dict:
     file = folder / "config.json"
     if not file.exists():
         raise ModelNotFound(f"{path!r} has no config.json")
     try:
-        config = json.loads(file.read_text())
+        return json.loads(file.read_text())
     except ValueError as error:
         raise ModelNotFound(f"{path!r}: its config.json is not valid JSON: {error}") from None
-    _check_family(config, path)
-    missing = [key for key in ("hidden_size", "num_hidden_layers", "vocab_size") if key not in config]
-    if missing:
-        raise ModelNotFound(f"{path!r}: its config.json has no {', '.join(missing)}")
-    return ModelShape(
-        hidden=config["hidden_size"],
-        layers=config["num_hidden_layers"],
-        vocab=config["vocab_size"],
-        tied=config.get("tie_word_embeddings", False),
-        window=_window(config),
-        chat=_has_chat_template(folder),
-    )
-
-
-def _check_family(config: dict, path: str) -> None:
-    """Raises ModelNotFound, with the reason and what is supported, unless it is a plain stack of decoder layers."""
-    kind, supported = config.get("model_type"), ", ".join(f"{name} ({kind})" for kind, name in FAMILIES.items())
-    reasons = {
-        "a mixture of experts": any(key in config for key in ("num_experts", "num_local_experts", "n_routed_experts")),
-        "an encoder with a decoder": config.get("is_encoder_decoder", False),
-        "not only text": "vision_config" in config or "audio_config" in config,
-    }
-    why = next((f", {reason}" for reason, holds in reasons.items() if holds), "")
-    if kind not in FAMILIES or why:
-        raise ModelNotFound(f"{path!r} is a {kind!r} model{why}; supported are {supported}")
-    if quantized := config.get("quantization_config"):
-        raise ModelNotFound(
-            f"{path!r} is quantized ({quantized.get('quant_method', 'unknown')}) and cannot be trained: "
-            f"set model.path to the model in float32, bfloat16 or float16"
-        )
-    others = set(config.get("layer_types") or ()) - {"full_attention", "sliding_attention"}
-    if others:
-        raise ModelNotFound(
-            f"{path!r} has layers of {', '.join(sorted(others))}; supported are layers of full attention"
-        )
-
-
-def _window(config: dict) -> int | None:
-    """Mistral slides if there is a number; Qwen has one and uses it only if told to; Llama never slides."""
-    slides = {"llama": False, "mistral": True}.get(config["model_type"], config.get("use_sliding_window", False))
-    return config.get("sliding_window") if slides else None
 
 
 def _has_chat_template(folder: Path) -> bool:
@@ -248,90 +179,3 @@ def _has_chat_template(folder: Path) -> bool:
         return bool(file.exists() and json.loads(file.read_text()).get("chat_template"))
     except ValueError as error:
         raise ModelNotFound(f"{str(file)!r} is not valid JSON: {error}") from None
-
-
-def _gguf_shape(file: Path) -> ModelShape:
-    reader = gguf_reader(file)
-    arch = reader.get_field("general.architecture").contents()
-    _check_family({"model_type": arch}, str(file))
-    names = {t.name for t in reader.tensors}
-    embedding = next(t for t in reader.tensors if t.name == "token_embd.weight")
-    return ModelShape(
-        hidden=int(reader.get_field(f"{arch}.embedding_length").contents()),
-        layers=int(reader.get_field(f"{arch}.block_count").contents()),
-        vocab=int(embedding.shape[1]),
-        tied="output.weight" not in names,
-        window=None,
-        chat=reader.get_field("tokenizer.chat_template") is not None,
-    )
-
-
-def _gguf_config(file: Path) -> dict:
-    shape, reader = _gguf_shape(file), gguf_reader(file)
-    arch = reader.get_field("general.architecture").contents()
-
-    def number(key: str, default: int | None = None) -> int | None:
-        field = reader.get_field(f"{arch}.{key}")
-        return default if field is None else int(field.contents())
-
-    heads = number("attention.head_count")
-    return {
-        "model_type": arch,
-        "hidden_size": shape.hidden,
-        "num_hidden_layers": shape.layers,
-        "vocab_size": shape.vocab,
-        "tie_word_embeddings": shape.tied,
-        "intermediate_size": number("feed_forward_length"),
-        "num_attention_heads": heads,
-        "num_key_value_heads": number("attention.head_count_kv", heads),
-        "head_dim": number("attention.key_length"),
-    }
-
-
-def gguf_reader(file: Path):
-    """The file's metadata and packed tensors. Raises ModelNotFound."""
-    try:
-        from gguf import GGUFReader
-    except ImportError as error:
-        raise ModelNotFound(f"{str(file)!r} needs the gguf extra: pip install 'northstar[gguf]'") from error
-    try:
-        return _parsed(GGUFReader, file, file.stat().st_mtime_ns)
-    except (ValueError, IndexError) as error:
-        raise ModelNotFound(f"{str(file)!r} is not a whole GGUF file: {error}") from error
-
-
-@lru_cache(maxsize=1)
-def _parsed(reader: Callable, file: Path, changed: int):
-    """Reading a vocabulary takes seconds."""
-    return reader(file)
-
-
-def converted_folder(file: Path) -> Path:
-    """Where a GGUF file's float32 safetensors are, or will be."""
-    return cache_folder() / f"{file.stem}-{file.stat().st_size}"
-
-
-def _convert_gguf(file: Path) -> Path:
-    """Dequantise once into a folder of float32 safetensors, so that stages can read single layers of it."""
-    from filelock import FileLock
-
-    out = converted_folder(file)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{out}.lock", timeout=1800):
-        if not out.exists():
-            import torch
-            from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-            # dequantize=True: else the weights stay packed and can be neither saved nor trained
-            model = AutoModelForCausalLM.from_pretrained(
-                file.parent,
-                gguf_file=file.name,
-                quantization_config=GgufConfig(dequantize=True),
-                dtype=torch.float32,
-            )
-            partial = out.with_name(out.name + ".partial")
-            shutil.rmtree(partial, ignore_errors=True)
-            model.save_pretrained(partial)
-            AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(partial)
-            partial.rename(out)
-    return out

@@ -71,8 +71,7 @@ def _microbatch(batch: Batch, samples: np.ndarray, device: torch.device) -> Micr
 
 def logprobs(stage: Stage, hidden: Tensor, micro: MicroBatch, temperature: float) -> tuple[Tensor, Tensor]:
     """Log-probs and entropy [R] of the response tokens, from the last stage's hidden states [B, L, H]."""
-    logits = stage.logits(hidden[micro.predicts]) / temperature
-    return token_logprobs(logits, micro.targets, with_entropy=True)
+    return token_logprobs(stage.logits(hidden[micro.predicts]), micro.targets, temperature, with_entropy=True)
 
 
 def loss_terms(

@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 
 from codec.boundary import pack_rows, unpack_rows
-from rl.model_files import ModelNotFound
+from rl.model_shape import ModelNotFound
 from rl.stored_weights import stored_tensors
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -230,10 +230,6 @@ def whole_model(
     The buffer has the order of all stages' owned parameters one after the other.
     """
     model = skeleton(folder, attention, dtype)
-    if (folder / "generation_config.json").exists():
-        own = GenerationConfig.from_pretrained(folder)
-        if own.eos_token_id is not None:  # chat models name more ends of an answer there than in config.json
-            model.generation_config = own
     weights = Weights(_parts(model), folder, dtype, device, trainable=False)
     if is_tied(model):
         model.lm_head.weight = model.model.embed_tokens.weight

@@ -15,7 +15,9 @@ from pathlib import Path
 import numpy as np
 
 from codec.delta import from_bf16
-from rl.model_files import ModelNotFound, gguf_reader, local_folder, model_shape, tensor_files, tensor_specs
+from rl.gguf_files import gguf_reader
+from rl.model_files import local_folder, model_shape, tensor_files, tensor_specs
+from rl.model_shape import ModelNotFound
 
 _DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
 _KINDS = {
@@ -77,6 +79,9 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
         if not file.exists():
             raise ModelNotFound(f"{folder} lacks {file.name}, which its index names: fetch it again")
         specs, data = tensor_specs(file)
+        end = data + max((spec["data_offsets"][1] for spec in specs.values()), default=0)
+        if file.stat().st_size < end:
+            raise ModelNotFound(f"{file} has {file.stat().st_size} of {end} bytes: fetch it again")
         for name, spec in specs.items():
             if spec["dtype"] not in _DTYPES:
                 raise ModelNotFound(

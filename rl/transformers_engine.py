@@ -9,6 +9,7 @@ from transformers import DynamicCache
 from rl.config import RolloutConfig
 from rl.device import prefer_determinism
 from rl.engine import Key, PlainModel, Samples, uniforms
+from rl.grpo import log_distribution
 
 
 class TransformersEngine:
@@ -82,7 +83,7 @@ class TransformersEngine:
 
 def _draw(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Inverse-CDF sampling, one uniform number a row: independent of which rows are in the batch."""
-    logp = torch.log_softmax(logits.float() / temperature, dim=-1)
+    logp = log_distribution(logits, temperature)
     cdf = logp.double().exp().cumsum(-1)
     chosen = torch.searchsorted(cdf, (uniform.double() * cdf[:, -1])[:, None], right=True).squeeze(1)
     chosen = chosen.clamp_max(logits.shape[-1] - 1)

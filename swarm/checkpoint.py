@@ -1,4 +1,4 @@
-"""Checkpoints: safetensors a rank, written under a temporary name and renamed when complete.
+"""Checkpoints: safetensors a rank, written under a temporary name, renamed when complete, and read only if whole.
 
 A resumed run takes the same ticks as one that was never stopped: Adam's moments, every basis and
 its statistics, error feedback, the held correction and the fires under way are all part of it.
@@ -18,33 +18,64 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from anchor_service.messages import Correction
+from swarm import manifest
+from swarm.manifest import CheckpointError
 from swarm.tick import Rank
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be resumed from."""
 
 
 def folder_of(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step-{step:06d}"
 
 
-def newest(run: Path) -> Path:
-    """The newest complete checkpoint. Raises CheckpointError if there is none."""
-    found = sorted((run / "checkpoints").glob("step-??????"))
-    if not found:
-        raise CheckpointError(f"{run} has no checkpoint: set run.checkpoint_every before the run starts")
-    return found[-1]
+def all_of(run: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    return sorted((run / "checkpoints").glob("step-??????"))
+
+
+def newest_good(run: Path) -> tuple[Path, list[str]]:
+    """The newest checkpoint that is as it was written, and what is wrong with those after it.
+
+    Raises CheckpointError if there is none.
+    """
+    wrong: list[str] = []
+    for folder in reversed(all_of(run)):
+        try:
+            verify(folder)
+        except CheckpointError as error:
+            wrong.append(str(error))
+        else:
+            return folder, wrong
+    if wrong:
+        raise CheckpointError(f"{run} has no checkpoint that is whole: {'; '.join(wrong)}")
+    raise CheckpointError(f"{run} has no checkpoint: set run.checkpoint_every before the run starts")
 
 
 def at_step(run: Path, step: int) -> Path:
-    """The checkpoint of one step. Raises CheckpointError, with the steps there are, if it is not there."""
+    """The checkpoint of one step. Raises CheckpointError, with the steps there are, if it is not there or not whole."""
     folder = folder_of(run, step)
     if not folder.is_dir():
-        found = [int(path.name.removeprefix("step-")) for path in sorted((run / "checkpoints").glob("step-??????"))]
+        found = [int(path.name.removeprefix("step-")) for path in all_of(run)]
         kept = f"it has those of steps {', '.join(map(str, found))}" if found else "set run.checkpoint_every"
         raise CheckpointError(f"{run} has no checkpoint of step {step}: {kept}")
+    verify(folder)
     return folder
+
+
+def verify(folder: Path) -> None:
+    """Raises CheckpointError, naming the file, where something is damaged, missing or not finite."""
+    manifest.check(folder)
+    for file in sorted(folder.glob("rank-*.safetensors")):
+        with safe_open(file, framework="pt") as f:
+            _check_finite(file, {name: f.get_tensor(name) for name in f.keys()})
+    m_bar = read_frame(folder, "m_bar")
+    if m_bar is not None:
+        _check_finite(folder / "m_bar.frame", {"M̄": torch.from_numpy(m_bar.view(np.float32))})
+
+
+def _check_finite(where: str | Path, tensors: dict[str, Tensor]) -> None:
+    bad = [name for name, t in tensors.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())]
+    if bad:
+        raise CheckpointError(f"{where}: {', '.join(bad)} holds numbers that are not finite")
 
 
 class Writer:
@@ -56,14 +87,25 @@ class Writer:
         shutil.rmtree(self.path, ignore_errors=True)
         self.path.mkdir(parents=True)
 
-    def commit(self, state: dict[str, Any], frames: dict[str, np.ndarray]) -> None:
-        """`state` as JSON, `frames` as raw bytes; then rename, and drop all but the newest `keep`."""
+    def commit(
+        self, state: dict[str, Any], frames: dict[str, np.ndarray], ranks: list[dict[str, manifest.Entry]]
+    ) -> None:
+        """`state` as JSON, `frames` as raw bytes, beside the files of `ranks`, each with what its rank says of it.
+
+        Then renamed, and all but the newest `keep` dropped.
+        """
         for name, frame in frames.items():
             (self.path / f"{name}.frame").write_bytes(frame.tobytes())
         (self.path / "state.json").write_text(json.dumps(state))
+        own = ["state.json", *(f"{name}.frame" for name in frames)]
+        entries = {name: manifest.entry(self.path / name) for name in own}
+        for rank in ranks:
+            entries |= rank
+        manifest.write(self.path, entries)
         shutil.rmtree(self.final, ignore_errors=True)
         self.path.rename(self.final)
-        for old in sorted(self.final.parent.glob("step-??????"))[: -self.keep]:
+        manifest.sync(self.final.parent)
+        for old in all_of(self.final.parent.parent)[: -self.keep]:
             shutil.rmtree(old)
 
 
@@ -81,8 +123,11 @@ def rank_file(folder: str | Path, d: int, p: int) -> Path:
     return Path(folder) / f"rank-d{d}p{p}.safetensors"
 
 
-def save_rank(rank: Rank, folder: str, step: int) -> None:
-    """All that this rank needs to go on after `step`."""
+def save_rank(rank: Rank, folder: str, step: int) -> dict[str, manifest.Entry]:
+    """All that this rank needs to go on after `step`; what the manifest is to say of its file, by name.
+
+    Raises CheckpointError where a number is not finite: a checkpoint of it would drop one that is good.
+    """
     tensors: dict[str, Tensor] = {"weights": rank.stage.weights.master.detach()}
     for name, value in rank.optimizer.state_dict()["state"].get(0, {}).items():
         tensors[f"adam.{name}"] = value
@@ -100,7 +145,9 @@ def save_rank(rank: Rank, folder: str, step: int) -> None:
         }
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     file = rank_file(folder, rank.grid.d, rank.grid.p)
+    _check_finite(f"{rank.grid.name} at step {step}", tensors)
     save_file(tensors, file, metadata={"fields": json.dumps(fields)})
+    return {file.name: manifest.entry(file)}
 
 
 def restore_rank(rank: Rank, folder: str) -> None:

@@ -33,8 +33,20 @@ class SwarmConfig(Section):
     )
     threads: int = Field(1, ge=1, description="torch threads of each process")
     check_every: int = Field(1, ge=0, description="compare the replicas' weight digests every so many ticks; 0: never")
-    timeout_s: float = Field(300.0, gt=0, description="deadline of a tick and of every exchange between workers")
-    start_timeout_s: float = Field(300.0, gt=0, description="deadline for actors to start and load the model")
+    timeout_s: float = Field(
+        300.0,
+        gt=0,
+        description="deadline of every exchange between workers, and of whatever they are asked for: a tick, the start of "
+        "a step, weights, a checkpoint; a tick in which a correction is due may take `anchor.timeout_s` longer",
+    )
+    start_timeout_s: float = Field(
+        300.0, gt=0, description="deadline for room in the cluster, and then for actors to start and load the model"
+    )
+
+    def name_of(self, rank: int) -> str:
+        """What messages call a worker: its replica and its stage."""
+        d, p = divmod(rank, self.pp)
+        return f"worker d{d}p{p}"
 
     @model_validator(mode="after")
     def _cuts(self) -> SwarmConfig:

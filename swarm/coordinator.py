@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import ray
 
-from anchor_service.actor import AnchorLine, gather
+from anchor_service.actor import AnchorLine
+from anchor_service.calls import gather
 from anchor_service.clock import make_clock
 from anchor_service.messages import TickPlan
 from merger import MERGERS
@@ -26,6 +27,7 @@ from swarm import checkpoint
 from swarm.corrections import Corrections, MiniFrame
 from swarm.fleet import Fleet
 from swarm.gate import EngineGate, LaunchGate
+from swarm.nonfinite import judge_loss
 from swarm.progress import Progress
 from swarm.rollouts import Rollouts, sample_metrics
 from swarm.telemetry import Telemetry, combine
@@ -34,11 +36,12 @@ from swarm.telemetry import Telemetry, combine
 class Coordinator:
     """Drives one run to its end. `config` is a `deploy.config.RunConfig`."""
 
-    def __init__(self, config: Any, fleet: Fleet, telemetry: Telemetry, run: Path):
-        self.config, self.fleet, self.telemetry, self.run_folder = config, fleet, telemetry, run
+    def __init__(self, config: Any, fleet: Fleet, telemetry: Telemetry, folder: Path):
+        self.config, self.fleet, self.telemetry, self.run_folder = config, fleet, telemetry, folder
         self.progress = progress = Progress(telemetry)
-        ticks_per_step = config.grpo.ticks_per_step
-        clock = make_clock(config.anchor, config.run.seed, config.run.steps * ticks_per_step, ticks_per_step)
+        run, ticks_per_step = config.run, config.grpo.ticks_per_step
+        last_tick, longer = run.steps * ticks_per_step, run.checkpoint_every > 0
+        clock = make_clock(config.anchor, run.seed, last_tick, ticks_per_step, beyond=longer)
         corrects = fleet.anchors and MERGERS[config.merger.kind].payload is not None
         line = AnchorLine(fleet.anchors, config.swarm.pp, config.anchor.timeout_s, clock.bound()) if corrects else None
         self.rollouts = Rollouts(config, fleet, progress, line)
@@ -103,8 +106,10 @@ class Coordinator:
         progress.tick += 1
         diagnosed = self.corrections.sources.diagnosed(progress.tick)
         plans = self._plans(index, keep, diagnosed)
-        reports = self.fleet.ask_workers("tick", plans, f"tick {progress.tick}")
+        limit = self.fleet.tick_limit(due=plans[0][0].correction is not None)
+        reports = self.fleet.ask_workers("tick", plans, f"tick {progress.tick}", limit)
         metrics, ledger = combine(reports, mini.batch.response_tokens)
+        judge_loss(metrics, mini.batch, progress.tick)
         self._judge_codec(metrics)
         progress.ledger.merge(ledger)
         self.corrections.log(metrics)
@@ -189,20 +194,15 @@ class Coordinator:
         start = time.perf_counter()
         step, ranks = self.progress.step, len(self.fleet.workers)
         writer = checkpoint.Writer(self.run_folder, step)
-        self.fleet.ask_workers("save", [(str(writer.path), step)] * ranks, "its checkpoint")
+        files = self.fleet.ask_workers("save", [(str(writer.path), step)] * ranks, "its checkpoint")
         state, frames = self.corrections.save()
-        writer.commit(self.progress.state() | state, frames)
+        writer.commit(self.progress.state() | state, frames, files)
         self.progress.event("checkpoint", seconds=time.perf_counter() - start)
 
     def restore(self, folder: Path) -> None:
         """Go on from a checkpoint. Raises CheckpointError if it does not fit the config."""
         state, progress = checkpoint.read_state(folder), self.progress
         progress.step, progress.tick = state["step"], state["tick"]
-        if progress.step >= self.config.run.steps:
-            raise checkpoint.CheckpointError(
-                f"{folder.name} is at step {progress.step} and run.steps is {self.config.run.steps}: nothing is left "
-                f"to do"
-            )
         ranks = len(self.fleet.workers)
         self.fleet.ask_workers("restore", [(str(folder),)] * ranks, "loading its checkpoint")
         self.corrections.restore(folder, state)

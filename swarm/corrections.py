@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from anchor_service.actor import AnchorLine, Fire, gather
+from anchor_service.actor import AnchorLine, Fire
+from anchor_service.calls import gather
 from anchor_service.clock import Lockstep, Wall
 from anchor_service.lag import Due
 from rl.batch import Batch
@@ -172,15 +173,15 @@ class Corrections:
         counters = {"fires": self.fires, "version": self.version, "merged": self.merged}
         if self.line is None:
             return counters | {"pending": []}, {}
-        calls, pending = {}, []
-        fires = self._unmerged()
+        calls, fires = {}, self._unmerged()
         for fire in fires:
-            pending.append({"due": asdict(fire.due), "report": self.line.report(fire)})
+            calls |= {_report(fire.due): fire.report}
             calls |= {f"fire-{fire.due.version}-{p}": c for p, c in enumerate(fire.corrections)}
         m_bar = fires[-1].m_bar if fires else self.line.m_bar if self.clock.waits else self._last_m_bar
         calls |= {} if m_bar is None else {"m_bar": m_bar}
         found = gather(calls.items(), "what a checkpoint keeps of the anchor", *self.fleet.anchor_limit)
         frames = dict(zip(calls, found, strict=True))
+        pending = [{"due": asdict(fire.due), "report": frames.pop(_report(fire.due))} for fire in fires]
         if m_bar is not None:
             frames["m_bar"] = frames["m_bar"].view(np.uint8)
         return counters | {"pending": pending}, frames
@@ -200,16 +201,26 @@ class Corrections:
             return
         m_bar = checkpoint.read_frame(folder, "m_bar")
         self.line.m_bar = None if m_bar is None else self.store(m_bar.view(np.float32))
+        newest = max([self.merged, *(saved["due"]["version"] for saved in state["pending"])])
+        wanted = self.clock.resume(self.progress.tick, newest)
         for saved in state["pending"]:
             due = Due(**saved["due"])
-            frames = [checkpoint.read_frame(folder, f"fire-{due.version}-{p}") for p in range(self.config.swarm.pp)]
-            references = [self.store(frame) for frame in frames]
-            self.line.add(Fire(due, 0, self.store(saved["report"]), self.line.m_bar, references))
+            if due.version in wanted or not self.clock.waits or due.first_tick is None:  # else due after the end
+                self._take_up(due, saved["report"], folder)
         self._last_m_bar = self.line.m_bar
-        newest = max([self.merged, *self.line.fires])
-        missing = self.clock.resume(self.progress.tick, newest) - set(self.line.fires)
+        missing = wanted - set(self.line.fires)
         if missing:
             raise checkpoint.CheckpointError(
                 f"{folder.name} lacks corrections {sorted(missing)}: the saved run was to end before they are due; "
                 f"start a longer run anew"
             )
+
+    def _take_up(self, due: Due, report: dict[str, Any], folder: Path) -> None:
+        """A fire that was under way, or done and not merged, when the checkpoint was written."""
+        frames = [checkpoint.read_frame(folder, f"fire-{due.version}-{p}") for p in range(self.config.swarm.pp)]
+        references = [self.store(frame) for frame in frames]
+        self.line.add(Fire(due, 0, self.store(report), self.line.m_bar, references))
+
+
+def _report(due: Due) -> str:
+    return f"report-{due.version}"

@@ -6,7 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from anchor_service.actor import gather
+from anchor_service.calls import gather
+
+GRACE_S = 15.0  # a rank that waits for another has begun to a little after it was asked
+SETTLE_S = 5.0  # so long after the first rank that lost its peer Ray says what became of that
 
 
 @dataclass(frozen=True)
@@ -23,9 +26,15 @@ class Fleet:
 
     @property
     def swarm_limit(self) -> tuple[float, str]:
-        """Seconds and their knob. The ranks' own deadlines are shorter and say more: this one is for a rank that hangs."""
-        swarm, anchor = self.config.swarm, self.config.anchor
-        return swarm.timeout_s * 2 + (anchor.timeout_s if self.anchors else 0), "swarm.timeout_s"
+        """Seconds and their knob, for what a rank is asked for. Its own deadline says more and is GRACE_S shorter."""
+        return self.config.swarm.timeout_s + GRACE_S, "swarm.timeout_s"
+
+    def tick_limit(self, due: bool) -> tuple[float, str]:
+        """For a tick, in which a rank may have to wait for a correction that is `due`."""
+        if not due:
+            return self.swarm_limit
+        seconds, knob = self.swarm_limit
+        return seconds + self.config.anchor.timeout_s, f"{knob} or anchor.timeout_s"
 
     @property
     def engine_limit(self) -> tuple[float, str]:
@@ -35,13 +44,15 @@ class Fleet:
     def anchor_limit(self) -> tuple[float, str]:
         return self.config.anchor.timeout_s, "anchor.timeout_s"
 
-    def ask_workers(self, method: str, arguments: list[tuple], what: str) -> list[Any]:
-        """What `method` returns on every rank, each with arguments of its own."""
-        calls = []
-        for rank, (worker, args) in enumerate(zip(self.workers, arguments, strict=True)):
-            d, p = divmod(rank, self.config.swarm.pp)
-            calls.append((f"worker d{d}p{p}", getattr(worker, method).remote(*args)))
-        return gather(calls, what, *self.swarm_limit)
+    def ask_workers(
+        self, method: str, arguments: list[tuple], what: str, limit: tuple[float, str] | None = None
+    ) -> list[Any]:
+        """What `method` returns on every rank, each with arguments of its own; within `swarm_limit` or `limit`."""
+        calls = [
+            (self.config.swarm.name_of(rank), getattr(worker, method).remote(*args))
+            for rank, (worker, args) in enumerate(zip(self.workers, arguments, strict=True))
+        ]
+        return gather(calls, what, *(limit or self.swarm_limit), settle=SETTLE_S)
 
     def weights(self, tick: int, stream: str, whole: bool) -> tuple[list[Any], int]:
         """References to the weights frames of all stages after `tick` ticks, for one stream of consumers; their bytes."""

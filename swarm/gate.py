@@ -3,6 +3,9 @@ that changes the policy in its second, and not in the run's result."""
 
 from __future__ import annotations
 
+import math
+
+from anchor_service.errors import NotFinite
 from codec.config import CodecConfig
 from rl.config import RolloutConfig
 from rl.mismatch import COMFORT
@@ -54,8 +57,13 @@ class EngineGate:
         if self.open or kl is None:
             return None
         self.open = True
+        if math.isnan(kl):
+            first = "the engine's log-probs, or those of a plain forward at the same weights"
+            raise NotFinite(
+                "rollout_corr/dense_k3 is nan", first, "look at the weights in model.path and rollout.engine"
+            )
         if self.max_kl is None:
-            return kl if not kl <= COMFORT else None
+            return kl if kl > COMFORT else None
         if not kl <= self.max_kl:
             raise EngineMismatch(kl, self.max_kl)
         return None
@@ -74,6 +82,9 @@ class LaunchGate:
         if self.open or kl is None or tick < WARM:
             return None
         self.open = True
+        if math.isnan(kl):
+            first = "the engine's log-probs, or the trainer's through the codec"
+            raise NotFinite("codec/logprob_kl is nan", first, "look at the weights in model.path and at codec.kind")
         if self.max_kl is None:
             return kl if kl > COMFORT else None
         if kl > self.max_kl:

@@ -7,6 +7,7 @@ communicator can wait for each other.
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -19,6 +20,12 @@ from anchor_service.errors import WaitTimeout
 from codec.ledger import Ledger
 
 _HEADER = 16  # bytes: sequence number and payload size, int64 each
+
+
+class PeerLost(RuntimeError):
+    """An exchange broke off: most often because the process of a peer is gone, which its own error says better."""
+
+    secondhand = True
 
 
 class Desync(RuntimeError):
@@ -35,10 +42,14 @@ class Desync(RuntimeError):
 def meeting(ip: str) -> tuple[dist.TCPStore, str]:
     """Where the ranks of a grid meet, and its `ip:port`; whoever asks keeps the store until the grid is left.
 
-    It listens before its port is told to anyone: a port that was only looked up may be taken by then.
+    It listens before its port is told to anyone: a port that was only looked up may be taken by then. And on `ip`
+    alone: left to itself torch listens on every interface, and whoever reaches the store can write to it.
     """
-    store = dist.TCPStore(ip, 0, is_master=True, wait_for_workers=False)
-    return store, f"{ip}:{store.port}"
+    listener = socket.create_server((ip, 0), family=socket.AF_INET6 if ":" in ip else socket.AF_INET)
+    port = listener.getsockname()[1]
+    fd = listener.detach()  # the store's from now on
+    store = dist.TCPStore(ip, port, is_master=True, wait_for_workers=False, master_listen_fd=fd)
+    return store, f"{ip}:{port}"
 
 
 def join(address: str, timeout: timedelta) -> dist.TCPStore:
@@ -126,7 +137,7 @@ class Grid:
         except RuntimeError as error:
             if "imed out" in str(error) or "imeout" in str(error):
                 raise WaitTimeout(who, f"{what} to {self.name}", self.timeout_s, "swarm.timeout_s") from error
-            raise RuntimeError(f"{self.name}: {what} with {who} failed: {error}") from error
+            raise PeerLost(f"{self.name}: {what} with {who} failed: {error}") from error
 
     # --- along a pipeline ---------------------------------------------------------------------
 

@@ -73,3 +73,7 @@ class Progress:
         self.ledger.merge({channel: tuple(counted) for channel, counted in state["ledger"].items()})
         self.bytes_since_last_tick()  # what was logged before
         self.telemetry.restore(state["telemetry"], self.step, state["merged"])
+
+    def begin_anew(self) -> None:
+        """What was written of a run that was stopped before its first checkpoint is dropped."""
+        self.telemetry.drop(-1, 0)

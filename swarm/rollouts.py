@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from anchor_service.actor import AnchorLine, gather
-from anchor_service.errors import ActorLost
+from anchor_service.actor import AnchorLine
+from anchor_service.calls import gather
+from anchor_service.errors import ActorLost, described
 from rl import mismatch
 from rl.batch import Batch, Prompts, concat
 from rl.engine import EngineFailed
@@ -26,12 +27,25 @@ class Rollouts:
         self.line = line if config.anchor.weights == "shared" else None
         self._parameters = parameter_count(config.model.path)
         self._resync = True  # the first frames of a run are whole ones
+        self._endless = False  # no answer of the last step came to an end
 
     def train(self) -> tuple[Batch, dict[str, float]]:
         """Samples of the present step, and metrics of it."""
         size, step = self.config.grpo.train_batch_size, self.progress.step
         indices = range((step - 1) * size, step * size)
-        return self._samples("train", step, indices, self.config.grpo.group_size, self.config.rollout.temperature)
+        grpo = self.config.grpo
+        batch, timing = self._samples("train", step, indices, grpo.group_size, self.config.rollout.temperature)
+        self._judge_ends(batch)
+        return batch, timing
+
+    def _judge_ends(self, batch: Batch) -> None:
+        """Said once, until an answer ends again: a model whose end is not known never stops, and has no reward."""
+        endless = bool(batch.truncated.all())
+        if endless and not self._endless:
+            limit = self.config.grpo.max_response_length
+            fix = "raise it, or name in the model's generation_config.json the token that ends its answers"
+            self.progress.event("every answer was cut at grpo.max_response_length", limit=limit, fix=fix)
+        self._endless = endless
 
     def validation(self) -> tuple[Batch, dict[str, float]]:
         """The same prompts and random numbers each time, so that runs are paired."""
@@ -104,7 +118,7 @@ class Rollouts:
 
     def _renew(self, failure: Exception) -> None:
         """All of them: they follow one stream, and the new ones begin it with a whole snapshot."""
-        self.progress.event("engines started anew", reason=str(failure).strip().splitlines()[-1])
+        self.progress.event("engines started anew", reason=described(failure))
         self.fleet.engines[:] = self.fleet.new_engines()
         self.resync()
 

@@ -9,11 +9,10 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol, TextIO
-
-from torch.utils.tensorboard import SummaryWriter
+from typing import Any, TextIO
 
 from rl import mismatch
+from swarm.listeners import Board, Listener, Listeners, numbers
 from swarm.loggers import Loggers
 
 Entries = dict[str, tuple[float, float]]
@@ -43,20 +42,16 @@ def combine(reports: list[dict[str, Any]], tokens: int) -> tuple[dict[str, float
     return metrics, {channel: (sent, dense) for channel, (sent, dense) in ledger.items()}
 
 
-class Listener(Protocol):
-    """A display: told of every record as it is written."""
-
-    def __call__(self, record: dict[str, Any]) -> None: ...
-
-
 class Telemetry:
     """The files of one run folder. Lines are written whole and flushed, so a killed run stays readable.
 
-    `loggers` get the numbers too. One that fails is left out from then on, with one event and one warning.
+    `listener` gets every record, TensorBoard and the `loggers` the numbers. One of them that fails is left out from
+    then on, with one event and one warning; only a KeyboardInterrupt of a listener ends the run.
     """
 
     def __init__(self, run: Path, listener: Listener, loggers: Loggers | None = None):
-        self.run, self.listener = run, listener
+        self.run = run
+        self.listeners = Listeners({"display": lambda: listener, "tensorboard": lambda: Board(run)})
         self.loggers = loggers or Loggers({})
         self.started = time.time()
         self.validations: list[dict[str, float]] = []
@@ -65,7 +60,6 @@ class Telemetry:
         self.seconds: dict[str, float] = defaultdict(float)
         self._metrics = (run / "metrics.jsonl").open("a")
         self._corrections = (run / "corrections.jsonl").open("a")
-        self._board = SummaryWriter(str(run))
 
     def tick(self, step: int, tick: int, metrics: dict[str, Any]) -> None:
         self._write("tick", step, tick, metrics)
@@ -97,37 +91,40 @@ class Telemetry:
         self._metrics.write(json.dumps(record) + "\n")
         self._metrics.flush()
         self.last[kind] = record
-        # step records have the same names as the means of their ticks, on another axis
-        prefix, at = ("step/", step) if kind == "step" else ("", tick)
-        numbers = {f"{prefix}{k}": v for k, v in metrics.items() if isinstance(v, (int, float)) and "/" in k}
-        for name, value in numbers.items():
-            self._board.add_scalar(name, value, at)
-        if numbers:  # loggers have one axis, which must not go back: ticks
-            self.loggers.log(numbers | {"training/global_step": step}, tick)
+        found = numbers(record)
+        if found:  # loggers have one axis, which must not go back: ticks
+            self.loggers.log(found | {"training/global_step": step}, tick)
         if kind == "step":
             for name, value in metrics.items():
                 if name.startswith("timing_s/"):
                     self.seconds[name] += value
-        self.listener(record)
-        self._report_lost_loggers(step, tick)
+        self.listeners.tell(record)
+        self._report_lost(step, tick)
 
-    def _report_lost_loggers(self, step: int, tick: int) -> None:
-        for name, reason in self.loggers.failed().items():
-            self.event(step, tick, "logger_failed", logger=name, reason=reason)
-            warnings.warn(f"logger {name} failed, the run goes on without it: {reason}", stacklevel=2)
+    def _report_lost(self, step: int, tick: int) -> None:
+        for kind, group in (("logger", self.loggers), ("listener", self.listeners)):
+            for name, reason in group.failed().items():
+                self.event(step, tick, f"{kind}_failed", **{kind: name}, reason=reason)
+                warnings.warn(f"{kind} {name} failed, the run goes on without it: {reason}", stacklevel=2)
 
     def state(self) -> dict[str, Any]:
         return {"validations": self.validations, "seconds": dict(self.seconds)}
 
     def restore(self, state: dict[str, Any], step: int, merged: int) -> None:
-        """Go on after `step`, in which version `merged` was the last: what the stopped run wrote beyond them is dropped."""
+        """Go on after `step`, in which version `merged` was the last."""
         self.validations = state["validations"]
         self.seconds.update(state["seconds"])
+        self.drop(step, merged)
+
+    def drop(self, step: int, merged: int) -> None:
+        """Keep no record beyond `step` and version `merged`."""
         self._metrics = _keep(self._metrics, lambda record: record["step"] <= step)
         self._corrections = _keep(self._corrections, lambda record: record["version"] <= merged)
+        last = self.validations[-1] if self.validations else {"tick": 0, "accuracy": None}
+        self.listeners.tell({"kind": "restored", "step": step, "tick": last["tick"], "accuracy": last["accuracy"]})
 
     def finish(self, status: str, extra: dict[str, Any]) -> dict[str, Any]:
-        """Write summary.json and close the files and loggers."""
+        """Write summary.json, then `close`."""
         accuracies = [v["accuracy"] for v in self.validations]
         summary = {
             "status": status,
@@ -140,13 +137,17 @@ class Telemetry:
             "weights_digests": self.digests,
         } | extra
         replace_text(self.run / "summary.json", json.dumps(summary, indent=2) + "\n")
-        self.loggers.close()  # after the summary: this may take a while
+        self.close()
+        return summary
+
+    def close(self) -> None:
+        """Close the files and loggers; the latter may take a while."""
+        self.loggers.close()
+        self.listeners.close()
         last = self.last.get("step") or {"step": 0, "tick": 0}
-        self._report_lost_loggers(last["step"], last["tick"])
+        self._report_lost(last["step"], last["tick"])
         self._metrics.close()
         self._corrections.close()
-        self._board.close()
-        return summary
 
 
 def _keep(file: TextIO, wanted: Callable[[dict[str, Any]], bool]) -> TextIO:

@@ -43,7 +43,8 @@ from rl.config import GrpoConfig
 from rl.objective import MicroBatch, loss_terms
 from rl.policy import EMBEDDING, Stage
 from swarm.grid import Grid
-from swarm.pipeline import Pipeline
+from swarm.nonfinite import first_seen
+from swarm.pipeline import Loss, Pipeline
 
 NORM_BLOCK = 1 << 22  # elements: a norm in float64 without a float64 copy of the gradient
 MERGE_BLOCK = 1 << 16  # elements: temporaries of a merge stay in the second-level cache
@@ -145,7 +146,7 @@ def tick(rank: Rank, plan: TickPlan, mini: MiniBatch, fetch: Callable[[Any], Cor
     with rank.timed("merge"):
         values |= _merge(rank, plan)
     with rank.timed("optimizer"):
-        values["actor/grad_norm"] = _clip(rank, plan)
+        values["actor/grad_norm"] = _clip(rank, plan, mini, loss)
         values["actor/lr"] = rules.grpo.lr
         rank.optimizer.step()
         weights.publish()
@@ -331,10 +332,10 @@ def _keep(rank: Rank, plan: TickPlan, **vectors: Tensor) -> None:
         rank.kept |= {k: v[:owned].detach().to("cpu", copy=True).numpy() for k, v in vectors.items()}
 
 
-def _clip(rank: Rank, plan: TickPlan) -> float:
+def _clip(rank: Rank, plan: TickPlan, mini: MiniBatch, loss: Loss) -> float:
     norm = rank.norm(rank.stage.weights.grad)
     if not math.isfinite(norm):
-        raise FloatingPointError(f"{rank.grid.name}: the gradient norm of tick {plan.tick} is {norm}; lower grpo.lr")
+        raise first_seen(rank, f"the gradient norm of tick {plan.tick} is {norm}", mini, loss)
     rank.stage.weights.grad.mul_(min(1.0, rank.rules.grpo.grad_clip / (norm + 1e-6)))
     return norm
 

@@ -12,7 +12,7 @@ import numpy as np
 import ray
 import torch
 
-from anchor_service.actor import gather
+from anchor_service.calls import gather
 from anchor_service.messages import Correction, TickPlan, pack_record, unpack_correction
 from codec.boundary import Boundary
 from codec.config import CodecConfig
@@ -29,6 +29,8 @@ from rl.snapshot import Sender
 from swarm import checkpoint
 from swarm.config import SwarmConfig
 from swarm.grid import Grid, meeting
+from swarm.manifest import Entry
+from swarm.nonfinite import explained
 from swarm.tick import MiniBatch, Rank, Rules, tick, weights_digest
 
 
@@ -78,9 +80,6 @@ class Worker:
                 "cuda", ordinal(str(ray.get_gpu_ids()[0]), os.environ.get("CUDA_VISIBLE_DEVICES", ""))
             )
             torch.cuda.set_device(device)
-        if ray.util.get_node_ip_address() == "127.0.0.1":
-            for library in ("GLOO", "NCCL"):
-                os.environ.setdefault(f"{library}_SOCKET_IFNAME", "lo")
         prefer_determinism(device)
         ledger = Ledger()
         grid = Grid(setup.rank, swarm.dp, swarm.pp, device, ledger, swarm.timeout_s, init)
@@ -124,7 +123,8 @@ class Worker:
             micros = microbatches(batch, mine, self.setup.swarm.micro_batch_size, grid.device)
             old = [micro.rollout_logprobs for micro in micros]
             if rank.rules.grpo.old_logprobs == "trainer":
-                old = rank.pipeline.logprobs(micros, rank.rules.temperature)
+                with explained(rank, micros):
+                    old = rank.pipeline.logprobs(micros, rank.rules.temperature)
                 for trainer, micro in zip(old, micros):  # none but on the last stage
                     for name, value in mismatch.sums(micro.rollout_logprobs, trainer).items():
                         sums[name] += value.item()
@@ -136,7 +136,9 @@ class Worker:
         return {"sums": dict(sums), "values": {}, "peaks": peaks, "ledger": grid.ledger.drain()}
 
     def tick(self, plan: TickPlan) -> dict[str, Any]:
-        return tick(self.rank, plan, self.minis[plan.mini_batch], self._fetch_correction)
+        mini = self.minis[plan.mini_batch]
+        with explained(self.rank, mini.micros):
+            return tick(self.rank, plan, mini, self._fetch_correction)
 
     def deliver(self, reference: list[Any]) -> None:
         """Fetch a correction into the inbox, beside whatever tick is running; its rank merges it when all hold it."""
@@ -175,8 +177,8 @@ class Worker:
     def digest(self) -> int:
         return weights_digest(self.rank)
 
-    def save(self, folder: str, step: int) -> None:
-        checkpoint.save_rank(self.rank, folder, step)
+    def save(self, folder: str, step: int) -> dict[str, Entry]:
+        return checkpoint.save_rank(self.rank, folder, step)
 
     def restore(self, folder: str) -> None:
         checkpoint.restore_rank(self.rank, folder)

@@ -115,3 +115,33 @@ def test_ctrl_c_ends_a_sweep_that_can_go_on(tmp_path: Path):
     assert [run.state for run in plan(read(sweep), out, list(SMALL))] == ["completed", "waiting"]
     assert "interrupted" in (out / "report.html").read_text()
     assert _left_behind(marker) == []
+
+
+def test_a_control_store_that_dies_as_the_run_completes_changes_neither_its_end_nor_its_code(tmp_path: Path):
+    run, marker = tmp_path / "run", f"NORTHSTAR_TEST_MARK={os.getpid()}-gcs"
+    overrides = (*SMALL, "run.steps=1", "anchor.enabled=false", "merger.kind=none")
+    arguments = [x for override in overrides for x in ("--set", override)]
+    environment = dict(os.environ) | dict([marker.split("=")])
+    with _started(["run", "k5", *arguments, "--out", str(run)], environment) as process:
+        deadline = time.monotonic() + 240
+        while not (run / "summary.json").exists():
+            assert process.poll() is None and time.monotonic() < deadline, process.communicate(timeout=5)[0]
+            time.sleep(0.01)
+        for number in _processes(marker, "gcs_server"):
+            os.kill(number, signal.SIGKILL)
+        output, _ = process.communicate(timeout=50)  # Ray itself would wait for 60 s, and then exit with 1
+    assert process.returncode == 0, output
+    assert json.loads((run / "summary.json").read_text())["status"] == "completed"
+    assert "k5: completed" in output and (run / "report.html").exists()
+    assert _left_behind(marker) == []
+
+
+def _processes(marker: str, program: str) -> list[int]:
+    """Of those that `_descendants` names, the numbers of the ones that run `program`."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        with suppress(OSError):
+            if entry.name.isdigit() and marker.encode() in (entry / "environ").read_bytes():
+                if program in (entry / "comm").read_text():
+                    found.append(int(entry.name))
+    return found

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 
 from codec.boundary import pack_rows
-from rl.model_files import FAMILIES, ModelNotFound, model_shape
+from rl.model_files import model_shape
+from rl.model_shape import FAMILIES, ModelNotFound
 from rl.policy import Stage, spans
 from tests.contract.engine_process import build
 
@@ -186,7 +187,7 @@ def test_another_architecture_is_refused_by_name_with_what_is_supported(tmp_path
     ("changes", "window"),
     [
         ({"sliding_window": 4096}, None),  # Qwen2 has the number in its config.json and does not use it
-        ({"sliding_window": 4096, "use_sliding_window": True}, 4096),
+        ({"sliding_window": 4096, "use_sliding_window": True, "max_window_layers": 2}, 4096),
         ({"model_type": "mistral", "sliding_window": 4096}, 4096),
         ({"model_type": "mistral", "sliding_window": None}, None),
         ({"model_type": "llama", "sliding_window": 4096}, None),

@@ -16,6 +16,7 @@ import pytest
 from deploy.config import RunConfig, load
 from deploy.fleet import Held
 from deploy.launch import cluster, drive
+from deploy.resume import plan_resume
 
 SIZES = (
     "run.steps=6",
@@ -51,12 +52,13 @@ HELD = Held()  # `test_sweep.py` holds that kept actors give the same bits as ne
 
 def run_kept(config: RunConfig, folder: Path, resume: bool = False) -> dict[str, Any]:
     """The summary of a run, in lockstep on actors that earlier tests may have used."""
+    goes_on = plan_resume(folder, config) if resume else None
     if config.anchor.clock == "wall":
-        return drive(config, folder, ignore, resume)
+        return drive(config, folder, ignore, goes_on)
     if not HELD.roles:
         with HELD.fleet(small(*LARGEST)):  # so that no later run needs more
             pass
-    return drive(config, folder, ignore, resume, fleets=HELD.fleet)
+    return drive(config, folder, ignore, goes_on, fleets=HELD.fleet)
 
 
 def ignore(record: dict[str, Any]) -> None: ...

@@ -42,10 +42,20 @@ def test_without_a_limit_the_run_goes_on_and_says_so_once(tmp_path: Path, old: s
 
 def test_without_a_codec_the_two_policies_agree_and_nothing_is_said(tmp_path: Path):
     run_kept(small(*ALONE, "codec.kind=none", "codec.max_kl=0.001", "run.steps=2"), tmp_path / "run")
-    assert "codec changes the policy" not in [e["event"] for e in of_kind(tmp_path / "run", "event")]
+    assert not {"codec changes the policy", CUT} & {e["event"] for e in of_kind(tmp_path / "run", "event")}
     (_, step) = of_kind(tmp_path / "run", "step")
     assert abs(step["codec/logprob_kl"]) < 1e-5 and step["codec/logprob_corr"] > 0.99999
     assert step["codec/ratio_outside_1.2"] == 0
+
+
+CUT = "every answer was cut at grpo.max_response_length"
+
+
+def test_steps_in_which_no_answer_ends_are_remarked_on_once(tmp_path: Path):
+    run_kept(small(*ALONE, "grpo.max_response_length=2"), tmp_path / "run")
+    assert [step["response_length/clip_ratio"] for step in of_kind(tmp_path / "run", "step")] == [1, 1, 1]
+    (event,) = [e for e in of_kind(tmp_path / "run", "event") if e["event"] == CUT]
+    assert event["step"] == 1 and event["limit"] == 2 and "generation_config.json" in event["fix"]
 
 
 def test_an_engine_that_differs_from_the_model_stops_the_run_before_its_first_tick(tmp_path: Path):

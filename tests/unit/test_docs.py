@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from deploy.config import RunConfig, preset_names
 from deploy.reference import reference
 from rl.config import TableParams
-from rl.model_files import FAMILIES
+from rl.model_shape import FAMILIES
 from rl.tasks import TASKS
 
 ROOT = Path(__file__).parents[2]

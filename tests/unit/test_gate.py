@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 
+from anchor_service.errors import NotFinite
 from codec.config import CodecConfig
 from rl.config import RolloutConfig
 from swarm.gate import EngineGate, EngineMismatch, LaunchGate, PolicyChanged
@@ -78,5 +79,6 @@ def test_an_engine_without_a_limit_is_remarked_on_above_the_comfort_of_ratio_cli
 
 
 def test_an_engine_whose_log_probs_are_no_numbers_does_not_pass():
-    with pytest.raises(EngineMismatch):
-        engine_gate(max_kl=0.1).judge({"rollout_corr/dense_k3": float("nan")})
+    for max_kl in (0.1, None):
+        with pytest.raises(NotFinite, match=r"rollout_corr/dense_k3 is nan.*model\.path"):
+            engine_gate(max_kl=max_kl).judge({"rollout_corr/dense_k3": float("nan")})

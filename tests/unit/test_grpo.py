@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rl.config import GrpoConfig
-from rl.grpo import group_advantages, policy_loss, token_logprobs
+from rl.engine import PlainModel
+from rl.grpo import group_advantages, low_var_kl, policy_loss, token_logprobs
+from rl.objective import logprobs
+from rl.transformers_engine import _draw
 
 LAW = settings(deadline=None, derandomize=True, max_examples=100)
 CONFIG = GrpoConfig(clip_ratio=0.2)
@@ -75,21 +79,39 @@ def test_rewards_that_do_not_divide_in_groups_of_two_or_more_are_refused(count: 
 
 def test_log_probs_and_entropy_are_those_of_the_softmax():
     logits, targets = rand(5, 7) * 3, torch.tensor([0, 6, 3, 3, 1])
-    logp, entropy = token_logprobs(logits, targets, with_entropy=True)
+    logp, entropy = token_logprobs(logits, targets, 1.0, with_entropy=True)
     for i in range(5):
         weights = [math.exp(v) for v in logits[i].tolist()]
         p = [w / sum(weights) for w in weights]
         assert logp[i].item() == pytest.approx(math.log(p[targets[i]]), rel=1e-5)
         assert entropy[i].item() == pytest.approx(-sum(v * math.log(v) for v in p), rel=1e-5)
-    assert token_logprobs(logits, targets, with_entropy=False)[1] is None
+    assert token_logprobs(logits, targets, 1.0, with_entropy=False)[1] is None
 
 
 def test_log_probs_of_half_precision_logits_are_computed_in_float32():
     logits = (rand(5, 7) * 3).bfloat16()
-    logp, _ = token_logprobs(logits, torch.tensor([0, 6, 3, 3, 1]), with_entropy=False)
+    logp, _ = token_logprobs(logits, torch.tensor([0, 6, 3, 3, 1]), 1.0, with_entropy=False)
     exact = torch.log_softmax(logits.double(), -1).gather(1, torch.tensor([[0], [6], [3], [3], [1]])).squeeze(1)
     assert logp.dtype == torch.float32
     torch.testing.assert_close(logp.double(), exact, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.3])
+def test_trainer_reference_and_sampler_divide_bf16_logits_by_the_temperature_in_float32(temperature: float):
+    logits = (rand(6, 50) * 8).bfloat16()
+    uniform = torch.rand(6, generator=torch.Generator().manual_seed(5))
+    targets, sampler = _draw(logits, uniform, temperature)
+    exact = torch.log_softmax(logits.double() / temperature, -1).gather(1, targets[:, None]).squeeze(1)
+    stage = SimpleNamespace(logits=lambda hidden: hidden)
+    micro = SimpleNamespace(predicts=(torch.arange(6),), targets=targets)
+    trainer, _ = logprobs(stage, logits, micro, temperature)
+    last = torch.zeros(1, 50, dtype=torch.bfloat16)  # predicts what would follow the answer
+    model = SimpleNamespace(logits=torch.cat([logits, last])[None])
+    plain = SimpleNamespace(device=torch.device("cpu"), model=lambda input_ids: model)
+    (reference,) = PlainModel.score(plain, [[0]], [targets.numpy()], temperature)
+    for found in (trainer, torch.from_numpy(reference), sampler):
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found.double(), exact, rtol=0, atol=5e-6)
 
 
 # --- the loss ----------------------------------------------------------------------------------
@@ -232,6 +254,37 @@ def test_the_kl_gradient_points_back_to_the_base_policy():
     ref, zeros = torch.tensor([-2.0, -2.0], dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
     policy_loss(leaf, leaf.detach(), zeros, 2.0, GrpoConfig(kl_loss_coef=1.0), ref_logprobs=ref).loss.backward()
     assert leaf.grad[0] > 0 > leaf.grad[1]  # descent lowers what is too likely and raises what is too rare
+
+
+def verl_low_var_kl(logprob: torch.Tensor, ref_logprob: torch.Tensor) -> torch.Tensor:
+    """`kl_penalty(..., "low_var_kl")` of verl/trainer/ppo/core_algos.py."""
+    kl = ref_logprob - logprob
+    kl = torch.clamp(kl, min=-20, max=20)
+    return torch.clamp(torch.exp(kl) - kl - 1, min=-10, max=10)
+
+
+def kl_and_gradient(estimate, new: torch.Tensor, ref: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    leaf = new.clone().requires_grad_()
+    kl = estimate(leaf, ref)
+    kl.sum().backward()
+    return kl.detach(), leaf.grad
+
+
+def test_the_kl_and_its_gradient_are_those_of_verl_at_any_distance():
+    apart = torch.cat([torch.linspace(-150, 150, 601), torch.tensor([-20.0, 20, 2.6, 2.7, -10.9, -11.1])])
+    ref = torch.full_like(apart, -160)
+    (kl, grad), (theirs, their_grad) = (kl_and_gradient(f, ref + apart, ref) for f in (low_var_kl, verl_low_var_kl))
+    assert torch.equal(kl, theirs) and torch.equal(grad, their_grad)
+    assert kl.isfinite().all() and grad.isfinite().all()
+
+
+@pytest.mark.parametrize("nats", [21.0, 89.0, 200.0])
+def test_a_base_policy_that_likes_a_token_far_more_leaves_loss_and_gradient_finite(nats: float):
+    leaf = torch.tensor([-nats - 1, -1.5]).requires_grad_()
+    ref, config = torch.full((2,), -1.0), GrpoConfig(kl_loss_coef=0.1)
+    terms = policy_loss(leaf, leaf.detach(), torch.zeros(2), 2.0, config, ref_logprobs=ref)
+    terms.loss.backward()
+    assert terms.loss.isfinite() and leaf.grad.isfinite().all() and leaf.grad[1] != 0
 
 
 def test_the_entropy_bonus_lowers_the_loss_by_the_mean_entropy():

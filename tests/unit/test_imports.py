@@ -24,12 +24,14 @@ LIGHT = [
     *CONFIGS,
     "rl/tasks.py",
     "rl/reward.py",
+    "rl/gguf_files.py",
     "rl/model_files.py",
+    "rl/model_shape.py",
     "rl/stored_weights.py",
     *(n for n in FILES if n.startswith("merger/")),
 ]
 HEAVY = {"torch", "ray", "transformers"}
-RAY_ALLOWED = {"anchor_service/actor.py", "swarm/worker.py", "swarm/coordinator.py"}
+RAY_ALLOWED = {"anchor_service/actor.py", "anchor_service/calls.py", "swarm/worker.py", "swarm/coordinator.py"}
 PICKLERS = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal", "jsonpickle"}
 FORBIDDEN_CALLS = {"eval", "exec", "torch.load", "torch.save"}
 

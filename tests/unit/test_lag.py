@@ -220,6 +220,17 @@ def test_a_shorter_run_has_the_beginning_of_the_agenda_of_a_longer_one():
     assert agenda(config, 0, 150) == [d for d in long if d.first_tick <= 150]
 
 
+@pytest.mark.parametrize("kind", sorted(LAGS))
+@pytest.mark.parametrize("end", [1, 8, 61, 150])
+def test_a_run_that_may_be_made_longer_starts_every_fire_of_the_longer_one_whose_weights_it_has(
+    kind: str, end: int, trace_file: Path
+):
+    config = models(trace_file)[kind]
+    longer = agenda(config, 3, TICKS)
+    assert agenda(config, 3, end, beyond=True) == [d for d in longer if d.source_tick < end]
+    assert agenda(config, 3, end) == [d for d in longer if (d.first_tick or 0) <= end and d.source_tick < end]
+
+
 # --- traces ------------------------------------------------------------------------------------
 
 

@@ -10,7 +10,8 @@ import huggingface_hub
 import pytest
 
 from deploy.config import ConfigError, load
-from rl.model_files import BUILTIN, ModelNotFound, model_shape, resolve
+from rl.model_files import BUILTIN, model_shape, resolve
+from rl.model_shape import ModelNotFound
 
 TINY = BUILTIN / "tiny"
 HUB = "someone/not-on-this-machine"

@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 
 from deploy.config import RunConfig, load
-from deploy.placement import counts, demand, placement, tags
+from deploy.placement import counts, demand, lacking, placement, tags
 
 LAYOUTS = [
     (f"swarm.dp={dp}", f"swarm.pp={pp}", f"swarm.placement={kind}", f"anchor.workers={anchors}", *devices)
@@ -108,3 +108,18 @@ def test_the_names_of_real_resources_are_no_names_for_the_anchors():
 def test_engines_beside_workers_have_no_nodes_of_their_own():
     with pytest.raises(ValueError, match=r"set swarm\.resource instead"):
         config(*COLOCATED[0], "rollout.resource=engine")
+
+
+@pytest.mark.parametrize(
+    ("have", "free", "why"),
+    [
+        ({"CPU": 7, "far": 1}, {"CPU": 3, "far": 1}, "other jobs, actors or placement groups hold the rest of CPU"),
+        ({"CPU": 7, "far": 1}, {"far": 1}, "hold the rest of CPU"),  # Ray leaves out what there is none of
+        ({"CPU": 4, "far": 1}, {"CPU": 4, "far": 1}, "the cluster has too little CPU in all"),
+        ({"CPU": 9}, {"CPU": 9}, "no node has far: start one with it, or correct the .resource"),
+        ({"CPU": 7, "far": 1}, {"CPU": 7, "far": 1}, "no node has what one bundle needs"),
+    ],
+)
+def test_a_cluster_without_room_says_what_is_free_and_why_it_is_not_enough(have: dict, free: dict, why: str):
+    said = lacking({"CPU": 5, "far": 0.001}, have, free)
+    assert f"5 CPU (of {have['CPU']} in the cluster {free.get('CPU', 0)} are free)" in said and why in said

@@ -1,0 +1,154 @@
+"""What actors are asked for, how long it is waited for, and what it is called when it fails."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterable
+from contextlib import suppress
+from typing import Any
+
+import ray
+from ray._private.state import actors
+from ray.exceptions import (
+    ActorUnavailableError,
+    ObjectLostError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+    UnserializableException,
+)
+
+from anchor_service.errors import ActorLost, WaitTimeout
+
+VERDICT_S = 30.0  # Ray takes up to 25 s to call a node dead that sends no heartbeat
+_WHERE = re.compile(r'^ +File "(.+)", line (\d+), in (.+)$', re.MULTILINE)
+_FIELDS = tuple(f"\t{name}: " for name in ("class_name", "actor_id", "pid", "name", "namespace", "ip"))
+_PROCESS = re.compile(r"\(pid=(\d+), ip=([^,)]+)")
+
+
+def gather(
+    calls: Iterable[tuple[str, Any]],
+    what: str,
+    seconds: float,
+    knob: str,
+    since: float | None = None,
+    settle: float = 0.0,
+) -> list[Any]:
+    """Objects that named actors deliver, in order. The first failure ends the wait; the deadline names who is missing.
+
+    `seconds` count from now, or from `since` on the monotonic clock if several waits share one deadline. A failure
+    that is only another's echo (`secondhand`) waits `settle` seconds for one that says more.
+    Raises WaitTimeout, ActorLost, or what an actor raised, with a note of where.
+    """
+    names = {reference: name for name, reference in calls}
+    found: dict[Any, Any] = {}
+    waiting, echo = list(names), None
+    deadline = (time.monotonic() if since is None else since) + seconds
+    while waiting:
+        done, waiting = ray.wait(waiting, num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
+        if not done:
+            missing = dict.fromkeys(names[reference] for reference in waiting)
+            raise echo or WaitTimeout(", ".join(missing), what, seconds, knob)
+        try:
+            found[done[0]] = take(done[0], names[done[0]], what)
+        except Exception as error:
+            if not (settle and getattr(error, "secondhand", False)):
+                raise
+            if echo is None:
+                echo, deadline = error, min(deadline, time.monotonic() + settle)
+    if echo:
+        raise echo
+    return [found[reference] for reference in names]
+
+
+def take(reference: Any, who: str, what: str) -> Any:
+    """The object of a call that is over. Raises ActorLost, or what the actor raised."""
+    try:
+        return ray.get(reference)
+    except RayError as error:
+        raise failure(error, who, what) from error
+
+
+def failure(error: RayError, who: str, what: str) -> Exception:
+    """What Ray raised for a call of `who`, without the traceback of its own machinery."""
+    if isinstance(error, RayTaskError):
+        return _task_failure(error, who, what)
+    if isinstance(error, RayActorError):
+        return ActorLost(who, what, _death(error))
+    if isinstance(error, ObjectLostError):
+        last = str(error).strip().splitlines()[-1]  # before it: how to debug references
+        return ActorLost(who, what, "\n".join([f"what it delivered is lost: {last}", *_dead_nodes().values()]))
+    if isinstance(error, UnserializableException):
+        return _noted(RuntimeError(_raised(str(error))), str(error), who, what)
+    return _noted(error, "", who, what)
+
+
+def _task_failure(error: RayTaskError, who: str, what: str) -> Exception:
+    cause = error.cause
+    if isinstance(cause, RayActorError):  # an argument of the call was to come from that actor
+        return ActorLost(f"an actor that {who} gets an argument from", what, _death(cause))
+    if type(cause) is RayError:  # Ray could not pickle it, and has put its traceback in words
+        cause = RuntimeError(_raised(str(cause)))
+    return _noted(cause, str(error), who, what)
+
+
+def _noted(error: Exception, trace: str, who: str, what: str) -> Exception:
+    """`error` with a note: which actor and process raised it, at which line."""
+    process, line = _PROCESS.findall(trace), _WHERE.findall(trace)
+    at = [f"process {process[-1][0]} on {process[-1][1]}"] if process else []
+    at += ["{}, line {}, in {}".format(*line[-1])] if line else []
+    error.add_note(f"raised by {who}, asked for {what}" + (f" ({'; '.join(at)})" if at else ""))
+    return error
+
+
+def _raised(trace: str) -> str:
+    """The last exception of a printed traceback, type and message whole."""
+    lines = trace.strip().splitlines()
+    last = max((i for i, line in enumerate(lines) if _WHERE.match(line)), default=-1)
+    rest = lines[last + 1 :]
+    while rest and rest[0].startswith("    "):  # the line of code and its carets
+        rest = rest[1:]
+    return "\n".join(rest) or trace
+
+
+def _death(error: RayActorError) -> str:
+    """By what an actor died, and where. Waits up to VERDICT_S for Ray to find out whether its node did."""
+    if error.actor_init_failed:
+        return f"it could not be constructed: {_raised(str(error))}"
+    deadline = time.monotonic() + (VERDICT_S if isinstance(error, ActorUnavailableError) else 0.0)
+    while not (dead := _dead_node_of(error.actor_id)) and _alive(error.actor_id) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    lines = str(error).removeprefix(error.BASE_ERROR_MSG).strip("\n ").splitlines()
+    fields = dict(line.strip().split(": ", 1) for line in lines if line.startswith(_FIELDS))
+    reason = [line for line in lines if not line.startswith(_FIELDS)] or [error.BASE_ERROR_MSG]
+    at = [f"process {fields['pid']} on {fields.get('ip', 'an unknown node')}"] if "pid" in fields else []
+    return "\n".join([*([dead] if dead else []), *reason, *at])
+
+
+def _alive(actor_id: str | None) -> bool:
+    return _actor(actor_id).get("State") == "ALIVE"
+
+
+def _dead_node_of(actor_id: str | None) -> str:
+    """In words, if the actor's node is no longer part of the cluster; else empty."""
+    return _dead_nodes().get(_actor(actor_id).get("Address", {}).get("NodeID"), "")
+
+
+def _dead_nodes() -> dict[str, str]:
+    """Id of every node that has died -> who it was and why, in words."""
+    with suppress(Exception):  # with the control store gone too, nobody knows
+        return {
+            node["NodeID"]: f"node {node['NodeManagerHostname']} ({node['NodeManagerAddress']}) died: "
+            f"{node.get('DeathReasonMessage') or 'Ray gives no reason'}"
+            for node in ray.nodes()
+            if not node["Alive"]
+        }
+    return {}
+
+
+def _actor(actor_id: str | None) -> dict[str, Any]:
+    """What Ray's control store knows of it; nothing if it does not answer."""
+    with suppress(Exception):  # what is wrong is about to be said: no other error in its place
+        return actors(actor_id) if actor_id else {}
+    return {}

@@ -1,0 +1,48 @@
+"""A Ray cluster of one's own that nobody else reaches: it listens on the loopback interface, and wants a token.
+
+Ray 2.60 rewrites 127.0.0.1 to the machine's outward address and then listens on every interface, unless it is told
+that there are no clusters here. The token keeps out this machine's other users, who reach the loopback interface too.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from ray._private import ray_constants
+from ray._private.authentication.authentication_token_setup import AuthenticationTokenLoader
+from ray._raylet import Config
+
+ADDRESS, INTERFACE = "127.0.0.1", "lo"
+
+
+@contextmanager
+def loopback() -> Iterator[None]:
+    """Settings for a local `ray.init`, which its processes inherit; as they were before at the end."""
+    settings = {
+        ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "GLOO_SOCKET_IFNAME": INTERFACE,
+        "NCCL_SOCKET_IFNAME": INTERFACE,
+    }
+    before = {name: os.environ.get(name) for name in settings}
+    clusters = ray_constants.ENABLE_RAY_CLUSTER
+    os.environ.update(settings)
+    ray_constants.ENABLE_RAY_CLUSTER = False  # Ray read its variable when it was imported
+    _read_again()
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = clusters
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+        _read_again()
+
+
+def _read_again() -> None:
+    """Ray's C++ side keeps the mode and the token that it read first."""
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()

@@ -1,0 +1,52 @@
+"""Where a stopped run goes on, from its folder alone: reads files, changes none."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from deploy.config import RunConfig, check_resumes
+from swarm import checkpoint
+from swarm.manifest import CheckpointError
+
+
+@dataclass(frozen=True)
+class Resume:
+    """A checkpoint that is whole, and what is wrong with newer ones; None: stopped before its first one, begins anew."""
+
+    checkpoint: Path | None
+    damaged: tuple[str, ...] = ()
+
+
+def plan_resume(run: Path, config: RunConfig) -> Resume | None:
+    """None: the run has completed its `run.steps` already.
+
+    Raises ConfigError if `config` is another experiment, CheckpointError if there is nothing to go on from.
+    """
+    stored = run / "config.toml"
+    if not stored.is_file():
+        raise CheckpointError(f"{run} holds no run to go on with: it has no config.toml")
+    check_resumes(stored, config)
+    summary, steps = read_summary(run), config.run.steps
+    if summary.get("status") == "completed" and summary.get("steps") == steps:
+        return None
+    if config.run.checkpoint_every and not checkpoint.all_of(run):
+        return Resume(None)
+    found, damaged = checkpoint.newest_good(run)
+    step = checkpoint.read_state(found)["step"]
+    if step > steps:
+        raise CheckpointError(
+            f"{run} is at step {step} and run.steps is {steps}: nothing is left to do; "
+            f"set run.steps to more than {step} to make it longer"
+        )
+    return Resume(found, tuple(damaged))
+
+
+def read_summary(run: Path) -> dict[str, Any]:
+    """Empty if the run wrote none, or half of one."""
+    try:
+        return dict(json.loads((run / "summary.json").read_text()))
+    except (OSError, ValueError, TypeError):
+        return {}

@@ -1,0 +1,76 @@
+"""Where an answer ends: the tokens that one of a model's files names as an end."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from rl.model_shape import ModelRefused
+from rl.tokenizer import has_tokenizer, load_tokenizer
+
+_ANSWER = "what-the-assistant-says"
+
+
+def stop_tokens(folder: Path) -> list[int]:
+    """Ids, sorted: those of config.json, of generation_config.json and of the tokenizer, and the chat template's.
+
+    The template's count whether or not prompts are wrapped in it: a token that ends a turn is no part of an answer,
+    and a tuned model ends its answers with it all the same. Defaults of transformers' classes do not count (2 for
+    a Llama): what the files do not name may be any token. Raises ModelRefused if none is named, or one is no token.
+    """
+    config = _read(folder / "config.json")
+    vocab, found = config["vocab_size"], set()
+    for name, content in (
+        ("config.json", config),
+        ("generation_config.json", _read(folder / "generation_config.json")),
+    ):
+        named = ends_named(content)
+        if wrong := [i for i in named if not 0 <= i < vocab]:
+            raise ModelRefused(
+                f"{folder / name}: eos_token_id {wrong[0]} is no token of a vocabulary of {vocab}",
+                "name there the token that ends an answer",
+            )
+        found |= named
+    if has_tokenizer(folder):
+        tokenizer = load_tokenizer(folder)
+        ends = (tokenizer.eos_token_id, end_of_turn(tokenizer))
+        found |= {
+            i for i in ends if i is not None and i < vocab
+        }  # a class's own default has no row, and is never drawn
+    if not found:
+        raise ModelRefused(
+            f"{folder} names no token that ends an answer, neither in config.json, generation_config.json nor in its "
+            f"tokenizer",
+            "add its eos_token_id to config.json, or an eos_token to tokenizer_config.json",
+        )
+    return sorted(found)
+
+
+def ends_named(content: dict[str, Any]) -> set[int]:
+    """By `eos_token_id`: one, some or none."""
+    eos = content.get("eos_token_id")
+    return set() if eos is None else set(eos) if isinstance(eos, list) else {eos}
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The special token with which the chat template goes on right behind an assistant's words."""
+    if not tokenizer.chat_template:
+        return None
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _ANSWER}]
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+    except (TemplateError, ValueError):  # made for prompts alone: then it has no end of an answer
+        return None
+    _, said, rest = text.rpartition(_ANSWER)
+    special = {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+    follows = [token for token in special if said and rest.lstrip().startswith(token)]
+    return special[max(follows, key=len)] if follows else None
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """Of a file that may be missing."""
+    return json.loads(file.read_text()) if file.exists() else {}

@@ -1,0 +1,90 @@
+"""What a call that failed is said to have failed of, where a real cluster would take long to fail so."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from ray.exceptions import ActorUnavailableError, ObjectLostError
+
+from anchor_service import calls
+from anchor_service.errors import ActorLost
+from deploy.config import load
+from swarm import fleet
+from swarm.fleet import Fleet
+
+NODE = {"NodeID": "beef", "NodeManagerHostname": "gpu-7", "NodeManagerAddress": "10.0.0.7", "Alive": True}
+OTHER = NODE | {"NodeID": "cafe", "NodeManagerHostname": "gpu-8", "Alive": False}
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """A node that the control store calls dead at the third look, as one that sends no heartbeats."""
+    looks = {"left": 3}
+
+    def nodes() -> list[dict]:
+        looks["left"] -= 1
+        alive = looks["left"] > 0
+        reason = {} if alive else {"DeathReasonMessage": "missed too many heartbeats"}
+        return [NODE | {"Alive": alive} | reason, OTHER]
+
+    monkeypatch.setattr(calls.ray, "nodes", nodes)
+    monkeypatch.setattr(calls, "actors", lambda actor_id: {"State": "ALIVE", "Address": {"NodeID": "beef"}})
+    monkeypatch.setattr(calls.time, "sleep", lambda seconds: None)
+    return looks
+
+
+def test_an_actor_that_cannot_be_reached_is_asked_after_until_its_node_is_known_to_be_dead(cluster: dict):
+    error = calls.failure(ActorUnavailableError("Socket closed", b"\x01" * 16), "worker d0p1", "tick 3")
+    assert isinstance(error, ActorLost)
+    said = "worker d0p1 ended before it delivered tick 3: node gpu-7 (10.0.0.7) died: missed too many heartbeats\n"
+    assert str(error).startswith(said) and "Socket closed" in str(error) and "gpu-8" not in str(error)
+
+
+def test_an_actor_that_died_on_a_living_node_is_not_waited_for(cluster: dict, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(calls, "actors", lambda actor_id: {"State": "DEAD", "Address": {"NodeID": "beef"}})
+    error = calls.failure(ActorUnavailableError("Socket closed", b"\x01" * 16), "worker d0p1", "tick 3")
+    assert cluster["left"] == 2 and "gpu" not in str(error)
+
+
+def test_an_object_that_is_lost_names_the_nodes_that_died(cluster: dict):
+    error = calls.failure(ObjectLostError("ab", None, ""), "the anchor", "a correction")
+    assert isinstance(error, ActorLost) and "have been lost due to node failure" in error.reason
+    assert "node gpu-8 (10.0.0.7) died" in error.reason and "RAY_record_ref_creation_sites" not in error.reason
+
+
+def test_a_control_store_that_is_gone_does_not_hide_what_happened(monkeypatch: pytest.MonkeyPatch):
+    def gone(*args: Any) -> None:
+        raise ConnectionError("no control store")
+
+    monkeypatch.setattr(calls.ray, "nodes", gone)
+    monkeypatch.setattr(calls, "actors", gone)
+    error = calls.failure(ActorUnavailableError("Socket closed", b"\x01" * 16), "engine 0", "samples")
+    assert isinstance(error, ActorLost) and "Socket closed" in error.reason
+
+
+class Asked:
+    """A worker of which anything may be asked."""
+
+    def __getattr__(self, method: str) -> Any:
+        return type("Method", (), {"remote": staticmethod(lambda *args: object())})
+
+
+def test_every_wait_has_one_deadline(monkeypatch: pytest.MonkeyPatch):
+    """With the defaults a worker that hangs outside a tick is named after 315 s, not after 1,200."""
+    waited: list[tuple[float, str]] = []
+
+    def gather(asked: list, what: str, seconds: float, knob: str, **rest: float) -> list[int]:
+        waited.append((seconds, knob))
+        return [0 for _ in asked]
+
+    monkeypatch.setattr(fleet, "gather", gather)
+    config = load("k5")
+    swarm, anchor = config.swarm.timeout_s, config.anchor.timeout_s
+    found = Fleet(config, [Asked()], [Asked()], [Asked()], [], lambda: [])
+    found.ask_workers("begin_step", [()], "the start of a step")
+    found.ask_workers("tick", [()], "tick 1", found.tick_limit(due=False))
+    found.ask_workers("tick", [()], "tick 2", found.tick_limit(due=True))
+    usual = (swarm + fleet.GRACE_S, "swarm.timeout_s")
+    assert waited == [usual, usual, (usual[0] + anchor, "swarm.timeout_s or anchor.timeout_s")]
+    assert fleet.GRACE_S <= 0.1 * swarm
