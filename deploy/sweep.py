@@ -7,11 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deploy.config import ConfigError, RunConfig, load
-<<<<<<< HEAD
-from deploy.unread import unread, within
-=======
 from deploy.preflight import preflight
->>>>>>> main
+from deploy.unread import unread, within
 from experiments.sweep import Job, Sweep, SweepError, flat
 
 
