@@ -18,7 +18,15 @@ from tests.commands.documents import ROOT
 
 CLI = typer.main.get_command(app).commands
 # In place of a model and data that were not fetched, and of packages that are extras
-STAND_INS = ["model.path=builtin:tiny", "swarm.boundaries=[2]", "task.name=sums", "task.chat=false", "run.loggers=[]"]
+STAND_INS = [
+    "model.path=builtin:tiny",
+    "swarm.boundaries=[2]",
+    "grpo.max_prompt_length=16",
+    "grpo.max_response_length=40",
+    "task.name=sums",
+    "task.chat=false",
+    "run.loggers=[]",
+]
 _PLACEHOLDER = re.compile(r"[…\[]|(?:^|[ =:])[A-Z]+\b")
 
 
