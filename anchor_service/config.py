@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from codec.config import NODE_TAG, Section
+from codec.config import NODE_TAG, Reading, Section, When
+from merger.config import MERGING
 
 _MEAN = "mean lag in ticks; default: anchor.delay_k"
 
@@ -134,3 +135,30 @@ class AnchorConfig(Section):
     micro_batch_size: int = Field(32, ge=1, description="samples in one backward of the anchor")
     slowdown: float = Field(1.0, ge=1, description="sleep until a fire took this many times its own time")
     timeout_s: float = Field(600.0, gt=0, description="deadline of a correction that is due")
+
+
+_ENABLED = When("anchor.enabled", (True,))
+_FIRES = _ENABLED, MERGING
+_PLACEBO = (When("merger.placebo", ("own", "random")),)
+_DIAGNOSER = (When("diagnostics.every", (7,), bool),)
+_WITH_M = When("codec.q_cadence", (None,)), When("codec.kind", ("powersgd", "transform"), lambda kind: ":" in kind)
+_DRAWN = When("anchor.lag.kind", ("fixed", "lognormal", "pareto", "markov", "outage", "diurnal"))
+_LISTED = When("anchor.clock", ("lockstep",)), When("anchor.lag.kind", ("fixed",), lambda kind: kind != "trace")
+
+READING: Reading = {  # not here: resource, which says where actors go, and which a cluster's scripts give to any config
+    "anchor.delay_k": ((*_FIRES, _DRAWN), _PLACEBO),
+    "anchor.cadence": ((*_FIRES, *_LISTED), _PLACEBO, _WITH_M),
+    "anchor.beta_anc": (_FIRES, (When("merger.placebo", ("own",)),)),
+    "anchor.clock": (_FIRES, _PLACEBO),
+    "anchor.lag": (_FIRES, _PLACEBO),
+    "anchor.max_lag": (_FIRES,),
+    "anchor.max_age": (_FIRES, _PLACEBO),
+    "anchor.workers": ((_ENABLED,),),
+    "anchor.weights": (_FIRES,),
+    "anchor.replay_fraction": (_FIRES,),
+    "anchor.payload": ((_ENABLED, When("merger.kind", ("signed_ema",))),),
+    "anchor.device": ((_ENABLED,), _DIAGNOSER),
+    "anchor.micro_batch_size": ((_ENABLED,), _DIAGNOSER),
+    "anchor.slowdown": (_FIRES,),
+    "anchor.timeout_s": ((_ENABLED,), _DIAGNOSER),
+}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -15,6 +16,20 @@ class Section(BaseModel):
     """Base of every config section: unknown keys are errors, values are never coerced silently."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class When(NamedTuple):
+    """What must hold for a setting to be read: `key` has one of `values`, or one for which `also` holds."""
+
+    key: str
+    values: tuple[Any, ...]
+    also: Callable[[Any], bool] = lambda value: False
+
+    def holds(self, value: Any) -> bool:
+        return value in self.values or self.also(value)
+
+
+Reading = dict[str, tuple[tuple[When, ...], ...]]  # key: alternatives, each all that must hold. Others are always read
 
 
 class GradientConfig(Section):
@@ -111,3 +126,30 @@ class CodecConfig(Section):
         if rank > hidden:
             raise ValueError(f"rank {rank} is larger than the hidden size {hidden}: set rank to at most {hidden}")
         return rank
+
+
+def _own(kind: str) -> bool:
+    return ":" in kind
+
+
+_CUT = When("swarm.boundaries", ([2],), bool)  # without one there is no codec
+_POWERSGD = When("codec.kind", ("powersgd",), _own), _CUT
+_TRANSFORM = When("codec.kind", ("transform",), _own), _CUT
+_REPLICAS = When("swarm.dp", (2,), lambda dp: dp > 1)
+
+READING: Reading = {
+    "codec.kind": ((_CUT,), (When("codec.kind", ("none",)),)),
+    "codec.rank": (_POWERSGD,),
+    "codec.rank_ratio": (_POWERSGD,),
+    "codec.backward_basis": (_POWERSGD,),
+    "codec.rate": (_TRANSFORM,),
+    "codec.backward_rate": (_TRANSFORM,),
+    "codec.total_rate": (_TRANSFORM,),
+    "codec.coder": (_TRANSFORM,),
+    "codec.side_share": (_TRANSFORM,),
+    "codec.first_token": ((_CUT,),),
+    "codec.share_prefixes": ((_CUT,),),
+    "codec.q_cadence": ((When("codec.kind", ("powersgd", "transform"), _own), _CUT),),
+    "codec.gradient.kind": ((_REPLICAS,),),
+    "codec.gradient.rank": ((When("codec.gradient.kind", ("powersgd",)), _REPLICAS),),
+}

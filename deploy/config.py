@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -18,6 +18,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from anchor_service.config import AnchorConfig
 from anchor_service.lag import read_trace
 from codec.config import CodecConfig, Section
+from deploy.unread import complaints, drop_unread
 from experiments.sweep import flat
 from merger.config import MergerConfig
 from rl.config import GrpoConfig, ModelConfig, RolloutConfig, SnapshotConfig, TaskConfig, ValConfig
@@ -182,17 +183,36 @@ class RunConfig(Section):
                 raise ValueError(f"codec.rank: {error}") from None
 
 
-def load(source: str, overrides: list[str] | None = None, tables: Sequence[dict[str, Any]] = ()) -> RunConfig:
-    """A preset name or a TOML file, with `section.key=value` overrides, then tables, on top. Raises ConfigError."""
-    data = _read(source)
-    for override in sorted(overrides or [], key=lambda text: not _chooses_a_kind(text)):  # a kind clears its section
-        _apply(data, override)
-    for table in tables:
-        data = _overlay(data, table)
+def load(
+    source: str,
+    overrides: list[str] | None = None,
+    tables: Sequence[dict[str, Any]] = (),
+    given: Collection[str] | None = None,
+) -> RunConfig:
+    """A preset name or a TOML file, with `section.key=value` overrides, then tables, on top. Raises ConfigError.
+
+    A key that nobody reads under the kinds chosen is refused where it was `given` (dotted keys; default: by the file
+    itself, the overrides and the tables), and has its default where it was inherited from a preset.
+    """
+    data = _layered(_read(source), overrides, tables)
+    own = {k: v for k, v in own_settings(source, overrides, tables).items() if given is None or k in given}
+    defaults = RunConfig.model_construct().model_dump(mode="json")
+    drop_unread(data, flat(_overlay(defaults, data)), own)
     try:
-        return RunConfig.model_validate(data)
+        config = RunConfig.model_validate(data)
     except ValidationError as error:
         raise ConfigError(_explain(error, source)) from None
+    if wrong := complaints(own, flat(config.model_dump(mode="json")), flat(defaults)):
+        raise ConfigError(f"{source}: " + "\n".join(wrong))
+    return config
+
+
+def own_settings(
+    source: str, overrides: list[str] | None = None, tables: Sequence[dict[str, Any]] = ()
+) -> dict[str, Any]:
+    """{dotted key: value} of what is said for this run itself; what a preset says is inherited."""
+    shipped = (PRESETS / f"{source}.toml").exists()
+    return flat(_layered({} if shipped else _parse(source)[0], overrides, tables))
 
 
 def preset_names() -> list[str]:
@@ -201,6 +221,14 @@ def preset_names() -> list[str]:
 
 def _read(source: str, seen: tuple[str, ...] = ()) -> dict[str, Any]:
     """TOML of a preset or file, on top of the preset that its `extends` names."""
+    if source in seen:
+        raise ConfigError(f"{source!r} extends itself: {' -> '.join([*seen, source])}")
+    data, base = _parse(source)
+    return _overlay(_read(base, (*seen, source)), data) if base else data
+
+
+def _parse(source: str) -> tuple[dict[str, Any], str | None]:
+    """What a preset or file itself says, and what it extends."""
     file = PRESETS / f"{source}.toml"
     if not file.exists():
         file = Path(source).expanduser()
@@ -208,8 +236,6 @@ def _read(source: str, seen: tuple[str, ...] = ()) -> dict[str, Any]:
             near = difflib.get_close_matches(source, preset_names(), n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ConfigError(f"no preset or TOML file {source!r}: presets are {', '.join(preset_names())}{hint}")
-    if source in seen:
-        raise ConfigError(f"{source!r} extends itself: {' -> '.join([*seen, source])}")
     try:
         data = tomllib.loads(file.read_text())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -217,7 +243,17 @@ def _read(source: str, seen: tuple[str, ...] = ()) -> dict[str, Any]:
     base = data.pop("extends", None)
     if base is not None and not isinstance(base, str):
         raise ConfigError(f"{file}: extends = {base!r}: must be the name of a preset or a TOML file")
-    return _overlay(_read(base, (*seen, source)), data) if base else data
+    return data, base
+
+
+def _layered(
+    data: dict[str, Any], overrides: list[str] | None = None, tables: Sequence[dict[str, Any]] = ()
+) -> dict[str, Any]:
+    for override in sorted(overrides or [], key=lambda text: not _chooses_a_kind(text)):  # a kind clears its section
+        _apply(data, override)
+    for table in tables:
+        data = _overlay(data, table)
+    return data
 
 
 def _overlay(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
@@ -273,7 +309,7 @@ _MAY_RISE = {"grpo.max_prompt_length", "grpo.max_response_length"}  # a run that
 
 def check_resumes(stored: Path, config: RunConfig) -> None:
     """Raises ConfigError if `config` is another experiment than the one of a run folder's config.toml."""
-    before, after = (flat(c.model_dump(mode="json")) for c in (load(str(stored)), config))
+    before, after = (flat(c.model_dump(mode="json")) for c in (load(str(stored), given=()), config))
     other = {key for key in before | after if before.get(key) != after.get(key)} - _MAY_CHANGE
     other = {key for key in other if not key.endswith(("timeout_s", ".resource")) and not key.startswith("links.")}
     other -= {key for key in _MAY_RISE if before[key] < after[key]}

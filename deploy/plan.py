@@ -11,7 +11,7 @@ from typing import Any
 
 from anchor_service.ring import q_should_refresh
 from codec.ledger import Ledger
-from deploy.config import RunConfig, load
+from deploy.config import RunConfig, load, own_settings
 from deploy.memory import EXPECTED, Part, largest, memory, peak
 from deploy.phases import FireTime, Phases, StepTime, TickTime, first_lag, sustainable_cadence
 from deploy.sizes import (
@@ -98,7 +98,8 @@ class Plan:
 
 def load_for_planning(source: str, overrides: list[str]) -> RunConfig:
     """A config whose task and loggers are not looked at: `plan` needs neither here. Raises ConfigError."""
-    return load(source, [*overrides, "task.name=sums", "run.loggers=[]"])
+    given = [key for key in own_settings(source, overrides) if not key.startswith("task.")]
+    return load(source, [*overrides, "task.name=sums", "run.loggers=[]"], given=given)
 
 
 def make_plan(config: RunConfig) -> Plan:

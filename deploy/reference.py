@@ -5,12 +5,19 @@ from __future__ import annotations
 from typing import Any, get_args
 
 from deploy.config import RunConfig, Section
+from deploy.unread import READING
 
 HEAD = """# Config reference
 
 Made from the code by `python -m deploy.reference > docs/config.md`; a test holds it current.
 Set a key in a TOML file, or with `--set section.key=value`. Unknown keys and impossible values are refused.
 A file may begin with `extends = "PRESET"` and then say only what differs.
+
+A key that the chosen kinds do not read (`codec.rank` beside `codec.kind = "transform"`) is refused where it is set in the
+file itself or with `--set`, and goes back to its default without a word where a preset brings it. Set to its default it
+changes nothing and is let through: so the `config.toml` of a run folder, which has all keys, runs as it is. `links` and
+the `resource` of a role are taken by every config. In a sweep the keys of a cell are its own; those of `--set` and of the
+grid are dropped in a cell that does not read them, and refused if none does.
 """
 
 
@@ -40,8 +47,15 @@ def _section(name: str, section: type[Section]) -> list[str]:
         if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
             nested += _section(f"{name}.{key}", field.annotation)
         else:
-            lines.append(f"| `{key}` | {_kind(field)} | {_default(field)} | {field.description} |")
+            read = _read_by(f"{name}.{key}")
+            lines.append(f"| `{key}` | {_kind(field)} | {_default(field)} | {field.description}{read} |")
     return lines + nested
+
+
+def _read_by(key: str) -> str:
+    """Under which settings it is read, if not always."""
+    ways = [" and ".join(sorted({f"`{when.key}`" for when in way})) for way in READING.get(key, ())]
+    return f" *(depends on {', or '.join(dict.fromkeys(ways))})*" if ways else ""
 
 
 def _kind(field: Any) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from deploy.config import ConfigError, RunConfig, load
 from deploy.preflight import preflight
+from deploy.unread import unread, within
 from experiments.sweep import Job, Sweep, SweepError, flat
 
 
@@ -29,17 +30,32 @@ class Planned:
 def plan(sweep: Sweep, out: Path, overrides: list[str], jobs: list[Job] | None = None) -> list[Planned]:
     """`jobs` (default: `sweep.jobs()`), each config checked and each folder looked at. Raises SweepError.
 
-    `overrides` (as of --set) are laid over the base, below what a cell sets.
+    `overrides` (as of --set) are laid over the base, below what a cell sets. A setting of a cell that its run does not
+    read is refused, one of `overrides` or of the grid if no cell reads it.
     """
+    _check_some_cell_reads(sweep, overrides)
     found = []
     for job in sweep.jobs() if jobs is None else jobs:
-        try:
-            config = load(sweep.base, overrides, job.tables())
-        except (ConfigError, ValueError) as error:
-            raise SweepError(f"cell {job.name}, seed {job.seed}: {error}") from None
+        config = _config(sweep, overrides, job)
         folder = out / job.folder
         found.append(Planned(job, config, folder, "completed" if _finished(folder, config) else "waiting"))
     return found
+
+
+def _config(sweep: Sweep, overrides: list[str], job: Job) -> RunConfig:
+    try:
+        return load(sweep.base, overrides, job.tables(), given=flat(job.changes))
+    except (ConfigError, ValueError) as error:
+        raise SweepError(f"cell {job.name}, seed {job.seed}: {error}") from None
+
+
+def _check_some_cell_reads(sweep: Sweep, overrides: list[str]) -> None:
+    """Of what all cells are given: an arm without a merger has no use for a dose, but some arm must have."""
+    cells = {job.cell: _config(sweep, overrides, job) for job in sweep.jobs()}.values()
+    dead = set.intersection(*(unread(flat(config.model_dump(mode="json"))) for config in cells))
+    for key in [*(override.partition("=")[0].strip() for override in overrides), *sweep.axes]:
+        if any(within(key, table) for table in dead):
+            raise SweepError(f"{key} is read by no cell of {sweep.name}: leave it out, or add a cell that reads it")
 
 
 def _finished(folder: Path, config: RunConfig) -> bool:
@@ -47,7 +63,7 @@ def _finished(folder: Path, config: RunConfig) -> bool:
     if not folder.exists() or not any(folder.iterdir()):
         return False
     try:
-        there = load(str(folder / "config.toml"))
+        there = load(str(folder / "config.toml"), given=())
     except ConfigError as error:
         raise SweepError(f"{folder} holds no run of this sweep ({error}): move it, or choose another --out") from None
     if there != config:

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from codec.config import NODE_TAG, Section
+from codec.config import NODE_TAG, Reading, Section, When
 
 
 class ModelConfig(Section):
@@ -214,3 +214,14 @@ class ValConfig(Section):
 
     every: int = Field(25, ge=1, description="validate every so many steps, and before the first and after the last")
     size: int = Field(256, ge=1, description="validation prompts, one sample each")
+
+
+_VLLM = (When("rollout.engine", ("vllm",)),)
+
+READING: Reading = {
+    "task.params": ((When("task.name", ("reasoning_gym:NAME", "jsonl:PATH", "hf:NAME"), lambda name: ":" in name),),),
+    "task.params.train": ((When("task.name", ("hf:NAME",), lambda name: not name.startswith("jsonl:")),),),
+    "grpo.rollout_is_threshold": ((When("grpo.rollout_is", ("token",)),),),
+    "rollout.gpu_memory": (_VLLM,),
+    "rollout.kv_cache_gb": (_VLLM,),
+}

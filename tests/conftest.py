@@ -50,6 +50,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: not item.nodeid.startswith(CLUSTER))
 
 
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """One line for each command of the documents (tests/commands): where it is printed, how it was tried, seconds."""
+    reports = [r for kind in terminalreporter.stats.values() for r in kind if getattr(r, "when", None) == "call"]
+    rows = [row for report in reports for name, row in report.user_properties if name == "command"]
+    if rows:
+        terminalreporter.section("commands of the documents")
+    for where, text, how, seconds in rows:
+        terminalreporter.write_line(f"{where:36} {seconds:6.1f} s  {how:36}  {text[:100]}")
+
+
 def make_model(
     folder: Path, tied: bool, layers: int = 4, hidden: int = 32, vocab: int = 48, positions: int = 128
 ) -> Path:

@@ -16,7 +16,7 @@ import pytest
 
 from deploy.sweep import plan
 from experiments.sweep import read
-from tests.ray.conftest import SMALL
+from tests.ray.conftest import SIZES, SMALL
 
 pytestmark = pytest.mark.slow
 
@@ -79,8 +79,8 @@ def _left_behind(marker: str) -> list[str]:
 def test_a_signal_ends_the_run_cleanly(sent: signal.Signals, to_group: bool, tmp_path: Path):
     """To the command alone, and to its whole process group, Ray's own processes included, as batch systems do."""
     run, marker = tmp_path / "run", f"NORTHSTAR_TEST_MARK={os.getpid()}-{sent.name}-{to_group}"
-    alone = () if to_group else ("anchor.enabled=false", "merger.kind=none")
-    arguments = [x for override in (*SMALL, *alone, "run.steps=5000") for x in ("--set", override)]
+    sizes = SMALL if to_group else (*SIZES, "anchor.enabled=false", "merger.kind=none")
+    arguments = [x for override in (*sizes, "run.steps=5000") for x in ("--set", override)]
     environment = dict(os.environ) | dict([marker.split("=")])
     environment["RAY_ADDRESS"] = "127.0.0.1:1"  # without --address a run has a cluster of its own, whatever this says
     environment["RAY_gcs_rpc_server_reconnect_timeout_s"] = "5"  # how long Ray looks for a control store that is gone

@@ -13,7 +13,7 @@ from deploy.lanes import Lanes
 from deploy.launch import drive
 from deploy.sweep import Planned, plan
 from experiments.sweep import Sweep
-from tests.ray.conftest import HELD, SMALL, ignore, lines, of_kind, run_kept, small
+from tests.ray.conftest import HELD, SIZES, ignore, lines, of_kind, run_kept, small
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 
@@ -64,7 +64,7 @@ def test_a_run_on_kept_actors_is_to_the_bit_the_run_on_new_ones(tmp_path: Path):
 def test_a_failure_ends_one_run_and_only_that_is_done_again(tmp_path: Path):
     fails, holds = {"codec": {"max_kl": 0.001}}, {"codec": {"rank": 8}}
     sweep = Sweep(name="s", base="k5", seeds=[3], cells={"A": {}, "bad": fails, "other": holds})
-    out, sets = tmp_path / "out", [*SMALL, "run.steps=3", "anchor.enabled=false", "merger.kind=none"]
+    out, sets = tmp_path / "out", [*SIZES, "run.steps=3", "anchor.enabled=false", "merger.kind=none"]
     runs, watcher = plan(sweep, out, sets), Quiet()
     assert Lanes(runs, watcher).run(1)
     assert [run.state for run in runs] == ["completed", "failed", "completed"]
@@ -96,7 +96,7 @@ def test_placebos_run_without_an_anchor_and_go_on_from_a_checkpoint(tmp_path: Pa
 def test_lanes_side_by_side_share_the_work_and_stop_together(tmp_path: Path):
     cells = {"a": {}, "b": {"run": {"steps": 5000}}, "c": {"run": {"steps": 5000}}, "d": {}}
     sweep = Sweep(name="s", base="k5", seeds=[0], cells=cells)
-    sets = [*SMALL, "run.steps=2", "anchor.enabled=false", "merger.kind=none"]
+    sets = [*SIZES, "run.steps=2", "anchor.enabled=false", "merger.kind=none"]
     runs, watcher = plan(sweep, tmp_path, sets), Quiet()
     lanes = Lanes(runs, watcher)
 

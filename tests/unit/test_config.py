@@ -67,7 +67,7 @@ class Bad:
     source: str = ""
 
 
-POWERSGD = ["codec.kind=powersgd", "codec.rank=16"]
+POWERSGD = ["codec.kind=powersgd", "codec.rank=16", "swarm.boundaries=[2]"]
 BAD = {
     # keys
     "a typo in a key": Bad(["'grpo.lrr'", "did you mean 'lr'", "group_size"], ["grpo.lrr=1e-5"]),
@@ -288,8 +288,8 @@ def test_the_smallest_config_is_a_model_and_nothing_else(folder: Path):
         ["swarm.boundaries=[1, 2, 3]", "swarm.pp=2"],
         ["swarm.boundaries=[3]"],
         ["swarm.dp=64"],
-        ["codec.kind=powersgd", "codec.rank=128"],
-        ["codec.kind=powersgd", "codec.rank_ratio=1"],
+        ["codec.kind=powersgd", "codec.rank=128", "swarm.boundaries=[2]"],
+        ["codec.kind=powersgd", "codec.rank_ratio=1", "swarm.boundaries=[2]"],
         ["anchor.enabled=false", "merger.kind=none"],
         ["anchor.delay_k=1", "anchor.cadence=1"],
         ["anchor.delay_k=7", "anchor.cadence=3", *POWERSGD, "codec.q_cadence=2"],

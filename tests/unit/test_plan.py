@@ -90,7 +90,8 @@ def test_bytes_of_a_tiny_config_by_hand(tiny: Path):
 
 
 def test_the_floor_has_no_anchor_bytes_and_one_replica_no_sums(tiny: Path):
-    found = tick_bytes(config(tiny, "merger.kind=none", "swarm.dp=1", "swarm.pp=1"))
+    without = "merger.kind=none", "anchor.delay_k=5", "anchor.cadence=5"
+    found = tick_bytes(config(tiny, *without, "swarm.dp=1", "swarm.pp=1"))
     assert {c for c, (sent, _) in found.items() if not sent} == {"grad_dp", "tied", "snapshot", "replay", "correction"}
 
 

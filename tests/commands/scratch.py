@@ -1,0 +1,63 @@
+"""A folder as a user has it after `make setup`, whose `northstar` does what is printed on a smaller scale."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.commands.documents import ROOT
+
+NORTHSTAR = Path(sys.executable).parent / "northstar"
+SMALLER = "NORTHSTAR_SMALLER"  # {subcommand: arguments that are put behind the printed ones}, as JSON
+SHIM = """#!{python}
+import json, os, sys
+more = json.loads(os.environ[{smaller!r}])
+os.execv({real!r}, [{real!r}, *sys.argv[1:], *more.get("".join(sys.argv[1:2]), [])])
+"""
+
+
+class Scratch:
+    """Where the documents' commands run, one after the other."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.bin = folder, folder / ".venv" / "bin"
+        self.bin.mkdir(parents=True)
+        shim = self.bin / "northstar"
+        shim.write_text(SHIM.format(python=sys.executable, real=str(NORTHSTAR), smaller=SMALLER))
+        shim.chmod(0o755)
+        for name in ("Makefile", "pyproject.toml"):
+            (folder / name).symlink_to(ROOT / name)
+        (folder / ".venv" / ".installed").touch()  # newer than pyproject.toml: make has nothing to install
+
+    def run(self, text: str, smaller: dict[str, list[str]], until: Callable[[], bool] | None = None) -> tuple[int, str]:
+        """Exit code and output of a command in bash, its whole process group sent Ctrl-C as soon as `until` holds."""
+        environment = dict(os.environ) | {SMALLER: json.dumps(smaller), "COLUMNS": "160"}
+        environment["PATH"] = f"{self.bin}:{environment['PATH']}"
+        environment["PYTHONPATH"] = f"{ROOT}:{environment.get('PYTHONPATH', '')}".rstrip(":")
+        log = self.folder / "output.log"
+        with log.open("w") as output:
+            process = subprocess.Popen(
+                ["bash", "-euo", "pipefail", "-c", text],
+                cwd=self.folder,
+                env=environment,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # also in the background of a shell
+            )
+            try:
+                while until and process.poll() is None and not until():
+                    time.sleep(0.1)
+                if until and process.poll() is None:
+                    os.killpg(process.pid, signal.SIGINT)
+                code = process.wait(560)
+            finally:
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)
+        return code, log.read_text()
