@@ -221,6 +221,7 @@ _VLLM = (When("rollout.engine", ("vllm",)),)
 READING: Reading = {
     "task.params": ((When("task.name", ("reasoning_gym:NAME", "jsonl:PATH", "hf:NAME"), lambda name: ":" in name),),),
     "task.params.train": ((When("task.name", ("hf:NAME",), lambda name: not name.startswith("jsonl:")),),),
+    "task.reward_timeout_s": ((When("task.reward", ("MODULE:FUNCTION",), bool),),),
     "grpo.rollout_is_threshold": ((When("grpo.rollout_is", ("token",)),),),
     "rollout.gpu_memory": (_VLLM,),
     "rollout.kv_cache_gb": (_VLLM,),

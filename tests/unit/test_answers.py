@@ -15,6 +15,7 @@ from rl.answers import final_answer, is_number, normal, same
 from rl.config import TableParams, TaskConfig
 from rl.examples import Example
 from rl.symbolic import Formulas, comparable
+from rl.rows import Rows
 from rl.table import Table
 from rl.tasks import make_task
 
@@ -141,7 +142,8 @@ CASES = [
 
 
 def table(**params) -> Table:
-    return Table("rows", [{"prompt": f"p{i}", "answer": "1"} for i in range(100)], None, TableParams(**params), 0)
+    rows = Rows("rows", [{"prompt": f"p{i}", "answer": "1"} for i in range(100)])
+    return Table(rows, None, TableParams(**params), 0)
 
 
 @pytest.fixture(scope="module")
@@ -160,14 +162,14 @@ def test_no_pair_is_misjudged(auto: Table, gold: str, response: str, right: bool
 
 
 def test_rows_of_a_file_are_judged_by_their_whole_answer(tmp_path: Path):
-    golds = ["1/2", "(3, 4)", "10:30", r"\frac{3}{4}", "2024-01-02", BIG, "", "−5"]
+    golds = ["1/2", "(3, 4)", "10:30", r"\frac{3}{4}", "2024-01-02", BIG, "−5"]
     rows = [{"prompt": f"{gold} {i}", "answer": gold} for i in range(30) for gold in golds]
     file = tmp_path / "rows.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)))
     task = make_task(TaskConfig(name=f"jsonl:{file}"), 0, 8)
     for i in range(60):
         example = task.example("train", i)
-        assert task.score(example, f"#### {example.answer}") == float(example.answer != "")
+        assert task.score(example, f"#### {example.answer}") == 1.0
         assert task.score(example, "#### 2") == task.score(example, "####") == 0.0
 
 

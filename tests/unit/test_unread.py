@@ -54,13 +54,14 @@ UNREAD = {  # a setting that does nothing: what was chosen beside it, and what r
     "anchor.micro_batch_size=4": (NO_ANCHOR, "anchor.enabled false", "or diagnostics.every=7"),
     "anchor.slowdown=2.0": (NO_ANCHOR, "anchor.enabled false", "set anchor.enabled=true"),
     "anchor.timeout_s=9.0": (NO_ANCHOR, "anchor.enabled false", "or diagnostics.every=7"),
+    "task.reward_timeout_s=3.0": ("", "task.reward", "set task.reward=MODULE:FUNCTION"),
     "grpo.rollout_is_threshold=3.0": ("", "grpo.rollout_is 'none'", "set grpo.rollout_is=token"),
     "rollout.gpu_memory=0.5": ("", "rollout.engine 'transformers'", "set rollout.engine=vllm"),
     "rollout.kv_cache_gb=2.0": ("", "rollout.engine 'transformers'", "set rollout.engine=vllm"),
 }
 ALWAYS = """
 run.name run.seed run.steps run.checkpoint_every run.loggers model.path model.dtype model.attention
-task.name task.reward task.instruction task.chat
+task.name task.reward task.instruction task.chat task.overlong
 grpo.train_batch_size grpo.ppo_mini_batch_size grpo.group_size grpo.clip_ratio grpo.clip_ratio_c grpo.lr grpo.betas
 grpo.weight_decay grpo.grad_clip grpo.max_prompt_length grpo.max_response_length grpo.old_logprobs grpo.rollout_is
 grpo.kl_loss_coef grpo.entropy_coeff
