@@ -40,10 +40,8 @@ CHECKED = {  # what is not run, and why
     "run.loggers": "needs an extra",
 }
 SIZES = ["val.size=8", "grpo.train_batch_size=4", "grpo.ppo_mini_batch_size=2", "grpo.group_size=4"]
-STEPS = {
-    "--out runs/long": None,
-    "north-star --out runs/wall": 12,
-}  # others: 2; None: as printed, a page exports step 20
+# None: as printed, a page exports step 20; a replay is as long as what it replays; others take 2
+STEPS = {"--out runs/long": None, "--out runs/wall": 12, "--out runs/replay": 12}
 CODES = {"northstar doctor": {0, 1}}  # 1: it found something to say about this machine
 INTERRUPTED = "# Ctrl-C at any time"
 
