@@ -53,6 +53,7 @@ HELD = Held()  # `test_sweep.py` holds that kept actors give the same bits as ne
 def run_kept(config: RunConfig, folder: Path, resume: bool = False) -> dict[str, Any]:
     """The summary of a run, in lockstep on actors that earlier tests may have used."""
     goes_on = plan_resume(folder, config) if resume else None
+    assert goes_on or not resume, "it is completed"
     if config.anchor.clock == "wall":
         return drive(config, folder, ignore, goes_on)
     if not HELD.roles:

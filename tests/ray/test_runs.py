@@ -86,6 +86,7 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_did(first: Path, tmp_pat
     run = tmp_path / "resumed"
     shutil.copytree(first, run)
     shutil.rmtree(run / "checkpoints" / "step-000006")  # as if it had been killed after step 3's checkpoint
+    (run / "summary.json").unlink()
     summary = run_kept(small("run.checkpoint_every=3"), run, resume=True)
     reference = json.loads((first / "summary.json").read_text())
     assert summary["weights_digests"] == reference["weights_digests"]

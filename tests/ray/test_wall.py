@@ -86,6 +86,7 @@ def test_a_wall_run_goes_on_from_its_checkpoint(tmp_path: Path):
     run_kept(small(*config), run)
     versions = [c["version"] for c in lines(run, "corrections.jsonl") if (c["first_tick"] or 0) <= 8]
     shutil.rmtree(run / "checkpoints" / "step-000008")
+    (run / "summary.json").unlink()
     summary = run_kept(small(*config), run, resume=True)
     assert summary["status"] == "completed" and summary["steps"] == 8
     assert [r["tick"] for r in of_kind(run, "tick")] == list(range(1, 17))
