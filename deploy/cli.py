@@ -58,7 +58,7 @@ def run(
             summary = execute(config, folder, display, goes_on, address)
         except KeyboardInterrupt:
             display.close()
-            typer.secho(f"interrupted before it went on; {folder} is as it was", err=True)
+            typer.secho(f"interrupted before it started: {folder} is as it was", err=True)
             raise typer.Exit(130) from None
         except Exception as error:
             display.close()
@@ -167,7 +167,6 @@ def probe(
     One process with `swarm.threads` threads; on an idle machine --set swarm.threads=N makes it faster.
     """
     config = _checked(source, set_ or [])
-    _prepared(config, Path(), resume=False)
     from deploy import probe as probing
     from deploy.probe_tables import advice, show
     from deploy.progress import console

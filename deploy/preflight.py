@@ -14,9 +14,10 @@ from rl.survey import survey
 
 
 def preflight(config: RunConfig) -> Problems:
-    """What the task's problems are made of. Raises ValueError, naming the file or key and the fix, for what the run would stumble over later.
+    """What the task's problems are made of.
 
-    Downloads a model of the hub and converts a GGUF file, once.
+    Downloads a model of the hub and converts a GGUF file, once. Raises ValueError, naming the file or key and the fix,
+    for what the run would stumble over later.
     """
     check_packages([str(Path.cwd()), *sys.path], IN_ACTORS)  # Ray's workers look in the working directory first
     folder = resolve(config.model.path)

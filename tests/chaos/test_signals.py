@@ -17,6 +17,7 @@ import pytest
 from deploy.sweep import plan
 from experiments.sweep import read
 from tests.ray.conftest import SIZES, SMALL
+from tests.ray.test_loopback import members, open_to_others
 
 pytestmark = pytest.mark.slow
 
@@ -88,6 +89,7 @@ def test_a_signal_ends_the_run_cleanly(sent: signal.Signals, to_group: bool, tmp
     with _started(["run", "k5", *arguments, "--out", str(run)], environment) as process:
         _until_two_steps(process, metrics)
         assert len(_descendants(marker)) > 4
+        assert open_to_others(members(marker.split("=")[1])) == []
         os.killpg(process.pid, sent) if to_group else process.send_signal(sent)
         output, _ = process.communicate(timeout=120)
     # with its control store gone, Ray may abort the command after the summary is written
@@ -119,7 +121,7 @@ def test_ctrl_c_ends_a_sweep_that_can_go_on(tmp_path: Path):
 
 def test_a_control_store_that_dies_as_the_run_completes_changes_neither_its_end_nor_its_code(tmp_path: Path):
     run, marker = tmp_path / "run", f"NORTHSTAR_TEST_MARK={os.getpid()}-gcs"
-    overrides = (*SMALL, "run.steps=1", "anchor.enabled=false", "merger.kind=none")
+    overrides = (*SIZES, "run.steps=1", "anchor.enabled=false", "merger.kind=none")
     arguments = [x for override in overrides for x in ("--set", override)]
     environment = dict(os.environ) | dict([marker.split("=")])
     with _started(["run", "k5", *arguments, "--out", str(run)], environment) as process:

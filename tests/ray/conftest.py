@@ -7,6 +7,7 @@ actors of its own only where that is what it is about, or where its run fails.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,12 @@ def run_kept(config: RunConfig, folder: Path, resume: bool = False) -> dict[str,
         with HELD.fleet(small(*LARGEST)):  # so that no later run needs more
             pass
     return drive(config, folder, ignore, goes_on, fleets=HELD.fleet)
+
+
+def as_if_killed(run: Path, step: int) -> None:
+    """Before its checkpoint of `step`, and before it wrote a summary."""
+    shutil.rmtree(run / "checkpoints" / f"step-{step:06d}")
+    (run / "summary.json").unlink()
 
 
 def ignore(record: dict[str, Any]) -> None: ...

@@ -14,7 +14,7 @@ from deploy.config import load
 from deploy.launch import fleet
 from swarm.coordinator import Coordinator
 from swarm.telemetry import Telemetry
-from tests.ray.conftest import ignore, lines, of_kind, run_kept, small
+from tests.ray.conftest import as_if_killed, ignore, lines, of_kind, run_kept, small
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 
@@ -85,8 +85,7 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_did(first: Path, tmp_pat
 
     run = tmp_path / "resumed"
     shutil.copytree(first, run)
-    shutil.rmtree(run / "checkpoints" / "step-000006")  # as if it had been killed after step 3's checkpoint
-    (run / "summary.json").unlink()
+    as_if_killed(run, 6)
     summary = run_kept(small("run.checkpoint_every=3"), run, resume=True)
     reference = json.loads((first / "summary.json").read_text())
     assert summary["weights_digests"] == reference["weights_digests"]

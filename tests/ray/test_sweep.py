@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from deploy.lanes import Lanes
 from deploy.launch import drive
 from deploy.sweep import Planned, plan
 from experiments.sweep import Sweep
-from tests.ray.conftest import HELD, SIZES, ignore, lines, of_kind, run_kept, small
+from tests.ray.conftest import HELD, SIZES, as_if_killed, ignore, lines, of_kind, run_kept, small
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 
@@ -89,7 +88,7 @@ def test_placebos_run_without_an_anchor_and_go_on_from_a_checkpoint(tmp_path: Pa
         merged = [(r["tick"], r["anchor/lag"], r["anchor/age"], r["merger/dose"]) for r in ticks if "anchor/lag" in r]
         assert merged == [(t, 3 + t % 2, t % 2, 1.0) for t in range(4, 13)]
         assert summary["anchor_backwards"] == 0 and "correction" not in summary["bytes"]
-        shutil.rmtree(run / "checkpoints" / "step-000006")
+        as_if_killed(run, 6)
         assert run_kept(config, run, resume=True)["weights_digests"] == summary["weights_digests"]
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.ray.conftest import ignore, lines, of_kind, run_kept, small
+from tests.ray.conftest import as_if_killed, ignore, lines, of_kind, run_kept, small
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 
@@ -78,15 +78,12 @@ def test_a_correction_that_is_refused_leaves_the_line_and_is_recorded(tmp_path: 
 
 def test_a_wall_run_goes_on_from_its_checkpoint(tmp_path: Path):
     """With `delta`, whose corrections are dense, and a replay of half of each batch."""
-    import shutil
-
     run = tmp_path / "stopped"
     config = ["anchor.clock=wall", "run.checkpoint_every=4", "run.steps=8", "val.every=8", "anchor.slowdown=4.0"]
     config += ["merger.kind=delta", "anchor.replay_fraction=0.5"]
     run_kept(small(*config), run)
     versions = [c["version"] for c in lines(run, "corrections.jsonl") if (c["first_tick"] or 0) <= 8]
-    shutil.rmtree(run / "checkpoints" / "step-000008")
-    (run / "summary.json").unlink()
+    as_if_killed(run, 8)
     summary = run_kept(small(*config), run, resume=True)
     assert summary["status"] == "completed" and summary["steps"] == 8
     assert [r["tick"] for r in of_kind(run, "tick")] == list(range(1, 17))

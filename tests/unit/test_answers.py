@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from rl.answers import final_answer, is_number, normal, same
 from rl.config import TableParams, TaskConfig
 from rl.examples import Example
-from rl.symbolic import Formulas, comparable
 from rl.rows import Rows
+from rl.symbolic import Formulas, comparable
 from rl.table import Table
 from rl.tasks import make_task
 

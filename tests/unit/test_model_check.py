@@ -148,9 +148,11 @@ def test_the_commands_say_so_before_anything_starts(model: Path, tmp_path: Path,
     (found,) = [f for f in json.loads(file.read_text())["findings"] if f["about"] == "model"]
     assert doctor.exit_code == 1 and found["level"] == "error"
     assert all(part in f"{found['says']}: {found['fix']}" for part in says) and found["fix"]
-    probe = CliRunner().invoke(app, ["probe", *arguments, "--tokens", "10"])
-    assert probe.exit_code == 2
-    assert all(part in probe.output.replace("\n", "") for part in says)
+    for command in (["probe", *arguments, "--tokens", "10"], ["run", *arguments, "--out", str(tmp_path / "run")]):
+        refused = CliRunner().invoke(app, command)
+        assert refused.exit_code == 2
+        assert all(part in refused.output.replace("\n", "") for part in says)
+    assert not (tmp_path / "run").exists()
 
 
 def test_doctor_says_that_a_sound_model_is_one_and_that_one_elsewhere_was_not_looked_at(
