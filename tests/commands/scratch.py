@@ -30,7 +30,10 @@ class Scratch:
         self.bin.mkdir(parents=True)
         shim = self.bin / "northstar"
         shim.write_text(SHIM.format(python=sys.executable, real=str(NORTHSTAR), smaller=SMALLER))
-        shim.chmod(0o755)
+        python = self.bin / "python"  # for make; a link would not find the packages
+        python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+        for made in (shim, python):
+            made.chmod(0o755)
         for name in ("Makefile", "pyproject.toml"):
             (folder / name).symlink_to(ROOT / name)
         (folder / ".venv" / ".installed").touch()  # newer than pyproject.toml: make has nothing to install

@@ -31,8 +31,8 @@ CHECKED = {  # what is not run, and why
     "make test": "would run itself",
     "make chain": "trains a policy for six minutes",
     "make vllm": "installs a package",
-    "smollm2": "needs a model of 98 MB and minutes of two cores",
-    "--address": "needs a cluster that is there",
+    "smollm2-gsm --set rollout.engine=vllm": "needs five minutes of two cores",
+    "--address": "needs a cluster that is there: tests/ray/test_cluster_auth.py starts one",
     "kubectl": "needs Kubernetes",
     "sbatch": "needs Slurm",
     "docker": "needs Docker",
@@ -48,6 +48,9 @@ INTERRUPTED = "# Ctrl-C at any time"
 
 def _smaller(text: str) -> dict[str, list[str]]:
     """What is put behind a command's own arguments: steps and sizes, nothing else."""
+    if "smollm2" in text:
+        sets = ["val.size=2", "grpo.train_batch_size=2", "grpo.ppo_mini_batch_size=1", "grpo.group_size=2"]
+        return {"run": [x for size in sets for x in ("--set", size)]}
     steps = next((steps for part, steps in STEPS.items() if part in text), 2)
     sizes = [*SIZES, *([f"run.steps={steps}"] if steps else [])]
     sets = [x for size in sizes for x in ("--set", size)]

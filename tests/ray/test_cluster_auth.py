@@ -19,6 +19,7 @@ import grpc
 import psutil
 import pytest
 
+from tests.ray.conftest import SMALL
 from tests.ray.test_loopback import members
 
 pytestmark = pytest.mark.slow
@@ -30,14 +31,13 @@ RAY = Path(sys.executable).parent / "ray"
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, int, str]]:
     """GCS address, dashboard port and token of `ray start --head` with the options of the manifests."""
     token, log = secrets.token_hex(32), tmp_path_factory.mktemp("head") / "log"
-    environment = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
-    environment["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # this test stays on the loopback interface
+    environment = _with(token)
     call = [
         RAY,
         "start",
         "--head",
         "--port=0",
-        "--num-cpus=0",
+        "--num-cpus=4",
         "--dashboard-host=127.0.0.1",
         "--dashboard-port=0",
         "--block",
@@ -54,6 +54,15 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, int, s
             with suppress(psutil.NoSuchProcess):
                 member.send_signal(signal.SIGKILL)
         process.wait(10)
+
+
+def _with(token: str) -> dict[str, str]:
+    """An environment for processes of the cluster, which stays on the loopback interface."""
+    return os.environ | {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": token,
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    }
 
 
 def _found(log: Path, pattern: str) -> str:
@@ -99,3 +108,14 @@ def test_its_jobs_want_the_token_and_the_dashboard_is_not_on_the_network(head: t
         if c.status == psutil.CONN_LISTEN and c.laddr.port == port
     }
     assert listening == {"127.0.0.1"}
+
+
+def test_a_run_on_it_is_the_printed_command(head: tuple[str, int, str], tmp_path: Path):
+    """`northstar run k5 --address auto`, where RAY_ADDRESS says which of the clusters on this machine is meant."""
+    address, _, token = head
+    environment = _with(token) | {"RAY_ADDRESS": address}
+    sets = [x for override in (*SMALL, "run.steps=1") for x in ("--set", override)]
+    call = [RAY.parent / "northstar", "run", "k5", "--address", "auto", "--out", tmp_path / "run", *sets]
+    done = subprocess.run(call, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0 and "k5: completed" in done.stdout, done.stdout + done.stderr
+    assert address in done.stderr  # it did not start a cluster of its own

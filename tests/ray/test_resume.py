@@ -81,9 +81,8 @@ def test_a_run_made_longer_ends_where_one_that_was_long_from_the_start_did(
     assert content(run) == before
 
 
-@pytest.mark.parametrize("lag", ['{kind="lognormal", mean=5.0}', '{kind="uniform", low=1.0, high=9.0}'])
-def test_so_does_one_whose_lag_varies(lag: str, tmp_path: Path):
-    varied = f"anchor.lag={lag}"
+def test_so_does_one_whose_lag_varies(tmp_path: Path):
+    varied = 'anchor.lag={kind="uniform", low=1.0, high=9.0}'
     whole = run_kept(small(varied), tmp_path / "whole")
     run_kept(small(varied, "run.checkpoint_every=3", "run.steps=3"), tmp_path / "parts")
     parts = run_kept(small(varied, "run.checkpoint_every=3"), tmp_path / "parts", resume=True)
