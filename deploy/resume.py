@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from deploy.config import RunConfig, check_resumes
-from swarm import checkpoint
 from swarm.manifest import CheckpointError
 
 
@@ -32,6 +31,8 @@ def plan_resume(run: Path, config: RunConfig) -> Resume | None:
     summary, steps = read_summary(run), config.run.steps
     if summary.get("status") == "completed" and summary.get("steps") == steps:
         return None
+    from swarm import checkpoint  # with torch, which takes seconds
+
     if config.run.checkpoint_every and not checkpoint.all_of(run):
         return Resume(None)
     found, damaged = checkpoint.newest_good(run)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from deploy.config import ConfigError, RunConfig, load
-from deploy.preflight import preflight
+from deploy.resume import read_summary
 from deploy.unread import unread, within
 from experiments.sweep import Job, Sweep, SweepError, flat
 
@@ -72,14 +71,13 @@ def _finished(folder: Path, config: RunConfig) -> bool:
         raise SweepError(
             f"{folder} holds a run of another config ({'; '.join(keys)}): move it, or choose another --out"
         )
-    try:
-        return json.loads((folder / "summary.json").read_text())["status"] == "completed"
-    except (OSError, ValueError, KeyError):
-        return False
+    return read_summary(folder).get("status") == "completed"
 
 
 def check(runs: list[Planned]) -> None:
     """`preflight` of what is to be run, once for all runs that it sees alike. Raises SweepError."""
+    from deploy.preflight import preflight  # with torch, which takes seconds: a sweep that is wrong is refused before
+
     seen = set()
     for run in runs:
         config = run.config

@@ -29,6 +29,8 @@ LIGHT = [
     "rl/model_shape.py",
     "rl/stored_weights.py",
     *(n for n in FILES if n.startswith("merger/")),
+    "deploy/sweep.py",
+    "deploy/resume.py",
 ]
 HEAVY = {"torch", "ray", "transformers"}
 RAY_ALLOWED = {"anchor_service/actor.py", "anchor_service/calls.py", "swarm/worker.py", "swarm/coordinator.py"}
