@@ -55,10 +55,10 @@ bench-links: setup  ## ticks of each codec, and the demo, between nodes over lin
 chain: models/chain/config.json  ## train the base policy of the preset chain, about six minutes of a core
 
 models/chain/config.json: | setup
-	$(BIN)/python -m experiments.base_policy --task chain_sum --out models/chain
+	$(BIN)/python -m rl.pretrain.base_policy --task chain_sum --out models/chain
 
 base-policy: setup  ## train the built-in base policy again, from its script
-	$(BIN)/python -m experiments.base_policy --out rl/builtin/tiny
+	$(BIN)/python -m rl.pretrain.base_policy --out rl/builtin/tiny
 
 smollm2: models/SmolLM2-135M-Instruct.Q4_1.gguf  ## fetch the 135M model of the preset smollm2-gsm
 

@@ -29,8 +29,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from deploy.cluster.launch import cluster, drive
 from deploy.config import load
-from deploy.launch import cluster, drive
 
 RATE, BRIDGE, NET, PORT = "16mbit", "nslink-br", "10.77.0", 6479
 NODES = {"nslink-a": "swarm", "nslink-b": "swarm", "nslink-c": "far"}  # namespace: custom resource of its node

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from scipy.stats import t
 
+from deploy.cluster.launch import cluster, drive
 from deploy.config import load
-from deploy.launch import cluster, drive
 
 REPETITIONS, STEPS = 12, 20
 COMMON = [f"run.steps={STEPS}", "val.size=8", f"val.every={STEPS}", "swarm.pp=2"]

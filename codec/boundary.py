@@ -20,11 +20,11 @@ from torch import Tensor
 from codec.config import CodecConfig
 from codec.dense import dense
 from codec.fidelity import Fidelity
+from codec.interface import CodecError, Room, Way, as_bytes
 from codec.ledger import Ledger
 from codec.powersgd import powersgd
 from codec.rows import Rows
-from codec.transform import transform
-from codec.way import CodecError, Room, Way, as_bytes
+from codec.transform.way import transform
 
 CODECS: dict[str, Callable[[CodecConfig, int, int], tuple[Way, Way]]] = {
     "none": dense,

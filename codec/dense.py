@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from codec.config import CodecConfig
-from codec.way import Room, Stateless, Way, as_bytes, as_numbers
+from codec.interface import Room, Stateless, Way, as_bytes, as_numbers
 
 
 class Dense(Stateless):

@@ -16,8 +16,8 @@ import typer
 from deploy.packages import PACKAGES, check_packages
 
 if TYPE_CHECKING:
-    from deploy.config import RunConfig
     from deploy.resume import Resume
+    from swarm.run_config import RunConfig
 
 _LOCK = ".lock"
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -50,8 +50,8 @@ def run(
     goes_on = _prepared(config, folder, resume)
     # After the checks: what is refused is refused before Ray is even imported
     from anchor_service.errors import described
-    from deploy.launch import execute
-    from deploy.progress import Display, harmless, print_summary
+    from deploy.cluster.launch import execute
+    from deploy.display.run import Display, harmless, print_summary
 
     with _alone_in(folder), Display(config, folder) as display:
         try:
@@ -96,7 +96,7 @@ def sweep(
     address: Address = None,
 ) -> None:
     """Run every cell of a sweep at every seed, and report. Goes on where it was stopped. Exit 0 only if all completed."""
-    from deploy.sweep import Planned, check, plan
+    from deploy.cluster.sweep_runs import Planned, check, plan
     from experiments import sweep as sweeps
 
     try:
@@ -108,8 +108,8 @@ def sweep(
     except sweeps.SweepError as error:
         raise _refused(error) from error
     # After the checks, as torch and Ray take their time
-    from deploy.lanes import execute
-    from deploy.sweep_progress import SweepDisplay
+    from deploy.cluster.sweep_lanes import execute
+    from deploy.display.sweep import SweepDisplay
     from experiments.cells import chosen
 
     def run(runs: list[Planned]) -> bool:
@@ -140,9 +140,9 @@ def plan(
     json_file: JsonFile = None,
 ) -> None:
     """Say what a config will send, hold and wait for: bytes, memory, time, the cadence its anchor can keep."""
-    from deploy.plan import load_for_planning, make_plan, to_dict
-    from deploy.plan_tables import show
-    from deploy.progress import console
+    from deploy.display.run import console
+    from deploy.estimate.plan import load_for_planning, make_plan, to_dict
+    from deploy.estimate.tables import show
 
     try:
         found = make_plan(load_for_planning(source, set_ or []))
@@ -167,9 +167,9 @@ def probe(
     One process with `swarm.threads` threads; on an idle machine --set swarm.threads=N makes it faster.
     """
     config = _checked(source, set_ or [])
-    from deploy import probe as probing
-    from deploy.probe_tables import advice, show
-    from deploy.progress import console
+    from deploy.display.run import console
+    from deploy.probe import probe as probing
+    from deploy.probe.tables import advice, show
 
     try:
         found = probing.probe(config, tokens, lambda line: console.print(line, highlight=False))
@@ -194,9 +194,9 @@ def simulate(
     ] = None,
 ) -> None:
     """Run a config's schedule on a virtual clock: lags, bottleneck and bytes of up to 10,000 workers, no hardware."""
-    from deploy import simulate as simulation
-    from deploy.plan import load_for_planning
-    from deploy.progress import console
+    from deploy.display.run import console
+    from deploy.estimate import simulate as simulation
+    from deploy.estimate.plan import load_for_planning
 
     try:
         found = simulation.simulate(load_for_planning(source, set_ or []), ticks)
@@ -261,9 +261,9 @@ def doctor(
     Exit 0 if nothing is an error, 1 if something is, 2 if the config itself is refused.
     """
     config = _checked(source, set_ or []) if source else None
-    from deploy.checks import to_dict
-    from deploy.doctor import examine, show
-    from deploy.progress import console
+    from deploy.display.run import console
+    from deploy.doctor.checks import to_dict
+    from deploy.doctor.examine import examine, show
 
     found = examine(config, address, out, nodes)
     show(found, console)
@@ -379,7 +379,7 @@ def _alone_in(folder: Path) -> Iterator[None]:
 
 def _write_report(folder: Path) -> None:
     """The run's page, however the run ended. Failing at it must not change how the run itself is said to have ended."""
-    from deploy.progress import harmless
+    from deploy.display.run import harmless
 
     with harmless("report.html was not written"):
         if all(file.name == _LOCK for file in folder.iterdir()):  # the run failed before it wrote anything
@@ -396,7 +396,7 @@ def main() -> None:
         sys.exit(_refused(error).exit_code)
     for name in PACKAGES:  # before a folder of the same name beside the run can be found
         importlib.import_module(name)
-    from deploy.takedown import leave
+    from deploy.cluster.takedown import leave
 
     sys.path.append(str(Path.cwd()))  # as `python -m` has it: task.reward may name a module beside the run
     try:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from deploy.config import RunConfig
 from deploy.packages import IN_ACTORS, check_packages
 from rl.model_check import check_model
 from rl.model_files import model_shape, resolve
 from rl.problems import Problems
 from rl.survey import survey
+from swarm.run_config import RunConfig
 
 
 def preflight(config: RunConfig) -> Problems:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any, get_args
 
-from deploy.config import RunConfig, Section
+from codec.config import Section
 from deploy.unread import READING
+from swarm.run_config import RunConfig
 
 HEAD = """# Config reference
 

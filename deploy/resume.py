@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deploy.config import RunConfig, check_resumes
+from deploy.config import check_resumes
 from swarm.manifest import CheckpointError
+from swarm.run_config import RunConfig
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from swarm.telemetry import Telemetry, combine, replace_text
 
 
 class Coordinator:
-    """Drives one run to its end. `config` is a `deploy.config.RunConfig`."""
+    """Drives one run to its end. `config` is a `swarm.run_config.RunConfig`."""
 
     def __init__(self, config: Any, fleet: Fleet, telemetry: Telemetry, folder: Path):
         self.config, self.fleet, self.telemetry, self.run_folder = config, fleet, telemetry, folder

@@ -17,9 +17,9 @@ from rl.batch import Batch
 from rl.model_files import parameter_count
 from rl.snapshot import BaseLost
 from swarm import checkpoint
+from swarm.diagnosis_sources import Sources
 from swarm.fleet import Fleet
 from swarm.progress import Progress
-from swarm.sources import Sources
 
 
 @dataclass(frozen=True)

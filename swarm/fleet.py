@@ -14,7 +14,7 @@ SETTLE_S = 5.0  # so long after the first rank that lost its peer Ray says what 
 
 @dataclass(frozen=True)
 class Fleet:
-    """Handles, workers in rank order. `config` is a `deploy.config.RunConfig`; `new_engines` kills the engines and
+    """Handles, workers in rank order. `config` is a `swarm.run_config.RunConfig`; `new_engines` kills the engines and
     starts others."""
 
     config: Any

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.sweep import plan
+from deploy.cluster.sweep_runs import plan
 from experiments.sweep import read
 from tests.ray.conftest import SIZES, SMALL
 from tests.ray.test_loopback import members, open_to_others

@@ -11,8 +11,8 @@ from pathlib import Path
 import typer.main
 
 from deploy.cli import app
+from deploy.cluster.sweep_runs import plan
 from deploy.config import load, own_settings
-from deploy.sweep import plan
 from experiments import sweep as sweeps
 from tests.commands.documents import ROOT
 

@@ -153,7 +153,7 @@ def test_no_command_hides_in_an_indented_block():
 
 
 def test_the_files_of_the_page_of_models_do_what_it_says(scratch: Scratch):
-    from deploy.plan import load_for_planning
+    from deploy.estimate.plan import load_for_planning
 
     for name in FILES["docs/models.md"]["toml"]:
         file = scratch.folder / name

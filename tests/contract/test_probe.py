@@ -15,11 +15,12 @@ from typer.testing import CliRunner
 
 from codec.config import CodecConfig
 from deploy.cli import app
-from deploy.config import ConfigError, RunConfig, load
-from deploy.probe import Probe, calibrate, compared_with, name_of, probe, score
-from deploy.probe_tables import advice
-from deploy.trial import Halves, Trial, cosine
+from deploy.config import ConfigError, load
+from deploy.probe.codec_trial import Halves, Trial, cosine
+from deploy.probe.probe import Probe, calibrate, compared_with, name_of, probe, score
+from deploy.probe.tables import advice
 from rl.batch import Batch
+from swarm.run_config import RunConfig
 from tests.conftest import make_batch
 
 CUTS = [1, 3]

@@ -9,7 +9,7 @@ from codec.boundary import Boundary
 from codec.config import CodecConfig
 from codec.ledger import Ledger
 from codec.rows import Rows
-from tests.unit.test_codecs import CONFIGS, HIDDEN, Stream, refresh
+from tests.unit.codec.test_codecs import CONFIGS, HIDDEN, Stream, refresh
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

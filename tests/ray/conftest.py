@@ -14,10 +14,11 @@ from typing import Any
 
 import pytest
 
-from deploy.config import RunConfig, load
-from deploy.fleet import Held
-from deploy.launch import cluster, drive
+from deploy.cluster.actors import Held
+from deploy.cluster.launch import cluster, drive
+from deploy.config import load
 from deploy.resume import plan_resume
+from swarm.run_config import RunConfig
 
 SIZES = (
     "run.steps=6",

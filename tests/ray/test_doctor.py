@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import ray
 
-from deploy.checks import merge
-from deploy.doctor import _connected
-from deploy.facts import gather
+from deploy.doctor.checks import merge
+from deploy.doctor.examine import _connected
+from deploy.doctor.facts import gather
 from tests.ray.conftest import HELD, small
 
 pytestmark = pytest.mark.slow

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.launch import drive
+from deploy.cluster.launch import drive
 from rl.mismatch import NAMES
 from swarm.gate import EngineMismatch, PolicyChanged
 from tests.ray.conftest import ignore, of_kind, run_kept, small

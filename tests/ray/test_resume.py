@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
 from deploy.cli import app
+from deploy.cluster.launch import drive
 from deploy.config import to_toml
-from deploy.launch import drive
 from deploy.resume import Resume, plan_resume
 from swarm import manifest
 from swarm.manifest import CheckpointError

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from deploy.launch import drive
+from deploy.cluster.launch import drive
+from deploy.display.run import Display
 from deploy.preflight import preflight
-from deploy.progress import Display
 from rl.problems import check_same
 from tests.ray.conftest import HELD, of_kind, run_kept, small
-from tests.unit.test_rows import GOOD, LONG, write
+from tests.unit.rl.test_rows import GOOD, LONG, write
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 ONE_STEP = "run.steps=1", "run.checkpoint_every=1", "anchor.enabled=false", "merger.kind=none"

@@ -10,8 +10,8 @@ import pytest
 import ray
 
 from anchor_service.errors import ActorLost
+from deploy.cluster.launch import fleet
 from deploy.config import load
-from deploy.launch import fleet
 from swarm.coordinator import Coordinator
 from swarm.telemetry import Telemetry
 from tests.ray.conftest import as_if_killed, ignore, lines, of_kind, run_kept, small

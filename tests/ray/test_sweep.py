@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from deploy.lanes import Lanes
-from deploy.launch import drive
-from deploy.sweep import Planned, plan
+from deploy.cluster.launch import drive
+from deploy.cluster.sweep_lanes import Lanes
+from deploy.cluster.sweep_runs import Planned, plan
 from experiments.sweep import Sweep
 from tests.ray.conftest import HELD, SIZES, as_if_killed, ignore, lines, of_kind, run_kept, small
 

@@ -95,7 +95,7 @@ def test_lost_bases_are_mended_with_whole_snapshots(tmp_path: Path):
     """An engine and the anchor forget what they held; the run goes on, and says so."""
     import ray
 
-    from deploy.launch import fleet
+    from deploy.cluster.launch import fleet
     from swarm.coordinator import Coordinator
     from swarm.telemetry import Telemetry
 

@@ -14,9 +14,9 @@ from typing import Any
 import ray
 from ray.cluster_utils import Cluster
 
+from deploy.cluster.actors import fleet
+from deploy.cluster.launch import cluster, drive
 from deploy.config import load
-from deploy.fleet import fleet
-from deploy.launch import cluster, drive
 
 NODES = {"swarm": 4, "engine": 2, "anchor": 1}  # CPUs of the node of each role
 

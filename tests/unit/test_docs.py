@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from deploy.config import RunConfig, preset_names
+from deploy.config import preset_names
 from deploy.reference import reference
 from rl.config import TableParams
 from rl.model_shape import FAMILIES
 from rl.tasks import TASKS
+from swarm.run_config import RunConfig
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])

@@ -29,7 +29,8 @@ LIGHT = [
     "rl/model_shape.py",
     "rl/stored_weights.py",
     *(n for n in FILES if n.startswith("merger/")),
-    "deploy/sweep.py",
+    "deploy/cluster/sweep_runs.py",
+    "swarm/run_config.py",
     "deploy/resume.py",
 ]
 HEAVY = {"torch", "ray", "transformers"}

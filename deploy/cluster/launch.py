@@ -1,0 +1,172 @@
+"""Connect to a Ray cluster, drive a run on it, and leave nothing behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from anchor_service.errors import WaitTimeout, described
+from deploy.cluster.actors import fleet
+from deploy.cluster.loopback import ADDRESS, loopback
+from deploy.cluster.placement import placement, tags
+from deploy.cluster.takedown import shut_down
+from deploy.config import to_toml
+from deploy.resume import Resume
+from swarm.coordinator import Coordinator
+from swarm.fleet import Fleet
+from swarm.loggers import Loggers
+from swarm.run_config import RunConfig
+from swarm.telemetry import Listener, Telemetry, replace_text
+
+KNOCK_S = 10.0
+
+
+@contextmanager
+def cluster(config: RunConfig, address: str | None, lanes: int = 1) -> Iterator[None]:
+    """A Ray cluster: the one at `address`, or one of our own on this machine, gone at the end.
+
+    Our own has room for `lanes` runs like `config` side by side.
+    """
+    with ExitStack() as stack:
+        if address:
+            # Explicit: what Ray does without it depends on the machine
+            os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+            _knock(address)
+            ray.init(address=address, log_to_driver=False)
+        else:
+            stack.enter_context(loopback())
+            needed = lanes * placement(config).total["CPU"]
+            # Logical CPUs, so that a small machine can run every role; each process uses `swarm.threads` threads
+            ray.init(
+                address="local",  # else Ray joins any cluster that it finds on this machine, or that RAY_ADDRESS names
+                num_cpus=max(os.cpu_count() or 1, needed),
+                resources=dict.fromkeys(tags(config).values(), 1),
+                include_dashboard=False,
+                log_to_driver=False,
+                _node_ip_address=ADDRESS,
+            )
+        try:
+            yield
+        finally:
+            shut_down()
+
+
+def _knock(address: str) -> None:
+    """Raises WaitTimeout if nobody listens there: Ray itself would try on and on, and heed no Ctrl-C meanwhile."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not (colon and port.isdigit()):
+        return  # auto, or a name that Ray refuses
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), KNOCK_S).close()
+    except OSError as error:
+        raise WaitTimeout(f"{address} ({error})", "an answer", KNOCK_S, "--address, or start Ray there") from error
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, handled as Ctrl-C is."""
+
+
+def _on_sigterm(signum: int, frame: Any) -> None:
+    raise Terminated
+
+
+@contextmanager
+def session(config: RunConfig, address: str | None, lanes: int = 1) -> Iterator[None]:
+    """`cluster`, with SIGTERM raised as an exception while it is there."""
+    previous = signal.signal(signal.SIGTERM, _on_sigterm)
+    try:
+        with cluster(config, address, lanes):
+            signal.signal(signal.SIGTERM, _on_sigterm)  # again: ray.init puts a handler of its own there, which aborts
+            yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def execute(
+    config: RunConfig, run: Path, listener: Listener, resume: Resume | None = None, address: str | None = None
+) -> dict[str, Any]:
+    """`drive` on a Ray cluster that is there for this run alone, or on the one at `address`."""
+    with session(config, address):
+        return drive(config, run, listener, resume)
+
+
+def drive(
+    config: RunConfig,
+    run: Path,
+    listener: Listener,
+    resume: Resume | None = None,
+    fleets: Callable[[RunConfig], AbstractContextManager[Fleet]] = fleet,
+) -> dict[str, Any]:
+    """Run `config` in the folder `run`, on the Ray cluster that is connected; returns the summary it also wrote.
+
+    `resume`: where it goes on; until it does, the folder stays as it was. `fleets` gives the actors: new ones, or those
+    of an earlier run. Ctrl-C and SIGTERM end the run with status "interrupted", any error with "failed" and the error
+    raised again; the folder is valid in every case.
+    """
+    run = run.resolve()  # workers write their checkpoints there too, and theirs is another working directory
+    run.mkdir(parents=True, exist_ok=True)
+    if not resume:
+        replace_text(run / "config.toml", to_toml(config))
+    loggers = Loggers.named(config.run.loggers, config.run.name, run, config.model_dump(mode="json"))
+    telemetry = Telemetry(run, listener, loggers)
+    outcome = _Outcome(config, telemetry, begun=resume is None)
+    try:
+        with fleets(config) as actors, outcome:  # the summary is written first: taking Ray down may not succeed
+            coordinator = Coordinator(config, actors, telemetry, run)
+            if resume:
+                _go_on(coordinator, resume)
+                replace_text(run / "config.toml", to_toml(config))
+            outcome.coordinator, outcome.begun = coordinator, True
+            coordinator.progress.event("started", workers=len(actors.workers))
+            coordinator.run()
+    except BaseException as failure:
+        if outcome.summary is None:  # the actors did not even start
+            outcome.__exit__(type(failure), failure, None)
+        if outcome.summary is None or not isinstance(failure, KeyboardInterrupt):
+            raise
+    return outcome.summary
+
+
+def _go_on(coordinator: Coordinator, resume: Resume) -> None:
+    if resume.checkpoint is None:
+        coordinator.progress.begin_anew()
+        return
+    coordinator.restore(resume.checkpoint)
+    for reason in resume.damaged:
+        coordinator.progress.event("checkpoint damaged", reason=reason, used=resume.checkpoint.name)
+
+
+class _Outcome:
+    """Writes summary.json when a run ends, however it ends; an interrupted run ends without an error.
+
+    Nothing of a run that was to go on and did not: what is there is the record of its last end.
+    """
+
+    def __init__(self, config: RunConfig, telemetry: Telemetry, begun: bool):
+        self.config, self.telemetry, self.begun = config, telemetry, begun
+        self.coordinator: Coordinator | None = None
+        self.summary: dict[str, Any] | None = None
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: type | None, failure: BaseException | None, trace: Any) -> bool:
+        if not self.begun:
+            self.telemetry.close()
+            return False
+        interrupted = isinstance(failure, KeyboardInterrupt)
+        status = "interrupted" if interrupted else "failed" if failure else "completed"
+        extra = {"name": self.config.run.name, "seed": self.config.run.seed, "error": None}
+        if status == "failed":
+            trace = "".join(traceback.format_exception(failure)).splitlines()
+            extra |= {"error": described(failure), "traceback": trace}
+        counted = self.coordinator.summary() if self.coordinator else {}
+        self.summary = self.telemetry.finish(status, extra | counted)
+        return interrupted

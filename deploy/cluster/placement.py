@@ -1,0 +1,118 @@
+"""What the actors of a run ask of a cluster, and which of them share a node. No torch, no Ray."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from anchor_service.config import AnchorConfig
+from rl.config import RolloutConfig
+from swarm.config import SwarmConfig
+from swarm.run_config import RunConfig
+
+# Ray's masking of GPUs makes NCCL slow or hang on some machines: a worker sees all of them and picks its own. Engines
+# and anchors use no NCCL; each sees, by that mask, the one GPU that it was given
+UNMASKED = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
+# Without it NCCL's wait returns at once, and at a deadline its watchdog kills the process, which then says nothing
+BLOCKING = {"TORCH_NCCL_BLOCKING_WAIT": "1"}
+ROLES = ("worker", "engine", "anchor", "diagnoser")
+WORKER_SHARE, ENGINE_SHARE = 0.6, 0.4  # of a GPU that a worker shares with an engine: Ray puts no two workers on one
+_A_TRACE = 0.001  # of a node's custom resource: there is room for any number of bundles
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Bundles of one placement group. A bundle lies on one node; its actors are found by their index."""
+
+    bundles: list[dict[str, float]]
+    of_actor: list[int]  # the bundle of each actor: workers by rank, then the other roles in the order of ROLES
+    strategy: str  # Ray's: what it tries between bundles
+
+    @property
+    def total(self) -> dict[str, float]:
+        """Every resource that all of it needs, CPUs first."""
+        return dict(sum((Counter(bundle) for bundle in self.bundles), Counter()))
+
+
+def counts(config: RunConfig) -> tuple[int, int, int, int]:
+    """Actors of each role."""
+    anchors = config.anchor.workers if config.anchor.enabled else 0
+    return config.swarm.dp * config.swarm.pp, config.rollout.replicas, anchors, int(bool(config.diagnostics.every))
+
+
+def placement(config: RunConfig) -> Placement:
+    """One bundle an actor; with `swarm.placement = "replicas"` one for all stages of a replica.
+
+    An engine that is colocated sits in the bundle of the worker of its number.
+    """
+    swarm, (workers, engines, anchors, diagnosers) = config.swarm, counts(config)
+    apart, colocated = swarm.placement == "replicas", config.rollout.placement == "colocated"
+    together = swarm.pp if apart else 1
+    replicas = workers // together
+    bundles = [_bundle(swarm, together) for _ in range(replicas)]
+    seats = [rank // together for rank in range(workers)]
+    if colocated:
+        seats += seats[:engines]
+        for seat in seats[workers:]:
+            bundles[seat]["CPU"] += 1
+    else:
+        bundles += [_bundle(config.rollout) for _ in range(engines)]
+        seats += range(replicas, len(bundles))
+    first = len(bundles)
+    bundles += [_bundle(config.anchor) for _ in range(anchors)]
+    # the anchor's node has room for anchor workers alone
+    anywhere = config.anchor.model_copy(update={"resource": None})
+    bundles += [_bundle(anywhere) for _ in range(diagnosers)]
+    return Placement(bundles, [*seats, *range(first, len(bundles))], "SPREAD" if apart else "PACK")
+
+
+def demand(config: RunConfig, actor: int) -> dict[str, float]:
+    """CPUs and GPUs of one actor, by its place in `Placement.of_actor`."""
+    devices = config.swarm.device, config.rollout.device, config.anchor.device, config.anchor.device
+    of_role = counts(config)
+    device = [device for device, count in zip(devices, of_role) for _ in range(count)][actor]
+    workers, engines = of_role[:2]
+    gpu = 1.0 if device == "cuda" else 0.0
+    if config.rollout.placement == "colocated":
+        if actor < engines:
+            gpu = WORKER_SHARE
+        elif workers <= actor < workers + engines:
+            gpu = ENGINE_SHARE
+    return {"CPU": 1, "GPU": gpu}
+
+
+def tags(config: RunConfig) -> dict[str, str]:
+    """Custom resources that nodes must have, by the key that asks for them."""
+    asked = {"swarm": config.swarm, "rollout": config.rollout, "anchor": config.anchor}
+    return {f"{name}.resource": section.resource for name, section in asked.items() if section.resource}
+
+
+def lacking(wanted: dict[str, float], have: dict[str, float], free: dict[str, float]) -> str:
+    """Why a cluster with so much in all, and so much free now, has no room, by resource."""
+    said = [
+        f"{n:g} {name} (of {have.get(name, 0):g} in the cluster {free.get(name, 0):g} are free)"
+        for name, n in wanted.items()
+    ]
+    missing = [name for name in wanted if not have.get(name)]
+    short = [name for name in wanted if have.get(name, 0) < wanted[name] and name not in missing]
+    taken = [name for name in wanted if free.get(name, 0) < wanted[name] <= have.get(name, 0)]
+    if missing:
+        why = f"no node has {' or '.join(missing)}: start one with it, or correct the .resource and .device keys"
+    elif short:
+        why = f"the cluster has too little {' and '.join(short)} in all"
+    elif taken:
+        why = (
+            f"other jobs, actors or placement groups hold the rest of {' and '.join(taken)}: wait for them, or end them"
+        )
+    else:
+        why = "all of it is free, but no node has what one bundle needs"
+    return f"{', '.join(said)}; {why}"
+
+
+def _bundle(section: SwarmConfig | RolloutConfig | AnchorConfig, actors: int = 1) -> dict[str, float]:
+    bundle: dict[str, float] = {"CPU": actors}
+    if section.device == "cuda":
+        bundle["GPU"] = actors
+    if section.resource:
+        bundle[section.resource] = _A_TRACE
+    return bundle

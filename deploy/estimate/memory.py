@@ -1,0 +1,178 @@
+"""Memory by role, by arithmetic on what the code allocates. Activations and scratch are rough; the rest is exact.
+
+"device" is where the tensors live (the GPU, or the process on a CPU); "host" is beside it, always in RAM.
+Process overhead (Python, torch, CUDA context: 0.5 to 1 GB) and the object store are not counted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from deploy.estimate.bytes import (
+    FP32,
+    Params,
+    attention_widths,
+    correction_bytes,
+    correction_payload,
+    itemsize,
+    microbatches,
+    model_metadata,
+    prompt_tokens,
+    response_tokens,
+    snapshot_itemsize,
+    stage_parameters,
+    stage_spans,
+)
+from rl.config import CPU_KV_CACHE_GB
+from swarm.run_config import RunConfig
+
+# parts that one expects to be the largest; anything else on top is worth a warning
+EXPECTED = {"fp32 masters", "Adam moments", "activations", "KV cache", "compute copy", "fp32 gradients"}
+
+
+@dataclass(frozen=True)
+class Part:
+    """Bytes of one thing that a role holds."""
+
+    role: str
+    name: str
+    bytes: float
+    where: str = "device"
+    rough: bool = False
+    during: str = "always"  # what is there during `backward` is not there during `merge`
+
+
+def memory(config: RunConfig, params: Params) -> list[Part]:
+    """Every part of every role: one worker of each stage, one engine, one anchor worker, the diagnoser."""
+    parts = [part for p in range(config.swarm.pp) for part in worker(config, params, p)]
+    parts += engine(config, params)
+    parts += anchor(config, params) if config.anchor.enabled else []
+    parts += diagnoser(config, params) if config.diagnostics.every else []
+    return [part for part in parts if part.bytes]
+
+
+def _model(config: RunConfig, role: str, n: int, trained: bool) -> list[Part]:
+    """Flat buffers of `rl.policy.Weights`."""
+    copies = itemsize(config) * n if config.model.dtype != "float32" else 0
+    parts = [Part(role, "fp32 masters", FP32 * n), Part(role, "compute copy", copies)]
+    if trained:
+        parts += [Part(role, "fp32 gradients", FP32 * n), Part(role, "compute gradients", copies)]
+    return parts
+
+
+def worker(config: RunConfig, params: Params, p: int) -> list[Part]:
+    span = stage_spans(config, params.layers)[p]
+    n = stage_parameters(params, stage_spans(config, params.layers))[p]
+    last, pp, role = p == config.swarm.pp - 1, config.swarm.pp, f"worker stage {p}"
+    owned = n - (params.embedding if params.tied and last and p else 0)
+    payload = correction_payload(config)
+    held = {"sign": n, "dense": FP32 * n, None: 0}[payload]
+    alive = min(pp - p, microbatches(config))
+    tokens = config.swarm.micro_batch_size
+    streams = 1 + (config.anchor.workers if payload and config.anchor.weights == "swarm" else 0)
+    bases = streams * snapshot_itemsize(config) * owned if config.snapshot.encoding == "delta" else 0
+    error = FP32 * n if config.codec.gradient.kind == "powersgd" and config.swarm.dp > 1 else 0
+    return [
+        *_model(config, role, n, trained=True),
+        Part(role, "Adam moments", 2 * FP32 * n),
+        Part(role, "correction held", held),
+        Part(role, "error feedback", error),
+        Part(role, "gradients of source ticks", FP32 * n * _sources(config)),
+        # `Rank.norm` and the merge go block by block; float64 squares of one block are the largest scratch
+        Part(role, "scratch of norm and merge", 16 * min(owned, 1 << 22), rough=True, during="merge"),
+        *activations(config, params, role, alive, span.hi - span.lo, tokens, last),
+        Part(role, "bases of deltas", bases, "host"),
+        Part(role, "kept for a diagnosis", 3 * FP32 * owned if config.diagnostics.every else 0, "host"),
+    ]
+
+
+def _sources(config: RunConfig) -> int:
+    """G_comp copies that a merger of differences keeps, one a fire under way, if the merger is `delta`."""
+    if config.merger.kind != "delta" or not config.anchor.enabled:
+        return 0
+    return -(-config.anchor.delay_k // config.anchor.cadence)
+
+
+def activations(
+    config: RunConfig, params: Params, role: str, alive: int, layers: int, samples: int, logits: bool
+) -> list[Part]:
+    """Rough: what autograd keeps of a decoder layer with SDPA, or with checkpointing of its input, and of the logits.
+
+    `alive` microbatches of `samples` samples of mean length are under way at once.
+    """
+    model, size = model_metadata(config.model.path), itemsize(config)
+    hidden, (q, kv) = params.hidden, attention_widths(model)
+    norms = 2 * (FP32 + size) * hidden  # each keeps its input in fp32 and its output
+    layer = norms + size * (2 * hidden + 3 * q + 2 * kv + 4 * model["intermediate_size"])
+    length = prompt_tokens(config) + response_tokens(config)
+    rows = samples * length
+    kept = alive * rows * layers * layer
+    if config.swarm.activation_checkpointing:  # inputs of all layers, and the one that is computed again
+        kept = alive * rows * layers * size * hidden + rows * layer
+    parts = [Part(role, "activations", kept, rough=True, during="backward")]
+    if logits:  # the head's output, in fp32, divided by the temperature, its log-softmax, and that one's gradient
+        row = (size + 5 * FP32) * params.vocab
+        nbytes = samples * response_tokens(config) * row
+        parts.append(Part(role, "logits", nbytes, rough=True, during="backward"))
+    return parts
+
+
+def engine(config: RunConfig, params: Params) -> list[Part]:
+    role, n = "engine", params.total
+    _, kv = attention_widths(model_metadata(config.model.path))
+    rows = min(config.rollout.batch_size, config.grpo.train_batch_size) * config.grpo.group_size
+    length = prompt_tokens(config) + config.grpo.max_response_length
+    reference = sum(part.bytes for part in _model(config, role, n, trained=False)) if config.grpo.kl_loss_coef else 0
+    vllm, gib = config.rollout.engine == "vllm", config.rollout.kv_cache_gb
+    cache = rows * length * 2 * kv * params.layers * itemsize(config)
+    if vllm and (gib or config.rollout.device == "cpu"):  # on a GPU it takes what `rollout.gpu_memory` leaves
+        cache = (gib or CPU_KV_CACHE_GB) * 2**30
+    return [
+        *_model(config, role, n, trained=False),
+        Part(role, "vLLM's weights", itemsize(config) * n if vllm else 0),
+        Part(role, "reference model", reference),
+        Part(role, "KV cache", cache, rough=not gib),
+        # a row of fp32 log-probs, then fp64 probabilities and their running sum
+        Part(role, "scratch of a draw", rows * params.vocab * 24, rough=True),
+        Part(role, "weights held for deltas", _held(config, n), "host"),
+    ]
+
+
+def _held(config: RunConfig, n: int) -> int:
+    return snapshot_itemsize(config) * n if config.snapshot.encoding == "delta" else 0
+
+
+def anchor(config: RunConfig, params: Params) -> list[Part]:
+    role, n = "anchor worker", params.total
+    stages = stage_parameters(params, stage_spans(config, params.layers))
+    return [
+        *_model(config, role, n, trained=True),
+        *activations(config, params, role, 1, params.layers, config.anchor.micro_batch_size, logits=True),
+        Part(role, "M", FP32 * n, "host"),
+        Part(role, "M̄, old and new", 2 * FP32 * n, "host"),
+        Part(role, "weights held for deltas", _held(config, n), "host"),
+        Part(role, "corrections", sum(correction_bytes(config, stages)), "host"),
+    ]
+
+
+def diagnoser(config: RunConfig, params: Params) -> list[Part]:
+    """Its vectors at the most: those of a record and M̄, the update, g, ∇R, ∇len, then θ_s, M_d and M_s."""
+    role, n = "diagnoser", params.total
+    return [
+        *_model(config, role, n, trained=True),
+        *activations(config, params, role, 1, params.layers, config.anchor.micro_batch_size, logits=True),
+        Part(role, "gradients and weights compared", 9 * FP32 * n, "host"),
+    ]
+
+
+def peak(parts: list[Part], role: str, where: str) -> float:
+    """Most bytes of a role at once."""
+    mine = [part for part in parts if (part.role, part.where) == (role, where)]
+    by_phase = {phase: sum(p.bytes for p in mine if p.during == phase) for phase in ("always", "backward", "merge")}
+    return by_phase["always"] + max(by_phase["backward"], by_phase["merge"])
+
+
+def largest(parts: list[Part]) -> dict[str, Part]:
+    """The largest part of each role on its device."""
+    here = [part for part in parts if part.where == "device"]
+    return {role: max((q for q in here if q.role == role), key=lambda q: q.bytes) for role in {p.role for p in here}}

@@ -1,0 +1,214 @@
+"""One codec against none at equal weights, on the very samples: what `northstar probe` measures.
+
+    ids ──▶ lower ──▶ entry ──▶ upper, no codec ───────────▶ rows ──▶ p      once a microbatch
+                        ╰─────▶ [boundary] upper [boundary] ─▶ rows ──▶ q      once a trial
+
+KL(p ‖ q) is exact, over the whole vocabulary; the gradient goes back the same way, compressed.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from codec.boundary import Boundary
+from codec.config import CodecConfig
+from codec.ledger import Ledger
+from codec.rows import Rows
+from codec.transform.way import Transform
+from rl import mismatch
+from rl.config import GrpoConfig
+from rl.grpo import log_distribution, policy_loss
+from rl.objective import MicroBatch
+from rl.policy import Stage, spans
+
+HEAD_ROWS = 256  # rows of logits at a time: two of [HEAD_ROWS, V] are alive
+KEPT = 1 << 21  # coordinates of a gradient that are compared, evenly spaced over it
+REFRESHES = 2  # of the statistics on the calibration samples, as a run has made soon after its start
+SETTLING = 4  # rounds in which a held rate finds its step
+
+
+class Halves:
+    """The model cut at its first boundary: below it every codec sees the same, so that half runs once for all.
+
+    `lower` has gradients, for they show what the backward payloads are worth; `upper` has none.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        layers: int,
+        boundaries: list[int],
+        dtype: torch.dtype,
+        device: torch.device,
+        attention: str = "sdpa",
+    ):
+        self.boundaries = boundaries
+        low, high = spans(layers, boundaries[:1], 2)
+        self.lower = Stage(folder, low, dtype, device, attention=attention)
+        self.upper = Stage(folder, high, dtype, device, trainable=False, attention=attention)
+        self.hidden = self.upper.config.hidden_size
+        self.stride = -(-self.lower.weights.numel // KEPT)
+
+    def above(self, entry: Tensor, micro: MicroBatch, cuts: Mapping[int, Callable[[Tensor], Tensor]]) -> Tensor:
+        """Hidden states [B, L, H] at the first boundary -> last hidden states [R, H] that predict the responses."""
+        return self.upper(entry, micro.real, cuts)[micro.predicts]
+
+    def dense(
+        self, hidden: Tensor, micro: MicroBatch, head: Head, taps: Mapping[int, Callable[[Tensor], Tensor]]
+    ) -> tuple[Tensor, Tensor]:
+        """Without codec: the last hidden states [R, H], and the gradient [B, L, H] at the first boundary."""
+        entry = hidden.detach().requires_grad_()
+        rows = self.above(entry, micro, taps)
+        dense = rows.detach()
+        _, gradient = head.compare(dense, dense, micro, with_gradient=True)
+        rows.backward(gradient)
+        return dense, entry.grad
+
+    def weight_gradient(self, hidden: Tensor, dx: Tensor) -> Tensor:
+        """Evenly spaced coordinates of the lower half's gradient, from that of its output; keeps the graph."""
+        weights = self.lower.weights
+        weights.grad.zero_()
+        hidden.backward(dx, retain_graph=True)
+        weights.collect()
+        return weights.grad[:: self.stride].clone()
+
+
+class Head:
+    """Norm and head over rows of the last hidden state, a block of rows at a time: logits are the largest tensors."""
+
+    def __init__(self, upper: Stage, grpo: GrpoConfig, temperature: float, denominator: float):
+        self.upper, self.grpo, self.temperature, self.denominator = upper, grpo, temperature, denominator
+
+    def logprobs(self, rows: Tensor) -> Tensor:
+        return log_distribution(self.upper.logits(rows), self.temperature)
+
+    def compare(
+        self, dense: Tensor, rows: Tensor, micro: MicroBatch, with_gradient: bool
+    ) -> tuple[dict[str, Tensor], Tensor | None]:
+        """Sums over the response tokens, and the gradient [R, H] of the run's clipped loss with respect to `rows`.
+
+        `kl` is KL(p ‖ q) over the whole vocabulary, p from `dense` [R, H] and q from `rows`; the other sums
+        are those of `rl.mismatch` on the sampled tokens.
+        """
+        sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64, device=rows.device))
+        gradient = torch.empty_like(rows) if with_gradient else None
+        for block in torch.arange(len(rows), device=rows.device).split(HEAD_ROWS):
+            targets = micro.targets[block, None]
+            with torch.no_grad():
+                p = self.logprobs(dense[block])
+            leaf = rows[block].detach().requires_grad_(with_gradient)
+            q = self.logprobs(leaf)
+            new = q.gather(1, targets).squeeze(1)
+            if with_gradient:
+                old = new.detach() if self.grpo.old_logprobs == "trainer" else micro.rollout_logprobs[block]
+                policy_loss(new, old, micro.advantages[block], self.denominator, self.grpo).loss.backward()
+                gradient[block] = leaf.grad
+            sums["kl"] += (p.exp() * (p - q.detach())).sum(dtype=torch.float64)
+            for name, value in mismatch.sums(p.gather(1, targets).squeeze(1), new).items():
+                sums[name] += value
+        return sums, gradient
+
+
+@dataclass
+class Calibration:
+    """One microbatch of a pass without codec: which rows they are, and (X, dX) by boundary."""
+
+    rows: Rows
+    passed: dict[int, tuple[Tensor, Tensor]]
+
+
+class Trial:
+    """One codec at every boundary of the model, and what has been measured of it so far."""
+
+    def __init__(self, codec: CodecConfig, halves: Halves, seed: int):
+        self.codec, self.halves = codec, halves
+        self.ledger = Ledger()
+        device = halves.lower.weights.master.device
+        self.boundaries = {
+            layer: Boundary(codec, i, halves.hidden, seed, self.ledger) for i, layer in enumerate(halves.boundaries)
+        }
+        for boundary in self.boundaries.values():
+            boundary.to(device)
+        self.sums: dict[str, float] = defaultdict(float)
+        self.gradient: Tensor | float = 0.0  # of the lower half's weights, sampled
+        self.side = {"fwd": 0.0, "bwd": 0.0}  # bytes of tables at all boundaries
+
+    def calibrate(self, micros: list[Calibration], dense_of_run: dict[str, float]) -> None:
+        """Refresh each boundary's statistics on rows of a pass without codec, and settle a rate that is held.
+
+        `dense_of_run`: bytes that each way of one boundary would carry in the whole run, dense in bf16: tables
+        are paid from them. A run's own statistics come from its compressed passes; they differ where a lossy
+        boundary lies below.
+        """
+        for layer, boundary in self.boundaries.items():
+            for _ in range(REFRESHES):
+                self._pass(boundary, layer, micros)
+                boundary.refresh_alone("fwd"), boundary.refresh_alone("bwd")
+            held = [(name, way) for name in ("fwd", "bwd") if isinstance(way := boundary.way(name), Transform)]
+            rates = {}
+            for name, way in held:
+                side = way.control.tick[1].item()
+                self.side[name] += side
+                rates[name] = max(0.5 * way.control.rate, way.control.rate - side / dense_of_run[name])
+            for _ in range(SETTLING if held else 0):
+                for name, way in held:
+                    way.aim(rates[name])
+                self._pass(boundary, layer, micros)
+                for _, way in held:
+                    way.steer(way.spent())
+            boundary.begin_tick()  # fidelity is that of what is scored
+        self.ledger.drain()  # only what is scored is counted
+
+    @staticmethod
+    def _pass(boundary: Boundary, layer: int, micros: list[Calibration]) -> None:
+        boundary.begin_tick()
+        for micro in micros:
+            x, dx = micro.passed[layer]
+            boundary.decode(boundary.encode(x, micro.rows, observe=True), micro.rows, x.dtype)
+            boundary.decode_backward(boundary.encode_backward(dx, micro.rows), micro.rows, dx.dtype)
+
+    @property
+    def fvu(self) -> float:
+        """Of the worst boundary."""
+        return max(b.seen["fwd"].fvu("fvu").get("fvu", 0.0) for b in self.boundaries.values())
+
+    @property
+    def dx_cosine(self) -> float:
+        """Of the worst boundary."""
+        return min(b.seen["bwd"].cosine("cosine").get("cosine", 0.0) for b in self.boundaries.values())
+
+    def run(self, hidden: Tensor, dense: Tensor, micro: MicroBatch, head: Head, with_gradient: bool) -> None:
+        """One microbatch: forward through the codec, and back through it if asked to.
+
+        `hidden` [B, L, H] is the lower half's output with its graph, `dense` [R, H] the upper half's without codec.
+        """
+        entry = hidden.detach().requires_grad_(with_gradient)
+        # the statistics are those of the calibration, but fidelity is of the rows that are scored
+        cuts = {
+            layer: lambda rows, b=b: b.virtual(rows, micro.rows, observe=True) for layer, b in self.boundaries.items()
+        }
+        with torch.set_grad_enabled(with_gradient):
+            rows = self.halves.above(entry, micro, cuts)
+        sums, gradient = head.compare(dense, rows.detach(), micro, with_gradient)
+        for name, value in sums.items():
+            self.sums[name] += value.item()
+        if with_gradient:
+            rows.backward(gradient)
+            self.gradient = self.gradient + self.halves.weight_gradient(hidden, entry.grad)
+        for boundary in self.boundaries.values():  # hold the rate as a run does, tick by tick
+            for way in (boundary.forward, boundary.backward):
+                if (spent := way.spent()) is not None and spent.any():
+                    way.steer(spent)
+
+
+def cosine(a: Tensor, b: Tensor) -> float:
+    """0 where one of them is zero."""
+    a, b = a.double(), b.double()
+    scale = (a.norm() * b.norm()).item()
+    return (a @ b).item() / scale if scale else 0.0

@@ -1,0 +1,88 @@
+"""A probe as a table, and what it means in words."""
+
+from __future__ import annotations
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+from deploy.probe.probe import Probe, Score
+from rl.mismatch import COMFORT, OUTSIDE
+
+LOST = 0.35  # nats a token: above it the clip is everywhere
+
+
+def show(found: Probe, console: Console) -> None:
+    console.print(scores_table(found))
+    console.print(definitions(found), highlight=False)
+    for line in advice(found):
+        console.print(line)
+
+
+def scores_table(found: Probe) -> Table:
+    """Fits 80 columns; what it leaves out is in --json."""
+    table = Table(
+        title="codecs against none at equal weights", title_justify="left", title_style="bold", box=SIMPLE, padding=0
+    )
+    table.add_column("codec", no_wrap=True)
+    for column in ("rate", "KL", *(f">{f}" for f in OUTSIDE), "FVU", "cos dX", "cos g"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for s in found.scores:
+        cells = [f"{s.total_rate:.1%}", f"{abs(s.kl):.2g}", *(f"{share:.1%}" for share in s.outside.values())]
+        cells += [f"{s.fvu:.2g}", f"{s.dx_cosine:.3f}", f"{s.gradient_cosine:.3f}"]
+        name = s.name.removeprefix("transform ").replace(" / ", "/")
+        table.add_row(f"{name} *" if s.own else name, *cells, style="bold" if s.own else None)
+    return table
+
+
+def definitions(found: Probe) -> str:
+    config = found.config
+    drawn = " No answer was better than another, so advantages were drawn at random." if found.drawn_advantages else ""
+    return (
+        f"{config.model.path} on {config.task.name}, boundaries {config.swarm.boundaries}: {found.tokens:,} response "
+        f"tokens of the validation split scored at temperature {config.rollout.temperature:g}, gradients on "
+        f"{found.gradient_tokens:,} of them; codecs calibrated on {found.calibration_tokens:,} of the training split."
+        f"{drawn} * configured. KL(without ‖ with codec) in nats a token, over the whole vocabulary. >f: tokens whose "
+        f"probability changes by more than a factor f. FVU and cos dX at the worst boundary; cos gradient of the weights below the first boundary, both directions "
+        f"compressed. Rates are all bytes over dense bytes (of bf16 for the transform, else of the model's dtype), a tick's "
+        f"forwards and backward together; side: statistics, bases and tables, spread over the tokens of the run, and "
+        f"part of the total rate alone."
+    )
+
+
+def advice(found: Probe) -> list[str]:
+    """What to expect of the configured codec, and the cheapest that keeps the policy."""
+    lines = [_expect(s) for s in found.scores if s.own and s.codec["kind"] != "none"]
+    kept = [s for s in found.scores if s.codec["kind"] != "none" and s.kl <= COMFORT]
+    cheapest = min(kept, key=lambda s: s.total_rate, default=None)
+    if cheapest is None:
+        lines.append(
+            f"No codec that was compared keeps the policy (KL at most {COMFORT:g}): raise the rate, "
+            f"or move the boundary with swarm.boundaries."
+        )
+    elif cheapest.own:
+        lines.append(f"It is the cheapest of those compared that keeps the policy (KL at most {COMFORT:g}).")
+    else:
+        lines.append(
+            f"Cheapest of those compared that keeps the policy (KL at most {COMFORT:g}): {cheapest.name}, "
+            f"total rate {cheapest.total_rate:.4f}, KL {cheapest.kl:.3g}, gradient cosine {cheapest.gradient_cosine:.3f}."
+        )
+    return lines
+
+
+def _expect(s: Score) -> str:
+    clipped, far = s.outside["1.2"], s.outside["5"]
+    start = f"Configured, {s.name}: KL {s.kl:.3g} nats a token, gradient cosine {s.gradient_cosine:.3f}."
+    if s.kl <= COMFORT:
+        return f"{start} On-policy enough for ratio clipping with recomputed log-probs (grpo.old_logprobs=trainer)."
+    if s.kl <= LOST:
+        return (
+            f"{start} The trainer's policy is not the one that samples: {clipped:.0%} of the tokens leave [1/1.2, 1.2] "
+            f"before any weight has changed. Recompute log-probs (grpo.old_logprobs=trainer), bound bad tokens with "
+            f"grpo.clip_ratio_c=3, and expect the gradient to be off by what its cosine says; better, raise the rate."
+        )
+    return (
+        f"{start} Another policy is being trained: {clipped:.0%} of the tokens leave [1/1.2, 1.2], {far:.0%} a factor "
+        f"of 5. With the engine's log-probs expect clipping everywhere; recomputed ones hide it, for the gradient is "
+        f"still the other policy's. Raise the rate; codec.max_kl stops such a run at its second step."
+    )

@@ -1,0 +1,167 @@
+"""The whole config of a run, composed from each package's section, and checked as a whole.
+
+No torch, no Ray. What a check needs of the model is read from the model's own metadata.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from anchor_service.config import AnchorConfig
+from anchor_service.lag import read_trace
+from codec.config import CodecConfig, Section
+from merger.config import MergerConfig
+from rl.config import GrpoConfig, ModelConfig, RolloutConfig, SnapshotConfig, TaskConfig, ValConfig
+from rl.model_files import model_shape
+from rl.model_shape import ModelShape
+from rl.tasks import check_task
+from swarm.config import DiagnosticsConfig, LinksConfig, SwarmConfig
+
+
+class RunSection(Section):
+    """The run itself."""
+
+    name: str = Field("run", pattern=r"^[A-Za-z0-9._-]+$", description="name of the run; its folder is named after it")
+    seed: int = Field(0, ge=0, lt=2**31, description="seeds prompts, sampling and the first Q")
+    steps: int = Field(75, ge=1, description="global steps")
+    checkpoint_every: int = Field(0, ge=0, description="checkpoint every so many steps; 0: never")
+    loggers: list[Literal["wandb", "mlflow", "trackio"]] = Field(
+        default_factory=list, description="beside metrics.jsonl and TensorBoard; one that fails does not stop the run"
+    )
+
+    @field_validator("loggers")
+    @classmethod
+    def _loggers_are_installed(cls, names: list[str]) -> list[str]:
+        for name in names:
+            found = importlib.util.find_spec(name)
+            if found is None or found.origin is None:  # a mere folder of that name, as wandb leaves behind, is none
+                raise ValueError(f"{name!r} is not installed: pip install 'northstar[{name}]', or leave it out")
+        return names
+
+
+class RunConfig(Section):
+    """All sections. `resolved()` gives the TOML that runs the same again."""
+
+    run: RunSection = RunSection()
+    model: ModelConfig = ModelConfig()
+    task: TaskConfig = TaskConfig()
+    grpo: GrpoConfig = GrpoConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    snapshot: SnapshotConfig = SnapshotConfig()
+    swarm: SwarmConfig = SwarmConfig()
+    codec: CodecConfig = CodecConfig()
+    anchor: AnchorConfig = AnchorConfig()
+    merger: MergerConfig = MergerConfig()
+    val: ValConfig = ValConfig()
+    diagnostics: DiagnosticsConfig = DiagnosticsConfig()
+    links: LinksConfig = LinksConfig()
+
+    @property
+    def q_cadence(self) -> int:
+        """Q is refreshed with M unless told otherwise."""
+        return self.codec.q_cadence or self.anchor.cadence
+
+    @model_validator(mode="after")
+    def _sections_fit(self) -> RunConfig:
+        self._check_placebo()
+        if self.merger.kind != "none" and not self.anchor.enabled and not self.merger.placebo:
+            raise ValueError(
+                f"merger.kind {self.merger.kind!r} needs the anchor: set anchor.enabled=true or merger.kind=none"
+            )
+        samples = self.grpo.ppo_mini_batch_size * self.grpo.group_size
+        if samples % self.swarm.dp:
+            raise ValueError(
+                f"swarm.dp {self.swarm.dp} does not divide the {samples} samples of a tick "
+                f"(grpo.ppo_mini_batch_size x grpo.group_size)"
+            )
+        self._check_shared_weights()
+        self._check_placement()
+        self._check_attention()
+        if self.anchor.lag.kind == "trace":
+            read_trace(self.anchor.lag.path)
+        check_task(self.task)
+        if self.task.reward and self.task.reward_timeout_s >= self.rollout.timeout_s:
+            raise ValueError(
+                f"task.reward_timeout_s {self.task.reward_timeout_s:g} must be below rollout.timeout_s "
+                f"{self.rollout.timeout_s:g}, the deadline of a whole batch: else a reward that hangs looks like an engine"
+            )
+        try:
+            shape = model_shape(self.model.path)
+        except ValueError as error:
+            raise ValueError(f"model.path: {error}") from None
+        if shape is not None:  # else a hub id that is not on this machine: checked once it is there
+            self.check_fits(shape)
+        return self
+
+    def _check_placebo(self) -> None:
+        """A placebo replaces the anchor, and follows the schedule that the clock of ticks gives it."""
+        if not self.merger.placebo:
+            return
+        if self.anchor.enabled:
+            raise ValueError(
+                f"merger.placebo {self.merger.placebo!r} stands in for the anchor: set anchor.enabled=false"
+            )
+        if self.anchor.clock != "lockstep" or self.anchor.lag.kind != "fixed":
+            raise ValueError(
+                "merger.placebo needs anchor.clock=lockstep and anchor.lag.kind=fixed: it has no lag of its own"
+            )
+
+    def _check_attention(self) -> None:
+        """Flash attention is for 16-bit numbers on GPUs; whether it is installed is seen where the model is built."""
+        attention = self.model.attention
+        if not attention.startswith("flash"):
+            return
+        if self.model.dtype != "bfloat16":
+            raise ValueError(f"model.attention {attention!r} computes in 16 bits: set model.dtype=bfloat16")
+        devices = {"swarm.device": self.swarm.device, "rollout.device": self.rollout.device}
+        devices |= {"anchor.device": self.anchor.device} if self.anchor.enabled else {}
+        for key, device in devices.items():
+            if device != "cuda":
+                raise ValueError(f"model.attention {attention!r} needs {key}=cuda, it is {device!r}: or use sdpa")
+
+    def _check_shared_weights(self) -> None:
+        """The engines get weights at the end of a step: a fixed lag must take its snapshots there."""
+        anchor, ticks = self.anchor, self.grpo.ticks_per_step
+        if not (anchor.enabled and anchor.weights == "shared" and anchor.clock == "lockstep"):
+            return
+        if anchor.lag.kind != "fixed" or anchor.cadence % ticks or anchor.delay_k % ticks:
+            raise ValueError(
+                f"anchor.weights 'shared' in lockstep needs a fixed lag, with anchor.delay_k {anchor.delay_k} and "
+                f"anchor.cadence {anchor.cadence} multiples of the {ticks} ticks of a step: the engines get no other weights"
+            )
+
+    def _check_placement(self) -> None:
+        """Colocated engines sit on the GPUs of the first workers."""
+        workers, rollout = self.swarm.dp * self.swarm.pp, self.rollout
+        if rollout.placement == "colocated" and (self.swarm.device != "cuda" or rollout.replicas > workers):
+            raise ValueError(
+                f"rollout.placement 'colocated' puts {rollout.replicas} engines on the GPUs of {workers} workers with "
+                f"swarm.device {self.swarm.device!r}: set swarm.device=cuda and rollout.replicas to at most {workers}"
+            )
+
+    def check_fits(self, shape: ModelShape) -> None:
+        """Raises ValueError where the config does not fit a model of this shape."""
+        length = self.grpo.max_prompt_length + self.grpo.max_response_length
+        for limit in shape.too_long(length):
+            raise ValueError(
+                f"grpo.max_prompt_length + grpo.max_response_length is {length}, beyond {limit}: lower one of them"
+            )
+        if self.task.chat and not shape.chat:
+            raise ValueError(
+                f"task.chat: the tokenizer of {self.model.path!r} has no chat template: set task.chat=false, use the "
+                f"instruction-tuned model, or put a chat_template.jinja into its folder"
+            )
+        for boundary in self.swarm.boundaries:
+            if boundary >= shape.layers:
+                raise ValueError(
+                    f"swarm.boundaries: {boundary} is outside the model, which has {shape.layers} layers "
+                    f"(allowed: 1 to {shape.layers - 1})"
+                )
+        if self.codec.kind == "powersgd":
+            try:
+                self.codec.rank_for(shape.hidden)
+            except ValueError as error:
+                raise ValueError(f"codec.rank: {error}") from None

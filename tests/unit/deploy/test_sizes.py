@@ -1,0 +1,112 @@
+"""Parameters and bytes by arithmetic against the real thing: transformers models, and the ledger of real ranks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from deploy.config import load
+from deploy.estimate.bytes import (
+    count_parameters,
+    parameters,
+    prompt_tokens,
+    response_tokens,
+    samples_per_tick,
+    stage_parameters,
+    stage_spans,
+    tick_bytes,
+    tokens_per_tick,
+)
+from rl.model_files import BUILTIN
+from rl.policy import Stage, spans
+from swarm.run_config import RunConfig
+
+SMALL = dict(
+    vocab_size=50, hidden_size=32, intermediate_size=72, num_hidden_layers=3, num_attention_heads=4, eos_token_id=1
+)
+FAMILIES = {
+    "llama": LlamaConfig(**SMALL, num_key_value_heads=2),
+    "llama-mha": LlamaConfig(**SMALL),
+    "llama-biases": LlamaConfig(**SMALL, num_key_value_heads=1, attention_bias=True, mlp_bias=True),
+    "mistral": MistralConfig(**SMALL, num_key_value_heads=2),
+    "mistral-wide-heads": MistralConfig(**SMALL, num_key_value_heads=2, head_dim=24),
+    "qwen2": Qwen2Config(**SMALL, num_key_value_heads=2),
+    "qwen3": Qwen3Config(**SMALL, num_key_value_heads=2, head_dim=16),
+    "qwen3-default-heads": Qwen3Config(**SMALL, num_key_value_heads=4),
+    "qwen3-biases": Qwen3Config(**SMALL, num_key_value_heads=2, head_dim=16, attention_bias=True),
+}
+
+
+def real_count(config) -> int:
+    with torch.device("meta"):
+        return sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parameters_are_those_of_the_real_model(family: str, tied: bool, tmp_path: Path):
+    config = FAMILIES[family]
+    config.tie_word_embeddings = tied
+    config.save_pretrained(tmp_path)
+    found = count_parameters(json.loads((tmp_path / "config.json").read_text()))
+    assert found.total == real_count(AutoConfig.from_pretrained(tmp_path))
+    assert found.total == found.embedding + found.layers * found.per_layer + found.norm + found.head
+    assert (found.head == 0) == tied
+
+
+def test_parameters_of_the_built_in_model():
+    assert parameters(load("demo")).total == real_count(AutoConfig.from_pretrained(BUILTIN / "tiny"))
+
+
+def test_a_model_without_a_size_is_refused_by_the_name_of_the_key():
+    with pytest.raises(ValueError, match="intermediate_size"):
+        count_parameters({"model_type": "llama", "hidden_size": 8, "num_hidden_layers": 1, "vocab_size": 5})
+
+
+@pytest.mark.parametrize(("boundaries", "pp"), [([], 1), ([1], 2), ([1, 2, 3], 2), ([1, 2, 3], 4), ([2], 1)])
+def test_stages_hold_what_real_stages_hold(boundaries: list[int], pp: int, model: Path):
+    config = RunConfig.model_validate(
+        {
+            "model": {"path": str(model)},
+            "swarm": {"pp": pp, "boundaries": boundaries},
+            "codec": {"kind": "none"},
+        }
+    )
+    ours, theirs = stage_spans(config, 4), spans(4, boundaries, pp)
+    assert [(s.lo, s.hi) for s in ours] == [(s.lo, s.hi) for s in theirs]
+    counted = stage_parameters(parameters(config), ours)
+    real = [Stage(model, span, torch.float32, torch.device("cpu"), trainable=False).weights.numel for span in theirs]
+    assert counted == real
+
+
+def test_tokens_are_those_that_links_assumes_or_half_of_the_longest():
+    config = load("k5", ["links.response_tokens=11.0"])
+    assert (prompt_tokens(config), response_tokens(config)) == (8.0, 11.0)
+    assert tokens_per_tick(config) == samples_per_tick(config) * 19.0 == 64 * 19.0
+
+
+def test_the_published_ratio_follows_from_the_arithmetic():
+    """r of H numbers a token, and Q on its schedule."""
+    config = load("k5")
+    found = tick_bytes(config)
+    sent = sum(found[c][0] for c in ("boundary_fwd", "boundary_bwd", "basis"))
+    dense = sum(found[c][1] for c in ("boundary_fwd", "boundary_bwd", "basis"))
+    refreshes = 31  # of 150 ticks: every 5th, and tick 2
+    q = 4 * 128 * 4 * refreshes / 150
+    assert sent / dense == pytest.approx(4 / 128 + q / dense, rel=1e-12)
+
+
+def test_a_config_that_merges_nothing_asks_the_anchor_for_nothing():
+    found = tick_bytes(load("floor"))
+    assert all(found[c] == (0.0, 0.0) for c in ("snapshot", "replay", "correction"))

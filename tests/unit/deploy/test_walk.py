@@ -1,0 +1,143 @@
+"""The walk behind planned deltas: torch's Adam, the real mergers and the real coder, on some of the weights."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+
+from codec import delta
+from deploy.config import load
+from deploy.estimate import delta_size as walk
+from deploy.estimate import sample
+from deploy.estimate.bytes import count_parameters, parameters, total_ticks, weights_walk
+from merger import MERGERS
+from merger.config import MergerConfig
+from rl.config import GrpoConfig
+from rl.stored_weights import stored_weights
+from swarm.run_config import RunConfig
+
+
+def walked(*overrides: str, preset: str = "demo") -> walk.Walk:
+    config = load(preset, list(overrides))
+    return weights_walk(config, parameters(config), total_ticks(config))
+
+
+def noise(n: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(n, np.float32)
+
+
+def test_adam_is_that_of_torch():
+    grpo = GrpoConfig(lr=1e-3, betas=(0.8, 0.99), weight_decay=0.1)
+    gradients = [noise(1000, t) for t in range(20)]
+    found = list(walk._adam(grpo, noise(1000, 99), iter(gradients)))
+    parameter = torch.nn.Parameter(torch.from_numpy(noise(1000, 99)))
+    adam = torch.optim.AdamW([parameter], lr=grpo.lr, betas=grpo.betas, weight_decay=grpo.weight_decay)
+    for g, weights in zip(gradients, found):
+        parameter.grad = torch.from_numpy(g)
+        adam.step()
+        np.testing.assert_allclose(weights, parameter.detach().numpy(), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", walk.DIRECTIONS)
+def test_directions_are_those_of_the_mergers(kind: str):
+    config = MergerConfig(kind=kind, alpha=0.3, dose=0.7)
+    g, m_bar, source = (noise(500, seed) for seed in range(3))
+    held = torch.from_numpy(m_bar - source if MERGERS[kind].payload == "dense" else m_bar)
+    merged = MERGERS[kind](config)(torch.from_numpy(g), held, age=0)
+    ours = g + config.dose * walk.DIRECTIONS[kind](config, g, m_bar, source)
+    np.testing.assert_allclose(ours, merged.numpy(), rtol=1e-5, atol=1e-6)
+
+
+def test_every_merger_that_needs_an_anchor_has_a_direction():
+    assert set(walk.DIRECTIONS) == {kind for kind, merger in MERGERS.items() if merger.payload}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_sample_costs_what_all_weights_cost(dtype: str, monkeypatch: pytest.MonkeyPatch):
+    """The built-in model whole, 12 times the sample, is walked and encoded."""
+    overrides = (f"snapshot.dtype={dtype}", "run.steps=6")
+    few = walked(*overrides)
+    monkeypatch.setattr(walk, "PIECES", 10_000)
+    everything = walk.Walk(few.course)
+    assert everything.weights.shape[1] == few.course.params.total
+    for source, target in [(0, 2), (4, 6), (10, 12), (0, 5), (2, 12)]:
+        assert few.between(source, target) == pytest.approx(everything.between(source, target), rel=0.02)
+    flat = np.concatenate([tensor.read(0, tensor.size) for tensor in stored_weights("builtin:tiny")])
+    whole = delta.encode(delta.to_bf16(flat) if dtype == "bfloat16" else flat, None)
+    assert few.whole == pytest.approx(sum(a.nbytes for a in whole.values()) / len(flat), rel=1e-12)
+
+
+def test_the_first_tick_moves_every_weight_by_the_learning_rate():
+    found = walked("grpo.lr=1e-3")
+    assert found.own
+    steps = np.abs(found.weights[1] - found.weights[0]) / 1e-3
+    assert (np.abs(steps - 1) < 0.01).mean() > 0.99  # but for gradients that are nothing beside eps
+
+
+def test_a_longer_way_costs_more():
+    found = [walked(f"grpo.lr={lr}", "snapshot.dtype=bfloat16") for lr in ("1e-6", "1e-5", "1e-4")]
+    for near, far in pairwise(found):
+        assert near.between(10, 12) < far.between(10, 12)
+    for one in found:
+        assert one.between(10, 12) < one.between(10, 15) < one.between(10, 30) < one.whole
+
+
+def test_a_held_sign_carries_weights_further():
+    free, held = walked("merger.dose=0.0"), walked("merger.dose=1.0")
+    steps = [np.abs(w.weights[60] - w.weights[55]).mean() for w in (free, held)]
+    assert steps[1] > 1.3 * steps[0]
+    np.testing.assert_array_equal(free.weights[:5], held.weights[:5])  # before the first correction
+
+
+def test_without_any_advantage_nothing_moves_and_a_delta_is_empty():
+    found = walked("links.blank_ticks=1.0")
+    assert (found.weights == found.weights[0]).all()
+    assert found.between(0, 60) * found.weights.shape[1] < 100
+
+
+def test_ticks_beyond_the_walk_cost_what_its_last_ones_do():
+    found = walked("run.steps=1000")
+    last = walk.LONGEST
+    assert len(found.weights) == last + 1
+    beyond = [found.between(t - 2, t) for t in range(last + 1, 1000)]
+    within = [found.between(t - 2, t) for t in range(last - walk.SETTLED + 1, last + 1)]
+    assert set(beyond) == set(within)
+    assert found.between(0, 999) == found.between(0, 999) > max(within)
+
+
+def table(vocab: int, tied: bool) -> dict:
+    return {
+        "model_type": "qwen2",
+        "hidden_size": 64,
+        "num_hidden_layers": 1,
+        "intermediate_size": 64,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "vocab_size": vocab,
+        "tie_word_embeddings": tied,
+    }
+
+
+def moved(vocab: int, tied: bool, **links: float) -> tuple[float, float]:
+    """Mean steps of the embedding's and of the head's weights in the first tick, in learning rates."""
+    params = count_parameters(table(vocab, tied))
+    config = RunConfig.model_validate(
+        load("demo").model_dump() | {"run": {"steps": 1}, "links": {"prompt_tokens": 1.0, **links}}
+    )
+    course = weights_walk(config, params, 1).course
+    course = walk.Course(**(vars(course) | {"path": "nobody/no-such-model"}))
+    found, part = walk.Walk(course), sample.take(course.path, params, walk.PIECES, walk.PIECE)
+    assert not found.own
+    steps = np.abs(found.weights[1] - found.weights[0]) / config.grpo.lr
+    return float(steps[part.table].mean()), float(steps[part.head].mean())
+
+
+def test_all_of_a_small_vocabulary_moves_and_of_a_large_one_what_is_expected_or_occurs():
+    assert moved(17, True) == pytest.approx((1, 1), abs=0.01)
+    assert max(moved(1_000_000, True)) < 0.9
+    few, _ = moved(100_000, False, response_tokens=1.0)
+    many, _ = moved(100_000, False, response_tokens=1000.0)
+    assert 0 < few < 0.1 < many < 0.9
