@@ -15,7 +15,7 @@ from merger.settings import MergerSettings
 from merger.signed_ema import SignedEMA
 
 MERGERS: dict[str, type[Merger]] = {"none": NoMerger, "signed_ema": SignedEMA, "delta": Delta}
-_FACE = sorted({*Merger.__annotations__, "__call__", *(name for name in vars(Merger) if not name.startswith("_"))})
+_FACE = sorted({"payload", "__call__", *(name for name in vars(Merger) if not name.startswith("_"))})  # of the class
 
 
 def merger_class(kind: str) -> type[Merger]:
@@ -23,10 +23,10 @@ def merger_class(kind: str) -> type[Merger]:
     if kind in MERGERS:
         return MERGERS[kind]
     found = imported(kind, "merger.kind")
-    missing = [name for name in _FACE if name != "dose" and not _has(found, name)]
+    missing = [name for name in _FACE if not _has(found, name)]
     if not isinstance(found, type) or missing:
         lacks = f"it lacks {', '.join(missing)}" if missing else "it is no class"
-        raise ValueError(f"merger.kind = {kind!r} is no merger: {lacks}; derive it from merger.interface.Memoryless")
+        raise ValueError(f"merger.kind = {kind!r} is no merger: {lacks}; derive it from merger.interface.Merger")
     merger = cast("type[Merger]", found)
     if merger.payload not in ("sign", "dense", None) or (merger.needs_source and merger.payload != "dense"):
         says = f"payload {merger.payload!r} and needs_source {merger.needs_source!r}"

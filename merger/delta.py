@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 from merger.dose import cost_of_dose, dose_at
-from merger.interface import Memoryless, MergerCost, Norm, Payload, local_norm
+from merger.interface import Merger, MergerCost, Norm, Payload, local_norm
 from merger.settings import MergerSettings
 
 if TYPE_CHECKING:
     from merger.interface import Gradient, Held
 
 
-class Delta(Memoryless):
+class Delta(Merger):
     """G = G_comp + d·δ. Needs M̄ in full, and every rank keeps its G_comp of the ticks a fire may come from."""
 
     payload: ClassVar[Payload | None] = "dense"

@@ -8,7 +8,7 @@ bits: `northstar plan` walks a model's weights through the run's own merger, wit
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
@@ -36,62 +36,28 @@ class MergerCost:
     norms: int = 0  # that all stages sum up each time it merges
 
 
-class Merger(Protocol):
-    """Merges what the anchor published into the compressed gradient. A class, constructed once a rank."""
-
-    payload: ClassVar[Payload | None]  # what the anchor must publish for it; None: nothing, it never merges
-    needs_source: ClassVar[bool]  # whether the correction held is M̄ - G_comp(source), of a dense M̄
-    dose: float  # of the last `prepare`
-
-    def __init__(self, config: MergerSettings): ...
-
-    @classmethod
-    def cost(cls, config: MergerSettings, n: int) -> MergerCost:
-        """For a rank that holds `n` parameters."""
-        ...
-
-    def prepare(self, g_comp: Gradient, correction: Held, age: int, norm: Norm = ...) -> None:
-        """Look at this tick's whole gradient and set the dose. `age`: ticks since the first merge of the correction."""
-
-    def apply(self, g_comp: Gradient, correction: Held) -> Gradient:
-        """The merged gradient of all parameters, or of any block of them; neither argument is written to."""
-        ...
-
-    def __call__(self, g_comp: Gradient, correction: Held, age: int, norm: Norm = ...) -> Gradient:
-        """Both at once, of a gradient that is all there is."""
-        ...
-
-    def state(self) -> dict[str, Tensor]:
-        """All that changes from tick to tick, for a checkpoint."""
-        ...
-
-    def restore(self, state: dict[str, Tensor]) -> None:
-        """Go on from that."""
-
-
 def local_norm(x: Tensor) -> float:
     """‖x‖ of a tensor that is all there is; a swarm passes one that sums over its stages."""
     return x.double().norm().item()
 
 
-def sign(x: Tensor) -> Tensor:
-    """-1, 0 or 1, of a tensor or of a NumPy array, which has no such method."""
-    return np.sign(x) if isinstance(x, np.ndarray) else x.sign()  # pyright: ignore[reportReturnType]
+class Merger(Protocol):
+    """Merges what the anchor published. One writes `payload`, `prepare` and `apply`, and inherits what it does not need:
 
+    class Half(Merger):
+        payload = "sign"
 
-class Memoryless(ABC):
-    """A merger that keeps nothing from tick to tick: `prepare` and `apply` are left to write.
+        def prepare(self, g_comp, correction, age, norm=local_norm):
+            self.dose = 0.5 * self.config.dose
 
-    >>> class Half(Memoryless):
-    ...     payload = "sign"
-    ...     def prepare(self, g_comp, correction, age, norm=local_norm):
-    ...         self.dose = 0.5 * self.config.dose
-    ...     def apply(self, g_comp, correction):
-    ...         return g_comp + self.dose * abs(g_comp) * correction
+        def apply(self, g_comp, correction):
+            return g_comp + self.dose * abs(g_comp) * correction.sign()
     """
 
-    payload: ClassVar[Payload | None]
-    needs_source: ClassVar[bool] = False
+    payload: ClassVar[Payload | None]  # what the anchor must publish for it; None: nothing, it never merges
+    needs_source: ClassVar[bool] = False  # whether the correction held is M̄ - G_comp(source), of a dense M̄
+    config: MergerSettings
+    dose: float  # of the last `prepare`
 
     def __init__(self, config: MergerSettings):
         self.config = config
@@ -99,19 +65,31 @@ class Memoryless(ABC):
 
     @classmethod
     def cost(cls, config: MergerSettings, n: int) -> MergerCost:
+        """For a rank that holds `n` parameters."""
         return MergerCost()
 
     @abstractmethod
-    def prepare(self, g_comp: Gradient, correction: Held, age: int, norm: Norm = local_norm) -> None: ...
+    def prepare(self, g_comp: Gradient, correction: Held, age: int, norm: Norm = local_norm) -> None:
+        """Look at this tick's whole gradient and set the dose. `age`: ticks since the first merge of the correction."""
 
     @abstractmethod
-    def apply(self, g_comp: Gradient, correction: Held) -> Gradient: ...
+    def apply(self, g_comp: Gradient, correction: Held) -> Gradient:
+        """The merged gradient of all parameters, or of any block of them; neither argument is written to."""
+        ...
 
     def __call__(self, g_comp: Gradient, correction: Held, age: int, norm: Norm = local_norm) -> Gradient:
+        """Both at once, of a gradient that is all there is."""
         self.prepare(g_comp, correction, age, norm)
         return self.apply(g_comp, correction)
 
     def state(self) -> dict[str, Tensor]:
+        """All that changes from tick to tick, for a checkpoint."""
         return {}
 
-    def restore(self, state: dict[str, Tensor]) -> None: ...  # noqa: B027 - nothing was kept
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Go on from `state()`, bit for bit."""
+
+
+def sign(x: Held) -> Held:
+    """-1, 0 or 1, of a tensor or of a NumPy array, which has no such method."""
+    return np.sign(x) if isinstance(x, np.ndarray) else x.sign()  # pyright: ignore[reportReturnType]

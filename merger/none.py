@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from merger.interface import Memoryless, Norm, Payload, local_norm
+from merger.interface import Merger, Norm, Payload, local_norm
 
 if TYPE_CHECKING:
     from merger.interface import Gradient, Held
 
 
-class NoMerger(Memoryless):
+class NoMerger(Merger):
     """Leaves the compressed gradient as it is, whatever the anchor says."""
 
     payload: ClassVar[Payload | None] = None

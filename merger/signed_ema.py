@@ -11,14 +11,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 from merger.dose import cost_of_dose, dose_at
-from merger.interface import Memoryless, MergerCost, Norm, Payload, local_norm, sign
+from merger.interface import Merger, MergerCost, Norm, Payload, local_norm, sign
 from merger.settings import MergerSettings
 
 if TYPE_CHECKING:
     from merger.interface import Gradient, Held
 
 
-class SignedEMA(Memoryless):
+class SignedEMA(Merger):
     """Needs only sign(M̄), so a correction costs one bit a parameter."""
 
     payload: ClassVar[Payload | None] = "sign"

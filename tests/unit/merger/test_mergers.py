@@ -12,7 +12,7 @@ import torch
 from codec import signs
 from merger import MERGERS, make_merger, merger_class
 from merger.config import MergerConfig
-from merger.interface import Memoryless, local_norm
+from merger.interface import Merger, local_norm
 from merger.placebo import PLACEBOS
 
 
@@ -224,7 +224,7 @@ def test_another_kind_is_refused_with_those_that_there_are(kind: str):
 # --- somebody else's ---------------------------------------------------------------------------
 
 
-class Half(Memoryless):
+class Half(Merger):
     """Half of signed_ema with α = 0, at any age; counts its merges."""
 
     payload = "sign"
@@ -257,7 +257,7 @@ def test_a_merger_of_somebody_elses_is_made_by_its_name():
     assert torch.equal(tool(g, m, age=7), merger(alpha=0.0, dose=0.4)(g, m, age=0))
 
 
-class Unfinished(Memoryless):
+class Unfinished(Merger):
     payload = "sign"
 
     def prepare(self, g_comp, correction, age, norm=local_norm) -> None: ...
@@ -280,7 +280,7 @@ class Doseless(Half):
     [
         ("no.such.module:Half", "cannot be imported here: ModuleNotFoundError: No module named 'no'"),
         (f"{HERE}:Hlaf", "cannot be imported here: AttributeError: .*Hlaf"),
-        (f"{HERE}:Unfinished", "is no merger: it lacks apply; derive it from merger.interface.Memoryless"),
+        (f"{HERE}:Unfinished", "is no merger: it lacks apply; derive it from merger.interface.Merger"),
         (f"{HERE}:pair", "is no merger: it lacks apply, cost, needs_source, payload, prepare, restore, state"),
         (f"{HERE}:Confused", "needs_source True: .* needs 'dense'"),
         (f"{HERE}:Whole", "payload 'all of it' .*: payload is 'sign', 'dense' or None"),
