@@ -24,8 +24,9 @@ from rl.config import ModelConfig, SnapshotConfig
 from rl.device import peak_memory_gb, prefer_determinism
 from rl.model_files import model_shape, resolve
 from rl.objective import deal, microbatches
-from rl.policy import Stage, spans
+from rl.policy import Stage
 from rl.snapshot import Sender
+from rl.spans import spans
 from swarm import checkpoint
 from swarm.config import SwarmConfig
 from swarm.grid import Grid, meeting

@@ -20,8 +20,8 @@ from deploy.cluster.placement import BLOCKING, ROLES, UNMASKED, counts, demand, 
 from deploy.cluster.takedown import bounded
 from merger import MERGERS
 from rl.model_files import model_shape, resolve
-from rl.policy import spans
 from rl.rollout import RolloutWorker
+from rl.spans import spans
 from rl.tasks import located
 from swarm.fleet import Fleet
 from swarm.run_config import RunConfig

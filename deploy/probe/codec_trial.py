@@ -25,7 +25,8 @@ from rl import mismatch
 from rl.config import GrpoConfig
 from rl.grpo import log_distribution, policy_loss
 from rl.objective import MicroBatch
-from rl.policy import Stage, spans
+from rl.policy import Stage
+from rl.spans import spans
 
 HEAD_ROWS = 256  # rows of logits at a time: two of [HEAD_ROWS, V] are alive
 KEPT = 1 << 21  # coordinates of a gradient that are compared, evenly spaced over it

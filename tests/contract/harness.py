@@ -18,7 +18,8 @@ from merger.config import MergerConfig
 from rl.batch import Batch
 from rl.config import GrpoConfig
 from rl.objective import deal, microbatches
-from rl.policy import Stage, spans
+from rl.policy import Stage
+from rl.spans import spans
 from swarm.grid import Grid
 from swarm.tick import MiniBatch, Rank, Rules, tick
 

@@ -29,7 +29,8 @@ from deploy.estimate.bytes import (
     tokens_per_tick,
 )
 from rl.model_files import BUILTIN
-from rl.policy import Stage, spans
+from rl.policy import Stage
+from rl.spans import spans
 from swarm.run_config import RunConfig
 
 SMALL = dict(
