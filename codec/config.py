@@ -113,12 +113,22 @@ class CodecConfig(Section):
         return 1.5 * total, 0.5 * total
 
     @property
+    def compresses(self) -> bool:
+        """Whether what arrives differs from what was sent."""
+        return self.kind != "none"
+
+    @property
     def sends_first_exactly(self) -> bool:
         return self.kind == "transform" if self.first_token is None else self.first_token == "exact"
 
     @property
     def shares_prefixes(self) -> bool:
         return self.kind == "transform" if self.share_prefixes is None else self.share_prefixes
+
+    def check_hidden(self, hidden: int) -> None:
+        """Raises ValueError if it does not fit a model of that hidden size."""
+        if self.kind == "powersgd":
+            self.rank_for(hidden)
 
     def rank_for(self, hidden: int) -> int:
         """The rank r at hidden size `hidden`. Raises ValueError if r > hidden."""

@@ -141,16 +141,16 @@ def plan(
 ) -> None:
     """Say what a config will send, hold and wait for: bytes, memory, time, the cadence its anchor can keep."""
     from deploy.display.run import console
-    from deploy.estimate.plan import load_for_planning, make_plan, to_dict
-    from deploy.estimate.tables import show
+    from deploy.estimate.plan import load_for_planning, make_plan
+    from deploy.estimate.tables import show_plan
 
     try:
         found = make_plan(load_for_planning(source, set_ or []))
     except ValueError as error:
         raise _refused(error) from error
-    show(found, console)
+    show_plan(found, console)
     if json_file:
-        _write_json(json_file, to_dict(found))
+        _write_json(json_file, found.numbers())
 
 
 @app.command()
@@ -169,15 +169,15 @@ def probe(
     config = _checked(source, set_ or [])
     from deploy.display.run import console
     from deploy.probe import probe as probing
-    from deploy.probe.tables import advice, show
+    from deploy.probe.tables import advice, show_probe
 
     try:
         found = probing.probe(config, tokens, lambda line: console.print(line, highlight=False))
     except ValueError as error:
         raise _refused(error) from error
-    show(found, console)
+    show_probe(found, console)
     if json_file:
-        _write_json(json_file, probing.to_dict(found) | {"advice": advice(found)})
+        _write_json(json_file, found.numbers() | {"advice": advice(found)})
 
 
 @app.command()
@@ -195,16 +195,17 @@ def simulate(
 ) -> None:
     """Run a config's schedule on a virtual clock: lags, bottleneck and bytes of up to 10,000 workers, no hardware."""
     from deploy.display.run import console
-    from deploy.estimate import simulate as simulation
+    from deploy.estimate import simulate as simulating
     from deploy.estimate.plan import load_for_planning
+    from deploy.estimate.simulation import simulation_table, write_simulation
 
     try:
-        found = simulation.simulate(load_for_planning(source, set_ or []), ticks)
+        found = simulating.simulate(load_for_planning(source, set_ or []), ticks)
     except ValueError as error:
         raise _refused(error) from error
-    console.print(simulation.table(found))
+    console.print(simulation_table(found))
     if out:
-        simulation.write(found, out)
+        write_simulation(found, out)
         console.print(f"simulation folder {out}")
 
 
