@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import simpy
 
-from anchor_service.clock import make_clock, next_worker
+from anchor_service.clock import make_clock, next_worker, paced
 from anchor_service.config import correction_payload
 from anchor_service.lag import Due
 from anchor_service.ring import q_should_refresh
@@ -60,7 +60,7 @@ class _Run:
         self.last_held = 0.0
         self.seen = 0
         self.held: Due | None = None
-        self.tick_seconds = 0.0  # the coordinator's running mean
+        self.tick_seconds = 0.0  # a running mean, as the coordinator's
         self.anchor_seconds = 0.0
         swarm = config.swarm
         self.found = Simulation(config.run.name, swarm.dp * swarm.pp, ticks)
@@ -100,7 +100,7 @@ class _Run:
                 yield from self._tick(tick)
             yield self._spend("engines", durations.weight_sync(grpo.ticks_per_step))
             seconds = (self.env.now - start) / len(ticks)
-            self.tick_seconds += (0.2 if self.tick_seconds else 1.0) * (seconds - self.tick_seconds)
+            self.tick_seconds = paced(self.tick_seconds, seconds)
             if step % val.every == 0 or step == steps:
                 yield self._spend("engines", durations.rollout(val.size, 1))
 
@@ -128,15 +128,9 @@ class _Run:
         for due in self.clock.to_start(source_tick) if self.corrects else []:
             fire = SimulatedFire(due, self.env.event())
             self.fires[due.version] = fire
-            self.env.process(self._fire(fire, self.newest, self._least_seconds(due)))
+            self.env.process(self._fire(fire, self.newest, self.clock.least_ticks(due) * self.tick_seconds))
             self.newest = fire
             self.found.started += 1
-
-    def _least_seconds(self, due: Due) -> float:
-        """As the coordinator's: on the wall clock a lag model slows the anchor down by that many tick times."""
-        if self.clock.waits or self.config.anchor.lag.kind == "fixed":
-            return 0.0
-        return self.clock.lag_of(due.version - 1, due.source_tick) * self.tick_seconds
 
     # --- the anchor ------------------------------------------------------------------------------
 
@@ -145,7 +139,7 @@ class _Run:
         return np.random.default_rng([self.config.run.seed, 0xF12E, version, what])
 
     def _fire(self, fire: SimulatedFire, earlier: SimulatedFire | None, least: float) -> Iterator[simpy.Event]:
-        """One job on its anchor worker, chosen as in `AnchorLine`."""
+        """One job on its anchor worker, chosen as in `FireLine`."""
         env, version, source = self.env, fire.due.version, fire.due.source_tick
         worker = next_worker([anchor.count + len(anchor.queue) for anchor in self.anchors], version)
         rng = self._rng(version, 0)
