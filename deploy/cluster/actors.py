@@ -13,12 +13,12 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from anchor_service.actor import Anchor
 from anchor_service.calls import gather
+from anchor_service.config import correction_payload
 from anchor_service.dense_gradient import DenseSetup
 from anchor_service.diagnosis import Diagnoser
 from anchor_service.errors import WaitTimeout
 from deploy.cluster.placement import BLOCKING, ROLES, UNMASKED, counts, demand, lacking, placement, tags
 from deploy.cluster.takedown import bounded
-from merger import MERGERS
 from rl.model_files import model_shape, resolve
 from rl.rollout import RolloutWorker
 from rl.spans import spans
@@ -201,7 +201,10 @@ def _constructors(config: RunConfig) -> list[list[tuple]]:
         config.swarm.threads,
     )
     dense = _dense(config)
-    anchors, diagnosers = [(Anchor, dense, _payload(config))], [(Diagnoser, dense)]
+    anchors, diagnosers = (
+        [(Anchor, dense, correction_payload(config.anchor, config.merger) or "sign")],
+        [(Diagnoser, dense)],
+    )
     return [workers, [engine] * engine_count, anchors * anchor_count, diagnosers * diagnoser_count]
 
 
@@ -217,11 +220,6 @@ def _dense(config: RunConfig) -> DenseSetup:
         checkpointing=config.swarm.activation_checkpointing,
         threads=config.swarm.threads,
     )
-
-
-def _payload(config: RunConfig) -> str:
-    """How corrections travel."""
-    return "dense" if config.anchor.payload == "dense" else MERGERS[config.merger.kind].payload or "sign"
 
 
 def _build(config: RunConfig, actors: Fleet, since: float) -> None:
