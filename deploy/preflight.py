@@ -5,7 +5,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from codec.boundary import make_codec
 from deploy.packages import IN_ACTORS, check_packages
+from merger import make_merger
 from rl.model_check import check_model
 from rl.model_files import model_shape, resolve
 from rl.problems import Problems
@@ -21,6 +23,10 @@ def preflight(config: RunConfig) -> Problems:
     """
     check_packages([str(Path.cwd()), *sys.path], IN_ACTORS)  # Ray's workers look in the working directory first
     folder = resolve(config.model.path)
-    config.check_fits(model_shape(str(folder)))
+    shape = model_shape(str(folder))
+    config.check_fits(shape)
     check_model(folder)
+    make_merger(config.merger)  # these two may be anybody's
+    if config.swarm.boundaries:
+        make_codec(config.codec, shape.hidden, config.run.seed)
     return survey(config.task, config.grpo, folder, config.run.seed, config.val.size)

@@ -206,10 +206,3 @@ class Trial:
             for way in (boundary.forward, boundary.backward):
                 if (spent := way.spent()) is not None and spent.any():
                     way.steer(spent)
-
-
-def cosine(a: Tensor, b: Tensor) -> float:
-    """0 where one of them is zero."""
-    a, b = a.double(), b.double()
-    scale = (a.norm() * b.norm()).item()
-    return (a @ b).item() / scale if scale else 0.0

@@ -15,13 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from anchor_service.diagnosis import cosine
 from codec.config import CodecConfig
 from codec.costs import CodecCost
 from deploy.config import ConfigError
 from deploy.estimate.bytes import cost_of_codec, itemsize, tick_bytes
 from deploy.estimate.workload import samples_per_tick, total_ticks
 from deploy.preflight import preflight
-from deploy.probe.codec_trial import Calibration, Halves, Head, Trial, cosine
+from deploy.probe.codec_trial import Calibration, Halves, Head, Trial
 from rl import mismatch
 from rl.batch import Batch, Prompts, concat
 from rl.model_files import model_shape, resolve
@@ -243,7 +244,7 @@ def _score(trial: Trial, reference: Tensor, config: RunConfig, mean_length: floa
         outside={name: found[f"codec/ratio_outside_{name}"] for name in mismatch.OUTSIDE},
         fvu=trial.fvu,
         dx_cosine=trial.dx_cosine,
-        gradient_cosine=cosine(trial.gradient, reference),
+        gradient_cosine=cosine(torch.as_tensor(trial.gradient), reference) or 0.0,  # 0 where one of them is zero
         forward_bytes=forward,
         backward_bytes=backward,
         side_bytes=side,

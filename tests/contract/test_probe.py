@@ -13,11 +13,12 @@ import torch
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
+from anchor_service.diagnosis import cosine
 from codec.config import CodecConfig
 from codec.costs import BoundaryShape, Tokens, codec_cost
 from deploy.cli import app
 from deploy.config import ConfigError, load
-from deploy.probe.codec_trial import Halves, Trial, cosine
+from deploy.probe.codec_trial import Halves, Trial
 from deploy.probe.probe import Probe, calibrate, compared_with, probe, score
 from deploy.probe.tables import advice
 from rl.batch import Batch
