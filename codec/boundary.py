@@ -184,13 +184,3 @@ class _Virtual(torch.autograd.Function):
     def backward(ctx, dx: Tensor):
         boundary, rows = ctx.boundary, ctx.rows
         return boundary.decode_backward(boundary.encode_backward(dx, rows), rows, dx.dtype), None, None, None
-
-
-def pack_rows(hidden: Tensor, real: Tensor) -> Tensor:
-    """[B, L, H] and the mask of real tokens [B, L] -> the real rows [N, H], differentiable."""
-    return hidden[real]
-
-
-def unpack_rows(rows: Tensor, real: Tensor) -> Tensor:
-    """Real rows [N, H] -> [B, L, H] with zeros at the padding, differentiable."""
-    return rows.new_zeros(*real.shape, rows.shape[-1]).index_put((real,), rows)

@@ -33,8 +33,9 @@ from anchor_service.config import AnchorConfig
 from anchor_service.errors import ReplicaMismatch
 from anchor_service.inbox import Inbox
 from anchor_service.messages import Correction, TickPlan
-from anchor_service.ring import anchor_should_fire, q_should_refresh
+from anchor_service.ring import anchor_should_fire
 from codec.boundary import Boundary
+from codec.schedule import q_should_refresh
 from merger import MERGERS
 from merger.config import MergerConfig
 from merger.placebo import PLACEBOS

@@ -7,12 +7,12 @@ import itertools
 import pytest
 import torch
 
-from codec.boundary import Boundary, pack_rows, unpack_rows
+from codec.boundary import Boundary
 from codec.config import CodecConfig
 from codec.interface import CodecError, Room, as_bytes
 from codec.ledger import Ledger
 from codec.powersgd import PowerSGD, orthonormalise, random_basis
-from codec.rows import Rows
+from codec.rows import Rows, pack_rows, unpack_rows
 
 EPS = torch.finfo(torch.float32).eps
 
