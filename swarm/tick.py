@@ -35,6 +35,7 @@ from anchor_service.inbox import Inbox
 from anchor_service.messages import Correction, TickPlan
 from anchor_service.ring import anchor_should_fire
 from codec.boundary import Boundary
+from codec.interface import Tables
 from codec.schedule import q_should_refresh
 from merger import MERGERS
 from merger.config import MergerConfig
@@ -173,52 +174,50 @@ def _ways(rank: Rank) -> Iterator[tuple[Boundary, str]]:
 def _refresh_bases(rank: Rank, tick: int) -> dict[str, float]:
     """New tables on the Q schedule: statistics summed over replicas, one rank computes, the others receive."""
     grid, found = rank.grid, Means()
-    refreshing = any(b.way(w).refreshes for b in rank.cuts.values() for w in ("fwd", "bwd"))
+    refreshing = any(b.way(w).tables is not None for b in rank.cuts.values() for w in ("fwd", "bwd"))
     due = refreshing and q_should_refresh(tick, rank.rules.q_cadence)
     if refreshing:
         found.add({"codec/q_refreshed": float(due)})
     with rank.timed("q_refresh"):
         if due:
             for boundary, way in _ways(rank):
-                if boundary.way(way).refreshes:
-                    found.add(_refresh(rank, boundary, way))
+                if (tables := boundary.way(way).tables) is not None:
+                    found.add(_refresh(rank, boundary, way, tables))
             for boundary, way in ((rank.pipeline.upstream, "fwd"), (rank.pipeline.downstream, "bwd")):
-                if boundary and boundary.way(way).refreshes:
-                    codec = boundary.way(way)
-                    codec.load(grid.recv(way, 0, codec.tables_limit()))
+                if boundary and (tables := boundary.way(way).tables) is not None:
+                    tables.load(grid.recv(way, 0, tables.limit()))
         for boundary in rank.cuts.values():
             boundary.begin_tick()
         grid.flush()
     return found.means()
 
 
-def _refresh(rank: Rank, boundary: Boundary, way: str) -> dict[str, float]:
+def _refresh(rank: Rank, boundary: Boundary, way: str, tables: Tables) -> dict[str, float]:
     """The sender's part of a refresh; over a wire its neighbour waits for the tables, though they may be empty."""
-    grid, codec = rank.grid, boundary.way(way)
+    grid, rate = rank.grid, boundary.way(way).rate
     before = grid.ledger.sent["basis"]
-    tables, statistics = torch.empty(0, dtype=torch.uint8), codec.statistics()
+    raw, statistics = torch.empty(0, dtype=torch.uint8), tables.statistics()
     if statistics is not None:
         grid.sum_dp(statistics, "basis", dense_bytes=0)
-        codec.absorb(statistics)
-        tables = codec.refresh() if grid.d == 0 else None
-        tables = grid.bytes_from_first_replica(tables, "basis", codec.tables_limit())
+        tables.absorb(statistics)
+        raw = grid.bytes_from_first_replica(tables.refresh() if grid.d == 0 else None, "basis", tables.limit())
     if boundary is rank.pipeline.downstream or boundary is rank.pipeline.upstream:
-        grid.send(way, tables.to(grid.device))
-    grid.ledger.add("basis", tables.numel(), 0)  # to the other side of the boundary, wire or virtual
-    codec.count_side(grid.ledger.sent["basis"] - before)
-    return codec.load(tables)
+        grid.send(way, raw.to(grid.device))
+    grid.ledger.add("basis", raw.numel(), 0)  # to the other side of the boundary, wire or virtual
+    if rate is not None:
+        rate.count_side(grid.ledger.sent["basis"] - before)
+    return tables.load(raw)
 
 
 def _close_ways(rank: Rank) -> dict[str, float]:
     """After the last payload of a tick: what each way did, and its rate for the next."""
     found = Means()
     for boundary, way in _ways(rank):
-        codec = boundary.way(way)
-        spent = codec.spent()
-        if spent is not None:
-            spent = spent.to(rank.grid.device)
+        rate = boundary.way(way).rate
+        if rate is not None:
+            spent = rate.spent().to(rank.grid.device)
             rank.grid.sum_dp(spent, "control", dense_bytes=0)
-            codec.steer(spent)
+            rate.steer(spent)
         found.add(boundary.health(way))
     return found.means()
 
