@@ -122,6 +122,16 @@ class CodecConfig(Section):
     def shares_prefixes(self) -> bool:
         return self.kind == "transform" if self.share_prefixes is None else self.share_prefixes
 
+    @property
+    def is_lossless(self) -> bool:
+        """Whether every number arrives as it was sent; nobody knows that of a codec that is not ours."""
+        return self.kind == "none"
+
+    def check_hidden(self, hidden: int) -> None:
+        """Raises ValueError if this codec cannot cut a model of hidden size `hidden`."""
+        if self.kind == "powersgd":
+            self.rank_for(hidden)
+
     def rank_for(self, hidden: int) -> int:
         """The rank r at hidden size `hidden`. Raises ValueError if r > hidden, or if none is set."""
         rank = self.rank

@@ -155,7 +155,7 @@ def test_every_kind_is_under_contract():
     ],
 )
 def test_a_codec_of_another_face_is_refused_by_what_it_lacks(function: str, said: str):
-    with pytest.raises(ValueError, match=f"codec.kind = '{__name__}:{function}'.*{said}"):
+    with pytest.raises(ValueError, match=rf"codec\.kind = '{__name__}:{function}'.*{said}"):
         boundary(CodecConfig(kind=f"{__name__}:{function}"))
 
 
