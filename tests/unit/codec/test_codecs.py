@@ -163,7 +163,7 @@ def test_a_codec_that_forgets_to_say_its_limits_cannot_be_made():
     class Endless(Halved):
         limits = Codec.limits
 
-    with pytest.raises(TypeError, match="abstract method '?limits"):
+    with pytest.raises(TypeError, match=r"abstract method '?limits"):
         Endless(HIDDEN)
 
 
