@@ -54,7 +54,7 @@ def stage() -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
         num_attention_heads=9,
         num_key_value_heads=3,
         vocab_size=8,
-        attn_implementation="sdpa",
+        attn_implementation="sdpa",  # pyright: ignore[reportCallIssue]
     )
     model = LlamaModel(config)
     return model, lambda x: model(inputs_embeds=x.view(SAMPLES, -1, HIDDEN)).last_hidden_state.view(-1, HIDDEN)

@@ -113,8 +113,10 @@ def raylets(folder: Path, cpus: int) -> Iterator[None]:
             command += f"{cpus if tag == 'swarm' else 3} --object-store-memory 200000000 --resources '{resources}'"
             said = folder / f"{name}-{cpus}.log"
             with said.open("w") as out:
-                args = dict(env=environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
-                started.append(subprocess.Popen(shlex.split(command), **args))
+                process = subprocess.Popen(
+                    shlex.split(command), env=environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+                )
+                started.append(process)
             _await_start(name, said)  # two that start at once take each other's socket names
         yield
     finally:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from typing import get_args
+
+from pydantic.fields import FieldInfo
 
 from codec.config import Section
 from deploy.unread import READERS
@@ -26,6 +28,7 @@ def reference() -> str:
     """Markdown: one table a section, with type, default and meaning of every key."""
     parts = [PREAMBLE]
     for name, field in RunConfig.model_fields.items():
+        assert isinstance(field.annotation, type) and issubclass(field.annotation, Section)
         parts += _section(name, field.annotation)
     return "\n".join(parts) + "\n"
 
@@ -33,7 +36,7 @@ def reference() -> str:
 def _section(name: str, section: type[Section]) -> list[str]:
     lines = [
         f"\n## [{name}]\n".replace(" []", ""),
-        section.__doc__.strip().splitlines()[0],
+        (section.__doc__ or "").strip().splitlines()[0],
         "",
         "| key | type | default | meaning |",
         "|---|---|---|---|",
@@ -59,12 +62,12 @@ def _read_by(key: str) -> str:
     return f" *(depends on {', or '.join(dict.fromkeys(ways))})*" if ways else ""
 
 
-def _kind(field: Any) -> str:
+def _kind(field: FieldInfo) -> str:
     text = field.annotation.__name__ if isinstance(field.annotation, type) else str(field.annotation)
     return text.replace("typing.", "").replace("|", "or")
 
 
-def _default(field: Any) -> str:
+def _default(field: FieldInfo) -> str:
     if field.is_required():
         return "required"
     return f"`{field.get_default(call_default_factory=True)!r}`"

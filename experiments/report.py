@@ -98,5 +98,7 @@ def _cell(written: str) -> str:
 
 def _template() -> jinja2.Template:
     loader = jinja2.PackageLoader("experiments", ".")
-    settings = {"trim_blocks": True, "lstrip_blocks": True, "undefined": jinja2.StrictUndefined}
-    return jinja2.Environment(loader=loader, autoescape=True, **settings).get_template("report.html.j2")
+    environment = jinja2.Environment(
+        loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    return environment.get_template("report.html.j2")

@@ -31,6 +31,7 @@ from typing import Any
 
 import tomli_w
 from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails
 
 from codec.config import Section
 
@@ -46,10 +47,12 @@ class SweepError(ValueError):
 class Gates(Section):
     """What the report judges every other cell by."""
 
-    base: str | None = Field(None, description="cell that the others should remain near")
-    floor: str | None = Field(None, description="cell that the others should be above")
-    drop: float = Field(0.05, ge=0, description="largest drop of validation accuracy that is still near")
-    step: int | None = Field(None, ge=1, description="step at which nearness is judged; default: the last validation")
+    base: str | None = Field(default=None, description="cell that the others should remain near")
+    floor: str | None = Field(default=None, description="cell that the others should be above")
+    drop: float = Field(default=0.05, ge=0, description="largest drop of validation accuracy that is still near")
+    step: int | None = Field(
+        default=None, ge=1, description="step at which nearness is judged; default: the last validation"
+    )
 
 
 class Sweep(Section):
@@ -242,7 +245,7 @@ def keep_sweep(sweep: Sweep, out: Path) -> None:
     (out / FILE).write_text(tomli_w.dumps(sweep.model_dump(exclude_none=True, mode="json")))
 
 
-def _explain(e: dict[str, Any]) -> str:
+def _explain(e: ErrorDetails) -> str:
     where = ".".join(map(str, e["loc"]))
     if e["type"] == "extra_forbidden":
         return f"unknown key {where!r} (allowed: {', '.join(Sweep.model_fields)})"

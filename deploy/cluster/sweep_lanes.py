@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import ray
 
 from anchor_service.errors import described
-from deploy.cluster.actors import Held
+from deploy.cluster.kept_actors import KeptActors
 from deploy.cluster.launch import drive, session
 from deploy.cluster.placement import placement
 from deploy.cluster.sweep_runs import SweepRun
@@ -91,18 +91,18 @@ class Lanes:
                 self.stop.set()
 
     def _lane(self) -> None:
-        held = Held()
+        kept = KeptActors()
         try:
             while not self.stop.is_set() and (run := self._next()):
-                self._one(run, held)
+                self._one(run, kept)
         finally:
-            held.close()
+            kept.close()
 
     def _next(self) -> SweepRun | None:
         with self.lock:
             return next(self.waiting, None)
 
-    def _one(self, run: SweepRun, held: Held) -> None:
+    def _one(self, run: SweepRun, kept: KeptActors) -> None:
         _clear(run.folder)
         self._change(run, "starting")
 
@@ -113,7 +113,7 @@ class Lanes:
             self._show(lambda watcher: watcher.record(run, record))
 
         try:
-            status = drive(run.config, run.folder, listen, fleets=held.fleet)["status"]
+            status = drive(run.config, run.folder, listen, actors=kept.lent)["status"]
         except Exception as error:
             run.error = described(error)
             status = "failed"

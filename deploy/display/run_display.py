@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -122,7 +122,7 @@ def print_summary(summary: dict[str, Any], folder: Path) -> None:
 
 
 @contextmanager
-def harmless(failure: str) -> Iterator[None]:
+def harmless(failure: str) -> Generator[None]:
     """What is only shown or written for people must not change how a run is said to have ended."""
     try:
         yield

@@ -71,8 +71,11 @@ class NodeFacts:
 def node_facts(folder: str, paths: tuple[str, ...] = ()) -> NodeFacts:
     """Facts of the machine that this runs on; `folder` is the run's, `paths` are files that it may need."""
     import torch
+    from torch.cuda import nccl
 
-    versions = {canonicalize_name(dist.name): dist.version for dist in importlib.metadata.distributions() if dist.name}
+    versions: dict[str, str] = {
+        canonicalize_name(dist.name): dist.version for dist in importlib.metadata.distributions() if dist.name
+    }
     driver, gpus = _driver()
     return NodeFacts(
         name=socket.gethostname(),
@@ -81,7 +84,7 @@ def node_facts(folder: str, paths: tuple[str, ...] = ()) -> NodeFacts:
         broken=_broken(("transformers", *(name for name in LEFTOVERS if name in versions))),
         torch_cuda=torch.version.cuda,
         torch_devices=torch.cuda.device_count(),
-        nccl=".".join(map(str, torch.cuda.nccl.version())) if torch.version.cuda else None,
+        nccl=".".join(map(str, nccl.version())) if torch.version.cuda else None,
         driver=driver,
         gpus=gpus,
         interfaces=_interfaces(),

@@ -10,7 +10,8 @@ from typer.testing import CliRunner
 
 from deploy.cli import app
 from deploy.cluster.sweep_runs import planned_runs
-from deploy.config import check_resumes, load, to_toml
+from deploy.config import load, to_toml
+from deploy.resume import check_resumes
 from deploy.unread import READERS
 from experiments.sweep import SweepError, read_sweep
 from swarm.run_config import RunConfig

@@ -157,7 +157,7 @@ def test_a_display_that_fails_ends_no_sweep_and_the_sweep_can_still_be_stopped(
     """Each run writes two records; the second run's first record finds that the sweep was stopped."""
     stopped: list[str] = []
 
-    def drive(config: Any, folder: Path, listen: Any, fleets: Any) -> dict[str, Any]:
+    def drive(config: Any, folder: Path, listen: Any, actors: Any) -> dict[str, Any]:
         try:
             listen({"kind": "val", "step": 1})
             if folder.name == "b":
@@ -169,7 +169,7 @@ def test_a_display_that_fails_ends_no_sweep_and_the_sweep_can_still_be_stopped(
         return {"status": "completed"}
 
     monkeypatch.setattr(lanes, "drive", drive)
-    monkeypatch.setattr(lanes, "Held", lambda: SimpleNamespace(fleet=None, close=lambda: None))
+    monkeypatch.setattr(lanes, "KeptActors", lambda: SimpleNamespace(lent=None, close=lambda: None))
     runs = [a_run(tmp_path / name) for name in "abc"]
     lane = lanes.Lanes(runs, Watcher())
     with pytest.warns(UserWarning, match="the sweep goes on without it: TypeError: of a change"):
