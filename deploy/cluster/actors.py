@@ -13,8 +13,8 @@ from rl.model_files import model_shape, resolve
 from rl.policy import spans
 from rl.rollout import RolloutWorker
 from rl.tasks import located
+from swarm.rank import RankSetup
 from swarm.run_config import RunConfig
-from swarm.tick import Rules
 from swarm.worker import Worker, WorkerSetup
 
 
@@ -39,17 +39,18 @@ def actor_plans(config: RunConfig) -> dict[str, list[ActorPlan]]:
 
 
 def _workers(config: RunConfig) -> list[ActorPlan]:
-    rules = Rules(
+    rank = RankSetup(
+        model=config.model,
+        codec=config.codec,
+        swarm=config.swarm,
         grpo=config.grpo,
         anchor=config.anchor,
         merger=config.merger,
         q_cadence=config.q_cadence,
         temperature=config.rollout.temperature,
-        check_every=config.swarm.check_every,
         seed=config.run.seed,
     )
-    shared = config.run.seed, config.model, config.codec, config.snapshot, config.swarm, rules
-    return [ActorPlan(Worker, (WorkerSetup(rank, *shared),)) for rank in range(counts(config)[0])]
+    return [ActorPlan(Worker, (WorkerSetup(index, rank, config.snapshot),)) for index in range(counts(config)[0])]
 
 
 def _engine(config: RunConfig) -> ActorPlan:

@@ -129,7 +129,13 @@ class ActorGroup:
     def fleet(self, plans: Plans, config: RunConfig) -> Fleet:
         """As many of each role as the run needs."""
         roles = [self.actors[role][:n] for role, n in zip(ROLES, counts(config))]
-        return Fleet(config, *roles, new_engines=lambda: self._new_engines(plans["engine"], config))
+        return Fleet(
+            config.swarm,
+            config.anchor,
+            config.rollout,
+            *roles,
+            new_engines=lambda: self._new_engines(plans["engine"], config),
+        )
 
     def end(self) -> None:
         for handle in [handle for role in ROLES for handle in self.actors[role]]:

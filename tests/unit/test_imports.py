@@ -34,7 +34,13 @@ LIGHT = [
     "deploy/resume.py",
 ]
 HEAVY = {"torch", "ray", "transformers"}
-RAY_ALLOWED = {"anchor_service/actor.py", "anchor_service/calls.py", "swarm/worker.py", "swarm/coordinator.py"}
+RAY_ALLOWED = {
+    "anchor_service/actor.py",
+    "anchor_service/calls.py",
+    "anchor_service/line.py",
+    "swarm/worker.py",
+    "swarm/coordinator.py",
+}
 PICKLERS = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal", "jsonpickle"}
 FORBIDDEN_CALLS = {"eval", "exec", "torch.load", "torch.save"}
 
