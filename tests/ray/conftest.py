@@ -58,7 +58,7 @@ def run_kept(config: RunConfig, folder: Path, resume: bool = False) -> dict[str,
     assert goes_on or not resume, "it is completed"
     if config.anchor.clock == "wall":
         return drive(config, folder, ignore, goes_on)
-    if not HELD.roles:
+    if not HELD.group:
         with HELD.lent(small(*LARGEST)):  # so that no later run needs more
             pass
     return drive(config, folder, ignore, goes_on, actors=HELD.lent)

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 
 def _settled() -> float:
     """Free CPUs of the cluster, once earlier tests hold none but those of the kept actors."""
-    deadline, kept = time.monotonic() + 60, sum(map(len, HELD.roles))
+    deadline, kept = time.monotonic() + 60, sum(map(len, HELD.group.actors.values())) if HELD.group else 0
     while (free := ray.available_resources().get("CPU")) != (total := ray.cluster_resources()["CPU"]) - kept:
         assert time.monotonic() < deadline, f"{free} of {total} CPUs are free, {kept} actors are kept"
         time.sleep(0.2)

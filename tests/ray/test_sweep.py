@@ -50,11 +50,11 @@ def test_a_run_on_kept_actors_is_to_the_bit_the_run_on_new_ones(tmp_path: Path):
     """
     other = "run.seed=5", "merger.kind=delta", "codec.rank=8", "anchor.beta_anc=0.9"
     run_kept(small("swarm.dp=2", "swarm.pp=2", "codec.gradient.kind=powersgd", *other), tmp_path / "before")
-    workers = list(HELD.roles[0])
+    workers = list(HELD.group.actors["worker"])
     run_kept(small("anchor.enabled=false", "merger.kind=none"), tmp_path / "floor")
     config = small("anchor.lag.kind=uniform")
     run_kept(config, tmp_path / "kept")
-    assert HELD.roles[0] == workers  # the same processes all along
+    assert HELD.group.actors["worker"] == workers  # the same processes all along
     drive(config, tmp_path / "new", ignore)
     same(tmp_path / "kept", tmp_path / "new")
     assert "anchor/lag" not in of_kind(tmp_path / "floor", "tick")[-1]
