@@ -24,5 +24,5 @@ def preflight(config: RunConfig) -> Problems:
     shape = model_shape(str(folder))
     assert shape is not None  # a folder has one
     config.check_fits(shape)
-    check_model(folder)
-    return survey(config.task, config.grpo, folder, config.run.seed, config.val.size)
+    tokenizer = check_model(folder)  # loaded once: a second for a large vocabulary
+    return survey(config.task, config.grpo, folder, tokenizer, config.run.seed, config.val.size)
