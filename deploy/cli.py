@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from deploy.packages import PACKAGES, check_packages
+from deploy.packages import PACKAGES
 
 if TYPE_CHECKING:
     from deploy.resume import Resume
@@ -390,10 +390,7 @@ def _write_report(folder: Path) -> None:
 
 
 def main() -> None:
-    try:
-        check_packages(sys.path)  # PYTHONPATH may hold others of these names
-    except ValueError as error:
-        sys.exit(_refused(error).exit_code)
+    """What northstar.py calls once our packages are known to be ours."""
     for name in PACKAGES:  # before a folder of the same name beside the run can be found
         importlib.import_module(name)
     from deploy.cluster.takedown import leave

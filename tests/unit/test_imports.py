@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -188,7 +189,7 @@ def test_the_checker_sees_circles_of_any_length_and_only_those():
 def test_the_checker_draws_imports_for_type_checkers_and_inside_functions_as_well():
     assert "deploy/resume.py" in edges("deploy/cli.py")  # if TYPE_CHECKING
     assert "deploy/export.py" in edges("deploy/cli.py")  # in a function
-    assert "deploy/__init__.py" not in edges("deploy/cli.py")
+    assert "deploy/__init__.py" not in edges("deploy/cli.py")  # from deploy import export
 
 
 # --- the rules ---------------------------------------------------------------------------------
@@ -218,6 +219,12 @@ def test_no_two_files_import_each_other_neither_by_way_of_others_nor_for_type_ch
 @pytest.mark.parametrize("file", [name for name in FILES if name.partition("/")[0] in {"rl", "merger", "experiments"}])
 def test_policies_losses_and_mergers_get_a_boundary_as_an_argument_if_at_all(file: str):
     assert "codec/boundary.py" not in edges(file)
+
+
+def test_the_command_imports_nothing_of_ours_before_it_is_known_to_be_ours():
+    source = ast.parse((ROOT / "northstar.py").read_text())
+    assert not tops(imports(source, module_level=True)) & set(BEFORE)
+    assert tops(imports(tree("deploy/packages.py"))) <= set(sys.stdlib_module_names)
 
 
 @pytest.mark.parametrize("file", FILES)
