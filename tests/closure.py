@@ -1,6 +1,6 @@
 """The distributions that `make setup` installs, with the versions that are there: what constraints.txt holds.
 
-Without vLLM's, which pins its own, and without pip and setuptools, which come before everything else.
+Without vLLM's, which pins its own, without what torch built for CUDA pins, and without pip and setuptools, which come first.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from packaging.version import Version
 ROOT = Path(__file__).parents[1]
 EXTRAS = "dev", "gguf", "datasets"  # those of `make setup`
 FIRST = {"pip", "setuptools"}
+CUDA = "nvidia-", "cuda-", "triton"
 HEAD = """\
 # The versions that the tests ran with: pip install -c constraints.txt …
 # Written by `make constraints` from what is installed, after the tests passed with it; not by hand.
@@ -39,7 +40,7 @@ def closure() -> dict[str, str]:
     while waiting:
         requirement = waiting.pop()
         name, extras = canonicalize_name(requirement.name), frozenset(requirement.extras)
-        if name in FIRST or (name, extras) in seen:
+        if name in FIRST or name.startswith(CUDA) or (name, extras) in seen:
             continue
         seen.add((name, extras))
         try:
