@@ -24,8 +24,8 @@ from rl.policy import spans
 from rl.rollout import RolloutWorker
 from rl.tasks import located
 from swarm.fleet import Fleet
+from swarm.rank import RankSetup
 from swarm.run_config import RunConfig
-from swarm.tick import Rules
 from swarm.worker import Worker, WorkerSetup
 
 _ENV = {"TOKENIZERS_PARALLELISM": "false", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # the latter: rl/device.py
@@ -96,7 +96,13 @@ class Held:
             for role, plan in zip(ROLES, plans):
                 self._start(role, plan)
         roles = [role[:n] for role, n in zip(self.roles, needed)]
-        actors = Fleet(config, *roles, new_engines=lambda: self._new_engines(config, plans[ROLES.index("engine")]))
+        actors = Fleet(
+            config.swarm,
+            config.anchor,
+            config.rollout,
+            *roles,
+            new_engines=lambda: self._new_engines(config, plans[ROLES.index("engine")]),
+        )
         _build(config, actors, since)
         return actors
 
@@ -170,18 +176,19 @@ def _reserve(config: RunConfig) -> PlacementGroup:
 
 def _constructors(config: RunConfig) -> list[list[tuple]]:
     """(class, argument, ...) of every actor, by role."""
-    rules = Rules(
+    rank = RankSetup(
+        model=config.model,
+        codec=config.codec,
+        swarm=config.swarm,
         grpo=config.grpo,
         anchor=config.anchor,
         merger=config.merger,
         q_cadence=config.q_cadence,
         temperature=config.rollout.temperature,
-        check_every=config.swarm.check_every,
         seed=config.run.seed,
     )
     worker_count, engine_count, anchor_count, diagnoser_count = counts(config)
-    shared = config.run.seed, config.model, config.codec, config.snapshot, config.swarm, rules
-    workers = [(Worker, WorkerSetup(rank, *shared)) for rank in range(worker_count)]
+    workers = [(Worker, WorkerSetup(index, rank, config.snapshot)) for index in range(worker_count)]
     engine = (
         RolloutWorker,
         config.model,

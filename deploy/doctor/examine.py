@@ -15,8 +15,8 @@ from rich.table import Table
 
 from anchor_service.errors import described
 from deploy.cluster.placement import UNMASKED, placement, tags
-from deploy.doctor.checks import Finding, error, merge, pins, warning
 from deploy.doctor import checks, fit
+from deploy.doctor.checks import Finding, error, merge, pins, warning
 from deploy.doctor.facts import NodeFacts, busy, gather
 from deploy.doctor.fit import Host
 from rl.model_files import is_whole, local_folder

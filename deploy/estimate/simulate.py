@@ -201,7 +201,7 @@ class _Run:
         return np.random.default_rng([self.config.run.seed, 0xF12E, version, what])
 
     def _fire(self, fire: Fire, earlier: Fire | None, least: float) -> Iterator[simpy.Event]:
-        """One job on its anchor worker, chosen as in `AnchorLine`."""
+        """One job on its anchor worker, chosen as in `FireLine`."""
         env, version, source = self.env, fire.due.version, fire.due.source_tick
         worker = next_worker([anchor.count + len(anchor.queue) for anchor in self.anchors], version)
         rng = self._rng(version, 0)
