@@ -85,6 +85,7 @@ def _read(asked: socket.socket) -> tuple[list[int], tuple[list[str], dict[str, s
 
 def _become(output: list[int], arguments: list[str], environment: dict[str, str], folder: str) -> None:
     """Go on as if this process had been started with all that."""
+    os.setpgid(0, 0)  # Ray ends a worker with its group
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for number, file in zip(OUTPUT, output, strict=True):
         os.dup2(file, number)
