@@ -65,7 +65,11 @@ def main() -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # of a worker that ended nothing is left
     while sys.stdin not in select.select([sys.stdin, listener], [], [])[0]:
         asked, _ = listener.accept()
-        output, request = _read(asked)
+        try:
+            output, request = _read(asked)
+        except (OSError, ValueError):  # who asked was ended before all was said
+            asked.close()
+            continue
         child = not os.fork()
         asked.close()
         if child:
