@@ -24,9 +24,10 @@ def preflight(config: RunConfig) -> Problems:
     check_packages([str(Path.cwd()), *sys.path], IN_ACTORS)  # Ray's workers look in the working directory first
     folder = resolve(config.model.path)
     shape = model_shape(str(folder))
+    assert shape is not None  # a folder has one
     config.check_fits(shape)
-    check_model(folder)
     make_merger(config.merger)  # these two may be anybody's
     if config.swarm.boundaries:
         make_codec(config.codec, shape.hidden, config.run.seed)
-    return survey(config.task, config.grpo, folder, config.run.seed, config.val.size)
+    tokenizer = check_model(folder)  # loaded once: a second for a large vocabulary
+    return survey(config.task, config.grpo, folder, tokenizer, config.run.seed, config.val.size)

@@ -20,7 +20,7 @@ import simpy
 from anchor_service.clock import make_clock, next_worker, paced
 from anchor_service.config import correction_payload
 from anchor_service.lag import Due
-from anchor_service.ring import q_should_refresh
+from codec.schedule import q_should_refresh
 from deploy.estimate.bytes import tick_bytes
 from deploy.estimate.simulation import Simulation
 from deploy.estimate.timing import Durations

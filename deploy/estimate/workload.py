@@ -6,7 +6,7 @@ import numpy as np
 
 from anchor_service.config import correction_payload
 from anchor_service.lag import Due, agenda
-from anchor_service.ring import q_should_refresh
+from codec.schedule import q_should_refresh
 from swarm.run_config import RunConfig
 
 

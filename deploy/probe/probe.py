@@ -237,7 +237,7 @@ def _score(trial: Trial, reference: Tensor, config: RunConfig, mean_length: floa
         name=cost.name,
         codec=trial.codec.model_dump(exclude_none=True, mode="json"),
         own=trial.codec == config.codec,
-        compresses=trial.codec.compresses,
+        compresses=not trial.codec.is_lossless,
         kl=trial.sums["kl"] / trial.sums[f"{mismatch.PREFIX}tokens"],
         k1=found["codec/logprob_kl"],
         corr=found["codec/logprob_corr"],
