@@ -10,6 +10,7 @@ from typing import Any
 
 import ray
 from ray._private.state import actors
+from ray.actor import ActorHandle
 from ray.exceptions import (
     ActorUnavailableError,
     ObjectLostError,
@@ -20,6 +21,8 @@ from ray.exceptions import (
 )
 
 from anchor_service.errors import ActorLost, WaitTimeout
+
+__all__ = ["ActorHandle", "failure", "gather", "take"]
 
 VERDICT_S = 30.0  # Ray takes up to 25 s to call a node dead that sends no heartbeat
 _WHERE = re.compile(r'^ +File "(.+)", line (\d+), in (.+)$', re.MULTILINE)

@@ -8,9 +8,44 @@ wall       a fire starts in the first tick in which an anchor worker is free, on
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 from anchor_service.config import AnchorConfig
 from anchor_service.lag import Draw, Due, agenda, make_draw
+
+
+class Clock(Protocol):
+    """What the run asks, whichever kind it has."""
+
+    waits: bool  # for a correction that is due; else whatever all ranks hold is merged
+
+    def to_start(self, source_tick: int) -> list[Due]:
+        """Fires that begin with the weights after `source_tick` ticks."""
+        ...
+
+    def due(self, tick: int) -> Due | None:
+        """The fire that `tick` is the first to merge, as far as it is known beforehand."""
+        ...
+
+    def least_ticks(self, due: Due) -> float:
+        """How many tick times a fire that has begun must take at the least."""
+        ...
+
+    def finished(self, version: int) -> None:
+        """A fire is done."""
+        ...
+
+    def merged_at_multiple(self, due: Due, every: int) -> bool:
+        """Whether a tick that `every` divides may merge the correction of `due`."""
+        ...
+
+    def resume(self, tick: int, newest: int) -> set[int]:
+        """Go on after `tick` ticks and version `newest`; versions that must be under way then."""
+        ...
+
+    def bound(self) -> int | None:
+        """Most fires under way at once; None: nobody knows."""
+        ...
 
 
 class Lockstep:
@@ -32,10 +67,14 @@ class Lockstep:
         """The fire that `tick` is the first to merge."""
         return self._by_first.get(tick)
 
+    def least_ticks(self, due: Due) -> float:
+        """None: the swarm waits for it in the tick that merges it, however long that takes."""
+        return 0.0
+
     def finished(self, version: int) -> None: ...
 
     def merged_at_multiple(self, due: Due, every: int) -> bool:
-        """Whether a tick that `every` divides merges the correction of `due`, as far as the agenda says."""
+        """As far as the agenda says."""
         if due.first_tick is None:
             return False
         after = min((first for first in self._by_first if first > due.first_tick), default=None)
@@ -62,8 +101,11 @@ class Wall:
 
     waits = False
 
-    def __init__(self, workers: int, draw: Draw, usable: Callable[[int], bool] = lambda source_tick: True):
-        self.workers, self.draw, self.usable = workers, draw, usable
+    def __init__(
+        self, workers: int, draw: Draw, usable: Callable[[int], bool] = lambda source_tick: True, slows: bool = True
+    ):
+        """`draw`: the lag model; `slows`: whether it slows the real anchor down, or only says where it has an outage."""
+        self.workers, self.draw, self.usable, self.slows = workers, draw, usable, slows
         self.version = 0
         self._running: set[int] = set()
 
@@ -79,6 +121,9 @@ class Wall:
     def lag_of(self, fire: int, tick: int) -> float | None:
         """How many tick times fire number `fire` (from 0) is slowed to; None in an outage."""
         return self.draw(fire, tick)
+
+    def least_ticks(self, due: Due) -> float:
+        return (self.lag_of(due.version - 1, due.source_tick) or 0.0) if self.slows else 0.0
 
     def due(self, tick: int) -> None:
         return None
@@ -99,14 +144,13 @@ class Wall:
         """Fires under way are as many as workers, but corrections that are done may wait for all ranks to hold them."""
 
 
-def make_clock(
-    anchor: AnchorConfig, seed: int, last_tick: int, ticks_per_step: int, beyond: bool = False
-) -> Lockstep | Wall:
+def make_clock(anchor: AnchorConfig, seed: int, last_tick: int, ticks_per_step: int, beyond: bool = False) -> Clock:
     """The clock that `anchor.clock` names, for a run of `last_tick` ticks; `beyond`: one that may be made longer."""
     if anchor.clock == "lockstep":
         return Lockstep(agenda(anchor, seed, last_tick, beyond))
     shared = anchor.weights == "shared"  # then there are new weights at the end of a step only
-    return Wall(anchor.workers, make_draw(anchor, seed), lambda source: not shared or source % ticks_per_step == 0)
+    slows = anchor.lag.kind != "fixed"
+    return Wall(anchor.workers, make_draw(anchor, seed), lambda s: not shared or s % ticks_per_step == 0, slows)
 
 
 def next_worker(busy: list[int], version: int) -> int:

@@ -138,7 +138,7 @@ class Diagnoser:
         if "merged" in vectors:
             found["cos_merged"] = cosine(vectors["merged"], g)
         found |= self._effects(vectors, batch)
-        if source_tick is not None:
+        if source_tick is not None and source_replay is not None:
             weights = unpack_records(records[stages:], source_tick, numel)["after"]
             drifted = self.gradient(weights, batch, denominator)
             its_denominator, its_batch = _batch(source_replay, source_tick + 1)

@@ -30,7 +30,7 @@ class ActorLost(RuntimeError):
 class ReplicaMismatch(RuntimeError):
     """Replicas of a stage no longer hold the same weights, or do not hold the same correction."""
 
-    def __init__(self, what: str, tick: int, version: int, ranks: list[str]):
+    def __init__(self, what: str, tick: int, version: int | None, ranks: list[str]):
         super().__init__(what, tick, version, ranks)
         self.what, self.tick, self.version, self.ranks = what, tick, version, ranks
 

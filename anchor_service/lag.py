@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -21,6 +22,7 @@ from anchor_service.config import (
     AnchorConfig,
     DiurnalLag,
     FixedLag,
+    LagConfig,
     LognormalLag,
     MarkovLag,
     OutageLag,
@@ -31,6 +33,8 @@ from anchor_service.config import (
 
 BEYOND = 10_000  # no lag that matters is longer: so far after its end a run looks for fires that start within it
 Draw = Callable[[int, int], float | None]  # (number of the fire, tick) -> lag in ticks; None: no anchor now
+Maker = Callable[[LagConfig, int, int], Draw]  # (config, delay_k, seed)
+L = TypeVar("L", bound=LagConfig)
 
 
 @dataclass(frozen=True)
@@ -98,15 +102,24 @@ def _trace(config: TraceLag, delay_k: int, seed: int) -> Draw:
     return lambda fire, tick: lags[fire % len(lags)]
 
 
-LAGS = {
-    "fixed": _fixed,
-    "uniform": _uniform,
-    "lognormal": _lognormal,
-    "pareto": _pareto,
-    "markov": _markov,
-    "outage": _outage,
-    "diurnal": _diurnal,
-    "trace": _trace,
+def _of(section: type[L], make: Callable[[L, int, int], Draw]) -> Maker:
+    def checked(config: LagConfig, delay_k: int, seed: int) -> Draw:
+        if not isinstance(config, section):
+            raise TypeError(f"a {section.__name__} is needed, this is a {type(config).__name__}")
+        return make(config, delay_k, seed)
+
+    return checked
+
+
+LAGS: dict[str, Maker] = {
+    "fixed": _of(FixedLag, _fixed),
+    "uniform": _of(UniformLag, _uniform),
+    "lognormal": _of(LognormalLag, _lognormal),
+    "pareto": _of(ParetoLag, _pareto),
+    "markov": _of(MarkovLag, _markov),
+    "outage": _of(OutageLag, _outage),
+    "diurnal": _of(DiurnalLag, _diurnal),
+    "trace": _of(TraceLag, _trace),
 }
 
 
@@ -154,7 +167,7 @@ def read_trace(path: str) -> list[Due]:
     file = Path(path).expanduser()
     text = file.read_text()
     if file.suffix == ".csv":
-        rows: list = list(csv.DictReader(text.splitlines()))
+        rows: list[Any] = list(csv.DictReader(text.splitlines()))
     else:
         rows = [line for line in text.splitlines() if line.strip()]
     dues: list[Due] = []

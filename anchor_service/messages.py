@@ -26,18 +26,6 @@ class FireJob:
 
 
 @dataclass(frozen=True)
-class TickPlan:
-    """coordinator -> worker: what one tick needs. References are fetched by the worker itself."""
-
-    tick: int
-    mini_batch: int  # which of the step's mini-batches
-    correction: Any | None  # reference to this stage's correction frame, in the tick that must first merge it
-    version: int | None  # version that must be merged in this tick, 0 before the first fire; None: what all ranks hold
-    keep_source: bool = False  # a fire starts from the weights before this tick: `delta` will need its G_comp
-    record: bool = False  # this tick is diagnosed: keep what `record` will be asked for
-
-
-@dataclass(frozen=True)
 class Correction:
     """anchor -> worker: M̄, or its sign, of one stage's parameters, flat."""
 
@@ -123,7 +111,7 @@ def _record(record: np.ndarray, tick: int, stage: int) -> dict[str, np.ndarray]:
         if header.get(field) != expected:
             raise frames.FrameError(sender, field, f"is {header.get(field)!r}, not {expected!r}")
     for name, array in arrays.items():
-        if array.ndim != 1 or array.dtype not in (np.float32, np.int8):
+        if array.ndim != 1 or array.dtype.name not in ("float32", "int8"):
             raise frames.FrameError(sender, name, f"is {array.dtype} {array.shape}, not a row of float32 or int8")
     return arrays
 

@@ -7,7 +7,8 @@ of what every replica has, so ranks need no message to agree. No anchor runs.
 from __future__ import annotations
 
 import zlib
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -70,4 +71,16 @@ class RandomSigns:
     def restore(self, state: dict[str, Tensor]) -> None: ...
 
 
-PLACEBOS = {"own": OwnAverage, "random": RandomSigns}
+class Placebo(Protocol):
+    """What stands in for the anchor."""
+
+    def keep(self, source: int, g_comp: Tensor) -> None: ...
+
+    def fire(self, source: int, g_comp: Tensor) -> Tensor: ...
+
+    def state(self) -> dict[str, Tensor]: ...
+
+    def restore(self, state: dict[str, Tensor]) -> None: ...
+
+
+PLACEBOS: dict[str, Callable[[float, int, dict[str, int]], Placebo]] = {"own": OwnAverage, "random": RandomSigns}

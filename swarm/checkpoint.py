@@ -17,10 +17,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from anchor_service.messages import Correction
 from swarm import manifest
 from swarm.manifest import CheckpointError
-from swarm.tick import Rank
+from swarm.rank import Rank
 
 
 def folder_of(run: Path, step: int) -> Path:
@@ -119,6 +118,14 @@ def read_frame(folder: Path, name: str) -> np.ndarray | None:
     return np.fromfile(file, np.uint8) if file.exists() else None
 
 
+def frame_of(folder: Path, name: str) -> np.ndarray:
+    """Raises CheckpointError if the checkpoint has no such frame."""
+    found = read_frame(folder, name)
+    if found is None:
+        raise CheckpointError(f"{folder} holds no {name}.frame: it is not whole")
+    return found
+
+
 def rank_file(folder: str | Path, d: int, p: int) -> Path:
     return Path(folder) / f"rank-d{d}p{p}.safetensors"
 
@@ -128,25 +135,11 @@ def save_rank(rank: Rank, folder: str, step: int) -> dict[str, manifest.Entry]:
 
     Raises CheckpointError where a number is not finite: a checkpoint of it would drop one that is good.
     """
-    tensors: dict[str, Tensor] = {"weights": rank.stage.weights.master.detach()}
-    for name, value in rank.optimizer.state_dict()["state"].get(0, {}).items():
-        tensors[f"adam.{name}"] = value
-    for layer, boundary in rank.cuts.items():
-        tensors |= {f"codec.{layer}.{k}": v for k, v in boundary.state().items()}
-    tensors |= {f"reducer.{k}": v for k, v in rank.reducer.state().items()}
-    tensors |= {f"source.{s}": g for s, g in rank.sources.items()}
-    if rank.placebo:
-        tensors |= {f"placebo.{k}": v for k, v in rank.placebo.state().items()}
-    fields: dict[str, Any] = {"step": step, "seen": rank.seen, "first_tick": rank.first_tick}
-    if rank.correction is not None:
-        tensors["correction"] = rank.correction.values
-        fields["correction"] = {
-            k: getattr(rank.correction, k) for k in ("version", "source_tick", "first_tick", "digest")
-        }
-    tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    state, fields = rank.state()
+    tensors = {k: v.detach().cpu().contiguous() for k, v in state.items()}
     file = rank_file(folder, rank.grid.d, rank.grid.p)
     _check_finite(f"{rank.grid.name} at step {step}", tensors)
-    save_file(tensors, file, metadata={"fields": json.dumps(fields)})
+    save_file(tensors, file, metadata={"fields": json.dumps({"step": step} | fields)})
     return {file.name: manifest.entry(file)}
 
 
@@ -158,25 +151,7 @@ def restore_rank(rank: Rank, folder: str) -> None:
     with safe_open(file, framework="pt") as f:
         tensors = {k: f.get_tensor(k) for k in f.keys()}
         fields = json.loads(f.metadata()["fields"])
-    weights = rank.stage.weights
-    if tensors["weights"].shape != weights.master.shape:
-        raise CheckpointError(f"{file.name} holds {len(tensors['weights'])} weights, this stage has {weights.numel}")
-    with torch.no_grad():
-        weights.master.copy_(tensors["weights"])
-    weights.publish()
-    device = weights.master.device
-    state = rank.optimizer.state_dict()
-    state["state"] = {0: {k.removeprefix("adam."): v for k, v in tensors.items() if k.startswith("adam.")}}
-    rank.optimizer.load_state_dict(state)
-    for layer, boundary in rank.cuts.items():
-        prefix = f"codec.{layer}."
-        boundary.restore({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
-    rank.reducer.restore({k.removeprefix("reducer."): v for k, v in tensors.items() if k.startswith("reducer.")})
-    for key in (k for k in tensors if k.startswith("source.")):
-        rank.sources[int(key.removeprefix("source."))] = tensors[key].to(device)
-    if rank.placebo:
-        held = {k.removeprefix("placebo."): v.to(device) for k, v in tensors.items() if k.startswith("placebo.")}
-        rank.placebo.restore(held)
-    rank.seen, rank.first_tick = fields["seen"], fields["first_tick"]
-    if "correction" in tensors:
-        rank.correction = Correction(values=tensors["correction"].to(device), **fields["correction"])
+    try:
+        rank.restore(tensors, fields)
+    except ValueError as error:
+        raise CheckpointError(f"{file.name} {error}") from error

@@ -16,10 +16,9 @@ from typing import Any
 import numpy as np
 import ray
 
-from anchor_service.actor import AnchorLine
 from anchor_service.calls import gather
-from anchor_service.clock import make_clock
-from anchor_service.messages import TickPlan
+from anchor_service.clock import Clock, Lockstep, make_clock
+from anchor_service.line import FireLine, NoFires
 from merger import MERGERS
 from rl import mismatch
 from rl.batch import Batch
@@ -27,23 +26,21 @@ from swarm import checkpoint
 from swarm.corrections import Corrections, MiniFrame
 from swarm.fleet import Fleet
 from swarm.gate import EngineGate, LaunchGate
+from swarm.messages import MergeOutcome, TickPlan, TickReport
 from swarm.nonfinite import judge_loss
 from swarm.progress import Progress
 from swarm.rollouts import Rollouts, sample_metrics
+from swarm.run_config import RunConfig
 from swarm.telemetry import Telemetry, combine, replace_text
 
 
 class Coordinator:
-    """Drives one run to its end. `config` is a `swarm.run_config.RunConfig`."""
+    """Drives one run to its end."""
 
-    def __init__(self, config: Any, fleet: Fleet, telemetry: Telemetry, folder: Path):
+    def __init__(self, config: RunConfig, fleet: Fleet, telemetry: Telemetry, folder: Path):
         self.config, self.fleet, self.telemetry, self.run_folder = config, fleet, telemetry, folder
         self.progress = progress = Progress(telemetry)
-        run, ticks_per_step = config.run, config.grpo.ticks_per_step
-        last_tick, longer = run.steps * ticks_per_step, run.checkpoint_every > 0
-        clock = make_clock(config.anchor, run.seed, last_tick, ticks_per_step, beyond=longer)
-        corrects = fleet.anchors and MERGERS[config.merger.kind].payload is not None
-        line = AnchorLine(fleet.anchors, config.swarm.pp, config.anchor.timeout_s, clock.bound()) if corrects else None
+        clock, line = _anchor_of(config, fleet)
         self.rollouts = Rollouts(config, fleet, progress, line)
         self.corrections = Corrections(config, fleet, progress, line, clock, ray.put, self.rollouts.resync)
         self.gate, self.engine_gate = LaunchGate(config.codec), EngineGate(config.rollout)
@@ -110,16 +107,18 @@ class Coordinator:
         diagnosed = self.corrections.sources.diagnosed(progress.tick)
         plans = self._plans(index, keep, diagnosed)
         limit = self.fleet.tick_limit(due=plans[0][0].correction is not None)
-        reports = self.fleet.ask_workers("tick", plans, f"tick {progress.tick}", limit)
+        reports: list[TickReport] = self.fleet.ask_workers("tick", plans, f"tick {progress.tick}", limit)
+        outcome = reports[0].merge  # all ranks decide alike
         metrics, ledger = combine(reports, mini.batch.response_tokens)
         judge_loss(metrics, mini.batch, progress.tick)
         self._judge_codec(metrics)
         progress.ledger.merge(ledger)
-        self.corrections.log(metrics)
+        self.corrections.log(outcome)
+        metrics |= {"anchor/backwards": self.corrections.fires}
         metrics |= progress.bytes_since_last_tick()
         metrics["timing_s/tick"] = time.perf_counter() - start
         if diagnosed:
-            metrics |= self._diagnose(mini, metrics)
+            metrics |= self._diagnose(mini, outcome)
         self.telemetry.tick(progress.step, progress.tick, metrics | progress.ratios())
         return metrics
 
@@ -144,11 +143,11 @@ class Coordinator:
         if kl is not None:
             self.progress.event("engine differs from the model", **{"rollout_corr/dense_k3": kl})
 
-    def _diagnose(self, mini: MiniFrame, metrics: dict[str, float]) -> dict[str, float]:
+    def _diagnose(self, mini: MiniFrame, outcome: MergeOutcome) -> dict[str, float]:
         """What this tick's correction was worth. The swarm waits for it; it is not part of `timing_s/tick`."""
         start = time.perf_counter()
         tick, fleet = self.progress.tick, self.fleet
-        source = self.corrections.sources.merged(metrics)
+        source = self.corrections.sources.merged(outcome)
         # a correction from before a restart is left out whole: its M̄ may be that of a later fire
         known = (None, None, None)
         if source:
@@ -210,6 +209,16 @@ class Coordinator:
         self.fleet.ask_workers("restore", [(str(folder),)] * ranks, "loading its checkpoint")
         self.corrections.restore(folder, state)
         progress.restore(state)
+
+
+def _anchor_of(config: RunConfig, fleet: Fleet) -> tuple[Clock, FireLine]:
+    """When this run's fires start and end, and the workers that run them."""
+    if not fleet.anchors or MERGERS[config.merger.kind].payload is None:
+        return Lockstep([]), NoFires()
+    run, ticks_per_step = config.run, config.grpo.ticks_per_step
+    longer = run.checkpoint_every > 0
+    clock = make_clock(config.anchor, run.seed, run.steps * ticks_per_step, ticks_per_step, beyond=longer)
+    return clock, FireLine(fleet.anchors, config.swarm.pp, config.anchor.timeout_s, clock.bound())
 
 
 def step_means(ticks: list[dict[str, float]]) -> dict[str, float]:

@@ -9,17 +9,19 @@ from typing import Any
 
 import numpy as np
 
-from anchor_service.actor import AnchorLine, Fire
 from anchor_service.calls import gather
-from anchor_service.clock import Lockstep, Wall
+from anchor_service.clock import Clock
 from anchor_service.lag import Due
+from anchor_service.line import Fire, FireLine
 from rl.batch import Batch
 from rl.model_files import parameter_count
 from rl.snapshot import BaseLost
 from swarm import checkpoint
 from swarm.diagnosis_sources import Sources
 from swarm.fleet import Fleet
+from swarm.messages import MergeOutcome
 from swarm.progress import Progress
+from swarm.run_config import RunConfig
 
 
 @dataclass(frozen=True)
@@ -27,12 +29,12 @@ class MiniFrame:
     """One tick's samples, and a reference to them as a frame."""
 
     batch: Batch
-    reference: Any
+    reference: object
     size: int
 
 
 class Corrections:
-    """All fires of one run, by way of the `line` of its anchor workers; None: a run without corrections.
+    """All fires of one run, by way of the `line` of its anchor workers.
 
     `store` puts an object where actors can fetch it and returns a reference; `resync` asks for whole weights for the
     engines' stream.
@@ -40,20 +42,21 @@ class Corrections:
 
     def __init__(
         self,
-        config: Any,
+        config: RunConfig,
         fleet: Fleet,
         progress: Progress,
-        line: AnchorLine | None,
-        clock: Lockstep | Wall,
-        store: Callable[[Any], Any],
+        line: FireLine,
+        clock: Clock,
+        store: Callable[[np.ndarray | dict[str, Any]], object],
         resync: Callable[[], None],
     ):
-        self.config, self.fleet, self.progress, self.line, self.clock = config, fleet, progress, line, clock
+        self.anchor, self.swarm, self.seed = config.anchor, config.swarm, config.run.seed
+        self.fleet, self.progress, self.line, self.clock = fleet, progress, line, clock
         self.store, self.resync = store, resync
         self.sources = Sources(config.diagnostics.every, clock)
         self.fires = self.version = self.merged = 0
-        self.merged_m_bar: Any = None  # of the correction that is held: an older one than the last if that was refused
-        self._last_m_bar: Any = None  # of the last fire that left the line
+        self.merged_m_bar: object = None  # of the correction that is held: older than the last if that was refused
+        self._last_m_bar: object = None  # of the last fire that left the line
         self._expired = False
         self._lost: set[str] = set()  # streams whose base is gone
         self._parameters = parameter_count(config.model.path)
@@ -62,7 +65,7 @@ class Corrections:
 
     def offer(self, mini: MiniFrame) -> bool:
         """Hand θ_s and b_{s+1} to the anchor if a fire starts from them; waits for nothing. Whether one does."""
-        dues = self.clock.to_start(self.progress.tick) if self.line else []
+        dues = self.clock.to_start(self.progress.tick)
         ledger = self.progress.ledger
         for due in dues:
             worker = self.line.free_worker(due.version)
@@ -73,26 +76,26 @@ class Corrections:
             ledger.add("replay", size, 0)
             if self.sources.wants(due):
                 self.sources.keep(due, self.fleet.records(self.progress.tick), mini.reference)
-            if self.config.anchor.workers > 1:  # M̄ goes from one anchor worker to the next, in fp32
+            if self.anchor.workers > 1:  # M̄ goes from one anchor worker to the next, in fp32
                 ledger.add("control", 4 * self._parameters, 0)
         return bool(dues)
 
-    def _snapshot(self, worker: int) -> tuple[list[Any], int]:
+    def _snapshot(self, worker: int) -> tuple[list[object], int]:
         """Weights for one fire; each anchor worker has its own stream, or none if it shares the engines'."""
-        if self.config.anchor.weights == "shared":
+        if self.anchor.weights == "shared":
             return [], 0
         stream = f"anchor {worker}"
         whole = stream in self._lost
         self._lost.discard(stream)
         return self.fleet.weights(self.progress.tick, stream, whole)
 
-    def _replay(self, mini: MiniFrame, version: int) -> tuple[Any, int]:
+    def _replay(self, mini: MiniFrame, version: int) -> tuple[object, int]:
         """The mini-batch, or a seeded share of its samples with the denominator that keeps M unbiased."""
-        fraction = self.config.anchor.replay_fraction
+        fraction = self.anchor.replay_fraction
         if fraction == 1:
             return mini.reference, mini.size
         count = max(1, round(fraction * len(mini.batch)))
-        rng = np.random.default_rng([self.config.run.seed, 0x5A3, version])
+        rng = np.random.default_rng([self.seed, 0x5A3, version])
         chosen = np.sort(rng.choice(len(mini.batch), count, replace=False))
         denominator = mini.batch.response_tokens * count / len(mini.batch)
         frame = mini.batch.pick(chosen).to_frame(denominator=denominator)
@@ -100,23 +103,21 @@ class Corrections:
 
     def _least_seconds(self, due: Due) -> float:
         """On the wall clock a lag model slows the real anchor down by that many tick times."""
-        if self.clock.waits or self.config.anchor.lag.kind == "fixed":
-            return 0.0
-        return self.clock.lag_of(due.version - 1, due.source_tick) * self.progress.tick_seconds
+        return self.clock.least_ticks(due) * self.progress.tick_seconds
 
-    def due(self, tick: int) -> tuple[list[Any] | None, int | None]:
+    def due(self, tick: int) -> tuple[list[object] | None, int | None]:
         """What `tick` is the first to merge, a reference for each stage; the version it must hold, None on the wall
         clock."""
-        due = self.clock.due(tick) if self.line else None
+        due = self.clock.due(tick)
         self.version = due.version if due else self.version
-        references = self.line.fires[due.version].corrections if due else None
+        references = self.line.under_way[due.version].corrections if due else None
         return references, self.version if self.clock.waits else None
 
     # --- on the wall clock ----------------------------------------------------------------------
 
     def deliver(self) -> None:
         """Pass corrections that are done on to every rank's inbox. On the wall clock only; waits for nothing."""
-        if self.line is None or self.clock.waits:
+        if self.clock.waits:
             return
         for fire in self.line.arrived():
             self.clock.finished(fire.due.version)
@@ -133,27 +134,23 @@ class Corrections:
         stream = f"anchor {fire.worker}"
         self._lost.add(stream)
         self.line.drop(fire, self._last_m_bar)
-        if self.config.anchor.weights == "shared":
+        if self.anchor.weights == "shared":
             self.resync()
         self.progress.event("snapshot lost", stream=stream, reason=str(lost))
 
     # --- after a tick ---------------------------------------------------------------------------
 
-    def log(self, metrics: dict[str, float]) -> None:
+    def log(self, outcome: MergeOutcome) -> None:
         """Write down what this tick was the first to merge, what it passed over, and what it dropped."""
-        version, refused = (int(metrics.get(f"anchor/{name}", 0)) for name in ("version", "refused"))
-        newest = max(version, refused)
-        for fire in self.line.settled(newest) if self.line and newest > self.merged else []:
-            self._settle(fire, newest, merged_now=fire.due.version == version)
-        if refused:
-            self.progress.event("correction refused", version=refused)
-        self.sources.settle(metrics)
-        expired = "anchor/expired" in metrics
-        if expired and not self._expired:
-            self.progress.event("correction dropped at max_age", version=version)
-        self._expired = expired
-        if self.line:
-            metrics["anchor/backwards"] = self.fires
+        newest = outcome.newest
+        for fire in self.line.settled(newest) if newest > self.merged else []:
+            self._settle(fire, newest, merged_now=fire.due.version == outcome.version)
+        if outcome.refused is not None:
+            self.progress.event("correction refused", version=outcome.refused)
+        self.sources.settle(outcome)
+        if outcome.expired and not self._expired:
+            self.progress.event("correction dropped at max_age", version=outcome.version)
+        self._expired = outcome.expired
 
     def _settle(self, fire: Fire, newest: int, merged_now: bool) -> None:
         progress, report = self.progress, self.line.report(fire)
@@ -162,7 +159,7 @@ class Corrections:
         if merged_now:
             self.merged_m_bar = fire.m_bar
         progress.remember("anchor", report["perf/max_memory_gb"])
-        progress.ledger.add("correction", report["bytes"] * self.config.swarm.dp, 0)
+        progress.ledger.add("correction", report["bytes"] * self.swarm.dp, 0)
         first_tick = progress.tick if merged_now else None
         progress.telemetry.fire(progress.step, progress.tick, report | {"first_tick": first_tick})
 
@@ -171,9 +168,8 @@ class Corrections:
     def save(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """What a checkpoint keeps: plain numbers, and frames. Waits for fires under way, in lockstep."""
         counters = {"fires": self.fires, "version": self.version, "merged": self.merged}
-        if self.line is None:
-            return counters | {"pending": []}, {}
-        calls, fires = {}, self._unmerged()
+        calls: dict[str, object] = {}
+        fires = self._unmerged()
         for fire in fires:
             calls |= {_report(fire.due): fire.report}
             calls |= {f"fire-{fire.due.version}-{p}": c for p, c in enumerate(fire.corrections)}
@@ -188,7 +184,7 @@ class Corrections:
 
     def _unmerged(self) -> list[Fire]:
         """Fires not merged yet, oldest first. On the wall clock only those that are done: it waits for none."""
-        fires = [self.line.fires[v] for v in sorted(self.line.fires)]
+        fires = [self.line.under_way[v] for v in sorted(self.line.under_way)]
         if self.clock.waits:
             return fires
         ready = {fire.due.version for fire in self.line.arrived()}
@@ -197,8 +193,6 @@ class Corrections:
     def restore(self, folder: Path, state: dict[str, Any]) -> None:
         """Go on from a checkpoint. Raises CheckpointError if it lacks a correction that will be due."""
         self.fires, self.version, self.merged = (state[name] for name in ("fires", "version", "merged"))
-        if self.line is None:
-            return
         m_bar = checkpoint.read_frame(folder, "m_bar")
         self.line.m_bar = None if m_bar is None else self.store(m_bar.view(np.float32))
         newest = max([self.merged, *(saved["due"]["version"] for saved in state["pending"])])
@@ -208,7 +202,7 @@ class Corrections:
             if due.version in wanted or not self.clock.waits or due.first_tick is None:  # else due after the end
                 self._take_up(due, saved["report"], folder)
         self._last_m_bar = self.line.m_bar
-        missing = wanted - set(self.line.fires)
+        missing = wanted - set(self.line.under_way)
         if missing:
             raise checkpoint.CheckpointError(
                 f"{folder.name} lacks corrections {sorted(missing)}: the saved run was to end before they are due; "
@@ -217,7 +211,7 @@ class Corrections:
 
     def _take_up(self, due: Due, report: dict[str, Any], folder: Path) -> None:
         """A fire that was under way, or done and not merged, when the checkpoint was written."""
-        frames = [checkpoint.read_frame(folder, f"fire-{due.version}-{p}") for p in range(self.config.swarm.pp)]
+        frames = [checkpoint.frame_of(folder, f"fire-{due.version}-{p}") for p in range(self.swarm.pp)]
         references = [self.store(frame) for frame in frames]
         self.line.add(Fire(due, 0, self.store(report), self.line.m_bar, references))
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from anchor_service.calls import gather
+from anchor_service.calls import ActorHandle, gather
+from anchor_service.config import AnchorConfig
+from rl.config import RolloutConfig
+from swarm.config import SwarmConfig
 
 GRACE_S = 15.0  # a rank that waits for another has begun to a little after it was asked
 SETTLE_S = 5.0  # so long after the first rank that lost its peer Ray says what became of that
@@ -14,42 +17,43 @@ SETTLE_S = 5.0  # so long after the first rank that lost its peer Ray says what 
 
 @dataclass(frozen=True)
 class Fleet:
-    """Handles, workers in rank order. `config` is a `swarm.run_config.RunConfig`; `new_engines` kills the engines and
-    starts others."""
+    """Handles, workers in rank order. `new_engines` kills the engines and starts others."""
 
-    config: Any
-    workers: list[Any]
-    engines: list[Any]
-    anchors: list[Any]
-    diagnosers: list[Any]
+    swarm: SwarmConfig
+    anchor: AnchorConfig
+    rollout: RolloutConfig
+    workers: list[ActorHandle[Any]]
+    engines: list[ActorHandle[Any]]
+    anchors: list[ActorHandle[Any]]
+    diagnosers: list[ActorHandle[Any]]
     new_engines: Callable[[], list[Any]]
 
     @property
     def swarm_limit(self) -> tuple[float, str]:
         """Seconds and their knob, for what a rank is asked for. Its own deadline says more and is GRACE_S shorter."""
-        return self.config.swarm.timeout_s + GRACE_S, "swarm.timeout_s"
+        return self.swarm.timeout_s + GRACE_S, "swarm.timeout_s"
 
     def tick_limit(self, due: bool) -> tuple[float, str]:
         """For a tick, in which a rank may have to wait for a correction that is `due`."""
         if not due:
             return self.swarm_limit
         seconds, knob = self.swarm_limit
-        return seconds + self.config.anchor.timeout_s, f"{knob} or anchor.timeout_s"
+        return seconds + self.anchor.timeout_s, f"{knob} or anchor.timeout_s"
 
     @property
     def engine_limit(self) -> tuple[float, str]:
-        return self.config.rollout.timeout_s, "rollout.timeout_s"
+        return self.rollout.timeout_s, "rollout.timeout_s"
 
     @property
     def anchor_limit(self) -> tuple[float, str]:
-        return self.config.anchor.timeout_s, "anchor.timeout_s"
+        return self.anchor.timeout_s, "anchor.timeout_s"
 
     def ask_workers(
-        self, method: str, arguments: list[tuple], what: str, limit: tuple[float, str] | None = None
+        self, method: str, arguments: Sequence[Sequence[object]], what: str, limit: tuple[float, str] | None = None
     ) -> list[Any]:
         """What `method` returns on every rank, each with arguments of its own; within `swarm_limit` or `limit`."""
         calls = [
-            (self.config.swarm.name_of(rank), getattr(worker, method).remote(*args))
+            (self.swarm.name_of(rank), getattr(worker, method).remote(*args))
             for rank, (worker, args) in enumerate(zip(self.workers, arguments, strict=True))
         ]
         return gather(calls, what, *(limit or self.swarm_limit), settle=SETTLE_S)
@@ -67,10 +71,10 @@ class Fleet:
 
     def take_turns(self, method: str, actors: list[Any]) -> None:
         """Engines and workers on the same GPUs take turns in their memory."""
-        if self.config.rollout.placement == "colocated":
+        if self.rollout.placement == "colocated":
             calls = [(f"actor {i}", getattr(actor, method).remote()) for i, actor in enumerate(actors)]
             gather(calls, method, *self.engine_limit)
 
     @property
     def _first_replica(self) -> list[Any]:
-        return self.workers[: self.config.swarm.pp]
+        return self.workers[: self.swarm.pp]

@@ -8,13 +8,15 @@ communicator can wait for each other.
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from anchor_service.errors import WaitTimeout
 from codec.ledger import Ledger
@@ -39,7 +41,7 @@ class Desync(RuntimeError):
         return f"{self.sender} sent message (number, bytes) {self.got}, expected {self.expected}: the ranks are out of step"
 
 
-def meeting(ip: str) -> tuple[dist.TCPStore, str]:
+def meeting(ip: str) -> tuple[TCPStore, str]:
     """Where the ranks of a grid meet, and its `ip:port`; whoever asks keeps the store until the grid is left.
 
     It listens before its port is told to anyone: a port that was only looked up may be taken by then. And on `ip`
@@ -48,13 +50,23 @@ def meeting(ip: str) -> tuple[dist.TCPStore, str]:
     listener = socket.create_server((ip, 0), family=socket.AF_INET6 if ":" in ip else socket.AF_INET)
     port = listener.getsockname()[1]
     fd = listener.detach()  # the store's from now on
-    store = dist.TCPStore(ip, port, is_master=True, wait_for_workers=False, master_listen_fd=fd)
+    store = TCPStore(ip, port, is_master=True, wait_for_workers=False, master_listen_fd=fd)
     return store, f"{ip}:{port}"
 
 
-def join(address: str, timeout: timedelta) -> dist.TCPStore:
+def join(address: str, timeout: timedelta) -> TCPStore:
     host, _, port = address.rpartition(":")
-    return dist.TCPStore(host, int(port), is_master=False, timeout=timeout)
+    return TCPStore(host, int(port), is_master=False, timeout=timeout)
+
+
+def _new_group(ranks: list[int], timeout: timedelta) -> dist.ProcessGroup:
+    """Every rank of the world calls this; only members may use what it returns."""
+    return cast(dist.ProcessGroup, dist.new_group(ranks, timeout=timeout))
+
+
+def _begun(work: dist.Work | None) -> dist.Work:
+    assert work is not None  # it is, to a rank that is no member of the group
+    return work
 
 
 class Grid:
@@ -67,6 +79,9 @@ class Grid:
         self.d, self.p = divmod(rank, pp)
         self.timeout_s = timeout_s
         self._inflight: list[tuple[dist.Work, Tensor]] = []
+        self._dp_group: dist.ProcessGroup | None = None
+        self._ends: dist.ProcessGroup | None = None
+        self._groups: dict[str, dist.ProcessGroup] = {}
         self._sent = {"fwd": 0, "bwd": 0}
         self._received = {"fwd": 0, "bwd": 0}
         if dp * pp > 1:
@@ -93,16 +108,15 @@ class Grid:
         timeout = timedelta(seconds=self.timeout_s)
         world = self.dp * self.pp
         dist.init_process_group(backend, store=join(init, timeout), rank=self.rank, world_size=world, timeout=timeout)
-        self._ends = None
         # no device mesh: its groups have torch's own timeout, 30 minutes. Every rank must make every group, in one order
         for d in range(self.dp):
             column = list(range(d * self.pp, (d + 1) * self.pp))
-            ways = {way: dist.new_group(column, timeout=timeout) for way in ("fwd", "bwd")}
-            ends = dist.new_group([column[0], column[-1]], timeout=timeout) if self.pp > 1 else None
+            ways = {way: _new_group(column, timeout) for way in ("fwd", "bwd")}
+            ends = _new_group([column[0], column[-1]], timeout) if self.pp > 1 else None
             if d == self.d:
                 self._groups, self._ends = ways, ends
         for p in range(self.pp):
-            across = dist.new_group(list(range(p, world, self.pp)), timeout=timeout)
+            across = _new_group(list(range(p, world, self.pp)), timeout)
             if p == self.p:
                 self._dp_group = across
         with self._waiting("another rank", "its first word"):
@@ -131,7 +145,7 @@ class Grid:
             dist.destroy_process_group()
 
     @contextmanager
-    def _waiting(self, who: str, what: str) -> Iterator[None]:
+    def _waiting(self, who: str, what: str) -> Generator[None]:
         try:
             yield
         except RuntimeError as error:
@@ -152,7 +166,7 @@ class Grid:
         peer = self.rank + (1 if way == "fwd" else -1)
         with self._waiting(self._name(*divmod(peer, self.pp)), "taking what was sent"):
             for message in (header, raw) if raw.numel() else (header,):
-                self._inflight.append((dist.isend(message, peer, group=self._groups[way]), message))
+                self._inflight.append((_begun(dist.isend(message, peer, group=self._groups[way])), message))
         self.ledger.add("control", _HEADER, _HEADER)
 
     def recv(self, way: str, least: int, most: int) -> Tensor:
@@ -220,13 +234,15 @@ class Grid:
     def bytes_from_first_replica(self, raw: Tensor | None, channel: str, most: int) -> Tensor:
         """Flat uint8 of at most `most` bytes, given by replica 0, to all replicas. Raises Desync beyond that."""
         if self.dp == 1:
+            assert raw is not None  # the only replica is the first
             return raw
         size = torch.tensor([0 if raw is None else raw.numel()], device=self.device)
         self.from_first_replica(size, "control")
-        if not 0 <= size.item() <= most:
-            raise Desync(self._name(0, self.p), [0, most], [0, size.item()])
-        raw = torch.empty(size.item(), dtype=torch.uint8, device=self.device) if raw is None else raw.to(self.device)
-        if size.item():
+        count = int(size.item())
+        if not 0 <= count <= most:
+            raise Desync(self._name(0, self.p), [0, most], [0, count])
+        raw = torch.empty(count, dtype=torch.uint8, device=self.device) if raw is None else raw.to(self.device)
+        if count:
             self.from_first_replica(raw, channel)
         return raw
 
@@ -239,7 +255,7 @@ class Grid:
         with self._waiting("the replicas of a stage", "a digest"):
             dist.all_gather(found, mine, group=self._dp_group)
         self.ledger.add("control", 8 * (self.dp - 1), 0)
-        return [t.item() for t in found]
+        return [int(t.item()) for t in found]
 
     def min_world(self, value: int) -> int:
         """The smallest of all ranks' numbers."""
@@ -249,7 +265,7 @@ class Grid:
         with self._waiting("all ranks", "the agreement on a version"):
             dist.all_reduce(tensor, op=dist.ReduceOp.MIN)
         self._count_ring("control", 8, self.dp * self.pp, dense_bytes=0)
-        return tensor.item()
+        return int(tensor.item())
 
     def _count_ring(self, channel: str, nbytes: int, ranks: int, dense_bytes: float | None = None) -> None:
         share = 2 * (ranks - 1) / ranks

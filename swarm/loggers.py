@@ -34,7 +34,7 @@ class Wandb:
     """Weights & Biases. `WANDB_MODE=offline` needs no server: its files lie in the run folder, for `wandb sync`."""
 
     def __init__(self, name: str, folder: Path, config: dict[str, Any]):
-        import wandb
+        import wandb  # pyright: ignore[reportMissingImports]
 
         quiet = wandb.Settings(silent=True, console="off", login_timeout=0)
         if os.environ.get("WANDB_MODE", "online") == "online" and not wandb.login(prompt=False):
@@ -56,7 +56,7 @@ class Mlflow:
 
     def __init__(self, name: str, folder: Path, config: dict[str, Any]):
         os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # files are all that needs neither server nor SQL
-        from mlflow import MlflowClient
+        from mlflow import MlflowClient  # pyright: ignore[reportMissingImports]
 
         self.client = MlflowClient(os.environ.get("MLFLOW_TRACKING_URI") or (folder / "mlruns").resolve().as_uri())
         experiment = self.client.get_experiment_by_name(_PROJECT)
@@ -66,7 +66,7 @@ class Mlflow:
             self.client.log_param(self.run, key, str(value)[:500])
 
     def log(self, metrics: dict[str, float], tick: int) -> None:
-        from mlflow.entities import Metric
+        from mlflow.entities import Metric  # pyright: ignore[reportMissingImports]
 
         now = int(time.time() * 1000)
         entries = [Metric(mlflow_name(name), value, now, tick) for name, value in metrics.items()]
@@ -81,7 +81,7 @@ class Trackio:
     """Trackio: a local database (TRACKIO_DIR moves it), or a Space by its own settings."""
 
     def __init__(self, name: str, folder: Path, config: dict[str, Any]):
-        import trackio
+        import trackio  # pyright: ignore[reportMissingImports]
 
         with contextlib.redirect_stdout(io.StringIO()):  # it prints into the live display
             self.run = trackio.init(project=_PROJECT, name=name, config=config, auto_log_gpu=False, auto_log_cpu=False)

@@ -9,10 +9,10 @@ those of the tick, and a healthy tick pays nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,11 +21,10 @@ from torch import Tensor, nn
 from anchor_service.errors import NotFinite
 from rl.batch import Batch
 from rl.objective import MicroBatch
+from swarm.pipeline import Loss
+from swarm.rank import MiniBatch, Rank
 
-if TYPE_CHECKING:
-    from swarm.pipeline import Loss
-    from swarm.tick import MiniBatch, Rank
-
+Tensors = tuple[Tensor, ...] | Tensor
 POSITIONS = 1 << 12  # more than twice the layers of any model
 
 
@@ -117,7 +116,7 @@ def judge_loss(metrics: dict[str, float], batch: Batch, tick: int) -> None:
 
 
 @contextmanager
-def explained(rank: Rank, micros: list[MicroBatch]) -> Iterator[None]:
+def explained(rank: Rank, micros: list[MicroBatch]) -> Generator[None]:
     """A codec that refuses what is not finite says so before there is a gradient: then what this rank holds is named."""
     try:
         yield
@@ -137,8 +136,8 @@ def held(rank: Rank, micros: list[MicroBatch], old_logprobs: list[Tensor]) -> li
     pieces += [(Kind.ENGINE, micro.rollout_logprobs) for micro in micros]
     pieces += [(Kind.REFERENCE, micro.ref_logprobs) for micro in micros if micro.ref_logprobs is not None]
     pieces += [(Kind.OLD, old) for old in old_logprobs]
-    if rank.correction is not None:
-        pieces.append((Kind.CORRECTION, rank.correction.values))
+    if rank.held.correction is not None:
+        pieces.append((Kind.CORRECTION, rank.held.correction.values))
     return found + [code(kind, 0) for kind, values in pieces if not values.isfinite().all()]
 
 
@@ -190,13 +189,13 @@ class Watch:
             module.register_forward_hook(lambda m, given, made: self._note(Kind.FORWARD, position, made))
         )
 
-    def _before_layer(self, position: int) -> Callable:
+    def _before_layer(self, position: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         return lambda m, given: self._note(Kind.FORWARD, position, given)
 
-    def _backward(self, layer: int) -> Callable:
+    def _backward(self, layer: int) -> Callable[[nn.Module, Tensors, Tensors], None]:
         from_top = 2 * (self.total - layer)
 
-        def hook(m: nn.Module, made: tuple, given: tuple) -> None:
+        def hook(m: nn.Module, made: Tensors, given: Tensors) -> None:
             self._note(Kind.BACKWARD, from_top, given)
             self._note(Kind.BACKWARD, from_top + 1, made)
 

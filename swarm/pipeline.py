@@ -11,7 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from codec.boundary import Boundary, pack_rows, unpack_rows
+from codec.boundary import Boundary
+from codec.rows import pack_rows, unpack_rows
 from rl.grpo import LossTerms
 from rl.objective import MicroBatch, logprobs
 from rl.policy import Stage
@@ -67,13 +68,13 @@ class Pipeline:
     def _up(self, micro: MicroBatch, observe: bool) -> tuple[Tensor | None, Tensor]:
         """Forward of one microbatch: the rows that came in (to be differentiated), and what goes on."""
         entry, x = None, micro.ids
-        if not self.grid.first:
+        if self.upstream:
             payload = self.grid.recv("fwd", *self.upstream.limits("fwd", micro.rows, self.dtype))
             entry = self.upstream.decode(payload, micro.rows, self.dtype).requires_grad_(torch.is_grad_enabled())
             x = unpack_rows(entry, micro.real)
         cuts = {i: lambda x, b=b: b.virtual(x, micro.rows, observe) for i, b in self.virtual.items()}
         hidden = self.stage(x, micro.real, cuts)
-        if self.grid.last:
+        if self.downstream is None:
             return entry, hidden
         rows = pack_rows(hidden, micro.real)
         self.grid.send("fwd", self.downstream.encode(rows.detach(), micro.rows, observe))
@@ -81,11 +82,12 @@ class Pipeline:
 
     def _down(self, entry: Tensor | None, out: Tensor, micro: MicroBatch) -> None:
         """Backward of one microbatch, from the loss or from the next stage's payload."""
-        if self.grid.last:
+        if self.downstream is None:
             out.backward()
         else:
             payload = self.grid.recv("bwd", *self.downstream.limits("bwd", micro.rows, self.dtype))
             out.backward(self.downstream.decode_backward(payload, micro.rows, self.dtype))
         self.stage.weights.collect()
-        if not self.grid.first:
+        if self.upstream:
+            assert entry is not None and entry.grad is not None  # the rows that came in, and what flowed back to them
             self.grid.send("bwd", self.upstream.encode_backward(entry.grad, micro.rows))

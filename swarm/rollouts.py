@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from anchor_service.actor import AnchorLine
 from anchor_service.calls import gather
 from anchor_service.errors import ActorLost, described
+from anchor_service.line import FireLine, NoFires
 from rl import mismatch
 from rl.batch import Batch, Prompts, concat
 from rl.engine import EngineFailed
@@ -19,14 +19,15 @@ from rl.rollout import UNDECIDED
 from rl.snapshot import BaseLost
 from swarm.fleet import Fleet
 from swarm.progress import Progress
+from swarm.run_config import RunConfig
 
 
 class Rollouts:
-    """Samples of one run. `line`: the anchor workers, where they share the engines' stream of weights."""
+    """Samples of one run. `line`: the anchor workers, which may share the engines' stream of weights."""
 
-    def __init__(self, config: Any, fleet: Fleet, progress: Progress, line: AnchorLine | None):
+    def __init__(self, config: RunConfig, fleet: Fleet, progress: Progress, line: FireLine):
         self.config, self.fleet, self.progress = config, fleet, progress
-        self.line = line if config.anchor.weights == "shared" else None
+        self.line = line if config.anchor.weights == "shared" else NoFires()
         self._parameters = parameter_count(config.model.path)
         self._resync = True  # the first frames of a run are whole ones
         self._endless = False  # no answer of the last step came to an end
@@ -87,7 +88,9 @@ class Rollouts:
         """The same prompts and random numbers each time, so that runs are paired."""
         return self._samples("val", 0, range(self._validated), 1, self.config.rollout.validation_temperature)
 
-    def _samples(self, split: str, step: int, indices: range, n: int, temperature: float) -> tuple[Batch, dict]:
+    def _samples(
+        self, split: str, step: int, indices: range, n: int, temperature: float
+    ) -> tuple[Batch, dict[str, float]]:
         """Batches of one number of samples, whatever the number of engines: so results do not depend on it."""
         start = time.perf_counter()
         size = self.config.rollout.batch_size * self.config.grpo.group_size // n
@@ -142,10 +145,9 @@ class Rollouts:
     def _load(self, references: list[Any], nbytes: int) -> str:
         tick, engines, ledger = self.progress.tick, self.fleet.engines, self.progress.ledger
         calls = [(f"engine {i}", engine.load_weights.remote(tick, *references)) for i, engine in enumerate(engines)]
-        if self.line:
-            self.line.follow(tick, references)
-            if self.config.anchor.resource != self.config.rollout.resource:  # the engines' copy is on other nodes
-                ledger.add("snapshot", nbytes * len(self.fleet.anchors), 0)
+        self.line.follow(tick, references)
+        if self.line.workers and self.config.anchor.resource != self.config.rollout.resource:
+            ledger.add("snapshot", nbytes * len(self.line.workers), 0)  # the engines' copy is on other nodes
         digests = gather(calls, f"loading the weights of tick {tick}", *self.fleet.engine_limit)
         if len(set(digests)) > 1:
             raise EngineFailed(f"the weights of tick {tick}", f"engines hold {digests}", "start the run anew")

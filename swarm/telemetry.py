@@ -7,18 +7,17 @@ import os
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 from rl import mismatch
 from swarm.listeners import Board, Listener, Listeners, numbers
 from swarm.loggers import Loggers
+from swarm.messages import Entries, Report, TickReport
 
-Entries = dict[str, tuple[float, float]]
 
-
-def combine(reports: list[dict[str, Any]], tokens: int) -> tuple[dict[str, float], Entries]:
+def combine(reports: Sequence[Report], tokens: int) -> tuple[dict[str, float], Entries]:
     """Reports of all ranks -> metrics and ledger entries.
 
     `sums` are over response tokens and become means, those of `rl.mismatch` its metrics; `values` are
@@ -29,17 +28,21 @@ def combine(reports: list[dict[str, Any]], tokens: int) -> tuple[dict[str, float
     peaks: dict[str, float] = defaultdict(float)
     ledger: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
     for report in reports:
-        for name, value in report["sums"].items():
+        for name, value in report.sums.items():
             sums[name] += value / tokens
-        for name, value in report["values"].items():
+        for name, value in _values(report).items():
             values[name].append(value)
-        for name, value in report["peaks"].items():
+        for name, value in report.peaks.items():
             peaks[name] = max(peaks[name], value)
-        for channel, (sent, dense) in report["ledger"].items():
+        for channel, (sent, dense) in report.ledger.items():
             ledger[channel][0] += sent
             ledger[channel][1] += dense
     metrics = mismatch.metrics(sums) | {k: sum(v) / len(v) for k, v in values.items()} | dict(peaks)
     return metrics, {channel: (sent, dense) for channel, (sent, dense) in ledger.items()}
+
+
+def _values(report: Report) -> dict[str, float]:
+    return report.values | report.merge.metrics() if isinstance(report, TickReport) else report.values
 
 
 class Telemetry:

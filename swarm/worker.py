@@ -6,45 +6,38 @@ import os
 import time
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import Any
+from typing import cast
 
 import numpy as np
 import ray
 import torch
 
 from anchor_service.calls import gather
-from anchor_service.messages import Correction, TickPlan, pack_record, unpack_correction
-from codec.boundary import Boundary
-from codec.config import CodecConfig
-from codec.gradient import DenseSum, PowerSGDSum
+from anchor_service.messages import Correction, pack_record, unpack_correction
 from codec.ledger import Ledger
 from rl import mismatch
 from rl.batch import Batch
-from rl.config import ModelConfig, SnapshotConfig
+from rl.config import SnapshotConfig
 from rl.device import peak_memory_gb, prefer_determinism
-from rl.model_files import model_shape, resolve
 from rl.objective import deal, microbatches
-from rl.policy import Stage, spans
 from rl.snapshot import Sender
 from swarm import checkpoint
-from swarm.config import SwarmConfig
 from swarm.grid import Grid, meeting
 from swarm.manifest import Entry
+from swarm.messages import Report, TickPlan, TickReport
 from swarm.nonfinite import explained
-from swarm.tick import MiniBatch, Rank, Rules, tick, weights_digest
+from swarm.rank import MiniBatch, RankSetup, build_rank
+from swarm.replicas import weights_digest
+from swarm.tick import tick
 
 
 @dataclass(frozen=True)
 class WorkerSetup:
-    """coordinator -> worker: everything a rank is built from."""
+    """coordinator -> worker: which rank it is, and everything that is built from."""
 
-    rank: int
-    seed: int
-    model: ModelConfig
-    codec: CodecConfig
+    index: int
+    rank: RankSetup
     snapshot: SnapshotConfig
-    swarm: SwarmConfig
-    rules: Rules
 
 
 def ordinal(gpu: str, visible: str) -> int:
@@ -60,7 +53,7 @@ class Worker:
 
     def __init__(self, setup: WorkerSetup):
         self.setup = setup
-        torch.set_num_threads(setup.swarm.threads)
+        torch.set_num_threads(setup.rank.swarm.threads)
         self.minis: list[MiniBatch] = []
         self.senders: dict[str, Sender] = {}
 
@@ -72,7 +65,7 @@ class Worker:
     def build(self, init: str) -> None:
         """Join the grid and load this stage's part of the model. A worker that is used again leaves its old grid."""
         Grid.leave()
-        setup, swarm = self.setup, self.setup.swarm
+        setup, swarm = self.setup.rank, self.setup.rank.swarm
         device = torch.device(swarm.device)
         if device.type == "cuda":
             # Ray's masking is off (it makes NCCL slow or hang), so the GPU is chosen here
@@ -81,37 +74,10 @@ class Worker:
             )
             torch.cuda.set_device(device)
         prefer_determinism(device)
-        ledger = Ledger()
-        grid = Grid(setup.rank, swarm.dp, swarm.pp, device, ledger, swarm.timeout_s, init)
-        folder = resolve(setup.model.path)
-        dtype = getattr(torch, setup.model.dtype)
-        layers = model_shape(str(folder)).layers
-        span = spans(layers, swarm.boundaries, swarm.pp)[grid.p]
-        options = {"attention": setup.model.attention, "checkpointing": swarm.activation_checkpointing}
-        stage = Stage(folder, span, dtype, device, **options)
-        cuts = self._boundaries(stage, ledger, device)
-        self.rank = Rank(stage, cuts, grid, setup.rules, self._reducer(stage, grid))
+        grid = Grid(self.setup.index, swarm.dp, swarm.pp, device, Ledger(), swarm.timeout_s, init)
+        self.rank = build_rank(setup, grid)
 
-    def _boundaries(self, stage: Stage, ledger: Ledger, device: torch.device) -> dict[int, Boundary]:
-        """Boundaries inside the stage and at its two ends."""
-        hidden, span = stage.config.hidden_size, stage.span
-        cuts = {}
-        for index, layer in enumerate(self.setup.swarm.boundaries):
-            if span.lo <= layer <= span.hi:
-                cuts[layer] = Boundary(self.setup.codec, index, hidden, self.setup.seed, ledger)
-                cuts[layer].to(device)
-        return cuts
-
-    def _reducer(self, stage: Stage, grid: Grid) -> DenseSum | PowerSGDSum:
-        def sum_dp(tensor: torch.Tensor, dense_bytes: float) -> None:
-            grid.sum_dp(tensor, "grad_dp", dense_bytes)
-
-        config = self.setup.codec.gradient
-        if config.kind == "none" or grid.dp == 1:
-            return DenseSum(sum_dp)
-        return PowerSGDSum(stage.weights.shapes, config.rank, grid.dp, self.setup.seed, sum_dp, grid.device)
-
-    def begin_step(self, *frames: np.ndarray) -> dict[str, Any]:
+    def begin_step(self, *frames: np.ndarray) -> Report:
         """Take this rank's share of a step's mini-batches; recompute old log-probs if asked to."""
         rank, grid = self.rank, self.rank.grid
         self.minis = []
@@ -120,11 +86,11 @@ class Worker:
         for frame in frames:
             _, batch = Batch.from_frame(frame, "the coordinator")
             mine = deal(batch, grid.dp, grid.d)
-            micros = microbatches(batch, mine, self.setup.swarm.micro_batch_size, grid.device)
+            micros = microbatches(batch, mine, rank.setup.swarm.micro_batch_size, grid.device)
             old = [micro.rollout_logprobs for micro in micros]
-            if rank.rules.grpo.old_logprobs == "trainer":
+            if rank.setup.grpo.old_logprobs == "trainer":
                 with explained(rank, micros):
-                    old = rank.pipeline.logprobs(micros, rank.rules.temperature)
+                    old = rank.pipeline.logprobs(micros, rank.setup.temperature)
                 for trainer, micro in zip(old, micros):  # none but on the last stage
                     for name, value in mismatch.sums(micro.rollout_logprobs, trainer).items():
                         sums[name] += value.item()
@@ -133,21 +99,21 @@ class Worker:
             "timing_s/old_log_prob": time.perf_counter() - start,
             "perf/max_memory_gb": peak_memory_gb(grid.device),
         }
-        return {"sums": dict(sums), "values": {}, "peaks": peaks, "ledger": grid.ledger.drain()}
+        return Report(dict(sums), {}, peaks, grid.ledger.drain())
 
-    def tick(self, plan: TickPlan) -> dict[str, Any]:
+    def tick(self, plan: TickPlan) -> TickReport:
         mini = self.minis[plan.mini_batch]
         with explained(self.rank, mini.micros):
             return tick(self.rank, plan, mini, self._fetch_correction)
 
-    def deliver(self, reference: list[Any]) -> None:
+    def deliver(self, reference: list[object]) -> None:
         """Fetch a correction into the inbox, beside whatever tick is running; its rank merges it when all hold it."""
-        self.rank.inbox.put(self._fetch_correction(reference))
+        self.rank.held.inbox.put(self._fetch_correction(reference))
 
-    def _fetch_correction(self, reference: list[Any]) -> Correction:
+    def _fetch_correction(self, reference: object) -> Correction:
         what = f"a correction that is due to {self.rank.grid.name}"
-        calls = [("the anchor", one) for one in reference]
-        (frame,) = gather(calls, what, self.rank.rules.anchor.timeout_s, "anchor.timeout_s")
+        (one,) = cast("list[object]", reference)  # in a list Ray leaves it a reference: it is waited for here
+        (frame,) = gather([("the anchor", one)], what, self.rank.setup.anchor.timeout_s, "anchor.timeout_s")
         return unpack_correction(frame, self.rank.grid.p, self.rank.stage.weights.numel)
 
     def weights(self, tick: int, stream: str, whole: bool) -> tuple[np.ndarray, int]:
@@ -158,7 +124,7 @@ class Worker:
         weights = self.rank.stage.weights
         if stream not in self.senders:
             snapshot = self.setup.snapshot
-            bf16 = (snapshot.dtype or self.setup.model.dtype) == "bfloat16"
+            bf16 = (snapshot.dtype or self.setup.rank.model.dtype) == "bfloat16"
             self.senders[stream] = Sender(snapshot, bf16)
         frame = self.senders[stream].frame(weights.master[: weights.owned], tick, self.rank.grid.p, whole)
         return frame, frame.nbytes
@@ -175,7 +141,7 @@ class Worker:
         return pack_record(kept | {"after": after}, tick, self.rank.grid.p)
 
     def digest(self) -> int:
-        return weights_digest(self.rank)
+        return weights_digest(self.rank.stage.weights.master)
 
     def save(self, folder: str, step: int) -> dict[str, Entry]:
         return checkpoint.save_rank(self.rank, folder, step)

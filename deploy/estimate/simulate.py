@@ -24,8 +24,8 @@ from rich.table import Table
 
 from anchor_service.clock import make_clock, next_worker
 from anchor_service.lag import Due
-from anchor_service.ring import q_should_refresh
 from codec.ledger import CHANNELS, PUBLISHED
+from codec.schedule import q_should_refresh
 from deploy.estimate import bytes as sizes
 from deploy.estimate.timing import Durations
 from swarm.run_config import RunConfig
@@ -201,7 +201,7 @@ class _Run:
         return np.random.default_rng([self.config.run.seed, 0xF12E, version, what])
 
     def _fire(self, fire: Fire, earlier: Fire | None, least: float) -> Iterator[simpy.Event]:
-        """One job on its anchor worker, chosen as in `AnchorLine`."""
+        """One job on its anchor worker, chosen as in `FireLine`."""
         env, version, source = self.env, fire.due.version, fire.due.source_tick
         worker = next_worker([anchor.count + len(anchor.queue) for anchor in self.anchors], version)
         rng = self._rng(version, 0)

@@ -9,18 +9,18 @@ import numpy as np
 import torch
 
 from anchor_service.config import AnchorConfig
-from anchor_service.messages import Correction, TickPlan
-from codec.boundary import Boundary
+from anchor_service.messages import Correction
 from codec.config import CodecConfig
-from codec.gradient import DenseSum
 from codec.ledger import Ledger
 from merger.config import MergerConfig
 from rl.batch import Batch
-from rl.config import GrpoConfig
+from rl.config import GrpoConfig, ModelConfig
 from rl.objective import deal, microbatches
-from rl.policy import Stage, spans
+from swarm.config import SwarmConfig
 from swarm.grid import Grid
-from swarm.tick import MiniBatch, Rank, Rules, tick
+from swarm.messages import TickPlan
+from swarm.rank import MiniBatch, Rank, RankSetup, build_rank
+from swarm.tick import tick
 
 LAYERS = 4
 
@@ -39,31 +39,26 @@ def make_rank(
     init: str = "",
     timeout_s: float = 30.0,
     check_every: int = 1,
-    dtype: torch.dtype = torch.float32,
+    dtype: str = "float32",
     checkpointing: bool = False,
     on: str = "cpu",
 ) -> Rank:
-    ledger, device = Ledger(), torch.device(on)
-    grid = Grid(rank, dp, pp, device, ledger, timeout_s, init)
-    span = spans(LAYERS, list(boundaries), pp)[grid.p]
-    stage = Stage(folder, span, dtype, device, checkpointing=checkpointing)
-    codec = codec or CodecConfig(kind="powersgd", rank=8)
-    cuts = {
-        layer: Boundary(codec, i, stage.config.hidden_size, 3, ledger).to(device)
-        for i, layer in enumerate(boundaries)
-        if stage.span.lo <= layer <= stage.span.hi
-    }
-    rules = Rules(
+    grid = Grid(rank, dp, pp, torch.device(on), Ledger(), timeout_s, init)
+    swarm = SwarmConfig(
+        dp=dp, pp=pp, boundaries=list(boundaries), check_every=check_every, activation_checkpointing=checkpointing
+    )
+    setup = RankSetup(
+        model=ModelConfig(path=str(folder), dtype=dtype),
+        codec=codec or CodecConfig(kind="powersgd", rank=8),
+        swarm=swarm,
         grpo=grpo or GrpoConfig(lr=1e-3),
         anchor=anchor or AnchorConfig(),
         merger=merger or MergerConfig(kind="none"),
         q_cadence=q_cadence,
         temperature=1.0,
-        check_every=check_every,
-        seed=7,
+        seed=3,
     )
-    reducer = DenseSum(lambda t, dense: grid.sum_dp(t, "grad_dp", dense))
-    return Rank(stage, cuts, grid, rules, reducer)
+    return build_rank(setup, grid)
 
 
 def mini_batch(rank: Rank, batch: Batch, size: int = 3, trainer_logprobs: bool = False) -> MiniBatch:
@@ -92,7 +87,7 @@ def run_ticks(rank: Rank, batches: list[Batch], corrections: dict[int, Correctio
         version = correction.version if correction else version
         plan = TickPlan(t, 0, correction, version)
         report = tick(rank, plan, mini_batch(rank, batch, **kw), lambda c: c)
-        losses.append(report["sums"].get("actor/pg_loss", 0.0) / batch.response_tokens)
+        losses.append(report.sums.get("actor/pg_loss", 0.0) / batch.response_tokens)
         reports.append(report)
     return {
         "losses": losses,

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
-from anchor_service.messages import Correction, TickPlan
+from anchor_service.messages import Correction
 from merger.config import MergerConfig
-from swarm.tick import _merge
+from swarm.messages import TickPlan
 from tests.conftest import on_ranks
 from tests.contract.harness import make_rank
 
@@ -28,7 +28,7 @@ def _merged_versions(rank: int, init: str, folder: Path) -> tuple[list[int], lis
         version = 0
         while not done.is_set():
             version += 1
-            state.inbox.put(Correction(version, version - 1, None, torch.ones(n, dtype=torch.int8), ""))
+            state.held.inbox.put(Correction(version, version - 1, None, torch.ones(n, dtype=torch.int8), ""))
             time.sleep(rng.expovariate(200))
 
     thread = threading.Thread(target=deliver)
@@ -36,9 +36,9 @@ def _merged_versions(rank: int, init: str, folder: Path) -> tuple[list[int], lis
     versions, ages = [], []
     for t in range(1, TICKS + 1):
         state.stage.weights.grad.fill_(float(t))
-        values = _merge(state, TickPlan(t, 0, None, None))
-        versions.append(values.get("anchor/version", 0))
-        ages.append(values.get("anchor/age", -1))
+        outcome = state.held.merge(TickPlan(t, 0, None, None), state.stage.weights.grad, state.norm)
+        versions.append(outcome.version or 0)
+        ages.append(outcome.age if outcome.merged else -1)
     done.set()
     thread.join()
     state.grid.min_world(0)  # leave together
@@ -64,9 +64,9 @@ def test_a_rank_that_takes_what_it_holds_itself_would_be_caught(untied_model: Pa
     def work(rank: int, init: str) -> str:
         state = make_rank(untied_model, rank, dp=2, init=init, merger=MergerConfig(kind="signed_ema"))
         signs = torch.ones(state.stage.weights.numel, dtype=torch.int8)
-        state.inbox.put(Correction(1, 0, None, signs, ""))
+        state.held.inbox.put(Correction(1, 0, None, signs, ""))
         if rank == 1:
-            state.inbox.put(Correction(2, 1, None, -signs, ""))
+            state.held.inbox.put(Correction(2, 1, None, -signs, ""))
             agree = state.grid.min_world
             state.grid.min_world = lambda mine: max(agree(mine), mine)
         try:

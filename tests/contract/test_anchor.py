@@ -10,11 +10,11 @@ import torch
 
 from anchor_service.config import AnchorConfig
 from anchor_service.dense_gradient import DenseGradient
-from anchor_service.messages import Correction, TickPlan
+from anchor_service.messages import Correction
 from merger.config import MergerConfig
 from rl.config import GrpoConfig, SnapshotConfig
 from rl.policy import spans
-from swarm.tick import _merge
+from swarm.messages import MergeOutcome, TickPlan
 from tests.conftest import make_batch
 from tests.contract.harness import make_rank
 
@@ -34,30 +34,31 @@ def test_a_share_of_the_replay_is_unbiased(untied_model: Path):
     assert not torch.allclose(halves[0], whole, rtol=0.1)
 
 
-def _run(folder: Path, anchor: AnchorConfig, arrivals: dict[int, tuple[int, int]], ticks: int) -> list[dict]:
-    """Merge values of `ticks` ticks; `arrivals[t]` is (version, source tick) that is held from tick t on."""
+def _run(
+    folder: Path, anchor: AnchorConfig, arrivals: dict[int, tuple[int, int]], ticks: int
+) -> list[tuple[MergeOutcome, float]]:
+    """Outcomes and gradients of `ticks` ticks; `arrivals[t]` is (version, source tick) that is held from tick t on."""
     state = make_rank(folder, anchor=anchor, merger=MergerConfig(kind="signed_ema"))
     n = state.stage.weights.numel
     found = []
     for t in range(1, ticks + 1):
         if t in arrivals:
-            state.inbox.put(Correction(*arrivals[t], None, torch.full((n,), -1, dtype=torch.int8), ""))
+            state.held.inbox.put(Correction(*arrivals[t], None, torch.full((n,), -1, dtype=torch.int8), ""))
         state.stage.weights.grad.fill_(1.0)
-        values = _merge(state, TickPlan(t, 0, None, None))
-        found.append(values | {"g": state.stage.weights.grad[0].item()})
+        outcome = state.held.merge(TickPlan(t, 0, None, None), state.stage.weights.grad, state.norm)
+        found.append((outcome, state.stage.weights.grad[0].item()))
     return found
 
 
 def test_a_correction_later_than_max_lag_is_refused_and_the_held_one_goes_on(untied_model: Path):
     found = _run(untied_model, AnchorConfig(max_lag=4), {2: (1, 0), 6: (2, 1), 8: (3, 6)}, 9)
-    assert [v.get("anchor/version", 0) for v in found] == [0, 1, 1, 1, 1, 1, 1, 3, 3]
-    assert [t for t, v in enumerate(found, 1) if "anchor/refused" in v] == [6]
-    assert found[5]["anchor/refused"] == 2
+    assert [o.version or 0 for o, _ in found] == [0, 1, 1, 1, 1, 1, 1, 3, 3]
+    assert [(t, o.refused) for t, (o, _) in enumerate(found, 1) if o.refused] == [(6, 2)]
 
 
 def test_a_correction_held_longer_than_max_age_is_dropped_until_a_fresh_one_comes(untied_model: Path):
     found = _run(untied_model, AnchorConfig(max_age=2), {1: (1, 0), 7: (2, 5)}, 8)
-    merged = [v["g"] != 1.0 for v in found]
+    merged = [g != 1.0 for _, g in found]
     assert merged == [True, True, True, False, False, False, True, True]
-    assert [("anchor/expired" in v) for v in found] == [not m for m in merged]
-    assert found[0]["g"] == -0.5  # alpha 0.25: the sign is reversed, half the size is left
+    assert [o.expired for o, _ in found] == [not o.merged for o, _ in found] == [not m for m in merged]
+    assert found[0][1] == -0.5  # alpha 0.25: the sign is reversed, half the size is left

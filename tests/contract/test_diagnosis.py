@@ -11,12 +11,13 @@ import torch
 from anchor_service.config import AnchorConfig
 from anchor_service.dense_gradient import DenseSetup
 from anchor_service.diagnosis import Diagnoser
-from anchor_service.messages import Correction, TickPlan, pack_record
+from anchor_service.messages import Correction, pack_record
 from codec.config import CodecConfig
 from merger.config import MergerConfig
 from rl.batch import Batch
 from rl.config import GrpoConfig, ModelConfig, SnapshotConfig
 from rl.policy import spans
+from swarm.messages import TickPlan
 from swarm.tick import tick
 from tests.conftest import make_batch, on_ranks
 from tests.contract.harness import LAYERS, make_rank, mini_batch

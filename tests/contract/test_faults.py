@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from anchor_service.errors import ActorLost, ReplicaMismatch, WaitTimeout
-from anchor_service.messages import Correction, TickPlan
+from anchor_service.messages import Correction
 from codec.frames import FrameError
 from codec.ledger import Ledger
 from merger.config import MergerConfig
 from swarm.grid import Desync, Grid
+from swarm.messages import TickPlan
 from swarm.tick import tick
 from tests.conftest import make_batch, on_ranks
 from tests.contract.harness import make_rank, mini_batch

@@ -26,7 +26,7 @@ def _work(rank: int, init: str, options: dict, trainer_logprobs: bool, size: int
     for boundary in state.cuts.values() if saved else ():
         boundary.restore({name: torch.from_numpy(value) for name, value in saved.items()})
     batches = [make_batch(seed=s) for s in range(3)]
-    corrections = {3: _correction(state)} if state.merger.payload and not state.placebo else {}
+    corrections = {3: _correction(state)} if state.held.merger.payload and not state.held.placebo else {}
     found = run_ticks(state, batches, corrections, trainer_logprobs=trainer_logprobs, size=size)
     return found | {"codec": {k: v.numpy().copy() for b in state.cuts.values() for k, v in b.state().items()}}
 
@@ -126,7 +126,7 @@ def test_virtual_and_wire_count_the_same_boundary_bytes(untied_model: Path):
     channels = ("boundary_fwd", "boundary_bwd", "basis")
 
     def counted(ranks: list[dict]) -> dict[str, np.ndarray]:
-        reports = [report["ledger"] for r in ranks for report in r["reports"]]
+        reports = [report.ledger for r in ranks for report in r["reports"]]
         return {c: np.sum([r.get(c, (0.0, 0.0)) for r in reports], axis=0) for c in channels}
 
     virtual, wire = counted(_layout(untied_model, 1, 1)), counted(_layout(untied_model, 1, 2))
@@ -148,7 +148,7 @@ def test_replicas_are_bit_identical_and_tied_copies_stay_equal(tied_model: Path,
 def test_random_signs_do_not_depend_on_the_layout(tied_model: Path):
     anchor, merger = AnchorConfig(delay_k=1, cadence=2), MergerConfig(placebo="random")
     (reference,) = _layout(tied_model, 1, 1, anchor=anchor, merger=merger)
-    assert [r["values"].get("anchor/age") for r in reference["reports"]] == [None, 0, 1]
+    assert [(r.merge.merged, r.merge.age) for r in reference["reports"]] == [(False, 0), (True, 0), (True, 1)]
     for dp, pp in ((2, 1), (2, 2)):
         _compare(reference, _layout(tied_model, dp, pp, anchor=anchor, merger=merger), "weights")
 
@@ -156,7 +156,7 @@ def test_random_signs_do_not_depend_on_the_layout(tied_model: Path):
 def test_the_own_placebo_is_the_same_on_replicas_and_tied_copies(tied_model: Path):
     anchor, merger = AnchorConfig(delay_k=2, cadence=1), MergerConfig(placebo="own")
     ranks = _layout(tied_model, 2, 2, anchor=anchor, merger=merger)
-    assert [r["values"].get("anchor/lag") for r in ranks[0]["reports"]] == [None, 2, 2]
+    assert [(r.merge.merged, r.merge.lag) for r in ranks[0]["reports"]] == [(False, 0), (True, 2), (True, 2)]
     for p in range(2):
         np.testing.assert_array_equal(ranks[2 + p]["flat"], ranks[p]["flat"])
     name = "model.embed_tokens.weight"

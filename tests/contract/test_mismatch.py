@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from anchor_service.messages import TickPlan
 from rl import mismatch
 from rl.config import GrpoConfig
+from swarm.messages import TickPlan
 from swarm.telemetry import combine
 from swarm.tick import tick
 from tests.conftest import make_batch, on_ranks

@@ -13,12 +13,13 @@ import torch
 from anchor_service.config import AnchorConfig
 from anchor_service.dense_gradient import DenseGradient
 from anchor_service.errors import NotFinite
-from anchor_service.messages import Correction, TickPlan
+from anchor_service.messages import Correction
 from codec.config import CodecConfig
 from merger.config import MergerConfig
 from rl.batch import Batch
 from rl.config import GrpoConfig, SnapshotConfig
 from rl.policy import spans
+from swarm.messages import TickPlan
 from swarm.nonfinite import explained, judge_loss
 from swarm.tick import Rank, tick
 from tests.conftest import make_batch, on_ranks
@@ -97,15 +98,15 @@ def test_the_first_place_is_named_with_its_knob(untied_model: Path, fault: Calla
 def test_a_correction_and_a_merge_that_bring_it_are_named(untied_model: Path):
     merger = MergerConfig(kind="delta")
     state = make_rank(untied_model, merger=merger, anchor=AnchorConfig(payload="dense"))
-    state.sources[0] = torch.zeros(state.stage.weights.numel)
+    state.held.sources[0] = torch.zeros(state.stage.weights.numel)
     values = torch.zeros(state.stage.weights.numel)
     values[7] = NAN
     error = say(state, make_batch(), Correction(1, 0, None, values, ""))
     assert error.first == "the anchor's correction" and "anchor" in error.fix
 
     state = make_rank(untied_model, merger=merger, anchor=AnchorConfig(payload="dense"))
-    state.sources[0] = torch.zeros(state.stage.weights.numel)
-    state.merger.apply = lambda g, c: g * NAN
+    state.held.sources[0] = torch.zeros(state.stage.weights.numel)
+    state.held.merger.apply = lambda g, c: g * NAN
     error = say(state, make_batch(), Correction(1, 0, None, torch.zeros(state.stage.weights.numel), ""))
     assert "the merge" in error.first and "merger" in error.fix
 

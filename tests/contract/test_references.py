@@ -102,7 +102,7 @@ def test_a_stage_reads_only_its_own_tensors(untied_model: Path, tied_model: Path
 def test_bf16_computes_near_fp32_and_keeps_fp32_masters(untied_model: Path):
     batches = [make_batch(seed=s) for s in range(3)]
     exact = run_ticks(make_rank(untied_model, codec=CodecConfig(kind="none"), grpo=CONFIG), batches)
-    rank = make_rank(untied_model, codec=CodecConfig(kind="none"), grpo=CONFIG, dtype=torch.bfloat16)
+    rank = make_rank(untied_model, codec=CodecConfig(kind="none"), grpo=CONFIG, dtype="bfloat16")
     rough = run_ticks(rank, batches)
     np.testing.assert_allclose(rough["losses"], exact["losses"], atol=0.05)
     cosines = [
@@ -119,7 +119,7 @@ def test_bf16_computes_near_fp32_and_keeps_fp32_masters(untied_model: Path):
 
 def test_masters_keep_updates_that_bf16_would_lose(untied_model: Path):
     grpo = GrpoConfig(lr=1e-5)
-    rank = make_rank(untied_model, codec=CodecConfig(kind="none"), grpo=grpo, dtype=torch.bfloat16)
+    rank = make_rank(untied_model, codec=CodecConfig(kind="none"), grpo=grpo, dtype="bfloat16")
     weights = rank.stage.weights
     start, first = weights.master.detach().clone(), weights.compute.detach().clone()
     run_ticks(rank, [make_batch(seed=1)] * 20)

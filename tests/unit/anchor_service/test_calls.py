@@ -81,7 +81,7 @@ def test_every_wait_has_one_deadline(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(fleet, "gather", gather)
     config = load("k5")
     swarm, anchor = config.swarm.timeout_s, config.anchor.timeout_s
-    found = Fleet(config, [Asked()], [Asked()], [Asked()], [], lambda: [])
+    found = Fleet(config.swarm, config.anchor, config.rollout, [Asked()], [Asked()], [Asked()], [], lambda: [])
     found.ask_workers("begin_step", [()], "the start of a step")
     found.ask_workers("tick", [()], "tick 1", found.tick_limit(due=False))
     found.ask_workers("tick", [()], "tick 2", found.tick_limit(due=True))

@@ -33,6 +33,7 @@ from rl.config import GrpoConfig, ModelConfig, SnapshotConfig
 from rl.objective import logprobs, microbatches
 from rl.policy import spans
 from swarm.diagnosis_sources import Sources
+from swarm.messages import MergeOutcome
 from tests.conftest import make_batch
 
 GROUP = 4
@@ -250,10 +251,10 @@ def test_sources_are_kept_for_every_diagnosed_tick_and_no_longer(delay: int, cad
                 sources.keep(due, [], None)
         if due := clock.due(tick):
             version, lag = due.version, 0
-        metrics = {"anchor/version": version, "merger/dose": 1.0} if version else {}
-        sources.settle(metrics)
+        outcome = MergeOutcome(version, merged=True) if version else MergeOutcome()
+        sources.settle(outcome)
         if sources.diagnosed(tick) and version:
-            assert sources.merged(metrics).due.source_tick == tick - delay - lag
+            assert sources.merged(outcome).due.source_tick == tick - delay - lag
         assert len(sources._held) <= 1 + -(-delay // cadence)
         lag += 1
     if every > cadence:
@@ -268,6 +269,6 @@ def test_on_the_wall_clock_all_sources_are_wanted_and_refused_ones_do_not_pile_u
             assert sources.wants(due)
             sources.keep(due, [], None)
             clock.finished(due.version)
-        sources.settle({"anchor/refused": float(clock.version)})
+        sources.settle(MergeOutcome(refused=clock.version))
         assert not sources._held
     assert not Sources(None, clock).wants(due) and not Sources(None, clock).diagnosed(3)

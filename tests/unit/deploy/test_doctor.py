@@ -19,8 +19,8 @@ from typer.testing import CliRunner
 from deploy.cli import app
 from deploy.cluster.placement import placement
 from deploy.config import load
-from deploy.doctor.checks import Finding, merge
 from deploy.doctor import checks, fit
+from deploy.doctor.checks import Finding, merge
 from deploy.doctor.facts import Gpu, NodeFacts
 from deploy.doctor.fit import Host, unplaced
 from deploy.estimate.bytes import parameters

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from rl import mismatch
+from swarm.messages import Report
 from swarm.telemetry import combine
 
 P = torch.tensor([4, 6, 1, 5], dtype=torch.float64) / 16  # sampled from
@@ -74,14 +75,14 @@ def test_a_token_that_the_trainer_excludes_gives_no_infinite_k3():
 def test_ranks_and_microbatches_add_up_whatever_the_telemetry_divides_by(tokens: int):
     reference, trainer = pair()
 
-    def report(*parts: slice) -> dict:
+    def report(*parts: slice) -> Report:
         sums: dict[str, float] = {"actor/pg_loss": 3.0}
         for part in parts:
             for name, value in mismatch.sums(reference[part], trainer[part]).items():
                 sums[name] = sums.get(name, 0.0) + value.item()
-        return {"sums": sums, "values": {}, "peaks": {}, "ledger": {}}
+        return Report(sums, {}, {}, {})
 
-    first_stage = {"sums": {}, "values": {}, "peaks": {}, "ledger": {}}
+    first_stage = Report({}, {}, {}, {})
     reports = [first_stage, report(slice(0, 7), slice(7, 300)), report(slice(300, 500))]
     metrics, _ = combine(reports, tokens)
     assert metrics == pytest.approx(settled(reference, trainer) | {"actor/pg_loss": 6.0 / tokens}, rel=1e-9)

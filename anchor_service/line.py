@@ -1,0 +1,122 @@
+"""The driver's side of the anchor workers: which fires are under way, in the order of their versions.
+
+start ─▶ worker k: gradient ─▶ publish ─▶ arrived ─▶ (deliver) ─▶ settled: it leaves the line
+                                 └─ M̄ ─▶ the next fire's publish, whoever runs it
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from anchor_service.calls import gather, take
+from anchor_service.clock import next_worker
+from anchor_service.lag import Due
+from anchor_service.messages import FireJob
+from anchor_service.ring import RingOverflow
+from rl.snapshot import BaseLost
+
+
+@dataclass
+class Fire:
+    """A fire under way, or done and not merged yet."""
+
+    due: Due
+    worker: int
+    report: Any
+    m_bar: Any
+    corrections: list[Any]  # one a stage
+    delivered: bool = False
+
+
+class FireLine:
+    """All fires of a run, by way of its anchor workers."""
+
+    def __init__(self, workers: list[Any], stages: int, timeout_s: float, bound: int | None):
+        self.workers, self.stages, self.timeout_s, self.bound = workers, stages, timeout_s, bound
+        self.under_way: dict[int, Fire] = {}
+        self.m_bar: Any = None
+        self._deliveries: list[Any] = []
+
+    def free_worker(self, version: int) -> int:
+        """Who should run fire `version`."""
+        busy = [fire.worker for fire in self.under_way.values() if not fire.delivered]
+        return next_worker([busy.count(k) for k in range(len(self.workers))], version)
+
+    def start(self, due: Due, k: int, snapshot: list[Any], replay: Any, least_seconds: float = 0.0) -> None:
+        """Hand one job to worker `k`; waits for nothing. M̄ passes from one fire to the next.
+
+        Raises RingOverflow if more would be under way than the clock's agenda can have.
+        """
+        if self.bound is not None and len(self.under_way) >= self.bound:
+            raise RingOverflow(
+                f"versions {sorted(self.under_way)} are under way, {due.version} would be beyond {self.bound}"
+            )
+        worker = self.workers[k]
+        job = FireJob(due.version, due.source_tick, due.first_tick, snapshot, [replay], least_seconds)
+        report, m = worker.gradient.options(num_returns=2).remote(job)
+        returned = worker.publish.options(num_returns=2 + self.stages).remote(report, m, self.m_bar)
+        self.add(Fire(due, k, returned[0], returned[1], returned[2:]))
+
+    def follow(self, tick: int, references: list[Any]) -> None:
+        """Weights for every anchor worker, in order before the jobs that start from them; waits for nothing."""
+        for worker in self.workers:
+            worker.follow.remote(tick, *references)
+
+    def add(self, fire: Fire) -> None:
+        self.under_way[fire.due.version] = fire
+        self.m_bar = fire.m_bar
+
+    def drop(self, fire: Fire, m_bar: Any) -> None:
+        """Forget a fire that failed; M̄ goes on from the fire before it, or from `m_bar` if that is merged."""
+        del self.under_way[fire.due.version]
+        earlier = [v for v in self.under_way if v < fire.due.version]
+        self.m_bar = self.under_way[max(earlier)].m_bar if earlier else m_bar
+
+    def arrived(self) -> list[Fire]:
+        """Fires that are done and not delivered yet, oldest first; waits for nothing."""
+        waiting = {fire.report: fire for fire in self.under_way.values() if not fire.delivered}
+        done, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=0) if waiting else ([], [])
+        return sorted((waiting[ref] for ref in done), key=lambda fire: fire.due.version)
+
+    def deliver(self, fire: Fire, ranks: list[Any]) -> None:
+        """Send each rank its stage's correction, beside whatever tick is running; waits for nothing."""
+        fire.delivered = True
+        for index, rank in enumerate(ranks):
+            reference = [fire.corrections[index % self.stages]]
+            self._deliveries.append(rank.deliver.options(concurrency_group="inbox").remote(reference))
+
+    def check_deliveries(self) -> None:
+        """Raises what a delivery that is over raised; waits for nothing."""
+        if self._deliveries:
+            count = len(self._deliveries)
+            done, self._deliveries = ray.wait(self._deliveries, num_returns=count, timeout=0)
+            for delivery in done:
+                take(delivery, "a worker", "the arrival of a correction")
+
+    def report(self, fire: Fire) -> dict[str, Any]:
+        """Raises WaitTimeout if the fire is not done in time."""
+        what = f"the report of correction {fire.due.version}"
+        (report,) = gather([("the anchor", fire.report)], what, self.timeout_s, "anchor.timeout_s")
+        return report
+
+    def good(self, fire: Fire) -> bool:
+        """Of a fire that is done: whether it has a correction. One that lost its base is dropped in the next tick."""
+        try:
+            self.report(fire)
+        except BaseLost:
+            return False
+        return True
+
+    def settled(self, version: int) -> list[Fire]:
+        """Fires up to `version`, oldest first; they leave the line."""
+        return [self.under_way.pop(v) for v in sorted(self.under_way) if v <= version]
+
+
+class NoFires(FireLine):
+    """Of a run without corrections: nothing starts, so nothing is ever under way."""
+
+    def __init__(self) -> None:
+        super().__init__([], 0, 0.0, bound=0)

@@ -1,0 +1,140 @@
+"""The correction that a rank holds: adopted when all ranks have it, merged at a growing age, or stood in for.
+
+inbox ── agree: MIN of the versions held ──▶ adopt ──▶ merge, age 0 ─▶ merge, age 1 ─▶ … ─▶ the next version
+                                               └─ beyond max_lag: refused        └─ beyond max_age: left out
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anchor_service.config import AnchorConfig
+from anchor_service.errors import ReplicaMismatch
+from anchor_service.inbox import Inbox
+from anchor_service.messages import Correction
+from anchor_service.ring import anchor_should_fire
+from merger import MERGERS
+from merger.config import MergerConfig
+from merger.placebo import PLACEBOS, Placebo
+from rl.policy import Weights
+from swarm.grid import Grid
+from swarm.messages import MergeOutcome, TickPlan
+
+CACHED, WIDE = 1 << 16, 1 << 22  # elements of a block: on a CPU temporaries of a merge stay in the second-level cache
+
+
+class Held:
+    """One rank's part in merging: what it holds, since when, and what it needs for what is to come."""
+
+    def __init__(self, anchor: AnchorConfig, merger: MergerConfig, seed: int, weights: Weights, grid: Grid):
+        self.anchor, self.grid, self.name = anchor, grid, merger.placebo or ""
+        self.merger = MERGERS[merger.kind](merger)
+        sizes = {name: math.prod(shape) for name, shape in zip(weights.names, weights.shapes)}
+        self.placebo = PLACEBOS[merger.placebo](anchor.beta_anc, seed, sizes) if merger.placebo else None
+        self.inbox = Inbox()
+        self.correction: Correction | None = None
+        self.seen = 0  # newest version agreed on, merged or refused
+        self.first_tick = 0  # in which `correction` was first merged
+        # G_comp of the ticks that started a fire still under way, by source tick; only `delta` needs them
+        self.sources: dict[int, Tensor] = {}
+
+    def merge(self, plan: TickPlan, g_comp: Tensor, norm: Callable[[Tensor], float]) -> MergeOutcome:
+        """Merge the version that every rank holds, in place of the gradient [n]. All ranks decide alike."""
+        if self.merger.payload is None:
+            return MergeOutcome()
+        if self.merger.payload == "dense" and plan.keep_source:
+            self.sources[plan.tick - 1] = g_comp.clone()
+        refused = self._adopt(plan) if self.placebo is None else self._stand_in(self.placebo, plan, g_comp)
+        held, age = self.correction, plan.tick - self.first_tick
+        if held is None:
+            return MergeOutcome(refused=refused)
+        outcome = MergeOutcome(held.version, held.source_tick, plan.tick - held.source_tick, age, refused=refused)
+        if self.anchor.max_age is not None and age > self.anchor.max_age:
+            return replace(outcome, expired=True)
+        self.merger.prepare(g_comp, held.values, age, norm)
+        agree, flips = self._in_place(g_comp, held.values)
+        n = g_comp.numel()
+        return replace(outcome, merged=True, dose=self.merger.dose, sign_agreement=agree / n, flip_fraction=flips / n)
+
+    def _in_place(self, g_comp: Tensor, correction: Tensor) -> tuple[int, int]:
+        """One sweep over the gradient: merge, and count agreeing and flipped signs, while a block is in the cache."""
+        agree, flips = g_comp.new_zeros((), dtype=torch.int64), g_comp.new_zeros((), dtype=torch.int64)
+        block = CACHED if g_comp.device.type == "cpu" else WIDE
+        for g, c in zip(g_comp.split(block), correction.split(block)):
+            merged = self.merger.apply(g, c)
+            agree += (c.sign() == g.sign()).sum()
+            flips += (merged * g < 0).sum()
+            g.copy_(merged)
+        return int(agree.item()), int(flips.item())
+
+    def _adopt(self, plan: TickPlan) -> int | None:
+        """Agree on the newest version that all ranks hold, and take it over; the version, if it comes too late."""
+        mine = max(self.inbox.newest(), self.seen)
+        version = self.grid.min_world(mine)
+        if plan.version is not None and version != plan.version:
+            held = f"{self.grid.name} holds {mine}, all ranks hold {version}"
+            raise ReplicaMismatch(f"version {plan.version} is due but not held", plan.tick, version, [held])
+        if version < self.seen:
+            held = f"{self.grid.name} has merged {self.seen}, all ranks hold {version}"
+            raise ReplicaMismatch("a rank lost a version it had merged", plan.tick, version, [held])
+        if version == self.seen:
+            return None
+        held, self.seen = self.inbox.adopt(version), version
+        source = self.sources.get(held.source_tick)
+        self.sources = {s: g for s, g in self.sources.items() if s > held.source_tick}
+        max_lag = self.anchor.max_lag
+        if max_lag is not None and plan.tick - held.source_tick > max_lag:
+            return version
+        values = held.values.to(self.grid.device)
+        if self.merger.payload == "dense":
+            assert source is not None  # the tick that started this fire has kept it
+            values = values - source
+        self.correction, self.first_tick = replace(held, values=values), plan.tick
+        return None
+
+    def _stand_in(self, placebo: Placebo, plan: TickPlan, g_comp: Tensor) -> None:
+        """Take over the placebo's correction in the ticks in which an anchor's would come; the tick alone decides."""
+        anchor, before = self.anchor, plan.tick - 1
+        if anchor_should_fire(before + anchor.delay_k, anchor.cadence, anchor.delay_k):
+            placebo.keep(before, g_comp)
+        if anchor_should_fire(plan.tick, anchor.cadence, anchor.delay_k):
+            source = plan.tick - anchor.delay_k
+            self.seen, self.first_tick = self.seen + 1, plan.tick
+            self.correction = Correction(self.seen, source, plan.tick, placebo.fire(source, g_comp), self.name)
+
+    def stand_in(self) -> dict[str, Tensor]:
+        """What a diagnosis cannot get from an anchor, as there is none: the placebo's correction."""
+        return {"m_bar": self.correction.values} if self.placebo and self.correction else {}
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors, and plain fields: all that the next tick needs of corrections."""
+        tensors = {f"source.{s}": g for s, g in self.sources.items()}
+        if self.placebo:
+            tensors |= {f"placebo.{k}": v for k, v in self.placebo.state().items()}
+        fields: dict[str, Any] = {"seen": self.seen, "first_tick": self.first_tick}
+        if self.correction is not None:
+            held = self.correction
+            tensors["correction"] = held.values
+            fields["correction"] = {k: getattr(held, k) for k in ("version", "source_tick", "first_tick", "digest")}
+        return tensors, fields
+
+    def restore(self, tensors: dict[str, Tensor], fields: dict[str, Any]) -> None:
+        """Go on from `state()`."""
+        here = {name: value.to(self.grid.device) for name, value in tensors.items()}
+        self.sources = {int(s): g for s, g in under("source", here).items()}
+        if self.placebo:
+            self.placebo.restore(under("placebo", here))
+        self.seen, self.first_tick = fields["seen"], fields["first_tick"]
+        if "correction" in fields:
+            self.correction = Correction(values=here["correction"], **fields["correction"])
+
+
+def under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Those named `prefix.…`, without it."""
+    return {k.removeprefix(f"{prefix}."): v for k, v in tensors.items() if k.startswith(f"{prefix}.")}

@@ -1,0 +1,75 @@
+"""What the coordinator and a rank tell each other of a tick. What is large travels as frames, by reference."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+Entries = dict[str, tuple[float, float]]  # channel -> bytes sent, and what a dense system would have sent
+
+
+@dataclass(frozen=True)
+class TickPlan:
+    """coordinator -> worker: what one tick needs. References are fetched by the worker itself."""
+
+    tick: int
+    mini_batch: int  # which of the step's mini-batches
+    correction: Any | None  # reference to this stage's correction frame, in the tick that must first merge it
+    version: int | None  # version that must be merged in this tick, 0 before the first fire; None: what all ranks hold
+    keep_source: bool = False  # a fire starts from the weights before this tick: `delta` will need its G_comp
+    record: bool = False  # this tick is diagnosed: keep what `record` will be asked for
+
+
+@dataclass(frozen=True)
+class MergeOutcome:
+    """What became of corrections in one tick. All ranks decide alike; the two shares are of this rank's coordinates."""
+
+    version: int | None = None  # of the correction that is held; None: none yet
+    source_tick: int = 0
+    lag: int = 0  # ticks from its source weights to this tick
+    age: int = 0  # ticks since it was first merged
+    merged: bool = False  # whether this tick merged it
+    expired: bool = False  # it was not, being older than `anchor.max_age`
+    refused: int | None = None  # version that came in this tick, beyond `anchor.max_lag`
+    dose: float = 0.0  # with which it was merged
+    sign_agreement: float = 0.0  # share of coordinates in which its sign is that of G_comp
+    flip_fraction: float = 0.0  # share of coordinates whose sign the merge has turned
+
+    @property
+    def newest(self) -> int:
+        """The newest version that ranks have agreed on, held or refused; 0 before the first."""
+        return max(self.version or 0, self.refused or 0)
+
+    def metrics(self) -> dict[str, float]:
+        """Under the names that people read."""
+        found: dict[str, float] = {}
+        if self.refused is not None:
+            found["anchor/refused"] = self.refused
+        if self.version is not None:
+            found |= {"anchor/version": self.version, "anchor/age": self.age, "anchor/lag": self.lag}
+        if self.expired:
+            found["anchor/expired"] = 1.0
+        if self.merged:
+            found |= {
+                "anchor/sign_agreement": self.sign_agreement,
+                "merger/dose": self.dose,
+                "merger/flip_fraction": self.flip_fraction,
+            }
+        return found
+
+
+@dataclass(frozen=True)
+class Report:
+    """worker -> coordinator: what one rank measured."""
+
+    sums: dict[str, float]  # over this rank's response tokens: they add up over ranks and become means
+    values: dict[str, float]  # averaged over the ranks that have them
+    peaks: dict[str, float]  # times and memory: the highest of all ranks counts
+    ledger: Entries
+
+
+@dataclass(frozen=True)
+class TickReport(Report):
+    """worker -> coordinator: the same of a tick, with what it merged."""
+
+    merge: MergeOutcome

@@ -1,0 +1,155 @@
+"""One rank of the swarm: a stage of the model with all that belongs to it. Built alike by the actor and by tests."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from anchor_service.config import AnchorConfig
+from codec.boundary import Boundary
+from codec.config import CodecConfig
+from codec.gradient import DenseSum, PowerSGDSum
+from merger.config import MergerConfig
+from rl.config import GrpoConfig, ModelConfig
+from rl.model_files import model_shape, resolve
+from rl.objective import MicroBatch
+from rl.policy import Stage, spans
+from swarm.bases import Bases
+from swarm.config import SwarmConfig
+from swarm.grid import Grid
+from swarm.held import Held, under
+from swarm.pipeline import Pipeline
+from swarm.replicas import Seal
+
+NORM_BLOCK = 1 << 22  # elements: a norm in float64 without a float64 copy of the gradient
+
+
+@dataclass(frozen=True)
+class RankSetup:
+    """coordinator -> worker: the sections of a config that a rank is built from and that its ticks read."""
+
+    model: ModelConfig
+    codec: CodecConfig
+    swarm: SwarmConfig
+    grpo: GrpoConfig
+    anchor: AnchorConfig
+    merger: MergerConfig
+    q_cadence: int
+    temperature: float
+    seed: int  # of the first Q, and of what a rank draws itself
+
+
+@dataclass
+class MiniBatch:
+    """This rank's share of one tick's samples, and what all ranks divide by."""
+
+    micros: list[MicroBatch]
+    old_logprobs: list[Tensor]  # one a microbatch, on the last stage
+    denominator: int  # response tokens of the global mini-batch
+
+
+class Rank:
+    """State of one rank between ticks. Each part keeps, saves and restores its own."""
+
+    def __init__(self, setup: RankSetup, stage: Stage, cuts: dict[int, Boundary], grid: Grid):
+        self.setup, self.stage, self.cuts, self.grid = setup, stage, cuts, grid
+        self.pipeline = Pipeline(stage, cuts, grid)
+        self.bases = Bases(self.pipeline, cuts, grid, setup.q_cadence)
+        self.reducer = _reducer(setup, stage, grid)
+        self.held = Held(setup.anchor, setup.merger, setup.seed, stage.weights, grid)
+        self.seal = Seal(grid)
+        self.optimizer = _optimizer(setup.grpo, stage)
+        self.kept: dict[str, np.ndarray] = {}  # of a tick that is diagnosed, until `Worker.record` takes it away
+        self.timing: dict[str, float] = defaultdict(float)
+
+    def norm(self, flat: Tensor) -> float:
+        """Norm over all stages' parameters, a tied embedding counted once."""
+        owned = flat[: self.stage.weights.owned]
+        square = torch.stack([block.double().square().sum() for block in owned.split(NORM_BLOCK)]).sum()
+        return self.grid.sum_pp(square).sqrt().item()
+
+    def keep(self, **vectors: Tensor) -> None:
+        """For the diagnosis of this tick: copies on the host, a tied embedding left to its owner."""
+        owned = self.stage.weights.owned
+        self.kept |= {k: v[:owned].detach().to("cpu", copy=True).numpy() for k, v in vectors.items()}
+
+    @contextmanager
+    def timed(self, phase: str) -> Generator[None]:
+        start = time.perf_counter()
+        yield
+        self.timing[f"timing_s/{phase}"] += time.perf_counter() - start
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors, and plain fields: all that the next tick depends on."""
+        held, fields = self.held.state()
+        tensors = {"weights": self.stage.weights.master.detach()}
+        tensors |= {f"adam.{k}": v for k, v in self.optimizer.state_dict()["state"].get(0, {}).items()}
+        for layer, boundary in self.cuts.items():
+            tensors |= {f"codec.{layer}.{k}": v for k, v in boundary.state().items()}
+        tensors |= {f"reducer.{k}": v for k, v in self.reducer.state().items()}
+        return tensors | held, fields
+
+    def restore(self, tensors: dict[str, Tensor], fields: dict[str, Any]) -> None:
+        """Go on from `state()`. Raises ValueError if it is of another model or stage."""
+        weights = self.stage.weights
+        if tensors["weights"].shape != weights.master.shape:
+            raise ValueError(f"holds {len(tensors['weights'])} weights, this stage has {weights.numel}")
+        with torch.no_grad():
+            weights.master.copy_(tensors["weights"])
+        weights.publish()
+        state = self.optimizer.state_dict()
+        state["state"] = {0: under("adam", tensors)}
+        self.optimizer.load_state_dict(state)
+        for layer, boundary in self.cuts.items():
+            boundary.restore(under(f"codec.{layer}", tensors))
+        self.reducer.restore(under("reducer", tensors))
+        self.held.restore(tensors, fields)
+
+
+def build_rank(setup: RankSetup, grid: Grid) -> Rank:
+    """The stage of `grid`'s rank, loaded, with the boundaries inside it and at its two ends."""
+    swarm, folder = setup.swarm, resolve(setup.model.path)
+    shape = model_shape(str(folder))
+    assert shape is not None  # `resolve` gives a folder that is on this machine
+    span = spans(shape.layers, swarm.boundaries, swarm.pp)[grid.p]
+    stage = Stage(
+        folder,
+        span,
+        getattr(torch, setup.model.dtype),
+        grid.device,
+        attention=setup.model.attention,
+        checkpointing=swarm.activation_checkpointing,
+    )
+    cuts = {
+        layer: Boundary(setup.codec, index, stage.config.hidden_size, setup.seed, grid.ledger).to(grid.device)
+        for index, layer in enumerate(swarm.boundaries)
+        if span.lo <= layer <= span.hi
+    }
+    return Rank(setup, stage, cuts, grid)
+
+
+def _reducer(setup: RankSetup, stage: Stage, grid: Grid) -> DenseSum | PowerSGDSum:
+    """How gradients are summed over replicas."""
+
+    def sum_dp(tensor: Tensor, dense_bytes: float) -> None:
+        grid.sum_dp(tensor, "grad_dp", dense_bytes)
+
+    config = setup.codec.gradient
+    if config.kind == "none" or grid.dp == 1:
+        return DenseSum(sum_dp)
+    return PowerSGDSum(stage.weights.shapes, config.rank, grid.dp, setup.seed, sum_dp, grid.device)
+
+
+def _optimizer(grpo: GrpoConfig, stage: Stage) -> torch.optim.AdamW:
+    """One for the whole stage: its weights and their gradient are one flat parameter."""
+    parameter = torch.nn.Parameter(stage.weights.master)
+    parameter.grad = stage.weights.grad
+    return torch.optim.AdamW([parameter], lr=grpo.lr, betas=grpo.betas, weight_decay=grpo.weight_decay, fused=True)
