@@ -15,10 +15,7 @@ from typing import Any
 import ray
 
 from anchor_service.errors import WaitTimeout, described
-<<<<<<< HEAD
-from deploy.cluster.actors import fleet
 from deploy.cluster.forkserver import forkserver
-=======
 from deploy.cluster.kept_actors import new_actors
 from deploy.cluster.loopback import ADDRESS, loopback
 from deploy.cluster.placement import placement, tags
