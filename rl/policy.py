@@ -15,12 +15,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.masking_utils import create_causal_mask
 
 from codec.boundary import pack_rows, unpack_rows
+from rl.lean import lean_transformers
 from rl.model_shape import ModelNotFound
 from rl.stored_weights import stored_tensors
+
+with lean_transformers():
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+    from transformers.masking_utils import create_causal_mask
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
@@ -58,7 +61,7 @@ def skeleton(folder: Path, attention: str = "sdpa", dtype: torch.dtype = torch.f
     """
     config = AutoConfig.from_pretrained(folder)
     try:
-        with torch.device("meta"):
+        with lean_transformers(), torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype)
     except ImportError as error:
         raise ValueError(f"model.attention {attention!r} cannot be used on this machine: {error}") from error
