@@ -9,10 +9,10 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import ExitStack, contextmanager
+from importlib import import_module
 from types import ModuleType
 from typing import Any
 
@@ -32,14 +32,13 @@ def lean_transformers() -> Generator[None]:
         yield
         return
     dynamo, getitem = ModuleType("torch._dynamo"), ModuleType(_GETITEM)
-    vars(dynamo)["__getattr__"] = lambda name: _unchanged
-    vars(getitem)["TransformGetItemToIndex"] = lambda: importlib.import_module(_GETITEM).TransformGetItemToIndex()
+    setattr(dynamo, "__getattr__", lambda _: _unchanged)  # noqa: B010
+    setattr(getitem, "TransformGetItemToIndex", lambda: import_module(_GETITEM).TransformGetItemToIndex())  # noqa: B010
     with ExitStack() as stack:
         stack.enter_context(_replaced(sys.modules, {"torch._dynamo": dynamo, _GETITEM: getitem}))
-        stack.enter_context(_replaced(vars(torch), {"_dynamo": dynamo}))
+        stack.enter_context(_replaced(torch.__dict__, {"_dynamo": dynamo}))
         for name in ("transformers.utils.import_utils", "transformers.utils"):
-            probes = dict.fromkeys(_PROBES, _no)
-            stack.enter_context(_replaced(vars(importlib.import_module(name)), probes))
+            stack.enter_context(_replaced(import_module(name).__dict__, dict.fromkeys(_PROBES, _no)))
         yield
 
 
@@ -53,7 +52,7 @@ def _unchanged(function: Callable[..., Any] | None = None, *_: Any, **__: Any) -
 
 
 @contextmanager
-def _replaced(names: dict[str, Any], others: dict[str, Any]) -> Generator[None]:
+def _replaced(names: dict[str, Any], others: Mapping[str, Any]) -> Generator[None]:
     before = {name: names[name] for name in others if name in names}
     names.update(others)
     try:

@@ -42,5 +42,5 @@ def tokens_beyond(folder: Path, vocab: int) -> dict[int, str]:
         pieces = content["model"]["vocab"]
         found = dict(pieces) if isinstance(pieces, dict) else {piece: i for i, (piece, _) in enumerate(pieces)}
         found |= {token["content"]: token["id"] for token in content.get("added_tokens", ())}
-    spare = {tokenizer.unk_token, tokenizer.pad_token}
+    spare = (tokenizer.unk_token, tokenizer.pad_token)
     return {i: token for token, i in sorted(found.items()) if i >= vocab and token not in spare}
