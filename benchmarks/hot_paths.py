@@ -37,7 +37,7 @@ def medians(jobs: dict[str, Callable[[], object]], rounds: int = 9) -> dict[str,
     return {name: statistics.median(found[1:]) for name, found in seconds.items()}
 
 
-def report(title: str, baseline: str, jobs: dict[str, Callable[[], object]]) -> None:
+def print_ratios(title: str, baseline: str, jobs: dict[str, Callable[[], object]]) -> None:
     found = medians(jobs)
     print(f"{title} (baseline: {baseline}, {found[baseline] * 1e3:.2f} ms)")
     for name, seconds in found.items():
@@ -54,7 +54,7 @@ def stage() -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
         num_attention_heads=9,
         num_key_value_heads=3,
         vocab_size=8,
-        attn_implementation="sdpa",
+        attn_implementation="sdpa",  # pyright: ignore[reportCallIssue]
     )
     model = LlamaModel(config)
     return model, lambda x: model(inputs_embeds=x.view(SAMPLES, -1, HIDDEN)).last_hidden_state.view(-1, HIDDEN)
@@ -86,7 +86,7 @@ def boundary() -> None:
         name = ", ".join(str(value) for value in kind.values())
         jobs[f"{name}, both ways"] = lambda cut=cut: crossing(cut, False)
         jobs[f"{name}, with statistics"] = lambda cut=cut: crossing(cut, True)
-    report(f"boundary, H={HIDDEN}, {TOKENS} tokens", "stage of 15 layers", jobs)
+    print_ratios(f"boundary, H={HIDDEN}, {TOKENS} tokens", "stage of 15 layers", jobs)
 
 
 def correction() -> None:
@@ -106,7 +106,7 @@ def correction() -> None:
         "pack a frame of fp32": lambda: frames.pack({}, {"m": m.numpy()}),
         "unpack a frame of sign planes": lambda: frames.unpack(frame, "bench"),
     }
-    report(f"correction, {PARAMETERS:,} parameters", "Adam step", jobs)
+    print_ratios(f"correction, {PARAMETERS:,} parameters", "Adam step", jobs)
 
 
 if __name__ == "__main__":

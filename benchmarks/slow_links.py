@@ -34,12 +34,12 @@ from deploy.config import load
 
 RATE, BRIDGE, NET, PORT = "16mbit", "nslink-br", "10.77.0", 6479
 NODES = {"nslink-a": "swarm", "nslink-b": "swarm", "nslink-c": "far"}  # namespace: custom resource of its node
-HEAD = next(iter(NODES))
+HEAD_NODE = next(iter(NODES))
 LOCK = Path(tempfile.gettempdir()) / "northstar-bench-links.lock"
 START_S = 60.0
 PLACES = ["swarm.resource=swarm", "rollout.resource=far", "anchor.resource=far"]
 TICKS = ["run.steps=4", "val.size=8", "val.every=1000", "swarm.pp=2", "rollout.replicas=1", "swarm.placement=pack"]
-CODECS = {
+COMPARED = {
     "none": ["codec.kind=none"],
     "powersgd r=4": ["codec.kind=powersgd", "codec.rank=4"],
     "transform 5 %": ["codec.kind=transform", "codec.total_rate=0.05"],
@@ -113,8 +113,10 @@ def raylets(folder: Path, cpus: int) -> Iterator[None]:
             command += f"{cpus if tag == 'swarm' else 3} --object-store-memory 200000000 --resources '{resources}'"
             said = folder / f"{name}-{cpus}.log"
             with said.open("w") as out:
-                args = dict(env=environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
-                started.append(subprocess.Popen(shlex.split(command), **args))
+                process = subprocess.Popen(
+                    shlex.split(command), env=environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+                )
+                started.append(process)
             _await_start(name, said)  # two that start at once take each other's socket names
         yield
     finally:
@@ -142,11 +144,11 @@ def drive_one(folder: str, preset: str, *overrides: str) -> None:
         drive(config, Path(folder), lambda record: None)
 
 
-def run(folder: Path, preset: str, overrides: list[str], rate: str | None) -> Path:
+def run_over(folder: Path, preset: str, overrides: list[str], rate: str | None) -> Path:
     """The folder of a finished run, over links of this rate."""
     shape(rate)
     folder = folder / f"{time.time_ns()}"
-    command = f"ip netns exec {HEAD} {sys.executable} -m benchmarks.slow_links {folder} {preset}"
+    command = f"ip netns exec {HEAD_NODE} {sys.executable} -m benchmarks.slow_links {folder} {preset}"
     subprocess.run([*shlex.split(command), *overrides], check=True, timeout=1800)
     return folder
 
@@ -175,13 +177,13 @@ def main() -> None:
         folder = Path(temporary)
         with raylets(folder, cpus=1):
             print(f"{'codec':20} {'kB a tick':>10} {'s, fast':>8} {'s, ' + RATE:>10} {'slower':>7}", flush=True)
-            for name, overrides in CODECS.items():
-                (fast, _), (slow, crossed) = [ticks(run(folder, "k5", TICKS + overrides, r)) for r in (None, RATE)]
+            for name, overrides in COMPARED.items():
+                (fast, _), (slow, crossed) = [ticks(run_over(folder, "k5", TICKS + overrides, r)) for r in (None, RATE)]
                 print(f"{name:20} {crossed:10.0f} {fast:8.2f} {slow:10.2f} {slow / fast:6.2f} x", flush=True)
         with raylets(folder, cpus=2):
             print(f"{'30 steps':20} {'MB':>10} {'s, fast':>8} {'s, ' + RATE:>10} {'slower':>7}", flush=True)
             for name, overrides in DEMOS.items():
-                fast, slow = [summary(run(folder, "demo", overrides, rate)) for rate in (None, RATE)]
+                fast, slow = [summary(run_over(folder, "demo", overrides, rate)) for rate in (None, RATE)]
                 seconds = [each["seconds"]["timing_s/step"] for each in (fast, slow)]
                 same = "the same weights" if fast["weights_digests"] == slow["weights_digests"] else "OTHER WEIGHTS"
                 line = f"{name:20} {slow['bytes_total'] / 1e6:10.0f} {seconds[0]:8.0f} {seconds[1]:10.0f}"

@@ -32,7 +32,7 @@ def tick_rate(name: str, overrides: list[str], folder: Path) -> tuple[float, int
     return 1 / statistics.mean(seconds), merged
 
 
-def interval(ratios: list[float]) -> tuple[float, float]:
+def ratio_interval(ratios: list[float]) -> tuple[float, float]:
     """95 % Student interval of the geometric mean."""
     logs = [math.log(ratio) for ratio in ratios]
     half = float(t.ppf(0.975, len(logs) - 1)) * statistics.stdev(logs) / math.sqrt(len(logs))
@@ -53,7 +53,7 @@ def main() -> None:
                 f"pair {i}: {rate:.2f} ticks/s without, {slowed:.2f} beside a slow anchor ({merged} merged): {ratios[-1]:.3f} x",
                 flush=True,
             )
-        low, high = interval(ratios)
+        low, high = ratio_interval(ratios)
         print(
             f"{statistics.geometric_mean(ratios):.3f} x of the tick rate without an anchor, "
             f"95 % interval {low:.3f} to {high:.3f}, median {statistics.median(ratios):.3f}"

@@ -1,1 +1,1 @@
-"""Command line and configuration."""
+"""The command line and its rooms: configs, estimates, the doctor, the probe, clusters, displays."""

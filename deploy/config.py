@@ -13,6 +13,7 @@ from typing import Any, get_args
 
 import tomli_w
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from codec.config import Section
 from deploy.unread import complaints, drop_unread
@@ -20,8 +21,7 @@ from experiments.sweep import flat
 from swarm.run_config import RunConfig
 
 PRESETS = Path(__file__).parent.parent / "experiments" / "presets"
-
-
+Location = tuple[int | str, ...]  # of pydantic, where in a config an error is
 _OF_A_KIND = {"lag"}  # sections that are one of several kinds with keys of their own: another kind starts afresh
 
 
@@ -135,36 +135,6 @@ def _apply(data: dict[str, Any], override: str) -> None:
     data[keys[-1]] = value
 
 
-_MAY_CHANGE = {  # where a run goes on: what decides where and how long it runs, not what it computes
-    "run.steps",
-    "run.name",
-    "run.loggers",
-    "run.checkpoint_every",
-    "val.every",
-    "task.overlong",  # rows left out are compared beside the data: `rl.problems.check_same`
-    "rollout.replicas",
-    "rollout.gpu_memory",
-    "rollout.kv_cache_gb",
-    "anchor.slowdown",
-    "swarm.placement",
-    "swarm.activation_checkpointing",
-}
-
-_MAY_RISE = {"grpo.max_prompt_length", "grpo.max_response_length"}  # a run that met its limit can go on
-
-
-def check_resumes(stored: Path, config: RunConfig) -> None:
-    """Raises ConfigError if `config` is another experiment than the one of a run folder's config.toml."""
-    before, after = (flat(c.model_dump(mode="json")) for c in (load(str(stored), given=()), config))
-    other = {key for key in before | after if before.get(key) != after.get(key)} - _MAY_CHANGE
-    other = {key for key in other if not key.endswith(("timeout_s", ".resource")) and not key.startswith("links.")}
-    other -= {key for key in _MAY_RISE if before[key] < after[key]}
-    if other:
-        changes = ", ".join(f"{key} {before.get(key)!r} -> {after.get(key)!r}" for key in sorted(other))
-        changes += "".join(f"; {key} may only be raised" for key in sorted(other & _MAY_RISE))
-        raise ConfigError(f"--resume goes on with the experiment of {stored}, and this is another: {changes}")
-
-
 def to_toml(config: RunConfig) -> str:
     """The resolved config, re-runnable as it is."""
     return tomli_w.dumps(config.model_dump(exclude_none=True, mode="json"))
@@ -175,18 +145,18 @@ def _explain(error: ValidationError, source: str) -> str:
     return f"{source}: " + "\n".join(lines)
 
 
-def _explain_one(e: dict[str, Any]) -> str:
-    where = ".".join(str(part) for part in e["loc"])
+def _explain_one(e: ErrorDetails) -> str:
+    where, context = ".".join(str(part) for part in e["loc"]), e.get("ctx", {})
     if e["type"] == "extra_forbidden":
         allowed = _fields_at(e["loc"][:-1])
         return f"unknown key {where!r}{_near(e['loc'][-1], allowed)} (allowed: {', '.join(allowed)})"
     if e["type"] == "literal_error":
-        return f"{where} = {e['input']!r}: must be {e['ctx']['expected']}{_near(e['input'], _literals_at(e['loc']))}"
+        return f"{where} = {e['input']!r}: must be {context['expected']}{_near(e['input'], _literals_at(e['loc']))}"
     if e["type"] == "union_tag_not_found":
         return f"{where}.kind is missing: the other keys of {where} belong to a kind, set it too"
     if e["type"] == "union_tag_invalid":
-        kinds = [kind.strip("' ") for kind in e["ctx"]["expected_tags"].split(",")]
-        return f"{where}.kind = {e['ctx']['tag']!r}: must be one of {', '.join(kinds)}{_near(e['ctx']['tag'], kinds)}"
+        kinds = [kind.strip("' ") for kind in context["expected_tags"].split(",")]
+        return f"{where}.kind = {context['tag']!r}: must be one of {', '.join(kinds)}{_near(context['tag'], kinds)}"
     message = e["msg"].removeprefix("Value error, ")
     if e["type"] == "value_error":
         return f"{where}: {message}" if where else message
@@ -198,7 +168,7 @@ def _near(value: Any, allowed: list[str]) -> str:
     return f"; did you mean {found[0]!r}?" if found else ""
 
 
-def _section_at(loc: tuple) -> type[Section]:
+def _section_at(loc: Location) -> type[Section]:
     """The section at a pydantic location; behind a union of kinds comes the kind that was chosen."""
     section: Any = RunConfig
     for part in loc:
@@ -207,11 +177,11 @@ def _section_at(loc: tuple) -> type[Section]:
     return section
 
 
-def _fields_at(loc: tuple) -> list[str]:
+def _fields_at(loc: Location) -> list[str]:
     return sorted(_section_at(loc).model_fields)
 
 
-def _literals_at(loc: tuple) -> list[str]:
+def _literals_at(loc: Location) -> list[str]:
     *sections, key = [part for part in loc if isinstance(part, str)]  # an item of a list has a number at its end
     return [str(value) for value in _leaves(_section_at(tuple(sections)).model_fields[key].annotation)]
 

@@ -64,7 +64,7 @@ class Slot:
         return prod(self.shape)
 
 
-def export(run: Path, out: Path, step: int | None = None, dtype: str | None = None) -> Exported:
+def export_policy(run: Path, out: Path, step: int | None = None, dtype: str | None = None) -> Exported:
     """Write the newest checkpoint of `run`, or that of `step`, to the new folder `out`.
 
     The folder appears under its name when it is whole. `dtype` is the model's unless given; in float32 the

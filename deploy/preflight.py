@@ -21,6 +21,8 @@ def preflight(config: RunConfig) -> Problems:
     """
     check_packages([str(Path.cwd()), *sys.path], IN_ACTORS)  # Ray's workers look in the working directory first
     folder = resolve(config.model.path)
-    config.check_fits(model_shape(str(folder)))
-    check_model(folder)
-    return survey(config.task, config.grpo, folder, config.run.seed, config.val.size)
+    shape = model_shape(str(folder))
+    assert shape is not None  # a folder has one
+    config.check_fits(shape)
+    tokenizer = check_model(folder)  # loaded once: a second for a large vocabulary
+    return survey(config.task, config.grpo, folder, tokenizer, config.run.seed, config.val.size)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from typing import get_args
+
+from pydantic.fields import FieldInfo
 
 from codec.config import Section
-from deploy.unread import READING
+from deploy.unread import READERS
 from swarm.run_config import RunConfig
 
-HEAD = """# Config reference
+PREAMBLE = """# Config reference
 
 Made from the code by `python -m deploy.reference > docs/config.md`; a test holds it current.
 Set a key in a TOML file, or with `--set section.key=value`. Unknown keys and impossible values are refused.
@@ -24,8 +26,9 @@ grid are dropped in a cell that does not read them, and refused if none does.
 
 def reference() -> str:
     """Markdown: one table a section, with type, default and meaning of every key."""
-    parts = [HEAD]
+    parts = [PREAMBLE]
     for name, field in RunConfig.model_fields.items():
+        assert isinstance(field.annotation, type) and issubclass(field.annotation, Section)
         parts += _section(name, field.annotation)
     return "\n".join(parts) + "\n"
 
@@ -33,7 +36,7 @@ def reference() -> str:
 def _section(name: str, section: type[Section]) -> list[str]:
     lines = [
         f"\n## [{name}]\n".replace(" []", ""),
-        section.__doc__.strip().splitlines()[0],
+        (section.__doc__ or "").strip().splitlines()[0],
         "",
         "| key | type | default | meaning |",
         "|---|---|---|---|",
@@ -55,16 +58,16 @@ def _section(name: str, section: type[Section]) -> list[str]:
 
 def _read_by(key: str) -> str:
     """Under which settings it is read, if not always."""
-    ways = [" and ".join(sorted({f"`{when.key}`" for when in way})) for way in READING.get(key, ())]
+    ways = [" and ".join(sorted({f"`{when.key}`" for when in way})) for way in READERS.get(key, ())]
     return f" *(depends on {', or '.join(dict.fromkeys(ways))})*" if ways else ""
 
 
-def _kind(field: Any) -> str:
+def _kind(field: FieldInfo) -> str:
     text = field.annotation.__name__ if isinstance(field.annotation, type) else str(field.annotation)
     return text.replace("typing.", "").replace("|", "or")
 
 
-def _default(field: Any) -> str:
+def _default(field: FieldInfo) -> str:
     if field.is_required():
         return "required"
     return f"`{field.get_default(call_default_factory=True)!r}`"

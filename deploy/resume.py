@@ -7,9 +7,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deploy.config import check_resumes
+from deploy.config import ConfigError, load
+from experiments.sweep import flat
 from swarm.manifest import CheckpointError
 from swarm.run_config import RunConfig
+
+_MAY_CHANGE = {  # where a run goes on: what decides where and how long it runs, not what it computes
+    "run.steps",
+    "run.name",
+    "run.loggers",
+    "run.checkpoint_every",
+    "val.every",
+    "task.overlong",  # rows left out are compared beside the data: `rl.problems.check_same`
+    "rollout.replicas",
+    "rollout.gpu_memory",
+    "rollout.kv_cache_gb",
+    "anchor.slowdown",
+    "swarm.placement",
+    "swarm.activation_checkpointing",
+}
+
+_MAY_RISE = {"grpo.max_prompt_length", "grpo.max_response_length"}  # a run that met its limit can go on
 
 
 @dataclass(frozen=True)
@@ -44,6 +62,18 @@ def plan_resume(run: Path, config: RunConfig) -> Resume | None:
             f"set run.steps to more than {step} to make it longer"
         )
     return Resume(found, tuple(damaged))
+
+
+def check_resumes(stored: Path, config: RunConfig) -> None:
+    """Raises ConfigError if `config` is another experiment than the one of a run folder's config.toml."""
+    before, after = (flat(c.model_dump(mode="json")) for c in (load(str(stored), given=()), config))
+    other = {key for key in before | after if before.get(key) != after.get(key)} - _MAY_CHANGE
+    other = {key for key in other if not key.endswith(("timeout_s", ".resource")) and not key.startswith("links.")}
+    other -= {key for key in _MAY_RISE if before[key] < after[key]}
+    if other:
+        changes = ", ".join(f"{key} {before.get(key)!r} -> {after.get(key)!r}" for key in sorted(other))
+        changes += "".join(f"; {key} may only be raised" for key in sorted(other & _MAY_RISE))
+        raise ConfigError(f"--resume goes on with the experiment of {stored}, and this is another: {changes}")
 
 
 def read_summary(run: Path) -> dict[str, Any]:

@@ -6,18 +6,18 @@ import json
 from collections.abc import Collection
 from typing import Any
 
-from anchor_service import config as anchor
-from codec import config as codec
+import anchor_service.config
+import codec.config
+import merger.config
+import rl.config
 from codec.config import When
-from merger import config as merger
-from rl import config as rl
 
-READING = codec.READING | merger.READING | anchor.READING | rl.READING
+READERS = codec.config.READING | merger.config.READING | anchor_service.config.READING | rl.config.READING
 
 
 def unread(values: dict[str, Any]) -> set[str]:
-    """Keys and tables of READING that are not read. `values`: a whole config with dotted keys, defaults included."""
-    return {key for key, ways in READING.items() if not any(all(_holds(w, values) for w in way) for way in ways)}
+    """Keys and tables of READERS that are not read. `values`: a whole config with dotted keys, defaults included."""
+    return {key for key, ways in READERS.items() if not any(all(_holds(w, values) for w in way) for way in ways)}
 
 
 def drop_unread(data: dict[str, Any], values: dict[str, Any], given: Collection[str]) -> None:
@@ -39,7 +39,7 @@ def complaints(given: dict[str, Any], values: dict[str, Any], defaults: dict[str
 
 
 def _explain(key: str, value: Any, table: str, values: dict[str, Any]) -> str:
-    ways = [[when for when in way if not _holds(when, values)] for way in READING[table]]
+    ways = [[when for when in way if not _holds(when, values)] for way in READERS[table]]
     why = ways[0][0]
     readers = " or ".join(map(_quoted, why.values))
     return (

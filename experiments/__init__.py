@@ -1,1 +1,1 @@
-"""Presets and the scripts that make what the repository ships."""
+"""Presets, sweeps, and what the records of their runs say."""

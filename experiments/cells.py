@@ -12,7 +12,7 @@ import numpy as np
 
 from experiments.runs import Run, load_run
 from experiments.stats import Estimate, estimate, ignition, leader
-from experiments.sweep import FILE, Job, Sweep, cell_name, read
+from experiments.sweep import FILE, Job, Sweep, cell_name, read_sweep
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def is_sweep(folder: Path) -> bool:
 
 def load_sweep(folder: Path) -> Findings:
     """Raises SweepError if the folder's sweep file cannot be read."""
-    sweep = read(folder / FILE)
+    sweep = read_sweep(folder / FILE)
     every = tuple(map(str, sweep.seeds))
     cells = [_cell(folder, sweep, arm, point, every) for point in sweep.points() for arm in sweep.cells]
     if not sweep.tuning:

@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -79,8 +79,8 @@ IGNITED = "Dotted: from here on, a run stays above its own early baseline."
 TRUTH = "Cosine with the dense gradient of the tick's own weights and batch; before clipping."
 ERRORS = (
     "M of the source against the dense gradient, relative to it: all, from old weights, from other samples, and what "
+    "two independent batches at equal weights would differ by."
 )
-ERRORS += "two independent batches at equal weights would differ by."
 GAINS = "First-order change of mean reward and of mean length by the tick's update, judged on the tick's own samples."
 PLOTS = (
     Plot("Validation accuracy", "val", "step", (("accuracy", "accuracy"),)),
@@ -222,7 +222,7 @@ def _draw(axis: Axes, curve: Curve, plot: Plot, metric: str) -> None:
     mean = values.mean(axis=0)
     if len(found) > 1:
         axis.fill_between(xs, values.min(axis=0), values.max(axis=0), color=curve.color, alpha=0.25, linewidth=0)
-    style = {"color": curve.color, "linestyle": "--" if curve.stopped else "-", "marker": curve.marker}
+    style: dict[str, Any] = {"color": curve.color, "linestyle": "--" if curve.stopped else "-", "marker": curve.marker}
     if plot.marks:
         marked = curve.runs[0].series(plot.kind, plot.x, plot.marks)
         style |= {"markevery": [i for i, x in enumerate(xs) if marked.get(x)], "markersize": 6, "fillstyle": "none"}
@@ -282,7 +282,8 @@ def _size(value: float) -> str:
 def _svg(key: str, height: float, draw: Callable[[Figure], None]) -> Markup:
     """The drawing as an <svg> element that names no address and shares no id with another one."""
     text = io.StringIO()
-    with matplotlib.rc_context(STYLE | {"svg.hashsalt": key}):
+    style: dict[Any, Any] = STYLE | {"svg.hashsalt": key}  # rcParams, whose names matplotlib types as literals
+    with matplotlib.rc_context(style):
         figure = Figure(figsize=(4.6, height))
         draw(figure)
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))

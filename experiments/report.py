@@ -35,7 +35,7 @@ def write_html(folders: list[Path], out: Path) -> None:
 
     Raises FileNotFoundError for a folder that is not there.
     """
-    findings = _sweep(folders)
+    findings = _findings(folders)
     runs = findings.runs if findings else load_runs(folders)
     # Of a grid, only each arm at its best: the others are in the table
     drawn = [run for cell in findings.tuned.values() for run in cell.runs] if findings else runs
@@ -43,7 +43,7 @@ def write_html(folders: list[Path], out: Path) -> None:
     page = _template().render(
         title=findings.sweep.name if findings else ", ".join(dict.fromkeys(run.name for run in runs)),
         headline=_headline(runs),
-        sweep=sweep_report.tables(findings) if findings else None,
+        sweep=sweep_report.sweep_tables(findings) if findings else None,
         plain=plain,
         diagnosed=sweep_report.DIAGNOSED,
         runs=runs,
@@ -63,19 +63,19 @@ def write_html(folders: list[Path], out: Path) -> None:
     os.replace(partial, out)
 
 
-def markdown(folders: list[Path]) -> str:
+def report_markdown(folders: list[Path]) -> str:
     """The table of runs, for a terminal or a results file; notes on single runs follow it."""
-    findings = _sweep(folders)
+    findings = _findings(folders)
     runs = findings.runs if findings else load_runs(folders)
     lines = [[heading for heading, _ in COLUMNS], ["---"] * len(COLUMNS)]
     lines += [[_cell(cell(run)) for _, cell in COLUMNS] for run in runs]
     notes = [f"- {_cell(run.name)}, seed {_cell(run.seed)}: {_cell(note)}" for run in runs for note in run.notes]
     table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-    words = sweep_report.markdown(findings) if findings else ""
+    words = sweep_report.sweep_markdown(findings) if findings else ""
     return words + table + "".join(f"\n{note}" for note in notes) + ("\n" if notes else "")
 
 
-def _sweep(folders: list[Path]) -> Findings | None:
+def _findings(folders: list[Path]) -> Findings | None:
     """What there is to find in a sweep, where the one folder given is that of a sweep."""
     return load_sweep(folders[0]) if len(folders) == 1 and is_sweep(folders[0]) else None
 
@@ -98,5 +98,7 @@ def _cell(written: str) -> str:
 
 def _template() -> jinja2.Template:
     loader = jinja2.PackageLoader("experiments", ".")
-    settings = {"trim_blocks": True, "lstrip_blocks": True, "undefined": jinja2.StrictUndefined}
-    return jinja2.Environment(loader=loader, autoescape=True, **settings).get_template("report.html.j2")
+    environment = jinja2.Environment(
+        loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    return environment.get_template("report.html.j2")

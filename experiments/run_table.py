@@ -20,7 +20,7 @@ TOTALS = {
 }
 
 
-def write(runs: list[Run], out: Path) -> None:
+def write_csv(runs: list[Run], out: Path) -> None:
     """One row a run: name, seed, learning rate, status, accuracy at each validation, ends, totals, seconds."""
     rows = [_row(run) for run in runs]
     columns = list(dict.fromkeys(key for row in rows for key in row))

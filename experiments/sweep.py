@@ -31,6 +31,7 @@ from typing import Any
 
 import tomli_w
 from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails
 
 from codec.config import Section
 
@@ -46,10 +47,12 @@ class SweepError(ValueError):
 class Gates(Section):
     """What the report judges every other cell by."""
 
-    base: str | None = Field(None, description="cell that the others should remain near")
-    floor: str | None = Field(None, description="cell that the others should be above")
-    drop: float = Field(0.05, ge=0, description="largest drop of validation accuracy that is still near")
-    step: int | None = Field(None, ge=1, description="step at which nearness is judged; default: the last validation")
+    base: str | None = Field(default=None, description="cell that the others should remain near")
+    floor: str | None = Field(default=None, description="cell that the others should be above")
+    drop: float = Field(default=0.05, ge=0, description="largest drop of validation accuracy that is still near")
+    step: int | None = Field(
+        default=None, ge=1, description="step at which nearness is judged; default: the last validation"
+    )
 
 
 class Sweep(Section):
@@ -202,20 +205,20 @@ def nested(keys: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def names() -> list[str]:
+def sweep_names() -> list[str]:
     """The shipped sweeps."""
     return sorted(path.stem for path in SHIPPED.glob("*.toml"))
 
 
-def find(source: str) -> Path:
+def find_sweep(source: str) -> Path:
     """The file of a shipped sweep, or `source` itself. Raises SweepError if there is none."""
     shipped, file = SHIPPED / f"{source}.toml", Path(source).expanduser()
     if not shipped.exists() and not file.is_file():
-        raise SweepError(f"no sweep or TOML file {source!r}: sweeps are {', '.join(names())}")
+        raise SweepError(f"no sweep or TOML file {source!r}: sweeps are {', '.join(sweep_names())}")
     return shipped if shipped.exists() else file
 
 
-def read(file: Path) -> Sweep:
+def read_sweep(file: Path) -> Sweep:
     """Raises SweepError. A `base` that is a file is found from the folder of the sweep file."""
     try:
         data = tomllib.loads(file.read_text())
@@ -236,13 +239,13 @@ def read(file: Path) -> Sweep:
     return sweep
 
 
-def keep(sweep: Sweep, out: Path) -> None:
+def keep_sweep(sweep: Sweep, out: Path) -> None:
     """Write the sweep into its folder, for the report."""
     out.mkdir(parents=True, exist_ok=True)
     (out / FILE).write_text(tomli_w.dumps(sweep.model_dump(exclude_none=True, mode="json")))
 
 
-def _explain(e: dict[str, Any]) -> str:
+def _explain(e: ErrorDetails) -> str:
     where = ".".join(map(str, e["loc"]))
     if e["type"] == "extra_forbidden":
         return f"unknown key {where!r} (allowed: {', '.join(Sweep.model_fields)})"

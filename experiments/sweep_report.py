@@ -22,7 +22,7 @@ DIAGNOSED = (
 )
 
 
-class Row(NamedTuple):
+class CellRow(NamedTuple):
     """A cell of the sweep as the table shows it."""
 
     cell: Cell
@@ -30,22 +30,22 @@ class Row(NamedTuple):
     values: list[str]
 
 
-class Tables(NamedTuple):
+class SweepTables(NamedTuple):
     """What the template needs of a sweep."""
 
     how: str
     verdict: list[Sentence]
     squares: list[tuple[str, Square, list[tuple[str, str, str]]]]  # where, cells, (contrast, interval, seeds)
     headings: list[str]
-    rows: list[Row]
+    rows: list[CellRow]
     compared: list[tuple[str, str, str, str]]  # pair, where, difference, says
     diagnosed: list[tuple[Cell, list[str]]]  # values of DIAGNOSED, of the cells that have any
 
 
-def tables(findings: Findings) -> Tables:
+def sweep_tables(findings: Findings) -> SweepTables:
     points = findings.sweep.points()
     squares = [(place(point), found) for point in points if (found := square(findings, point))]
-    return Tables(
+    return SweepTables(
         _how(findings),
         verdict(findings),
         [(where, found, _contrasts(found)) for where, found in squares],
@@ -58,7 +58,7 @@ def tables(findings: Findings) -> Tables:
             "clip spike",
             "ignition",
         ],
-        [Row(cell, findings.tuned[cell.arm] is cell, _row(cell)) for cell in findings.cells],
+        [CellRow(cell, findings.tuned[cell.arm] is cell, _row(cell)) for cell in findings.cells],
         [
             (f"{d.a.arm} − {d.b.arm}", d.where, interval(d.found), _says(d.found.distinguishable, d.found.n))
             for d in differences(findings)
@@ -126,9 +126,9 @@ def _says(distinguishable: bool, n: int) -> str:
 # --- Markdown --------------------------------------------------------------------------------------
 
 
-def markdown(findings: Findings) -> str:
+def sweep_markdown(findings: Findings) -> str:
     """Everything above the table of runs. Links go to the cells' folders, from the folder of the sweep."""
-    found = tables(findings)
+    found = sweep_tables(findings)
     lines = [f"## {findings.sweep.name}", "", found.how, ""]
     lines += ["- " + "".join(_link(part) for part in sentence.parts) for sentence in found.verdict] + [""]
     for where, the_square, contrasts in found.squares:

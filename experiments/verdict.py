@@ -135,7 +135,7 @@ def _over(found: Estimate) -> str:
 
 def _gates(findings: Findings) -> list[Sentence]:
     gates, cells = findings.sweep.gates, findings.tuned
-    base, floor = cells.get(gates.base), cells.get(gates.floor)
+    base, floor = (cells[arm] if arm in cells else None for arm in (gates.base, gates.floor))
     judged = [cell for arm, cell in cells.items() if arm not in (gates.base, gates.floor) and cell.values]
     return [s for cell in judged for s in [_gate(cell, base, floor, gates)] if s]
 

@@ -11,19 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from rl.model_files import model_config
 from rl.model_shape import ModelRefused
 from rl.policy import EMBEDDING, HEAD, PIECE, layout
 from rl.stops import stop_tokens
 from rl.stored_weights import Stored, stored_tensors
-from rl.tokenizer import tokens_beyond
+from rl.tokenizer import load_tokenizer, tokens_beyond
 
 _TABLES = "rotary_emb.inv_freq"  # in checkpoints of old; they are computed
 
 
-def check_model(folder: Path) -> None:
-    """Raises ModelRefused, with the fix, or ModelNotFound. Reads headers, and a head only if the config denies it."""
+def check_model(folder: Path) -> PreTrainedTokenizerBase:
+    """The model's tokenizer. Raises ModelRefused, with the fix, or ModelNotFound. Reads headers, and a head only if the config denies it."""
     config, stored = model_config(str(folder)), stored_tensors(folder)
     vocab, pad = config["vocab_size"], config.get("pad_token_id")
     if pad is not None and not -vocab <= pad < vocab:
@@ -33,8 +34,10 @@ def check_model(folder: Path) -> None:
     _check_tensors(folder, stored, config)
     if config.get("tie_word_embeddings", False):
         _check_tie(folder, stored)
-    _check_tokenizer(folder, vocab)
-    stop_tokens(folder)
+    tokenizer = load_tokenizer(folder)
+    _check_tokenizer(tokenizer, folder, vocab)
+    stop_tokens(folder, tokenizer)
+    return tokenizer
 
 
 def _check_tensors(folder: Path, stored: dict[str, Stored], config: dict[str, Any]) -> None:
@@ -95,8 +98,8 @@ def _check_tie(folder: Path, stored: dict[str, Stored]) -> None:
         )
 
 
-def _check_tokenizer(folder: Path, vocab: int) -> None:
-    beyond = tokens_beyond(folder, vocab)
+def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, vocab: int) -> None:
+    beyond = tokens_beyond(tokenizer, folder, vocab)
     if beyond:
         largest = max(beyond)
         raise ModelRefused(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from codec.boundary import pack_rows, unpack_rows
+from codec.rows import pack_rows, unpack_rows
 from rl.lean import lean_transformers
 from rl.model_shape import ModelNotFound
 from rl.stored_weights import stored_tensors

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from rl.config import TaskConfig
 from rl.data_rows import DataRows, refuse
 from rl.model_files import model_config
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 CHUNK = 1024  # prompts a call of the tokenizer, which takes them in parallel
 
@@ -33,12 +36,12 @@ class PromptTooLong(PromptRefused):
 
 
 class PromptEncoder:
-    """`limit`: the most tokens of a prompt, with all that is put around it."""
+    """`limit`: the most tokens of a prompt, with all that is put around it. `tokenizer`: the folder's, if it is loaded."""
 
-    def __init__(self, folder: Path, task: TaskConfig, limit: int):
+    def __init__(self, folder: Path, task: TaskConfig, limit: int, tokenizer: PreTrainedTokenizerBase | None = None):
         from rl.tokenizer import load_tokenizer  # transformers takes seconds
 
-        self.tokenizer = load_tokenizer(folder)
+        self.tokenizer = load_tokenizer(folder) if tokenizer is None else tokenizer
         self._task, self._limit, self._vocab = task, limit, model_config(str(folder))["vocab_size"]
         self._nothing = next(self._encoded([""]))
 

@@ -15,8 +15,10 @@ from rl.tokenizer import has_tokenizer, load_tokenizer
 _ANSWER = "what-the-assistant-says"
 
 
-def stop_tokens(folder: Path) -> list[int]:
+def stop_tokens(folder: Path, tokenizer: PreTrainedTokenizerBase | None = None) -> list[int]:
     """Ids, sorted: those of config.json, of generation_config.json and of the tokenizer, and the chat template's.
+
+    `tokenizer`: the folder's, where it is loaded already: it takes a second for a large vocabulary.
 
     The template's count whether or not prompts are wrapped in it: a token that ends a turn is no part of an answer,
     and a tuned model ends its answers with it all the same. Defaults of transformers' classes do not count (2 for
@@ -35,8 +37,9 @@ def stop_tokens(folder: Path) -> list[int]:
                 "name there the token that ends an answer",
             )
         found |= named
-    if has_tokenizer(folder):
+    if tokenizer is None and has_tokenizer(folder):
         tokenizer = load_tokenizer(folder)
+    if tokenizer is not None:
         ends = (tokenizer.eos_token_id, end_of_turn(tokenizer))
         # a class's own default has no row, and is never drawn
         found |= {i for i in ends if isinstance(i, int) and i < vocab}

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rl.config import GrpoConfig, TaskConfig
 from rl.problems import Problems
 from rl.prompts import PromptEncoder
 from rl.tasks import make_task
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 SAMPLE = 64  # made problems looked at, of each split
 
 
-def survey(task: TaskConfig, grpo: GrpoConfig, folder: Path, seed: int, val_size: int) -> Problems:
-    """`folder` is the model's. Raises ValueError with the rows, or the problem, that a run could not be shown."""
-    encoder = PromptEncoder(folder, task, grpo.max_prompt_length)
+def survey(
+    task: TaskConfig, grpo: GrpoConfig, folder: Path, tokenizer: PreTrainedTokenizerBase, seed: int, val_size: int
+) -> Problems:
+    """`folder` and `tokenizer` are the model's. Raises ValueError with the rows, or the problem, that a run could not be shown."""
+    encoder = PromptEncoder(folder, task, grpo.max_prompt_length, tokenizer)
     val_size = min(val_size, SAMPLE)  # a table does not ask; making a problem may take long
     made = make_task(task, seed, val_size, encoder.judge)
     found = made.problems()

@@ -29,14 +29,13 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise ModelRefused(says, "fetch its files again") from error
 
 
-def tokens_beyond(folder: Path, vocab: int) -> dict[int, str]:
+def tokens_beyond(tokenizer: PreTrainedTokenizerBase, folder: Path, vocab: int) -> dict[int, str]:
     """Tokens in the tokenizer's files whose ids an embedding of `vocab` rows has not, by id.
 
     Without the unknown and the padding token, which classes of transformers put behind the others where a model has
     none: no text is encoded to them by a tokenizer that knows bytes, and padding is not embedded here.
     """
-    tokenizer, file = load_tokenizer(folder), folder / "tokenizer.json"
-    found = tokenizer.get_vocab()
+    file, found = folder / "tokenizer.json", tokenizer.get_vocab()
     if file.exists():  # what a class adds when it is loaded is in none of the files
         content = json.loads(file.read_text(encoding="utf-8"))
         pieces = content["model"]["vocab"]

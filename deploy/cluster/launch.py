@@ -6,15 +6,17 @@ import os
 import signal
 import socket
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
+from types import FrameType, TracebackType
 from typing import Any
 
 import ray
 
 from anchor_service.errors import WaitTimeout, described
-from deploy.cluster.actors import fleet
+from deploy.cluster.forkserver import forkserver
+from deploy.cluster.kept_actors import new_actors
 from deploy.cluster.loopback import ADDRESS, loopback
 from deploy.cluster.placement import placement, tags
 from deploy.cluster.takedown import shut_down
@@ -30,7 +32,7 @@ KNOCK_S = 10.0
 
 
 @contextmanager
-def cluster(config: RunConfig, address: str | None, lanes: int = 1) -> Iterator[None]:
+def cluster(config: RunConfig, address: str | None, lanes: int = 1) -> Generator[None]:
     """A Ray cluster: the one at `address`, or one of our own on this machine, gone at the end.
 
     Our own has room for `lanes` runs like `config` side by side.
@@ -43,7 +45,8 @@ def cluster(config: RunConfig, address: str | None, lanes: int = 1) -> Iterator[
             ray.init(address=address, log_to_driver=False)
         else:
             stack.enter_context(loopback())
-            needed = lanes * placement(config).total["CPU"]
+            environment = stack.enter_context(forkserver(config.swarm.threads)) if _may_fork(config) else {}
+            needed = lanes * int(placement(config).total["CPU"])
             # Logical CPUs, so that a small machine can run every role; each process uses `swarm.threads` threads
             ray.init(
                 address="local",  # else Ray joins any cluster that it finds on this machine, or that RAY_ADDRESS names
@@ -51,12 +54,18 @@ def cluster(config: RunConfig, address: str | None, lanes: int = 1) -> Iterator[
                 resources=dict.fromkeys(tags(config).values(), 1),
                 include_dashboard=False,
                 log_to_driver=False,
+                runtime_env=environment,
                 _node_ip_address=ADDRESS,
             )
         try:
             yield
         finally:
             shut_down()
+
+
+def _may_fork(config: RunConfig) -> bool:
+    """CUDA does not live on in a fork, and what is imported may wake it."""
+    return "cuda" not in (config.swarm.device, config.rollout.device, config.anchor.device)
 
 
 def _knock(address: str) -> None:
@@ -74,12 +83,12 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM, handled as Ctrl-C is."""
 
 
-def _on_sigterm(signum: int, frame: Any) -> None:
+def _on_sigterm(signum: int, frame: FrameType | None) -> None:
     raise Terminated
 
 
 @contextmanager
-def session(config: RunConfig, address: str | None, lanes: int = 1) -> Iterator[None]:
+def session(config: RunConfig, address: str | None, lanes: int = 1) -> Generator[None]:
     """`cluster`, with SIGTERM raised as an exception while it is there."""
     previous = signal.signal(signal.SIGTERM, _on_sigterm)
     try:
@@ -103,35 +112,35 @@ def drive(
     run: Path,
     listener: Listener,
     resume: Resume | None = None,
-    fleets: Callable[[RunConfig], AbstractContextManager[Fleet]] = fleet,
+    actors: Callable[[RunConfig], AbstractContextManager[Fleet]] = new_actors,
 ) -> dict[str, Any]:
     """Run `config` in the folder `run`, on the Ray cluster that is connected; returns the summary it also wrote.
 
-    `resume`: where it goes on; until it does, the folder stays as it was. `fleets` gives the actors: new ones, or those
-    of an earlier run. Ctrl-C and SIGTERM end the run with status "interrupted", any error with "failed" and the error
+    `resume`: where it goes on; until it does, the folder stays as it was. `actors`: new ones, or those of an earlier run. Ctrl-C and SIGTERM end the run with status "interrupted", any error with "failed" and the error
     raised again; the folder is valid in every case.
     """
     run = run.resolve()  # workers write their checkpoints there too, and theirs is another working directory
     run.mkdir(parents=True, exist_ok=True)
     if not resume:
         replace_text(run / "config.toml", to_toml(config))
-    loggers = Loggers.named(config.run.loggers, config.run.name, run, config.model_dump(mode="json"))
+    loggers = Loggers.named([*config.run.loggers], config.run.name, run, config.model_dump(mode="json"))
     telemetry = Telemetry(run, listener, loggers)
     outcome = _Outcome(config, telemetry, begun=resume is None)
     try:
-        with fleets(config) as actors, outcome:  # the summary is written first: taking Ray down may not succeed
-            coordinator = Coordinator(config, actors, telemetry, run)
+        with actors(config) as fleet, outcome:  # the summary is written first: taking Ray down may not succeed
+            coordinator = Coordinator(config, fleet, telemetry, run)
             if resume:
                 _go_on(coordinator, resume)
                 replace_text(run / "config.toml", to_toml(config))
             outcome.coordinator, outcome.begun = coordinator, True
-            coordinator.progress.event("started", workers=len(actors.workers))
+            coordinator.progress.event("started", workers=len(fleet.workers))
             coordinator.run()
     except BaseException as failure:
         if outcome.summary is None:  # the actors did not even start
             outcome.__exit__(type(failure), failure, None)
         if outcome.summary is None or not isinstance(failure, KeyboardInterrupt):
             raise
+    assert outcome.summary is not None  # written at every end that is not raised
     return outcome.summary
 
 
@@ -157,16 +166,18 @@ class _Outcome:
 
     def __enter__(self) -> None: ...
 
-    def __exit__(self, kind: type | None, failure: BaseException | None, trace: Any) -> bool:
+    def __exit__(
+        self, kind: type[BaseException] | None, failure: BaseException | None, trace: TracebackType | None
+    ) -> bool:
         if not self.begun:
             self.telemetry.close()
             return False
         interrupted = isinstance(failure, KeyboardInterrupt)
         status = "interrupted" if interrupted else "failed" if failure else "completed"
-        extra = {"name": self.config.run.name, "seed": self.config.run.seed, "error": None}
-        if status == "failed":
-            trace = "".join(traceback.format_exception(failure)).splitlines()
-            extra |= {"error": described(failure), "traceback": trace}
+        extra: dict[str, Any] = {"name": self.config.run.name, "seed": self.config.run.seed, "error": None}
+        if failure and not interrupted:
+            lines = "".join(traceback.format_exception(failure)).splitlines()
+            extra |= {"error": described(failure), "traceback": lines}
         counted = self.coordinator.summary() if self.coordinator else {}
         self.summary = self.telemetry.finish(status, extra | counted)
         return interrupted

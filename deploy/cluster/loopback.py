@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 from ray._private import ray_constants
-from ray._private.authentication.authentication_token_setup import AuthenticationTokenLoader
-from ray._raylet import Config
+from ray._private.authentication.authentication_token_setup import AuthenticationTokenLoader  # pyright: ignore[reportAttributeAccessIssue]
+from ray._raylet import Config  # pyright: ignore[reportAttributeAccessIssue]
 
 ADDRESS, INTERFACE = "127.0.0.1", "lo"
 
 
 @contextmanager
-def loopback() -> Iterator[None]:
+def loopback() -> Generator[None]:
     """Settings for a local `ray.init`, which its processes inherit; as they were before at the end."""
     settings = {
         ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0",
@@ -27,6 +27,7 @@ def loopback() -> Iterator[None]:
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "GLOO_SOCKET_IFNAME": INTERFACE,
         "NCCL_SOCKET_IFNAME": INTERFACE,
+        "RAY_prestart_worker_first_driver": "0",  # of no use: an actor's environment is its own
     }
     before = {name: os.environ.get(name) for name in settings}
     clusters = ray_constants.ENABLE_RAY_CLUSTER

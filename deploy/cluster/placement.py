@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from anchor_service.config import AnchorConfig
@@ -87,7 +88,7 @@ def tags(config: RunConfig) -> dict[str, str]:
     return {f"{name}.resource": section.resource for name, section in asked.items() if section.resource}
 
 
-def lacking(wanted: dict[str, float], have: dict[str, float], free: dict[str, float]) -> str:
+def lacking(wanted: Mapping[str, float], have: Mapping[str, float], free: Mapping[str, float]) -> str:
     """Why a cluster with so much in all, and so much free now, has no room, by resource."""
     said = [
         f"{n:g} {name} (of {have.get(name, 0):g} in the cluster {free.get(name, 0):g} are free)"

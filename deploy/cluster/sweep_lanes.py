@@ -16,22 +16,22 @@ from typing import Any, Protocol
 import ray
 
 from anchor_service.errors import described
-from deploy.cluster.actors import Held
+from deploy.cluster.kept_actors import KeptActors
 from deploy.cluster.launch import drive, session
 from deploy.cluster.placement import placement
-from deploy.cluster.sweep_runs import Planned
+from deploy.cluster.sweep_runs import SweepRun
 from swarm.run_config import RunConfig
 
 
 class Watcher(Protocol):
     """A display: told of every change of a run and of every record it writes."""
 
-    def changed(self, run: Planned) -> None: ...
+    def changed(self, run: SweepRun) -> None: ...
 
-    def record(self, run: Planned, record: dict[str, Any]) -> None: ...
+    def record(self, run: SweepRun, record: dict[str, Any]) -> None: ...
 
 
-def execute(runs: list[Planned], watcher: Watcher, address: str | None = None, lanes: int | None = None) -> bool:
+def execute_sweep(runs: list[SweepRun], watcher: Watcher, address: str | None = None, lanes: int | None = None) -> bool:
     """Run what is not completed, `lanes` runs side by side (default: as many as the cluster has room for).
 
     Returns whether it came to the end; else it was interrupted, and the same call goes on with the rest.
@@ -58,7 +58,7 @@ def _room(config: RunConfig) -> int:
 
 
 def _clear(folder: Path) -> None:
-    """Remove a run of this very config, as `plan` has checked; at once, so that no half of one can be left."""
+    """Remove a run of this very config, as `planned_runs` has checked; at once, so that no half of one can be left."""
     aside = folder.with_name(f".{folder.name}")
     shutil.rmtree(aside, ignore_errors=True)
     if folder.exists():
@@ -69,8 +69,8 @@ def _clear(folder: Path) -> None:
 class Lanes:
     """Lanes take runs from one queue; each has actors of its own."""
 
-    def __init__(self, todo: list[Planned], watcher: Watcher):
-        self.waiting: Iterator[Planned] = iter(todo)
+    def __init__(self, todo: list[SweepRun], watcher: Watcher):
+        self.waiting: Iterator[SweepRun] = iter(todo)
         self.watcher: Watcher | None = watcher
         self.lock, self.stop = threading.Lock(), threading.Event()
 
@@ -91,18 +91,18 @@ class Lanes:
                 self.stop.set()
 
     def _lane(self) -> None:
-        held = Held()
+        kept = KeptActors()
         try:
             while not self.stop.is_set() and (run := self._next()):
-                self._one(run, held)
+                self._one(run, kept)
         finally:
-            held.close()
+            kept.close()
 
-    def _next(self) -> Planned | None:
+    def _next(self) -> SweepRun | None:
         with self.lock:
             return next(self.waiting, None)
 
-    def _one(self, run: Planned, held: Held) -> None:
+    def _one(self, run: SweepRun, kept: KeptActors) -> None:
         _clear(run.folder)
         self._change(run, "starting")
 
@@ -113,7 +113,7 @@ class Lanes:
             self._show(lambda watcher: watcher.record(run, record))
 
         try:
-            status = drive(run.config, run.folder, listen, fleets=held.fleet)["status"]
+            status = drive(run.config, run.folder, listen, actors=kept.lent)["status"]
         except Exception as error:
             run.error = described(error)
             status = "failed"
@@ -121,7 +121,7 @@ class Lanes:
             self.stop.set()
         self._change(run, status)
 
-    def _change(self, run: Planned, state: str) -> None:
+    def _change(self, run: SweepRun, state: str) -> None:
         run.state = state
         self._show(lambda watcher: watcher.changed(run))
 

@@ -13,7 +13,7 @@ from swarm.run_config import RunConfig
 
 
 @dataclass
-class Planned:
+class SweepRun:
     """One run of a sweep and how far it is."""
 
     job: Job
@@ -27,7 +27,7 @@ class Planned:
         return f"{self.job.name}, seed {self.job.seed}"
 
 
-def plan(sweep: Sweep, out: Path, overrides: list[str], jobs: list[Job] | None = None) -> list[Planned]:
+def planned_runs(sweep: Sweep, out: Path, overrides: list[str], jobs: list[Job] | None = None) -> list[SweepRun]:
     """`jobs` (default: `sweep.jobs()`), each config checked and each folder looked at. Raises SweepError.
 
     `overrides` (as of --set) are laid over the base, below what a cell sets. A setting of a cell that its run does not
@@ -38,7 +38,7 @@ def plan(sweep: Sweep, out: Path, overrides: list[str], jobs: list[Job] | None =
     for job in sweep.jobs() if jobs is None else jobs:
         config = _config(sweep, overrides, job)
         folder = out / job.folder
-        found.append(Planned(job, config, folder, "completed" if _finished(folder, config) else "waiting"))
+        found.append(SweepRun(job, config, folder, "completed" if _finished(folder, config) else "waiting"))
     return found
 
 
@@ -75,7 +75,7 @@ def _finished(folder: Path, config: RunConfig) -> bool:
     return read_summary(folder).get("status") == "completed"
 
 
-def check(runs: list[Planned]) -> None:
+def check_runs(runs: list[SweepRun]) -> None:
     """`preflight` of what is to be run, once for all runs that it sees alike. Raises SweepError."""
     from deploy.preflight import preflight  # with torch, which takes seconds: a sweep that is wrong is refused before
 

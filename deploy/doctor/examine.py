@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from rich.console import Console
 from rich.table import Table
@@ -17,7 +17,7 @@ from anchor_service.errors import described
 from deploy.cluster.placement import UNMASKED, placement, tags
 from deploy.doctor import checks, fit
 from deploy.doctor.checks import Finding, error, merge, pins, warning
-from deploy.doctor.facts import NodeFacts, busy, gather
+from deploy.doctor.facts import NodeFacts, busy, node_facts
 from deploy.doctor.fit import Host
 from rl.model_files import is_whole, local_folder
 from rl.model_shape import ModelRefused
@@ -32,7 +32,7 @@ def examine(config: RunConfig | None, address: str | None, folder: Path, nodes: 
     return merge(_cluster(config, address, folder, nodes) if address else _machine(config, folder))
 
 
-def show(findings: list[Finding], console: Console) -> None:
+def print_findings(findings: list[Finding], console: Console) -> None:
     table = Table(show_header=False, box=None, pad_edge=False)
     for found in findings:
         where = f" ({', '.join(found.where)})" if found.where else ""
@@ -48,7 +48,7 @@ def _plain(text: str) -> str:
 
 def _machine(config: RunConfig | None, folder: Path) -> list[Finding]:
     """This machine, for a run of its own."""
-    facts = gather(str(folder))
+    facts = node_facts(str(folder))
     found = [*_node(facts, config, several=False), *checks.auth(facts, connects=False), *checks.ports(busy())]
     if config:
         found += _files(config)
@@ -100,7 +100,7 @@ def _sizes(config: RunConfig | None) -> tuple[float, float]:
 def _cluster(config: RunConfig | None, address: str, folder: Path, nodes: int) -> list[Finding]:
     from deploy.cluster.launch import cluster
 
-    here = gather(str(folder))  # before Ray is met: connecting sets RAY_AUTH_MODE
+    here = node_facts(str(folder))  # before Ray is met: connecting sets RAY_AUTH_MODE
     found = list(checks.auth(here, connects=True))
     try:
         with cluster(config or RunConfig(), address):
@@ -145,28 +145,31 @@ def _alive(nodes: int) -> list[dict[str, Any]]:
         time.sleep(1)
 
 
-def _on(node: dict[str, Any]) -> dict[str, Any]:
-    """Options of what runs on that node, takes nothing from it, and sees what a worker would see."""
+def _on(node: dict[str, Any], what: Any, **options: Any) -> Any:
+    """A function or a class that runs on that node, takes nothing from it, and sees what a worker would see."""
+    import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    return {
+    options |= {
         "num_cpus": 0,
         "scheduling_strategy": NodeAffinitySchedulingStrategy(node["NodeID"], soft=False),
         "runtime_env": {"env_vars": UNMASKED},  # else Ray hides all GPUs from what asks for none
     }
+    return ray.remote(**options)(what)
 
 
 def _ask(alive: list[dict[str, Any]], folder: str, paths: tuple[str, ...]) -> tuple[list[Host], list[Finding]]:
     import ray
+    from ray.exceptions import RayError
 
     from anchor_service.calls import failure
 
-    asking = [ray.remote(max_retries=0, **_on(node))(gather).remote(folder, paths) for node in alive]
+    asking = [_on(node, node_facts, max_retries=0).remote(folder, paths) for node in alive]
     hosts, found = [], []
     for node, answer in zip(alive, asking):
         try:
             hosts.append(Host(node["Resources"], ray.get(answer, timeout=_WAIT_S)))
-        except ray.exceptions.RayError as failed:
+        except RayError as failed:
             hosts.append(Host(node["Resources"]))
             why = described(failure(failed, node["NodeManagerHostname"], "its facts"))
             fix = "install the package there, the same version as here"
@@ -184,10 +187,10 @@ def _clocks(alive: list[dict[str, Any]]) -> dict[str, tuple[float, float]]:
 
     found = {}
     for node in alive:
-        clock, best = ray.remote(max_retries=0, **_on(node))(_now), []
+        clock, best = _on(node, _now, max_retries=0), []
         for _ in range(4):
             sent = time.time()
-            there = ray.get(clock.remote(), timeout=_WAIT_S)
+            there = cast(float, ray.get(clock.remote(), timeout=_WAIT_S))
             back = time.time()
             best.append(((back - sent) / 2, there - (sent + back) / 2))
         sure, ahead = min(best)
@@ -222,7 +225,7 @@ def _knock(alive: list[dict[str, Any]]) -> tuple[dict[tuple[str, str], str], int
     if len(alive) < 2:
         return {}, 0
     names = [node["NodeManagerHostname"] for node in alive]
-    doors = [ray.remote(**_on(node))(Door).remote() for node in alive]
+    doors = [_on(node, Door).remote() for node in alive]
     addresses = ray.get([door.address.remote() for door in doors], timeout=_WAIT_S)
     pairs = sorted({pair for i in range(len(doors)) for pair in _neighbours(i, len(doors))})
     said = ray.get([doors[i].knock.remote(addresses[j]) for i, j in pairs], timeout=_WAIT_S)

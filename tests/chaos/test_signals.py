@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from deploy.cluster.sweep_runs import plan
-from experiments.sweep import read
+from deploy.cluster.sweep_runs import planned_runs
+from experiments.sweep import read_sweep
 from tests.ray.conftest import SIZES, SMALL
 from tests.ray.test_loopback import members, open_to_others
 
@@ -114,7 +114,7 @@ def test_ctrl_c_ends_a_sweep_that_can_go_on(tmp_path: Path):
         output, _ = process.communicate(timeout=120)
     assert process.returncode == 130 and "1 of 2 runs completed, 0 failed" in output, output
     assert json.loads((out / "long" / "seed-0" / "summary.json").read_text())["status"] == "interrupted"
-    assert [run.state for run in plan(read(sweep), out, list(SMALL))] == ["completed", "waiting"]
+    assert [run.state for run in planned_runs(read_sweep(sweep), out, list(SMALL))] == ["completed", "waiting"]
     assert "interrupted" in (out / "report.html").read_text()
     assert _left_behind(marker) == []
 

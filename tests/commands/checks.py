@@ -11,9 +11,9 @@ from pathlib import Path
 import typer.main
 
 from deploy.cli import app
-from deploy.cluster.sweep_runs import plan
+from deploy.cluster.sweep_runs import planned_runs
 from deploy.config import load, own_settings
-from experiments import sweep as sweeps
+from experiments.sweep import find_sweep, read_sweep
 from tests.commands.documents import ROOT
 
 CLI = typer.main.get_command(app).commands
@@ -68,9 +68,9 @@ def _northstar(words: list[str]) -> None:
     found = command.make_context(words[0], list(words[1:])).params  # raises for an option that is none
     overrides = list(found.get("set_") or [])
     if words[0] == "sweep":
-        sweep = sweeps.read(sweeps.find(found["source"])).but(found["base"] and "k5", found["seeds"])
+        sweep = read_sweep(find_sweep(found["source"])).but(found["base"] and "k5", found["seeds"])
         sweep.select((found["cells"] or next(iter(sweep.cells))).split(","))
-        plan(sweep, Path("/nowhere"), overrides)
+        planned_runs(sweep, Path("/nowhere"), overrides)
     elif found.get("source"):
         ours = {override.partition("=")[0] for override in STAND_INS} | {"task.params"}
         given = set(own_settings(found["source"], overrides)) - ours

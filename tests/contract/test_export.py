@@ -17,10 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from codec.config import CodecConfig
-from deploy import export as exporting
 from deploy.cli import app
 from deploy.config import load, to_toml
-from deploy.export import ExportError, export
+from deploy.export import ExportError, export_policy
 from rl.config import TaskConfig
 from rl.model_files import BUILTIN, model_shape
 from rl.tasks import make_task
@@ -69,7 +68,7 @@ def _train(
 def test_the_weights_that_transformers_loads_are_the_masters_to_the_bit(model: Path, tmp_path: Path, pp: int):
     run, out = run_folder(tmp_path / "run", model), tmp_path / "out"
     masters = trained(run, model, pp)
-    found = export(run, out)
+    found = export_policy(run, out)
     loaded = dict(AutoModelForCausalLM.from_pretrained(out).named_parameters())
     assert set(loaded) == set(masters) and found.step == 3
     for name, parameter in loaded.items():
@@ -96,7 +95,7 @@ def greedy(tmp_path_factory: pytest.TempPathFactory) -> Greedy:
     folder, model = tmp_path_factory.mktemp("greedy"), BUILTIN / "tiny"
     run, out = run_folder(folder / "run", model), folder / "out"
     masters = trained(run, model, pp=2)
-    export(run, out)
+    export_policy(run, out)
     tokenizer = AutoTokenizer.from_pretrained(out)
     task = make_task(TaskConfig(name="sums"), 5, 32)
     texts = [task.example("val", i).prompt for i in range(32)]
@@ -145,8 +144,8 @@ def test_shards_and_their_index_load_as_one_file_does(
 ):
     run = run_folder(tmp_path / "run", untied_model)
     masters = trained(run, untied_model, pp=2)
-    monkeypatch.setattr(exporting, "SHARD", 20_000)
-    export(run, tmp_path / "out")
+    monkeypatch.setattr("deploy.export.SHARD", 20_000)
+    export_policy(run, tmp_path / "out")
     assert len(list((tmp_path / "out").glob("model-*-of-*.safetensors"))) > 2
     for name, parameter in AutoModelForCausalLM.from_pretrained(tmp_path / "out").named_parameters():
         np.testing.assert_array_equal(parameter.detach().numpy(), masters[name])
@@ -157,7 +156,7 @@ def test_the_dtype_is_the_models_unless_told_otherwise(untied_model: Path, tmp_p
     masters = trained(run, untied_model)
     for asked, expected in ((None, torch.bfloat16), ("float32", torch.float32)):
         out = tmp_path / str(asked)
-        export(run, out, dtype=asked)
+        export_policy(run, out, dtype=asked)
         for name, parameter in AutoModelForCausalLM.from_pretrained(out, dtype="auto").named_parameters():
             assert parameter.dtype == expected
             assert torch.equal(parameter.detach(), torch.from_numpy(masters[name]).to(expected))
@@ -166,10 +165,10 @@ def test_the_dtype_is_the_models_unless_told_otherwise(untied_model: Path, tmp_p
 def test_an_export_is_a_model_to_train_from(tied_model: Path, tmp_path: Path):
     run = run_folder(tmp_path / "run", tied_model)
     trained(run, tied_model, pp=2)
-    export(run, tmp_path / "out")
+    export_policy(run, tmp_path / "out")
     again = run_folder(tmp_path / "again", tmp_path / "out")
     masters = trained(again, tmp_path / "out", ticks=0)
-    export(again, tmp_path / "out2")
+    export_policy(again, tmp_path / "out2")
     first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "out2"))
     assert masters and first == second
 
@@ -177,7 +176,7 @@ def test_an_export_is_a_model_to_train_from(tied_model: Path, tmp_path: Path):
 def test_tokenizer_and_generation_config_are_those_of_the_base_model(tmp_path: Path):
     model, run = BUILTIN / "tiny", run_folder(tmp_path / "run", BUILTIN / "tiny")
     trained(run, model, ticks=0)
-    export(run, tmp_path / "out")
+    export_policy(run, tmp_path / "out")
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (model / name).read_bytes()
     old, new = (json.loads((folder / "config.json").read_text()) for folder in (model, tmp_path / "out"))
@@ -188,7 +187,7 @@ def test_the_newest_checkpoint_counts_unless_a_step_is_named(untied_model: Path,
     run = run_folder(tmp_path / "run", untied_model)
     old, new = trained(run, untied_model, step=4), trained(run, untied_model, step=8)
     for out, step, masters in (("a", None, new), ("b", 4, old), ("c", 8, new)):
-        assert export(run, tmp_path / out, step).step == (step or 8)
+        assert export_policy(run, tmp_path / out, step).step == (step or 8)
         norm = AutoModelForCausalLM.from_pretrained(tmp_path / out).get_parameter("model.norm.weight")
         np.testing.assert_array_equal(norm.detach().numpy(), masters["model.norm.weight"])
 
@@ -199,19 +198,19 @@ def test_the_newest_checkpoint_counts_unless_a_step_is_named(untied_model: Path,
 def test_what_cannot_be_exported_is_said_with_the_fix_and_nothing_is_written(untied_model: Path, tmp_path: Path):
     run, out = run_folder(tmp_path / "run", untied_model), tmp_path / "out"
     with pytest.raises(ValueError, match=r"has no checkpoint: set run\.checkpoint_every"):
-        export(run, out)
+        export_policy(run, out)
     trained(run, untied_model, pp=2, step=3, ticks=0)
     with pytest.raises(ValueError, match="no checkpoint of step 2: it has those of steps 3"):
-        export(run, out, step=2)
+        export_policy(run, out, step=2)
     with pytest.raises(ExportError, match="is no run folder"):
-        export(tmp_path, out)
+        export_policy(tmp_path, out)
     run_folder(run, BUILTIN / "tiny")  # as if the folder behind model.path had been replaced
     with pytest.raises(ExportError, match=r"holds \d+ parameters and the model of the run \d+: model\.path names"):
-        export(run, out)
+        export_policy(run, out)
     run_folder(run, untied_model)
     (run / "checkpoints" / "step-000003" / "rank-d0p0.safetensors").unlink()
     with pytest.raises(ValueError, match=r"no checkpoint that is whole: .*rank-d0p0.safetensors is missing"):
-        export(run, out)
+        export_policy(run, out)
     assert not [path for path in tmp_path.iterdir() if path.name.startswith("out")]
 
 
@@ -221,7 +220,7 @@ def test_a_folder_that_is_there_is_left_alone(untied_model: Path, tmp_path: Path
     out.mkdir()
     (out / "mine").write_text("mine")
     with pytest.raises(ExportError, match="is already there"):
-        export(run, out)
+        export_policy(run, out)
     assert [path.name for path in out.iterdir()] == ["mine"]
 
 

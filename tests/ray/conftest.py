@@ -1,7 +1,7 @@
 """One local Ray cluster for all tests of this folder; a helper that runs a config on it, on kept actors.
 
-Starting a process (Ray, torch, transformers) takes five seconds of a core, a run here about two: a test starts
-actors of its own only where that is what it is about, or where its run fails.
+Starting the actors of a run takes about four seconds of a core, a run here about two: a test starts actors of its own
+only where that is what it is about, or where its run fails. Where they are not forked it is five seconds an actor.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from deploy.cluster.actors import Held
+from deploy.cluster.kept_actors import KeptActors
 from deploy.cluster.launch import cluster, drive
 from deploy.config import load
 from deploy.resume import plan_resume
@@ -49,7 +49,7 @@ def small(*overrides: str) -> RunConfig:
     return load("k5", [*SMALL, *overrides], given=())  # as a preset of that scale: what is not read is dropped
 
 
-HELD = Held()  # `test_sweep.py` holds that kept actors give the same bits as new ones
+HELD = KeptActors()  # `test_sweep.py` holds that kept actors give the same bits as new ones
 
 
 def run_kept(config: RunConfig, folder: Path, resume: bool = False) -> dict[str, Any]:
@@ -58,10 +58,10 @@ def run_kept(config: RunConfig, folder: Path, resume: bool = False) -> dict[str,
     assert goes_on or not resume, "it is completed"
     if config.anchor.clock == "wall":
         return drive(config, folder, ignore, goes_on)
-    if not HELD.roles:
-        with HELD.fleet(small(*LARGEST)):  # so that no later run needs more
+    if not HELD.group:
+        with HELD.lent(small(*LARGEST)):  # so that no later run needs more
             pass
-    return drive(config, folder, ignore, goes_on, fleets=HELD.fleet)
+    return drive(config, folder, ignore, goes_on, actors=HELD.lent)
 
 
 def as_if_killed(run: Path, step: int) -> None:

@@ -145,11 +145,11 @@ def test_going_on_that_fails_before_it_does_leaves_the_record(short: Path, tmp_p
     shutil.copytree(short, run)
     before = {name: (run / name).read_bytes() for name in ("summary.json", "config.toml", "metrics.jsonl")}
 
-    def fleets(config: Any) -> Any:
+    def no_actors(config: Any) -> Any:
         raise failure
 
     with pytest.raises(type(failure)):
-        drive(small(EVERY), run, ignore, Resume(run / "checkpoints" / "step-000004"), fleets)
+        drive(small(EVERY), run, ignore, Resume(run / "checkpoints" / "step-000004"), no_actors)
     assert {name: (run / name).read_bytes() for name in before} == before
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from deploy.cluster.launch import drive
-from deploy.display.run import Display
+from deploy.display.run_display import RunDisplay
 from deploy.preflight import preflight
 from rl.problems import check_same
 from tests.ray.conftest import HELD, of_kind, run_kept, small
@@ -23,7 +23,7 @@ def test_a_small_table_is_validated_on_row_by_row_and_what_is_left_out_is_said(t
     table = f"task.name=jsonl:{train}", f'task.params={{val="{val}"}}', "task.overlong=drop"
     config, run = small(*ONE_STEP, *table, "rollout.replicas=2", "rollout.val_temperature=0.0"), tmp_path / "run"
     run_kept(config.model_copy(update={"run": config.run.model_copy(update={"seed": 1})}), tmp_path / "seed 1")
-    drive(config, run, Display(config, run), fleets=HELD.fleet)
+    drive(config, run, RunDisplay(config, run), actors=HELD.lent)
     events = {record["event"]: record for record in of_kind(run, "event")}
     left_out, fewer = events["rows left out"], events["fewer validation problems"]
     assert (left_out["left_out"], left_out["rows"]) == (1, 201) and (fewer["problems"], fewer["asked"]) == (3, 8)

@@ -10,7 +10,7 @@ import pytest
 import ray
 
 from anchor_service.errors import ActorLost
-from deploy.cluster.launch import fleet
+from deploy.cluster.kept_actors import new_actors
 from deploy.config import load
 from swarm.coordinator import Coordinator
 from swarm.telemetry import Telemetry
@@ -102,7 +102,7 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_did(first: Path, tmp_pat
 def test_a_grid_of_four_keeps_replicas_equal_and_names_a_flipped_bit(tmp_path: Path):
     grid = "swarm.dp=2", "swarm.pp=2", "anchor.enabled=false", "merger.kind=none"
     config = small(*grid, "run.steps=2")
-    with fleet(config) as actors:
+    with new_actors(config) as actors:
         telemetry = Telemetry(_made(tmp_path / "grid"), ignore)
         coordinator = Coordinator(config, actors, telemetry, tmp_path / "grid")
         coordinator.run()
@@ -126,7 +126,7 @@ def test_a_dead_engine_is_started_anew_as_if_nothing_had_happened_and_a_dead_wor
     config = small("run.steps=3", "anchor.enabled=false", "merger.kind=none")
     calm = run_kept(config, tmp_path / "calm")
     folder = _made(tmp_path / "deadly")
-    with fleet(config) as actors:
+    with new_actors(config) as actors:
         telemetry = Telemetry(folder, ignore)
         coordinator = Coordinator(config, actors, telemetry, folder)
         ray.kill(actors.engines[0])

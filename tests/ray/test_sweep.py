@@ -10,7 +10,7 @@ import pytest
 
 from deploy.cluster.launch import drive
 from deploy.cluster.sweep_lanes import Lanes
-from deploy.cluster.sweep_runs import Planned, plan
+from deploy.cluster.sweep_runs import SweepRun, planned_runs
 from experiments.sweep import Sweep
 from tests.ray.conftest import HELD, SIZES, as_if_killed, ignore, lines, of_kind, run_kept, small
 
@@ -23,10 +23,10 @@ class Quiet:
     def __init__(self) -> None:
         self.seen: list[tuple[str, str]] = []
 
-    def changed(self, run: Planned) -> None:
+    def changed(self, run: SweepRun) -> None:
         self.seen.append((run.job.name, run.state))
 
-    def record(self, run: Planned, record: dict[str, Any]) -> None: ...
+    def record(self, run: SweepRun, record: dict[str, Any]) -> None: ...
 
 
 def measured(run: Path) -> list[dict[str, Any]]:
@@ -50,11 +50,11 @@ def test_a_run_on_kept_actors_is_to_the_bit_the_run_on_new_ones(tmp_path: Path):
     """
     other = "run.seed=5", "merger.kind=delta", "codec.rank=8", "anchor.beta_anc=0.9"
     run_kept(small("swarm.dp=2", "swarm.pp=2", "codec.gradient.kind=powersgd", *other), tmp_path / "before")
-    workers = list(HELD.roles[0])
+    workers = list(HELD.group.actors["worker"])
     run_kept(small("anchor.enabled=false", "merger.kind=none"), tmp_path / "floor")
     config = small("anchor.lag.kind=uniform")
     run_kept(config, tmp_path / "kept")
-    assert HELD.roles[0] == workers  # the same processes all along
+    assert HELD.group.actors["worker"] == workers  # the same processes all along
     drive(config, tmp_path / "new", ignore)
     same(tmp_path / "kept", tmp_path / "new")
     assert "anchor/lag" not in of_kind(tmp_path / "floor", "tick")[-1]
@@ -64,13 +64,13 @@ def test_a_failure_ends_one_run_and_only_that_is_done_again(tmp_path: Path):
     fails, holds = {"codec": {"max_kl": 0.001}}, {"codec": {"rank": 8}}
     sweep = Sweep(name="s", base="k5", seeds=[3], cells={"A": {}, "bad": fails, "other": holds})
     out, sets = tmp_path / "out", [*SIZES, "run.steps=3", "anchor.enabled=false", "merger.kind=none"]
-    runs, watcher = plan(sweep, out, sets), Quiet()
+    runs, watcher = planned_runs(sweep, out, sets), Quiet()
     assert Lanes(runs, watcher).run(1)
     assert [run.state for run in runs] == ["completed", "failed", "completed"]
     assert "PolicyChanged" in runs[1].error
     assert watcher.seen == [(run.job.name, state) for run in runs for state in ("starting", run.state)]
-    assert [run.state for run in plan(sweep, out, sets)] == ["completed", "waiting", "completed"]
-    again = plan(sweep, out, sets)
+    assert [run.state for run in planned_runs(sweep, out, sets)] == ["completed", "waiting", "completed"]
+    again = planned_runs(sweep, out, sets)
     assert Lanes([run for run in again if run.state == "waiting"], watcher).run(1)
     (folder,) = out.joinpath("bad").iterdir()  # what was set aside while it was cleared is gone
     assert [r["event"] for r in of_kind(folder, "event")].count("started") == 1
@@ -96,15 +96,15 @@ def test_lanes_side_by_side_share_the_work_and_stop_together(tmp_path: Path):
     cells = {"a": {}, "b": {"run": {"steps": 5000}}, "c": {"run": {"steps": 5000}}, "d": {}}
     sweep = Sweep(name="s", base="k5", seeds=[0], cells=cells)
     sets = [*SIZES, "run.steps=2", "anchor.enabled=false", "merger.kind=none"]
-    runs, watcher = plan(sweep, tmp_path, sets), Quiet()
+    runs, watcher = planned_runs(sweep, tmp_path, sets), Quiet()
     lanes = Lanes(runs, watcher)
 
     class StopsOnce(Quiet):
-        def record(self, run: Planned, record: dict[str, Any]) -> None:
+        def record(self, run: SweepRun, record: dict[str, Any]) -> None:
             if run.job.cell == "c" and record["step"] == 3:  # the lane that has finished a; the other is in b
                 lanes.stop.set()
 
     lanes.watcher = StopsOnce()
     assert not lanes.run(2)
     assert [run.state for run in runs] == ["completed", "interrupted", "interrupted", "waiting"]
-    assert [run.state for run in plan(sweep, tmp_path, sets)] == ["completed", "waiting", "waiting", "waiting"]
+    assert [run.state for run in planned_runs(sweep, tmp_path, sets)] == ["completed", "waiting", "waiting", "waiting"]

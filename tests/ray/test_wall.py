@@ -95,7 +95,7 @@ def test_lost_bases_are_mended_with_whole_snapshots(tmp_path: Path):
     """An engine and the anchor forget what they held; the run goes on, and says so."""
     import ray
 
-    from deploy.cluster.launch import fleet
+    from deploy.cluster.kept_actors import new_actors
     from swarm.coordinator import Coordinator
     from swarm.telemetry import Telemetry
 
@@ -108,7 +108,7 @@ def test_lost_bases_are_mended_with_whole_snapshots(tmp_path: Path):
     run = tmp_path / "lost"
     run.mkdir()
     config = small("anchor.clock=wall", "run.steps=3", "val.every=12")
-    with fleet(config) as actors:
+    with new_actors(config) as actors:
         coordinator = Coordinator(config, actors, Telemetry(run, ignore), run)
         coordinator.run()
         ray.get(

@@ -14,7 +14,7 @@ from typing import Any
 import ray
 from ray.cluster_utils import Cluster
 
-from deploy.cluster.actors import fleet
+from deploy.cluster.kept_actors import new_actors
 from deploy.cluster.launch import cluster, drive
 from deploy.config import load
 
@@ -38,10 +38,10 @@ def main() -> None:
     nodes = Cluster(initialize_head=True, head_node_args=head)
     for node in others:
         nodes.add_node(**node)
-    with cluster(config, nodes.address), fleet(config) as actors:
+    with cluster(config, nodes.address), new_actors(config) as actors:
         roles = {"swarm": actors.workers, "engine": actors.engines, "anchor": actors.anchors}
         places = {role: sorted({node_of(actor) for actor in held}) for role, held in roles.items()}
-        summary = drive(config, Path(folder), lambda record: None, fleets=lambda _: nullcontext(actors))
+        summary = drive(config, Path(folder), lambda record: None, actors=lambda _: nullcontext(actors))
     print(json.dumps({"places": places, "weights_digests": summary["weights_digests"]}))
 
 

@@ -18,7 +18,7 @@ import pytest
 
 from codec.boundary import CODECS
 from codec.config import KINDS
-from deploy.config import PRESETS, ConfigError, check_resumes, load, preset_names, to_toml
+from deploy.config import PRESETS, ConfigError, load, preset_names, to_toml
 from rl.config import RolloutConfig
 from rl.model_files import BUILTIN
 from rl.rollout import ENGINES
@@ -508,22 +508,6 @@ def test_a_bad_placebo_is_refused(overrides: list[str], says: str):
 
 def test_a_placebo_needs_no_anchor():
     assert load("k5", ["merger.placebo=random", "anchor.enabled=false"]).merger.placebo == "random"
-
-
-def test_a_run_goes_on_as_the_experiment_that_it_was(tmp_path: Path):
-    stored = tmp_path / "config.toml"
-    stored.write_text(to_toml(load("k5")))
-    check_resumes(stored, load("k5", ["run.steps=90", "swarm.timeout_s=7", "rollout.replicas=2", "links.swarm_mbit=3"]))
-    with pytest.raises(ConfigError, match=r"grpo\.lr 6e-05 -> 0\.01, run\.seed 0 -> 9"):
-        check_resumes(stored, load("k5", ["grpo.lr=1e-2", "run.seed=9"]))
-
-
-def test_a_run_that_met_a_limit_goes_on_with_a_higher_one_and_not_with_a_lower(tmp_path: Path):
-    stored = tmp_path / "config.toml"
-    stored.write_text(to_toml(load("k5")))
-    check_resumes(stored, load("k5", ["grpo.max_prompt_length=30", "grpo.max_response_length=41"]))
-    with pytest.raises(ConfigError, match=r"max_prompt_length 16 -> 15; grpo\.max_prompt_length may only be raised"):
-        check_resumes(stored, load("k5", ["grpo.max_prompt_length=15", "grpo.max_response_length=41"]))
 
 
 def test_validation_is_greedy_at_0_and_as_warm_as_training_where_nothing_is_said():

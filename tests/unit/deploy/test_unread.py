@@ -9,10 +9,11 @@ import pytest
 from typer.testing import CliRunner
 
 from deploy.cli import app
-from deploy.cluster.sweep_runs import plan
-from deploy.config import check_resumes, load, to_toml
-from deploy.unread import READING
-from experiments.sweep import SweepError, read
+from deploy.cluster.sweep_runs import planned_runs
+from deploy.config import load, to_toml
+from deploy.resume import check_resumes
+from deploy.unread import READERS
+from experiments.sweep import SweepError, read_sweep
 from swarm.run_config import RunConfig
 
 NO_ANCHOR = "anchor.enabled=false merger.kind=none"
@@ -91,12 +92,12 @@ def keys_of(section: type, path: str = "") -> set[str]:
 
 
 def test_of_every_key_it_is_said_whether_it_is_always_read_or_by_which_kinds():
-    assert set(ALWAYS) & set(READING) == set()
-    assert set(ALWAYS) | set(READING) - {"task.params.train"} == keys_of(RunConfig)  # params have no keys of their own
+    assert set(ALWAYS) & set(READERS) == set()
+    assert set(ALWAYS) | set(READERS) - {"task.params.train"} == keys_of(RunConfig)  # params have no keys of their own
 
 
 def test_what_reads_a_key_is_a_key_and_a_value_that_the_config_allows():
-    for when in (when for ways in READING.values() for way in ways for when in way):
+    for when in (when for ways in READERS.values() for way in ways for when in way):
         if when.key == "anchor.lag.kind":
             assert load("k5", [f"anchor.lag.kind={when.values[0]}"]).anchor.lag.kind == when.values[0]
             continue
@@ -127,7 +128,7 @@ def test_every_key_that_is_not_always_read_is_refused_somewhere_above():
         "codec.kind",
         "codec.gradient.kind",
     }
-    assert set(READING) - {"task.params", "task.params.train"} <= refused  # below
+    assert set(READERS) - {"task.params", "task.params.train"} <= refused  # below
 
 
 @pytest.mark.parametrize("command", [["plan"], ["simulate"], ["probe"], ["doctor"]], ids=" ".join)
@@ -209,13 +210,13 @@ def test_a_cell_is_held_to_its_own_keys(tmp_path: Path):
     with pytest.raises(
         SweepError, match=r"cell floor, seed 0: k5: anchor.delay_k = 20 is not read by anchor.enabled false"
     ):
-        plan(read(file), tmp_path, [])
+        planned_runs(read_sweep(file), tmp_path, [])
 
 
 def test_a_grid_and_a_set_are_dropped_where_a_cell_does_not_read_them_and_refused_where_none_does(tmp_path: Path):
     file = tmp_path / "s.toml"
     file.write_text(SWEEP + "}\n[grid]\nmerger.dose = [0.5, 1.0]\n")
-    found = {run.job.name: run.config for run in plan(read(file), tmp_path, ["anchor.beta_anc=0.9"])}
+    found = {run.job.name: run.config for run in planned_runs(read_sweep(file), tmp_path, ["anchor.beta_anc=0.9"])}
     assert found["K5-dose_0.5"].merger.dose == 0.5 and found["K5-dose_0.5"].anchor.beta_anc == 0.9
     assert found["floor-dose_0.5"].merger.dose == 1.0 and found["floor-dose_0.5"].anchor.beta_anc == 0.5
     result = CliRunner().invoke(app, ["sweep", str(file), "--out", str(tmp_path / "out"), *sets("codec.coder=fixed")])

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from deploy import cli
 from deploy.cluster import launch
 from experiments.plots import curves
-from experiments.report import markdown, write_html
+from experiments.report import report_markdown, write_html
 from experiments.runs import load_runs
 
 SVG_NAMESPACE = "http://www.w3.org/2000/svg"
@@ -75,7 +75,7 @@ def test_every_run_is_in_the_tables(tmp_path: Path):
         write_run(tmp_path / "c", "k20", 1, "interrupted", steps=2),
         write_run(tmp_path / "d", "floor", 2, "failed", steps=1, error="WorkerDied: worker d1p0"),
     ]
-    html, table = page(folders, tmp_path), markdown(folders)
+    html, table = page(folders, tmp_path), report_markdown(folders)
     numbers = ["3", "0.0502", "0.7966", "39.3"]
     expected = [
         ["k5", "0", "completed", "0.250 → 0.500", "4", *numbers],
@@ -159,9 +159,9 @@ def test_text_of_a_run_is_never_markup(tmp_path: Path):
     second = write_run(tmp_path / "b", "k20", config=f"# {bad}\n")
     html = page([folder, second], tmp_path)
     assert "<script" not in html and html.count("&lt;script&gt;") >= 5
-    assert "<script" not in markdown([folder, second])
+    assert "<script" not in report_markdown([folder, second])
     (folder / "summary.json").write_text(json.dumps(summary | {"name": "a | b\nc"}))
-    assert "| a \\| b c | 0 |" in markdown([folder])
+    assert "| a \\| b c | 0 |" in report_markdown([folder])
 
 
 def test_the_page_is_self_contained(tmp_path: Path):
@@ -207,7 +207,7 @@ def test_empty_and_broken_folders(tmp_path: Path):
     html = page([tmp_path / "empty", broken], tmp_path)
     assert [row[0] for row in rows(html)] == ["empty", "broken"] and "no = toml = at all" in html
     with pytest.raises(FileNotFoundError, match="nowhere"):
-        markdown([tmp_path / "nowhere"])
+        report_markdown([tmp_path / "nowhere"])
 
 
 def test_a_run_that_diverged_leaves_gaps(tmp_path: Path):
@@ -219,20 +219,22 @@ def test_a_resumed_run_says_from_where_its_time_counts(tmp_path: Path):
     folder = write_run(tmp_path / "a")
     with (folder / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"kind": "event", "event": "started", "step": 2, "tick": 4}) + "\n")
-    assert "resumed at step 2" in markdown([folder])
+    assert "resumed at step 2" in report_markdown([folder])
 
 
 def test_a_folder_of_runs_stands_for_the_runs(tmp_path: Path):
     for seed in range(2):
         write_run(tmp_path / "sweep" / f"s{seed}", seed=seed)
-    assert markdown([tmp_path / "sweep"]).count("| k5 |") == 2
-    assert markdown([tmp_path / "sweep", tmp_path / "sweep" / "s0"]).count("| k5 |") == 2  # named twice, shown once
+    assert report_markdown([tmp_path / "sweep"]).count("| k5 |") == 2
+    assert (
+        report_markdown([tmp_path / "sweep", tmp_path / "sweep" / "s0"]).count("| k5 |") == 2
+    )  # named twice, shown once
 
 
 def test_the_command(tmp_path: Path):
     one, two = write_run(tmp_path / "a"), write_run(tmp_path / "b", "k20")
     result = CliRunner().invoke(cli.app, ["report", str(one)])
-    assert result.exit_code == 0 and result.stdout == markdown([one]) and (one / "report.html").exists()
+    assert result.exit_code == 0 and result.stdout == report_markdown([one]) and (one / "report.html").exists()
     assert CliRunner().invoke(cli.app, ["report", str(one), str(two)]).exit_code == 0
     assert (tmp_path / "report.html").exists()
     chosen = tmp_path / "new" / "x.html"

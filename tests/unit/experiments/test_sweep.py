@@ -10,10 +10,9 @@ from filelock import FileLock
 from typer.testing import CliRunner
 
 from deploy import cli
-from deploy.cluster.sweep_runs import plan
+from deploy.cluster.sweep_runs import planned_runs
 from deploy.config import load, to_toml
-from experiments import sweep as sweeps
-from experiments.sweep import Sweep, SweepError, find, flat, nested, read
+from experiments.sweep import FILE, Sweep, SweepError, find_sweep, flat, keep_sweep, nested, read_sweep, sweep_names
 
 TEXT = """
 name = "try"
@@ -36,7 +35,7 @@ def write(folder: Path, text: str = TEXT) -> Path:
 
 
 def test_every_cell_is_planned_at_every_seed_with_the_config_of_its_overrides(tmp_path: Path):
-    runs = plan(read(write(tmp_path)), tmp_path / "out", ["run.steps=3"])
+    runs = planned_runs(read_sweep(write(tmp_path)), tmp_path / "out", ["run.steps=3"])
     assert [run.job.folder.as_posix() for run in runs] == [
         f"{cell}/seed-{seed}" for seed in (0, 7) for cell in ("A", "D", "floor")
     ]
@@ -52,8 +51,8 @@ def test_every_cell_is_planned_at_every_seed_with_the_config_of_its_overrides(tm
 
 
 def test_a_grid_multiplies_every_cell_and_names_its_folders(tmp_path: Path):
-    sweep = read(write(tmp_path, TEXT + "[grid]\ngrpo.lr = [1e-5, 3e-5]\ncodec.rank = [4, 8]\n"))
-    runs = plan(sweep, tmp_path / "out", [])
+    sweep = read_sweep(write(tmp_path, TEXT + "[grid]\ngrpo.lr = [1e-5, 3e-5]\ncodec.rank = [4, 8]\n"))
+    runs = planned_runs(sweep, tmp_path / "out", [])
     assert len(runs) == 2 * 4 * 3 == len({run.folder for run in runs})
     for run in runs:
         assert (run.config.grpo.lr, run.config.codec.rank) == (run.job.point["grpo.lr"], run.job.point["codec.rank"])
@@ -67,8 +66,8 @@ def test_flat_and_nested_are_each_others_opposite():
 
 def test_a_base_beside_the_sweep_file_is_found_from_anywhere(tmp_path: Path):
     (tmp_path / "mine.toml").write_text('extends = "k5"\n[run]\nsteps = 9\n')
-    sweep = read(write(tmp_path, TEXT.replace('"k5"', '"mine.toml"')))
-    assert plan(sweep, tmp_path / "out", [])[0].config.run.steps == 9
+    sweep = read_sweep(write(tmp_path, TEXT.replace('"k5"', '"mine.toml"')))
+    assert planned_runs(sweep, tmp_path / "out", [])[0].config.run.steps == 9
 
 
 BAD = {
@@ -93,14 +92,14 @@ BAD = {
 @pytest.mark.parametrize(("text", "says"), BAD.values(), ids=BAD)
 def test_a_bad_sweep_is_refused(tmp_path: Path, text: str, says: str):
     with pytest.raises(SweepError) as caught:
-        read(write(tmp_path, text))
+        read_sweep(write(tmp_path, text))
     assert says in str(caught.value)
 
 
 def test_a_bad_cell_is_refused_by_name_before_anything_starts(tmp_path: Path):
     file = write(tmp_path, TEXT.replace("cadence = 20}", "cadenc = 20}"))
     with pytest.raises(SweepError, match=r"cell D, seed 0: k5: unknown key 'anchor.cadenc'; did you mean 'cadence'"):
-        plan(read(file), tmp_path / "out", [])
+        planned_runs(read_sweep(file), tmp_path / "out", [])
     result = CliRunner().invoke(cli.app, ["sweep", str(file), "--out", str(tmp_path / "out")])
     assert result.exit_code == 2 and "cell D, seed 0" in result.stderr and not (tmp_path / "out").exists()
     assert CliRunner().invoke(cli.app, ["sweep", "nowhere"]).exit_code == 2
@@ -114,38 +113,38 @@ def leave(folder: Path, config_text: str, status: str | None) -> None:
 
 
 def test_only_completed_runs_of_the_same_config_are_left_alone(tmp_path: Path):
-    sweep, out = read(write(tmp_path)), tmp_path / "out"
-    fresh = plan(sweep, out, [])
+    sweep, out = read_sweep(write(tmp_path)), tmp_path / "out"
+    fresh = planned_runs(sweep, out, [])
     for run, status in zip(fresh, ["completed", "failed", "interrupted", None]):
         leave(run.folder, to_toml(run.config), status)
-    assert [run.state for run in plan(sweep, out, [])] == ["completed"] + ["waiting"] * 5
+    assert [run.state for run in planned_runs(sweep, out, [])] == ["completed"] + ["waiting"] * 5
     leave(fresh[4].folder, to_toml(load("k5", ["run.name=D", "run.seed=7", "anchor.delay_k=3"])), "completed")
     with pytest.raises(SweepError, match=r"another config \(anchor.cadence 5, now 20; anchor.delay_k 3, now 20\)"):
-        plan(sweep, out, [])
+        planned_runs(sweep, out, [])
 
 
 def test_a_folder_that_holds_something_else_is_never_cleared(tmp_path: Path):
-    sweep = read(write(tmp_path))
+    sweep = read_sweep(write(tmp_path))
     (tmp_path / "out" / "A" / "seed-0").mkdir(parents=True)
-    assert len(plan(sweep, tmp_path / "out", [])) == 6  # an empty folder is nobody's
+    assert len(planned_runs(sweep, tmp_path / "out", [])) == 6  # an empty folder is nobody's
     (tmp_path / "out" / "A" / "seed-0" / "thesis.tex").write_text("")
     with pytest.raises(SweepError, match="holds no run of this sweep"):
-        plan(sweep, tmp_path / "out", [])
+        planned_runs(sweep, tmp_path / "out", [])
 
 
 def test_what_is_kept_in_the_folder_is_the_sweep(tmp_path: Path):
-    sweep = read(write(tmp_path, TEXT + "[grid]\ngrpo.lr = [1e-5]\n"))
-    sweeps.keep(sweep, tmp_path / "out")
-    kept = read(tmp_path / "out" / sweeps.FILE)
+    sweep = read_sweep(write(tmp_path, TEXT + "[grid]\ngrpo.lr = [1e-5]\n"))
+    keep_sweep(sweep, tmp_path / "out")
+    kept = read_sweep(tmp_path / "out" / FILE)
     assert kept.jobs()[1].tables() == sweep.jobs()[1].tables()
     assert Sweep.model_validate(kept.model_dump(exclude_none=True)) == kept
 
 
-@pytest.mark.parametrize("name", sweeps.names())
+@pytest.mark.parametrize("name", sweep_names())
 def test_every_shipped_sweep_expands_to_good_configs_that_differ(name: str, tmp_path: Path):
-    sweep = read(sweeps.find(name))
+    sweep = read_sweep(find_sweep(name))
     assert sweep.name == name
-    runs = plan(sweep, tmp_path, [])
+    runs = planned_runs(sweep, tmp_path, [])
     assert len(runs) == len(sweep.cells) * len(sweep.points()) * len(sweep.seeds[: sweep.tuning or None])
     first = [run.config.model_dump(exclude={"run"}) for run in runs if run.job.seed == sweep.seeds[0]]
     assert all(a != b for i, a in enumerate(first) for b in first[:i])
@@ -169,7 +168,7 @@ def test_seeds_that_tune_run_the_grid_and_the_others_the_chosen_points():
 
 
 def test_the_shipped_2x2_raises_delay_and_cadence_and_nothing_else(tmp_path: Path):
-    runs = plan(read(sweeps.find("decouple")), tmp_path, [])
+    runs = planned_runs(read_sweep(find_sweep("decouple")), tmp_path, [])
     cells = {run.job.cell: flat(run.config.model_dump()) for run in runs if run.job.seed == 0}
     square = {cell: (c["anchor.delay_k"], c["anchor.cadence"]) for cell, c in cells.items() if cell in "ABCD"}
     assert square == {"A": (5, 5), "B": (20, 5), "C": (5, 20), "D": (20, 20)}
@@ -181,7 +180,7 @@ def test_the_shipped_2x2_raises_delay_and_cadence_and_nothing_else(tmp_path: Pat
 
 
 def test_the_same_question_of_another_base_and_over_other_seeds():
-    sweep = read(find("decouple"))
+    sweep = read_sweep(find_sweep("decouple"))
     other = sweep.but("k20", "7,9")
     assert (other.base, other.seeds, other.cells) == ("k20", [7, 9], sweep.cells) and sweep.but(None, None) == sweep
 
@@ -191,7 +190,7 @@ def test_the_same_question_of_another_base_and_over_other_seeds():
 )
 def test_other_seeds_are_checked_like_those_of_the_file(seeds: str, says: str):
     with pytest.raises(SweepError, match=says):
-        read(find("placebo")).but(None, seeds)
+        read_sweep(find_sweep("placebo")).but(None, seeds)
 
 
 @pytest.mark.parametrize("command", [["sweep", "decouple"], ["run", "k5"]], ids=" ".join)

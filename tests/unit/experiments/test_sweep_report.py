@@ -13,10 +13,9 @@ import pytest
 from typer.testing import CliRunner
 
 from deploy import cli
-from experiments import sweep as sweeps
 from experiments.cells import chosen, load_sweep
-from experiments.report import markdown, write_html
-from experiments.sweep import Sweep, flat
+from experiments.report import report_markdown, write_html
+from experiments.sweep import Job, Sweep, flat, keep_sweep
 from experiments.verdict import square, verdict
 
 STEPS = 40
@@ -36,7 +35,7 @@ def decouple(**more: Any) -> Sweep:
     return Sweep.model_validate({"name": "try", "base": "k5", "seeds": [0, 1, 2], "cells": CELLS} | data | more)
 
 
-def leave(folder: Path, job: sweeps.Job, end: float, status: str = "completed", ignites: int | None = None) -> None:
+def leave(folder: Path, job: Job, end: float, status: str = "completed", ignites: int | None = None) -> None:
     """A run folder as the telemetry leaves it; length, and entropy 5 steps later, double at step `ignites`."""
     run = folder / job.folder
     run.mkdir(parents=True)
@@ -66,7 +65,7 @@ def leave(folder: Path, job: sweeps.Job, end: float, status: str = "completed", 
 
 def fill(folder: Path, sweep: Sweep, noise: float = 0.01) -> Path:
     """Every run of the sweep, around the means; cell D ignites."""
-    sweeps.keep(sweep, folder)
+    keep_sweep(sweep, folder)
     for job in sweep.jobs():
         wobble = noise * np.random.default_rng([job.seed, *job.name.encode()]).normal()
         leave(folder, job, MEANS[job.cell] + 0.03 * job.seed + wobble, ignites=25 if job.cell == "D" else None)
@@ -128,7 +127,7 @@ def test_every_number_of_the_verdict_leads_to_a_cell_and_each_cell_to_its_runs(t
 
 def test_runs_that_failed_or_stopped_or_were_not_made_are_shown_and_not_counted(tmp_path: Path):
     sweep, folder = decouple(), tmp_path / "s"
-    sweeps.keep(sweep, folder)
+    keep_sweep(sweep, folder)
     status = {("A", 1): "failed", ("B", 2): "interrupted"}
     for job in sweep.jobs():
         if (job.cell, job.seed) != ("C", 0):
@@ -137,7 +136,7 @@ def test_runs_that_failed_or_stopped_or_were_not_made_are_shown_and_not_counted(
     assert words[0] == (
         "Not every run has completed, and only completed ones count: A 1 failed; B 1 interrupted; 1 not run."
     )
-    table = markdown([folder])
+    table = report_markdown([folder])
     assert (
         "| [A](A) | 0.750 ± 0.000 | 2 of 3 | 1 failed |" in table
         and "| [C](C) | 0.400 ± 0.000 | 2 of 3 | 1 not run |" in table
@@ -148,7 +147,7 @@ def test_runs_that_failed_or_stopped_or_were_not_made_are_shown_and_not_counted(
 
 
 def test_a_sweep_that_has_not_begun_says_so(tmp_path: Path):
-    sweeps.keep(decouple(), tmp_path / "s")
+    keep_sweep(decouple(), tmp_path / "s")
     assert said(tmp_path / "s")[0].startswith("Not every run has completed")
     write_html([tmp_path / "s"], tmp_path / "s" / "report.html")
     assert "no runs yet" in (tmp_path / "s" / "report.html").read_text()
@@ -157,7 +156,7 @@ def test_a_sweep_that_has_not_begun_says_so(tmp_path: Path):
 def test_of_a_grid_each_arm_is_judged_at_its_own_best_point(tmp_path: Path):
     cells = {"A": CELLS["A"], "floor": CELLS["floor"]}
     sweep = decouple(cells=cells, two_by_two=[], grid={"grpo": {"lr": [1e-5, 3e-5, 1e-4]}})
-    sweeps.keep(sweep, tmp_path / "s")
+    keep_sweep(sweep, tmp_path / "s")
     best = {"A": 3e-5, "floor": 1e-4}
     for job in sweep.jobs():
         leave(tmp_path / "s", job, 0.6 + 0.2 * (job.point["grpo.lr"] == best[job.cell]) + job.seed / 100)
@@ -169,7 +168,7 @@ def test_of_a_grid_each_arm_is_judged_at_its_own_best_point(tmp_path: Path):
     )
     (edge,) = [w for w in words if "end of the grid" in w]
     assert "floor lr 0.0001" in edge and "A" not in edge.removeprefix("At")
-    table = markdown([tmp_path / "s"])
+    table = report_markdown([tmp_path / "s"])
     assert "| A − floor | lr 3e-05 | +0.200" in table and "| A − floor | each at its best | +0.000" in table
 
 
@@ -177,7 +176,7 @@ def test_seeds_that_tune_choose_the_point_and_do_not_judge_it(tmp_path: Path):
     cells = {"A": CELLS["A"], "floor": CELLS["floor"]}
     settings = {"cells": cells, "two_by_two": [], "seeds": [0, 1, 2, 3], "tuning": 1}
     sweep = decouple(**settings, grid={"grpo": {"lr": [1e-5, 3e-5]}})
-    sweeps.keep(sweep, tmp_path / "s")
+    keep_sweep(sweep, tmp_path / "s")
     for job in sweep.jobs():  # lucky at one point: what tuning chooses by
         leave(tmp_path / "s", job, 0.9 if job.point["grpo.lr"] == 3e-5 else 0.5)
     best = chosen(tmp_path / "s")
@@ -188,7 +187,7 @@ def test_seeds_that_tune_choose_the_point_and_do_not_judge_it(tmp_path: Path):
     assert {arm: cell.values for arm, cell in found.tuned.items()} == {
         "A": {"1": 0.7, "2": 0.7, "3": 0.7}, "floor": {"1": 0.6, "2": 0.6, "3": 0.6}
     }  # fmt: skip
-    table = markdown([tmp_path / "s"])
+    table = report_markdown([tmp_path / "s"])
     assert "| A − floor | each at its best | +0.100" in table and "| A − floor | lr" not in table
     assert "judged by the others alone" in table
 
@@ -197,7 +196,7 @@ def test_an_arm_that_was_not_tuned_or_only_failed_hinders_no_other(tmp_path: Pat
     """As after `--cells A`; `dense` has run on the whole grid, and nothing of it completed."""
     cells = {name: CELLS[name] for name in ("A", "floor", "dense")}
     sweep = decouple(cells=cells, two_by_two=[], gates={}, seeds=[0, 1], tuning=1, grid={"grpo": {"lr": [1e-5, 3e-5]}})
-    sweeps.keep(sweep, tmp_path / "s")
+    keep_sweep(sweep, tmp_path / "s")
     for job in sweep.jobs():
         if job.cell != "floor":
             leave(tmp_path / "s", job, job.point["grpo.lr"] * 1e4, "failed" if job.cell == "dense" else "completed")
@@ -207,7 +206,7 @@ def test_an_arm_that_was_not_tuned_or_only_failed_hinders_no_other(tmp_path: Pat
     leave(tmp_path / "s", job, 0.7)
     assert load_sweep(tmp_path / "s").tuned["A"].values == {"1": 0.7}
     write_html([tmp_path / "s"], tmp_path / "s" / "report.html")
-    assert "not run" in markdown([tmp_path / "s"])
+    assert "not run" in report_markdown([tmp_path / "s"])
 
 
 def test_the_square_is_of_seeds_that_all_four_cells_have(tmp_path: Path):
@@ -220,7 +219,7 @@ def test_the_square_is_of_seeds_that_all_four_cells_have(tmp_path: Path):
 
 def test_a_point_of_the_grid_at_which_runs_fail_is_not_the_best_one(tmp_path: Path):
     sweep = decouple(cells={"A": CELLS["A"]}, two_by_two=[], compare=[], gates={}, grid={"grpo": {"lr": [1e-5, 1e-4]}})
-    sweeps.keep(sweep, tmp_path / "s")
+    keep_sweep(sweep, tmp_path / "s")
     for job in sweep.jobs():
         high = job.point["grpo.lr"] == 1e-4
         leave(tmp_path / "s", job, 0.9 if high else 0.6, "failed" if high and job.seed else "completed")
@@ -235,7 +234,7 @@ def test_the_clip_spike_is_the_ratio_of_refreshing_ticks_to_the_others(tmp_path:
             file.write(json.dumps(record) + "\n")
     cells = load_sweep(folder).tuned
     assert cells["A"].clip_spike == pytest.approx(7.5) and cells["dense"].clip_spike is None
-    assert "| 7.5× |" in markdown([folder])
+    assert "| 7.5× |" in report_markdown([folder])
 
 
 PUBLISHED = {
@@ -250,7 +249,7 @@ def test_the_published_table_gives_the_published_verdict(tmp_path: Path):
     sweep = Sweep.model_validate(
         {"name": "p", "base": "k5", "seeds": [0], "cells": {k: {} for k in PUBLISHED}, "gates": gates}
     )
-    sweeps.keep(sweep, tmp_path / "s")
+    keep_sweep(sweep, tmp_path / "s")
     for job in sweep.jobs():
         leave(tmp_path / "s", job, 0.0)
         records = [{"kind": "val", "step": s, "tick": 2 * s, "accuracy": a} for s, a in PUBLISHED[job.cell].items()]
@@ -266,7 +265,7 @@ def test_the_published_table_gives_the_published_verdict(tmp_path: Path):
 def test_the_command_on_a_sweep(tmp_path: Path):
     folder = fill(tmp_path / "s", decouple())
     result = CliRunner().invoke(cli.app, ["report", str(folder)])
-    assert result.exit_code == 0 and result.stdout == markdown([folder]) and (folder / "report.html").exists()
+    assert result.exit_code == 0 and result.stdout == report_markdown([folder]) and (folder / "report.html").exists()
     assert "| [A](A) |" in result.stdout and "main effect, anchor.delay_k 5 → 20" in result.stdout
 
 
@@ -274,7 +273,7 @@ def test_cells_that_were_diagnosed_have_a_table_of_means_over_seeds(tmp_path: Pa
     folder = fill(tmp_path / "s", decouple())
     write_html([folder], folder / "report.html")
     html = (folder / "report.html").read_text()
-    assert "gain_length" not in html + markdown([folder]) and "Error of the correction" not in html
+    assert "gain_length" not in html + report_markdown([folder]) and "Error of the correction" not in html
     for job in decouple().jobs():
         if job.cell in ("A", "floor"):
             values = {"cos_g_comp": 0.1 * job.seed, "gain_length": -0.5}
@@ -283,7 +282,7 @@ def test_cells_that_were_diagnosed_have_a_table_of_means_over_seeds(tmp_path: Pa
                 for tick, wobble in ((7, -0.1), (14, 0.1)):  # a mean over ticks first
                     found = {f"diagnostics/{k}": v + wobble for k, v in values.items()}
                     file.write(json.dumps({"kind": "tick", "step": tick // 2, "tick": tick} | found) + "\n")
-    heading, _, *rows = markdown([folder]).partition("| diagnosis |")[2].splitlines()[:5]
+    heading, _, *rows = report_markdown([folder]).partition("| diagnosis |")[2].splitlines()[:5]
     assert heading.split(" | ")[:3] == [" cos_m_bar", "sign_m_bar", "cos_g_comp"]
     assert rows[0].startswith("| [A](A) | 0.200 ± 0.000 | – | 0.100 ± 0.248 | – | – | 0.300 ± 0.000 |")
     assert rows[1].startswith("| [floor](floor) | – | – | 0.100 ± 0.248 |") and rows[2] == ""

@@ -16,9 +16,8 @@ from typer.testing import CliRunner
 from deploy import cli
 from deploy.cluster import sweep_lanes as lanes
 from deploy.config import load
-from deploy.display import run as progress
-from deploy.display import sweep as sweep_progress
-from deploy.display.run import Display
+from deploy.display import run_display, sweep_display
+from deploy.display.run_display import RunDisplay
 from swarm.telemetry import Telemetry
 
 STEP = {
@@ -47,7 +46,7 @@ def shown(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> io
     """What the displays print, to a terminal or elsewhere."""
     out = io.StringIO()
     console = Console(file=out, force_terminal=request.param, width=200, color_system=None, highlight=False)
-    for module in (progress, sweep_progress):
+    for module in (run_display, sweep_display):
         monkeypatch.setattr(module, "console", console)
     return out
 
@@ -55,7 +54,7 @@ def shown(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> io
 @pytest.mark.parametrize("record", RECORDS, ids=lambda record: f"{record['kind']}-{record['step']}")
 def test_a_display_shows_every_record_with_or_without_each_of_its_fields(record: dict, shown: io.StringIO):
     for left_out in [None, *(set(record) - ALWAYS)]:
-        with Display(load("k5"), Path("runs/k5")) as display:
+        with RunDisplay(load("k5"), Path("runs/k5")) as display:
             display({name: value for name, value in record.items() if name != left_out})
             display({name: value for name, value in record.items() if name in ALWAYS})
             display(STEP)
@@ -63,7 +62,7 @@ def test_a_display_shows_every_record_with_or_without_each_of_its_fields(record:
 
 
 def test_a_resumed_display_shows_the_accuracy_from_before(shown: io.StringIO):
-    with Display(load("k5"), Path("runs/k5")) as display:
+    with RunDisplay(load("k5"), Path("runs/k5")) as display:
         display(STEP)
         assert "val –" in shown.getvalue() or display.live
         display({"kind": "restored", "step": 4, "tick": 8, "accuracy": 0.625})
@@ -158,7 +157,7 @@ def test_a_display_that_fails_ends_no_sweep_and_the_sweep_can_still_be_stopped(
     """Each run writes two records; the second run's first record finds that the sweep was stopped."""
     stopped: list[str] = []
 
-    def drive(config: Any, folder: Path, listen: Any, fleets: Any) -> dict[str, Any]:
+    def drive(config: Any, folder: Path, listen: Any, actors: Any) -> dict[str, Any]:
         try:
             listen({"kind": "val", "step": 1})
             if folder.name == "b":
@@ -170,7 +169,7 @@ def test_a_display_that_fails_ends_no_sweep_and_the_sweep_can_still_be_stopped(
         return {"status": "completed"}
 
     monkeypatch.setattr(lanes, "drive", drive)
-    monkeypatch.setattr(lanes, "Held", lambda: SimpleNamespace(fleet=None, close=lambda: None))
+    monkeypatch.setattr(lanes, "KeptActors", lambda: SimpleNamespace(lent=None, close=lambda: None))
     runs = [a_run(tmp_path / name) for name in "abc"]
     lane = lanes.Lanes(runs, Watcher())
     with pytest.warns(UserWarning, match="the sweep goes on without it: TypeError: of a change"):
@@ -208,7 +207,7 @@ def test_the_live_table_of_a_sweep_shows_runs_in_any_state(shown: io.StringIO):
 
     runs = [planned(state) for state in ("completed", "starting", "running", "failed", "waiting")]
     runs[3].error = "two\nlines [/of] it"
-    with sweep_progress.SweepDisplay(runs) as display:
+    with sweep_display.SweepDisplay(runs) as display:
         for run in runs:
             display.changed(run)
             for record in RECORDS:

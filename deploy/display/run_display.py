@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ FACTS = {  # of a step: its metric and its format
 }
 
 
-class Display:
+class RunDisplay:
     """Listener of the telemetry. On a terminal a live line, elsewhere a plain line every few steps."""
 
     def __init__(self, config: RunConfig, folder: Path):
@@ -47,7 +47,7 @@ class Display:
         )
         self.task = self.progress.add_task("run", total=config.run.steps, phase="starting", facts="")
 
-    def __enter__(self) -> Display:
+    def __enter__(self) -> RunDisplay:
         with harmless("the display did not start"):
             self._start()
         return self
@@ -122,7 +122,7 @@ def print_summary(summary: dict[str, Any], folder: Path) -> None:
 
 
 @contextmanager
-def harmless(failure: str) -> Iterator[None]:
+def harmless(failure: str) -> Generator[None]:
     """What is only shown or written for people must not change how a run is said to have ended."""
     try:
         yield

@@ -10,8 +10,8 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from deploy.cluster.sweep_runs import Planned
-from deploy.display.run import console, harmless
+from deploy.cluster.sweep_runs import SweepRun
+from deploy.display.run_display import console, harmless
 
 _COLOURS = {"completed": "green", "failed": "red", "interrupted": "yellow", "running": "bold", "starting": "bold"}
 _AROUND = 6  # finished and waiting runs shown on each side of the running ones
@@ -19,7 +19,7 @@ _AROUND = 6  # finished and waiting runs shown on each side of the running ones
 
 @dataclass
 class _Row:
-    run: Planned
+    run: SweepRun
     step: int = 0
     accuracy: float | None = None
     started: float | None = None
@@ -41,7 +41,7 @@ class _Row:
 class SweepDisplay:
     """Watcher of a sweep."""
 
-    def __init__(self, runs: list[Planned]):
+    def __init__(self, runs: list[SweepRun]):
         self.rows = {id(run): _Row(run) for run in runs}
         self.before = sum(run.state == "completed" for run in runs)
         self.live = Live(get_renderable=self._table, console=console, refresh_per_second=2, transient=True)
@@ -66,7 +66,7 @@ class SweepDisplay:
             console.print(f"[red]failed[/] {run.label}: {escape(run.error or '')}", soft_wrap=True)
         console.print(f"{self._done()} of {len(self.rows)} runs completed, {len(failed)} failed")
 
-    def changed(self, run: Planned) -> None:
+    def changed(self, run: SweepRun) -> None:
         row = self.rows[id(run)]
         if run.state == "starting":
             row.started = time.monotonic()
@@ -77,7 +77,7 @@ class SweepDisplay:
             facts = f"step {step}  val {accuracy or '–'}  {seconds} s" if run.state != "starting" else ""
             console.print(f"{self._done():3d}/{len(self.rows)}  {name}  seed {seed}  {state}  {facts}", soft_wrap=True)
 
-    def record(self, run: Planned, record: dict[str, Any]) -> None:
+    def record(self, run: SweepRun, record: dict[str, Any]) -> None:
         row = self.rows[id(run)]
         row.step = record["step"]
         if record["kind"] == "val":

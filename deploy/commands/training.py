@@ -1,0 +1,207 @@
+"""`northstar run` and `northstar sweep`: what trains, and writes the folders of runs.
+
+What is refused is refused before torch or Ray is imported: both take their time.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from deploy.commands.options import Address, ConfigSource, checked, refused, set_option
+
+if TYPE_CHECKING:
+    from deploy.cluster.sweep_runs import SweepRun
+    from deploy.resume import Resume
+    from experiments.sweep import Job, Sweep
+    from swarm.run_config import RunConfig
+
+_LOCK = ".lock"
+
+
+def run_command(
+    source: ConfigSource,
+    set_: Annotated[list[str] | None, set_option("override a key, for example merger.dose=0.5")] = None,
+    out: Annotated[Path | None, typer.Option(file_okay=False, help="run folder; default runs/NAME-TIME")] = None,
+    resume: Annotated[bool, typer.Option(help="go on from the newest checkpoint in --out")] = False,
+    address: Address = None,
+) -> None:
+    """Run an experiment to its end: live progress, a run folder, a summary table. Exit 0 only if it ran to the end."""
+    config = checked(source, set_)
+    folder = _run_folder(config, out, resume)
+    goes_on = _prepared(config, folder, resume)
+    from anchor_service.errors import described
+    from deploy.cluster.launch import execute
+    from deploy.display.run_display import RunDisplay, harmless, print_summary
+
+    with _alone_in(folder), RunDisplay(config, folder) as display:
+        try:
+            summary = execute(config, folder, display, goes_on, address)
+        except KeyboardInterrupt:
+            display.close()
+            typer.secho(f"interrupted before it started: {folder} is as it was", err=True)
+            raise typer.Exit(130) from None
+        except Exception as error:
+            display.close()
+            typer.secho(described(error), fg="red", err=True)
+            _write_report(folder)
+            raise typer.Exit(1) from error
+    with harmless("the summary was not shown"):
+        print_summary(summary, folder)
+    _write_report(folder)
+    raise typer.Exit(0 if summary["status"] == "completed" else 130)
+
+
+def sweep_command(
+    source: Annotated[
+        str, typer.Argument(metavar="SWEEP_OR_TOML", help="a shipped sweep (experiments/sweeps) or a TOML file")
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(file_okay=False, help="folder of the sweep; default runs/NAME; a second call goes on"),
+    ] = None,
+    set_: Annotated[list[str] | None, set_option("change the base of every cell")] = None,
+    cells: Annotated[
+        str | None, typer.Option(metavar="CELL,…", help="run these cells only; another call can run the others")
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(metavar="PRESET_OR_TOML", help="start every cell from it instead of the sweep's base")
+    ] = None,
+    seeds: Annotated[str | None, typer.Option(metavar="SEED,…", help="these instead of the sweep's seeds")] = None,
+    lanes: Annotated[
+        int | None, typer.Option(min=1, help="runs side by side; default: as many as the CPUs and GPUs hold")
+    ] = None,
+    address: Address = None,
+) -> None:
+    """Run every cell of a sweep at every seed, and report. Goes on where it was stopped. Exit 0 only if all completed."""
+    from deploy.cluster.sweep_runs import check_runs
+    from experiments.sweep import SweepError
+
+    try:
+        call = _called(source, out, set_, cells, base, seeds)
+        first = call.runs(call.sweep.jobs())
+        check_runs(first)
+    except SweepError as error:
+        raise refused(error) from error
+    with _alone_in(call.folder):
+        finished, runs = _run_all(call, first, address, lanes)
+        _write_report(call.folder)
+    typer.echo(f"sweep folder {call.folder}; the same command goes on with what is not completed", err=True)
+    if finished and all(run.state == "completed" for run in runs):
+        raise typer.Exit(0)
+    raise typer.Exit(1 if finished else 130)
+
+
+# --- a run's folder ------------------------------------------------------------------------------
+
+
+def _run_folder(config: RunConfig, out: Path | None, resume: bool) -> Path:
+    if resume and out is None:
+        raise refused(ValueError("--resume needs --out: the folder of the run to go on with"))
+    folder = out or Path("runs") / f"{config.run.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if not resume and (folder / "metrics.jsonl").exists():
+        raise refused(ValueError(f"{folder} already holds a run: choose another --out, or add --resume"))
+    return folder
+
+
+def _prepared(config: RunConfig, folder: Path, resume: bool) -> Resume | None:
+    """All checks that need files alone; where a run goes on. One that is completed already ends the command, well."""
+    from deploy.preflight import preflight
+    from deploy.resume import plan_resume
+    from rl.problems import check_same
+
+    try:
+        goes_on = plan_resume(folder, config) if resume else None
+        if resume and goes_on is None:
+            typer.echo(
+                f"{folder} is completed, {config.run.steps} steps: nothing is left to do; raise run.steps to go on"
+            )
+            raise typer.Exit(0)
+        problems = preflight(config)
+        if goes_on:
+            check_same(folder / "data.json", problems)
+    except ValueError as error:
+        raise refused(error) from error
+    return goes_on
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Generator[None]:
+    """No other command writes there meanwhile. A lock of a process that died is none."""
+    from filelock import FileLock, Timeout
+
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        held = FileLock(folder / _LOCK).acquire(timeout=0)
+    except Timeout:
+        message = f"another northstar command is writing to {folder}: wait for it to end, or choose another --out"
+        raise refused(ValueError(message)) from None
+    with held:
+        yield
+
+
+def _write_report(folder: Path) -> None:
+    """The run's page, however the run ended. Failing at it must not change how the run itself is said to have ended."""
+    from deploy.display.run_display import harmless
+
+    with harmless("report.html was not written"):
+        if all(file.name == _LOCK for file in folder.iterdir()):  # the run failed before it wrote anything
+            return
+        from experiments.report import write_html
+
+        write_html([folder], folder / "report.html")
+
+
+# --- a sweep's runs ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _SweepCall:
+    """What one call of `northstar sweep` is about."""
+
+    sweep: Sweep
+    folder: Path
+    overrides: list[str]
+    cells: set[str]  # that this call runs
+
+    def runs(self, jobs: list[Job]) -> list[SweepRun]:
+        from deploy.cluster.sweep_runs import planned_runs
+
+        return planned_runs(self.sweep, self.folder, self.overrides, [job for job in jobs if job.cell in self.cells])
+
+
+def _called(
+    source: str, out: Path | None, set_: list[str] | None, cells: str | None, base: str | None, seeds: str | None
+) -> _SweepCall:
+    from experiments.sweep import find_sweep, read_sweep
+
+    sweep = read_sweep(find_sweep(source)).but(base, seeds)
+    wanted = sweep.select(cells.split(",") if cells is not None else list(sweep.cells))
+    return _SweepCall(sweep, out or Path("runs") / sweep.name, set_ or [], wanted)
+
+
+def _run_all(
+    call: _SweepCall, first: list[SweepRun], address: str | None, lanes: int | None
+) -> tuple[bool, list[SweepRun]]:
+    """The runs planned first and, where they tune, those at the points that they chose; whether none was interrupted."""
+    from deploy.cluster.sweep_lanes import execute_sweep
+    from deploy.display.sweep_display import SweepDisplay
+    from experiments.cells import chosen
+    from experiments.sweep import keep_sweep
+
+    def ran(runs: list[SweepRun]) -> bool:
+        with SweepDisplay(runs) as display:
+            return execute_sweep(runs, display, address, lanes)
+
+    keep_sweep(call.sweep, call.folder)
+    finished = ran(first)
+    if not (finished and call.sweep.tuning):
+        return finished, first
+    judging = call.runs(call.sweep.jobs_at(chosen(call.folder)))
+    return ran(judging), first + judging

@@ -1,0 +1,26 @@
+"""A stopped run goes on as the experiment that it was, or is told what differs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from deploy.config import ConfigError, load, to_toml
+from deploy.resume import check_resumes
+
+
+def test_a_run_goes_on_as_the_experiment_that_it_was(tmp_path: Path):
+    stored = tmp_path / "config.toml"
+    stored.write_text(to_toml(load("k5")))
+    check_resumes(stored, load("k5", ["run.steps=90", "swarm.timeout_s=7", "rollout.replicas=2", "links.swarm_mbit=3"]))
+    with pytest.raises(ConfigError, match=r"grpo\.lr 6e-05 -> 0\.01, run\.seed 0 -> 9"):
+        check_resumes(stored, load("k5", ["grpo.lr=1e-2", "run.seed=9"]))
+
+
+def test_a_run_that_met_a_limit_goes_on_with_a_higher_one_and_not_with_a_lower(tmp_path: Path):
+    stored = tmp_path / "config.toml"
+    stored.write_text(to_toml(load("k5")))
+    check_resumes(stored, load("k5", ["grpo.max_prompt_length=30", "grpo.max_response_length=41"]))
+    with pytest.raises(ConfigError, match=r"max_prompt_length 16 -> 15; grpo\.max_prompt_length may only be raised"):
+        check_resumes(stored, load("k5", ["grpo.max_prompt_length=15", "grpo.max_response_length=41"]))
