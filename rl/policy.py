@@ -7,7 +7,6 @@ no process holds more of the model than it trains, not even while it loads.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from codec.rows import pack_rows, unpack_rows
 from rl.lean import lean_transformers
 from rl.model_shape import ModelNotFound
+from rl.spans import Span
 from rl.stored_weights import stored_tensors
 
 with lean_transformers():
@@ -29,30 +29,6 @@ with lean_transformers():
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 PIECE = 1 << 22  # elements that are read from a checkpoint at a time
-
-
-@dataclass(frozen=True)
-class Span:
-    """Decoder layers [lo, hi) of `total`."""
-
-    lo: int
-    hi: int
-    total: int
-
-    @property
-    def first(self) -> bool:
-        return self.lo == 0
-
-    @property
-    def last(self) -> bool:
-        return self.hi == self.total
-
-
-def spans(layers: int, boundaries: list[int], stages: int) -> list[Span]:
-    """Cut at `boundaries`, then deal the len(boundaries)+1 segments evenly over `stages`."""
-    cuts = [0, *boundaries, layers]
-    each = (len(cuts) - 1) // stages
-    return [Span(cuts[p * each], cuts[(p + 1) * each], layers) for p in range(stages)]
 
 
 def skeleton(folder: Path, attention: str = "sdpa", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
