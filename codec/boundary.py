@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,21 +21,24 @@ from torch import Tensor
 from codec.config import CodecConfig
 from codec.dense import dense
 from codec.fidelity import Fidelity
-from codec.interface import CodecError, Room, Way, as_bytes
+from codec.interface import Codec, CodecError, Room, as_bytes, checked
 from codec.ledger import Ledger
 from codec.powersgd import powersgd
 from codec.rows import Rows
 from codec.transform.way import transform
 
-CODECS: dict[str, Callable[[CodecConfig, int, int], tuple[Way, Way]]] = {
+CODECS: dict[str, Callable[[CodecConfig, int, int], tuple[Codec, Codec]]] = {
     "none": dense,
     "powersgd": powersgd,
     "transform": transform,
 }
 
 
-def make_codec(config: CodecConfig, hidden: int, seed: int) -> tuple[Way, Way]:
-    """The two ways of `config.kind`: one of CODECS, or anybody's "package.module:function" with their face."""
+def make_codec(config: CodecConfig, hidden: int, seed: int) -> tuple[Codec, Codec]:
+    """The two ways of `config.kind`: one of CODECS, or anybody's "package.module:function" of the same face.
+
+    Raises ValueError if that cannot be imported, or if what it makes lacks a part of the face.
+    """
     if config.kind in CODECS:
         return CODECS[config.kind](config, hidden, seed)
     module, _, name = config.kind.partition(":")
@@ -42,7 +46,7 @@ def make_codec(config: CodecConfig, hidden: int, seed: int) -> tuple[Way, Way]:
         make = getattr(import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"codec.kind = {config.kind!r} cannot be imported by this worker: {error}") from error
-    return make(config, hidden, seed)
+    return checked(config.kind, make(config, hidden, seed))
 
 
 class Boundary:
@@ -64,7 +68,7 @@ class Boundary:
         self.backward.to(device)
         return self
 
-    def way(self, name: str) -> Way:
+    def way(self, name: str) -> Codec:
         return self.forward if name == "fwd" else self.backward
 
     def encode(self, x: Tensor, rows: Rows, observe: bool) -> Tensor:
@@ -75,6 +79,7 @@ class Boundary:
         room = Room(len(rows), 2 * exact.numel() * self.hidden)
         payload, x_hat = self.forward.encode(sent, room, observe)
         if observe:
+            assert x_hat is not None  # an observer is told what arrives
             self._note(sent, x_hat, rows)
         if exact.numel():  # in bf16, as a dense system of our kind would send it
             payload = torch.cat([payload, as_bytes(kept[exact].bfloat16())])
@@ -103,6 +108,7 @@ class Boundary:
             sums = dx.new_zeros(len(rows.kept), self.hidden, dtype=torch.float32)
             kept = sums.index_add_(0, rows.source, dx.float()).to(dx.dtype)
         payload, dx_hat = self.backward.encode(kept, Room(len(rows)), observe=True)
+        assert dx_hat is not None  # as above
         self.seen["bwd"].add(kept, dx_hat)
         self.ledger.add("boundary_bwd", payload.numel(), dx.nbytes)
         return payload
@@ -147,14 +153,15 @@ class Boundary:
 
     def refresh_alone(self, name: str) -> Tensor:
         """A refresh where there is one replica; `swarm.tick` does it for all others. Returns the tables, if any are new."""
-        codec, tables = self.way(name), torch.empty(0, dtype=torch.uint8)
-        statistics = codec.statistics() if codec.refreshes else None
-        if statistics is not None:
-            codec.absorb(statistics)
-            tables = codec.refresh()
-            codec.count_side(tables.numel())
-            codec.load(tables)
-        return tables
+        codec, raw = self.way(name), torch.empty(0, dtype=torch.uint8)
+        statistics = None if codec.tables is None else codec.tables.statistics()
+        if codec.tables is not None and statistics is not None:
+            codec.tables.absorb(statistics)
+            raw = codec.tables.refresh()
+            if codec.rate is not None:
+                codec.rate.count_side(raw.numel())
+            codec.tables.load(raw)
+        return raw
 
     def health(self, name: str) -> dict[str, float]:
         """What the sender of a way saw in this tick."""
@@ -176,21 +183,11 @@ class _Virtual(torch.autograd.Function):
     """Straight through a quantiser: its own derivative is zero almost everywhere and says nothing."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, boundary: Boundary, rows: Rows, observe: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, boundary: Boundary, rows: Rows, observe: bool) -> Tensor:
         ctx.boundary, ctx.rows = boundary, rows
         return boundary.decode(boundary.encode(x, rows, observe), rows, x.dtype).clone()
 
     @staticmethod
-    def backward(ctx, dx: Tensor):
-        boundary, rows = ctx.boundary, ctx.rows
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
+        (dx,), boundary, rows = grad_outputs, ctx.boundary, ctx.rows
         return boundary.decode_backward(boundary.encode_backward(dx, rows), rows, dx.dtype), None, None, None
-
-
-def pack_rows(hidden: Tensor, real: Tensor) -> Tensor:
-    """[B, L, H] and the mask of real tokens [B, L] -> the real rows [N, H], differentiable."""
-    return hidden[real]
-
-
-def unpack_rows(rows: Tensor, real: Tensor) -> Tensor:
-    """Real rows [N, H] -> [B, L, H] with zeros at the padding, differentiable."""
-    return rows.new_zeros(*real.shape, rows.shape[-1]).index_put((real,), rows)

@@ -35,8 +35,10 @@ Reading = dict[str, tuple[tuple[When, ...], ...]]  # key: alternatives, each all
 class GradientConfig(Section):
     """Compression of weight gradients on the data-parallel axis."""
 
-    kind: Literal["none", "powersgd"] = Field("none", description="`powersgd` sends rank-r factors with error feedback")
-    rank: int = Field(4, ge=1, description="rank of each weight matrix's factors")
+    kind: Literal["none", "powersgd"] = Field(
+        default="none", description="`powersgd` sends rank-r factors with error feedback"
+    )
+    rank: int = Field(default=4, ge=1, description="rank of each weight matrix's factors")
 
 
 class CodecConfig(Section):
@@ -120,9 +122,23 @@ class CodecConfig(Section):
     def shares_prefixes(self) -> bool:
         return self.kind == "transform" if self.share_prefixes is None else self.share_prefixes
 
+    @property
+    def is_lossless(self) -> bool:
+        """Whether every number arrives as it was sent; nobody knows that of a codec that is not ours."""
+        return self.kind == "none"
+
+    def check_hidden(self, hidden: int) -> None:
+        """Raises ValueError if this codec cannot cut a model of hidden size `hidden`."""
+        if self.kind == "powersgd":
+            self.rank_for(hidden)
+
     def rank_for(self, hidden: int) -> int:
-        """The rank r at hidden size `hidden`. Raises ValueError if r > hidden."""
-        rank = self.rank if self.rank is not None else max(1, round(self.rank_ratio * hidden))
+        """The rank r at hidden size `hidden`. Raises ValueError if r > hidden, or if none is set."""
+        rank = self.rank
+        if rank is None:
+            if self.rank_ratio is None:
+                raise ValueError("there is no rank: set rank or rank_ratio")
+            rank = max(1, round(self.rank_ratio * hidden))
         if rank > hidden:
             raise ValueError(f"rank {rank} is larger than the hidden size {hidden}: set rank to at most {hidden}")
         return rank

@@ -69,17 +69,18 @@ def decode(arrays: dict[str, np.ndarray], base: np.ndarray | None, numel: int | 
     ignores the values of `base`. Raises BaseMismatch if a delta is for other weights than `base`, and
     ValueError naming the field if the arrays are damaged.
     """
-    if base is None and numel is None:
+    if base is not None:
+        if numel not in (None, base.size):
+            raise ValueError(f"the base has {base.size} weights, not {numel}")
+        numel = base.size
+    if numel is None:
         raise TypeError("decode needs the base, or the number of elements of a full snapshot")
-    if base is not None and numel not in (None, base.size):
-        raise ValueError(f"the base has {base.size} weights, not {numel}")
-    numel = base.size if numel is None else numel
     if "base" in arrays:  # first: beside another base no other field can be judged
         _check_base(arrays["base"], base)
     dtype = _check_fields(arrays, numel)
     if base is not None and base.dtype != dtype:
         raise BaseMismatch(f"{dtype} weights came, the base is {base.dtype}")
-    if "base" in arrays:
+    if base is not None and "base" in arrays:
         bits = _patterns(base, "base").copy()
         _apply(arrays, bits)
     else:

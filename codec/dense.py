@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from codec.config import CodecConfig
-from codec.interface import Room, Stateless, Way, as_bytes, as_numbers
+from codec.interface import Codec, Room, as_bytes, as_numbers
 
 
-class Dense(Stateless):
+class Dense(Codec):
     """Identity, in the dtype of the model."""
 
     def __init__(self, hidden: int):
@@ -26,5 +26,5 @@ class Dense(Stateless):
         return size, size
 
 
-def dense(config: CodecConfig, hidden: int, seed: int) -> tuple[Way, Way]:
+def dense(config: CodecConfig, hidden: int, seed: int) -> tuple[Codec, Codec]:
     return Dense(hidden), Dense(hidden)

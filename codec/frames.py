@@ -56,7 +56,7 @@ def pack(header: dict[str, Any], arrays: dict[str, np.ndarray]) -> np.ndarray:
     for (_, _, _, start), array in zip(table, arrays.values()):
         native = np.ascontiguousarray(array, array.dtype.name)  # a big-endian array is called the same
         body[start : start + array.nbytes] = native.reshape(-1).view(np.uint8)
-    head = msgpack.packb({"fields": header, "arrays": table})
+    head: bytes = msgpack.packb({"fields": header, "arrays": table})  # pyright: ignore[reportAssignmentType]: never None
     if len(head) > MAX_HEADER:
         raise ValueError(f"frame header of {len(head)} bytes; at most {MAX_HEADER} fit")
     padded = head + bytes(_body_start(len(head)) - _PREFIX - len(head))
@@ -110,7 +110,7 @@ def _header(raw: bytes, sender: str) -> dict[str, Any]:
     return head
 
 
-def _array(body: memoryview, name: str, spec: list, sender: str) -> np.ndarray:
+def _array(body: memoryview, name: str, spec: list[Any], sender: str) -> np.ndarray:
     dtype, shape, offset = spec
     if not isinstance(dtype, str) or dtype not in _DTYPES:
         raise FrameError(sender, f"arrays.{name}.dtype", f"{dtype!r} is not allowed")

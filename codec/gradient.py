@@ -1,8 +1,9 @@
 """PowerSGD of weight gradients with error feedback, on the data-parallel axis.
 
-Vogels et al. 2019, algorithm 1 and 2, in the order of PyTorch's `powerSGD_hook`, which the tests
-hold it to:  add error → orth(Q) → P = MQ → Σ → orth(P) → Q = MᵀP → Σ → M̂ = PQᵀ → error.
+In the order of PyTorch's `powerSGD_hook`, which the tests hold it to:  add error → orth(Q) → P = MQ → Σ → orth(P) → Q = MᵀP → Σ → M̂ = PQᵀ → error.
 The gradient here is a sum over replicas (the loss has one global denominator), not a mean.
+
+References: Vogels, Karimireddy, Jaggi 2019, "PowerSGD", arXiv:1905.13727, algorithms 1 and 2.
 """
 
 from __future__ import annotations
@@ -41,7 +42,13 @@ class PowerSGDSum:
     """
 
     def __init__(
-        self, shapes: list[tuple[int, ...]], rank: int, replicas: int, seed: int, sum_over_replicas: Sum, device
+        self,
+        shapes: list[tuple[int, ...]],
+        rank: int,
+        replicas: int,
+        seed: int,
+        sum_over_replicas: Sum,
+        device: torch.device,
     ):
         self.replicas, self.sum = replicas, sum_over_replicas
         self.matrices: list[tuple[slice, tuple[int, int], int]] = []

@@ -12,7 +12,7 @@ import zstandard
 
 def shrink(plane: np.ndarray, level: int = 1) -> np.ndarray:
     """uint8 [n], contiguous -> uint8 [at most n]: a zstd frame if that is shorter, else the plane itself."""
-    packed = zstandard.ZstdCompressor(level=level).compress(plane)
+    packed = zstandard.ZstdCompressor(level=level).compress(plane.data)
     return np.frombuffer(packed, np.uint8) if len(packed) < plane.size else plane
 
 
@@ -28,7 +28,7 @@ def expand(stored: np.ndarray, size: int, name: str) -> np.ndarray:
         return stored
     if stored.size > size:
         raise ValueError(f"{name}: {stored.size} bytes for a plane of {size}")
-    data = np.ascontiguousarray(stored)
+    data = np.ascontiguousarray(stored).data
     try:
         stated = zstandard.get_frame_parameters(data).content_size
         if stated != size:

@@ -1,20 +1,23 @@
 """PowerSGD of hidden states: a rank-r sketch through a warm-started orthonormal basis.
 
-Vogels et al. 2019, "PowerSGD", arXiv:1905.13727: one power-iteration step a refresh, the basis
-carried over. Here the matrix is the hidden state X [tokens, H] of one boundary, and the basis Q
-[H, r] is shared by both sides of the link, so only Y = XQ [tokens, r] crosses it.
+One power-iteration step a refresh, the basis carried over. Here the matrix is the hidden state X [tokens, H] of
+one boundary, and the basis Q [H, r] is shared by both sides of the link, so only Y = XQ [tokens, r] crosses it.
+
+References: Vogels, Karimireddy, Jaggi 2019, "PowerSGD: Practical Low-Rank Gradient Compression for Distributed
+Optimization", arXiv:1905.13727, algorithm 1.
 """
 
 from __future__ import annotations
 
 import torch
+from jaxtyping import Float, Float32, UInt8
 from torch import Tensor
 
 from codec.config import CodecConfig
-from codec.interface import Room, Stateless, Way, as_bytes, as_numbers
+from codec.interface import Codec, Room, Tables, as_bytes, as_numbers
 
 
-def orthonormalise(v: Tensor) -> Tensor:
+def orthonormalise(v: Float[Tensor, "h r"]) -> Float32[Tensor, "h r"]:
     """Orthonormal basis of the columns of `v` [H, r], in fp32.
 
     QR with the sign of R's diagonal made positive, which makes Q unique. Gram-Schmidt is not used:
@@ -31,76 +34,88 @@ def orthonormalise(v: Tensor) -> Tensor:
     return (q * torch.where(r.diagonal() < 0, -1.0, 1.0)).contiguous()
 
 
-def random_basis(hidden: int, rank: int, seed: int) -> Tensor:
-    """Seeded random orthonormal [hidden, rank], the same on every machine."""
+def random_basis(hidden: int, rank: int, seed: int) -> Float32[Tensor, "hidden rank"]:
+    """Seeded random orthonormal, the same on every machine."""
     return orthonormalise(torch.randn(hidden, rank, generator=torch.Generator().manual_seed(seed)))
 
 
-class PowerSGD(Stateless):
-    """Forward way of one boundary: X̂ = (XQ)Qᵀ, and V = Σ Xᵀ(XQ) gathered for the next refresh."""
+class Basis(Tables):
+    """Q of one way, and V = Σ Xᵀ(XQ), gathered in the tick for the next Q."""
 
-    refreshes = True
+    q: Float32[Tensor, "h r"]
+    v: Float32[Tensor, "h r"]
 
     def __init__(self, hidden: int, rank: int, seed: int):
-        self.hidden, self.rank = hidden, rank
-        self.basis = random_basis(hidden, rank, seed)
-        self.device = torch.device("cpu")
-        self.begin_tick()
+        self.q = random_basis(hidden, rank, seed)
+        self.v = torch.zeros_like(self.q)
 
-    def to(self, device: torch.device) -> None:
-        self.device = device
-        self.restore(self.state())
+    def project(self, x: Float[Tensor, "n h"]) -> Float[Tensor, "n r"]:
+        return x @ self.q.to(x.dtype)
 
-    def begin_tick(self) -> None:
-        """Forget the gathered statistics."""
-        self.v = torch.zeros_like(self.basis)
-        self.energy = torch.zeros(2, device=self.device)  # ‖X‖², ‖Y‖²
+    def reconstruct(self, y: Float[Tensor, "n r"]) -> Float[Tensor, "n h"]:
+        return y @ self.q.to(y.dtype).T
 
-    def encode(self, x: Tensor, room: Room, observe: bool) -> tuple[Tensor, Tensor | None]:
-        """[N, H] -> Y [N, r] in the dtype of x."""
-        y = x @ self.basis.to(x.dtype)
-        if observe:
-            wide, narrow = x.float(), y.float()
-            self.v.addmm_(wide.T, narrow)
-            self.energy += torch.stack([wide.square().sum(), narrow.square().sum()])
-        return as_bytes(y), self._up(y) if observe else None
-
-    def decode(self, payload: Tensor, n: int, dtype: torch.dtype) -> Tensor:
-        return self._up(as_numbers(payload, (n, self.rank), dtype, "sketch Y"))
-
-    def _up(self, y: Tensor) -> Tensor:
-        return y @ self.basis.to(y.dtype).T
-
-    def limits(self, n: int, dtype: torch.dtype) -> tuple[int, int]:
-        size = n * self.rank * dtype.itemsize
-        return size, size
-
-    def statistics(self) -> Tensor:
+    def statistics(self) -> Float32[Tensor, "h r"]:
         return self.v
 
-    def absorb(self, summed: Tensor) -> None:
+    def absorb(self, summed: Float32[Tensor, "h r"]) -> None:
         self.v = summed
 
-    def refresh(self) -> Tensor:
+    def refresh(self) -> UInt8[Tensor, " bytes"]:
         """Q ← orth(V)."""
         return as_bytes(orthonormalise(self.v))
 
-    def tables_limit(self) -> int:
-        return 4 * self.basis.numel()
+    def limit(self) -> int:
+        return 4 * self.q.numel()
 
-    def load(self, tables: Tensor) -> dict[str, float]:
+    def load(self, tables: UInt8[Tensor, " bytes"]) -> dict[str, float]:
         """Take over a new basis; returns how it differs from the last one."""
-        basis = as_numbers(tables, (self.hidden, self.rank), torch.float32, "basis Q").to(self.device, copy=True)
-        metrics = {"codec/q_drift": max(0.0, 1.0 - (self.basis.T @ basis).square().sum().item() / self.rank)}
+        q = as_numbers(tables, tuple(self.q.shape), torch.float32, "basis Q").to(self.q.device, copy=True)
+        metrics = {"codec/q_drift": max(0.0, 1.0 - (self.q.T @ q).square().sum().item() / q.shape[1])}
         if self.v.any():  # the sender's side
             metrics["codec/q_condition"] = self._condition()
-        self.basis = basis
+        self.q = q
         return metrics
 
     def _condition(self) -> float:
         """Condition number of V: how unequal the directions are that the basis is made of."""
         s = torch.linalg.svdvals(self.v)
         return (s[0] / s[-1].clamp_min(1e-30)).item()
+
+
+class PowerSGD(Codec):
+    """Forward way of one boundary: X̂ = (XQ)Qᵀ."""
+
+    def __init__(self, hidden: int, rank: int, seed: int):
+        self.rank = rank
+        self.basis = self.tables = Basis(hidden, rank, seed)
+        self.energy = torch.zeros(2)  # ‖X‖², ‖Y‖²
+
+    def to(self, device: torch.device) -> None:
+        self.basis.q, self.basis.v, self.energy = (t.to(device) for t in (self.basis.q, self.basis.v, self.energy))
+
+    def begin_tick(self) -> None:
+        """Forget the gathered statistics."""
+        self.basis.v = torch.zeros_like(self.basis.q)
+        self.energy = torch.zeros_like(self.energy)
+
+    def encode(
+        self, x: Float[Tensor, "n h"], room: Room, observe: bool
+    ) -> tuple[UInt8[Tensor, " bytes"], Float[Tensor, "n h"] | None]:
+        """X -> Y [n, r] in the dtype of X."""
+        y = self.basis.project(x)
+        if observe:
+            wide, narrow = x.float(), y.float()
+            self.basis.v.addmm_(wide.T, narrow)
+            self.energy += torch.stack([wide.square().sum(), narrow.square().sum()])
+        return as_bytes(y), self.basis.reconstruct(y) if observe else None
+
+    def decode(self, payload: UInt8[Tensor, " bytes"], n: int, dtype: torch.dtype) -> Float[Tensor, "n h"]:
+        return self.basis.reconstruct(as_numbers(payload, (n, self.rank), dtype, "sketch Y"))
+
+    def limits(self, n: int, dtype: torch.dtype) -> tuple[int, int]:
+        size = n * self.rank * dtype.itemsize
+        return size, size
 
     def health(self) -> dict[str, float]:
         """`q_error`: relative reconstruction error of the tokens observed since the tick began.
@@ -111,23 +126,26 @@ class PowerSGD(Stateless):
         return {"codec/q_error": max(0.0, 1.0 - y2 / x2) ** 0.5} if x2 else {}
 
     def state(self) -> dict[str, Tensor]:
-        return {"basis": self.basis, "v": self.v, "energy": self.energy}
+        return {"basis": self.basis.q, "v": self.basis.v, "energy": self.energy}
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        self.basis, self.v, self.energy = (state[k].to(self.device) for k in ("basis", "v", "energy"))
+        device = self.energy.device
+        self.basis.q, self.basis.v, self.energy = (state[k].to(device) for k in ("basis", "v", "energy"))
 
 
-class SharedBasis(Stateless):
+class SharedBasis(Codec):
     """Backward way as published: dX̂ = (dX Q)Qᵀ with the forward's Q, so no second basis crosses the link."""
 
     def __init__(self, forward: PowerSGD):
         self.forward = forward
 
-    def encode(self, x: Tensor, room: Room, observe: bool) -> tuple[Tensor, Tensor | None]:
-        y = x @ self.forward.basis.to(x.dtype)
-        return as_bytes(y), self.forward._up(y) if observe else None
+    def encode(
+        self, x: Float[Tensor, "n h"], room: Room, observe: bool
+    ) -> tuple[UInt8[Tensor, " bytes"], Float[Tensor, "n h"] | None]:
+        y = self.forward.basis.project(x)
+        return as_bytes(y), self.forward.basis.reconstruct(y) if observe else None
 
-    def decode(self, payload: Tensor, n: int, dtype: torch.dtype) -> Tensor:
+    def decode(self, payload: UInt8[Tensor, " bytes"], n: int, dtype: torch.dtype) -> Float[Tensor, "n h"]:
         return self.forward.decode(payload, n, dtype)
 
     def limits(self, n: int, dtype: torch.dtype) -> tuple[int, int]:
@@ -141,7 +159,7 @@ class OwnBasis(PowerSGD):
         return {}  # `codec/q_error` is the forward's
 
 
-def powersgd(config: CodecConfig, hidden: int, seed: int) -> tuple[Way, Way]:
+def powersgd(config: CodecConfig, hidden: int, seed: int) -> tuple[Codec, Codec]:
     """The two ways of one boundary. Raises ValueError if the rank exceeds the hidden size."""
     rank = config.rank_for(hidden)
     forward = PowerSGD(hidden, rank, seed)

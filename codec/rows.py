@@ -1,8 +1,8 @@
-"""Which rows of a microbatch need to cross a boundary at all. Both ends know the tokens, so nothing is sent for it.
+"""The rows of a microbatch, and which of them need to cross a boundary at all.
 
 A causal model's hidden state depends only on the tokens up to its own. Samples of one GRPO group share their
 prompt, so their first rows are equal: one of them stands for all, and the gradients of all are summed before
-they go back, which is exact.
+they go back, which is exact. Both ends know the tokens, so nothing is sent for it.
 """
 
 from __future__ import annotations
@@ -50,3 +50,13 @@ def rows_of(ids: np.ndarray, real: np.ndarray, device: torch.device) -> Rows:
     starts = np.zeros(real.shape, bool)
     starts[:, 0] = True
     return Rows(torch.from_numpy(starts[real]).to(device), torch.from_numpy(keeper[real]).to(device))
+
+
+def pack_rows(hidden: Tensor, real: Tensor) -> Tensor:
+    """[B, L, H] and the mask of real tokens [B, L] -> the real rows [N, H], differentiable."""
+    return hidden[real]
+
+
+def unpack_rows(rows: Tensor, real: Tensor) -> Tensor:
+    """Real rows [N, H] -> [B, L, H] with zeros at the padding, differentiable."""
+    return rows.new_zeros(*real.shape, rows.shape[-1]).index_put((real,), rows)

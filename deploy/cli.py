@@ -10,9 +10,8 @@ import typer
 
 from deploy.commands.afterwards import export_command, report_command
 from deploy.commands.ahead import doctor_command, plan_command, presets_command, probe_command, simulate_command
-from deploy.commands.options import refused
 from deploy.commands.training import run_command, sweep_command
-from deploy.packages import PACKAGES, check_packages
+from deploy.packages import PACKAGES
 
 COMMANDS = {
     "run": run_command,
@@ -38,10 +37,7 @@ for name, command in COMMANDS.items():
 
 
 def main() -> None:
-    try:
-        check_packages(sys.path)  # PYTHONPATH may hold others of these names
-    except ValueError as error:
-        sys.exit(refused(error).exit_code)
+    """What northstar.py calls once our packages are known to be ours."""
     for package in PACKAGES:  # before a folder of the same name beside the run can be found
         importlib.import_module(package)
     from deploy.cluster.takedown import leave

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 
-from codec.boundary import pack_rows, unpack_rows
+from codec.rows import pack_rows, unpack_rows
 from rl.model_shape import ModelNotFound
 from rl.stored_weights import stored_tensors
 

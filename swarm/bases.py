@@ -11,8 +11,9 @@ from collections.abc import Iterator
 
 import torch
 
-from anchor_service.ring import q_should_refresh
 from codec.boundary import Boundary
+from codec.interface import Tables
+from codec.schedule import q_should_refresh
 from swarm.grid import Grid
 from swarm.pipeline import Pipeline
 
@@ -26,18 +27,17 @@ class Bases:
     def refresh(self, tick: int) -> dict[str, float]:
         """Before a forward: new tables if they are due. Returns metrics."""
         grid, pipeline, found = self.grid, self.pipeline, Means()
-        refreshing = any(b.way(w).refreshes for b in self.cuts.values() for w in ("fwd", "bwd"))
+        refreshing = any(b.way(w).tables is not None for b in self.cuts.values() for w in ("fwd", "bwd"))
         due = refreshing and q_should_refresh(tick, self.q_cadence)
         if refreshing:
             found.add({"codec/q_refreshed": float(due)})
         if due:
             for boundary, way in self._sent():
-                if boundary.way(way).refreshes:
-                    found.add(self._send_tables(boundary, way))
+                if (tables := boundary.way(way).tables) is not None:
+                    found.add(self._send_tables(boundary, way, tables))
             for boundary, way in ((pipeline.upstream, "fwd"), (pipeline.downstream, "bwd")):
-                if boundary and boundary.way(way).refreshes:
-                    codec = boundary.way(way)
-                    codec.load(grid.recv(way, 0, codec.tables_limit()))
+                if boundary and (tables := boundary.way(way).tables) is not None:
+                    tables.load(grid.recv(way, 0, tables.limit()))
         for boundary in self.cuts.values():
             boundary.begin_tick()
         grid.flush()
@@ -47,12 +47,11 @@ class Bases:
         """After the last payload of a tick: what each way did, and its rate for the next. Returns metrics."""
         found = Means()
         for boundary, way in self._sent():
-            codec = boundary.way(way)
-            spent = codec.spent()
-            if spent is not None:
-                spent = spent.to(self.grid.device)
+            rate = boundary.way(way).rate
+            if rate is not None:
+                spent = rate.spent().to(self.grid.device)
                 self.grid.sum_dp(spent, "control", dense_bytes=0)
-                codec.steer(spent)
+                rate.steer(spent)
             found.add(boundary.health(way))
         return found.means()
 
@@ -67,21 +66,21 @@ class Bases:
         if pipeline.upstream:
             yield pipeline.upstream, "bwd"
 
-    def _send_tables(self, boundary: Boundary, way: str) -> dict[str, float]:
+    def _send_tables(self, boundary: Boundary, way: str, tables: Tables) -> dict[str, float]:
         """Over a wire its neighbour waits for the tables, though they may be empty."""
-        grid, codec = self.grid, boundary.way(way)
+        grid, rate = self.grid, boundary.way(way).rate
         before = grid.ledger.sent["basis"]
-        tables, statistics = torch.empty(0, dtype=torch.uint8), codec.statistics()
+        raw, statistics = torch.empty(0, dtype=torch.uint8), tables.statistics()
         if statistics is not None:
             grid.sum_dp(statistics, "basis", dense_bytes=0)
-            codec.absorb(statistics)
-            tables = codec.refresh() if grid.d == 0 else None
-            tables = grid.bytes_from_first_replica(tables, "basis", codec.tables_limit())
+            tables.absorb(statistics)
+            raw = grid.bytes_from_first_replica(tables.refresh() if grid.d == 0 else None, "basis", tables.limit())
         if boundary is self.pipeline.downstream or boundary is self.pipeline.upstream:
-            grid.send(way, tables.to(grid.device))
-        grid.ledger.add("basis", tables.numel(), 0)  # to the other side of the boundary, wire or virtual
-        codec.count_side(grid.ledger.sent["basis"] - before)
-        return codec.load(tables)
+            grid.send(way, raw.to(grid.device))
+        grid.ledger.add("basis", raw.numel(), 0)  # to the other side of the boundary, wire or virtual
+        if rate is not None:
+            rate.count_side(grid.ledger.sent["basis"] - before)
+        return tables.load(raw)
 
 
 class Means:

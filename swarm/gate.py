@@ -74,7 +74,7 @@ class LaunchGate:
 
     def __init__(self, codec: CodecConfig):
         self.max_kl = codec.max_kl
-        self.open = codec.kind == "none"
+        self.open = codec.is_lossless
 
     def judge(self, metrics: dict[str, float], tick: int) -> float | None:
         """The KL if it deserves a warning. `tick`: ticks begun so far. Raises PolicyChanged above `codec.max_kl`."""

@@ -11,7 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from codec.boundary import Boundary, pack_rows, unpack_rows
+from codec.boundary import Boundary
+from codec.rows import pack_rows, unpack_rows
 from rl.grpo import LossTerms
 from rl.objective import MicroBatch, logprobs
 from rl.policy import Stage

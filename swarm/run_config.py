@@ -160,8 +160,7 @@ class RunConfig(Section):
                     f"swarm.boundaries: {boundary} is outside the model, which has {shape.layers} layers "
                     f"(allowed: 1 to {shape.layers - 1})"
                 )
-        if self.codec.kind == "powersgd":
-            try:
-                self.codec.rank_for(shape.hidden)
-            except ValueError as error:
-                raise ValueError(f"codec.rank: {error}") from None
+        try:
+            self.codec.check_hidden(shape.hidden)
+        except ValueError as error:
+            raise ValueError(f"codec.rank: {error}") from None

@@ -10,12 +10,15 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import multiprocessing
 import shutil
+import time
 import traceback
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -28,6 +31,7 @@ from swarm.grid import meeting
 torch.set_num_threads(1)
 
 CLUSTER = "tests/ray/"
+STARTED = pytest.StashKey[tuple[float, float]]()
 LONGEST = CLUSTER, "tests/commands/", "tests/chaos/"
 
 
@@ -51,14 +55,36 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: [not item.nodeid.startswith(folder) for folder in LONGEST])
 
 
-def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """One line for each command of the documents (tests/commands): where it is printed, how it was tried, seconds."""
-    reports = [r for kind in terminalreporter.stats.values() for r in kind if getattr(r, "when", None) == "call"]
-    rows = [row for report in reports for name, row in report.user_properties if name == "command"]
+def pytest_sessionstart(session: pytest.Session) -> None:
+    session.config.stash[STARTED] = time.monotonic(), _busy()
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """A line for each command of the documents (tests/commands), one for each folder, one of how busy the machine was."""
+    reports = [r for kind in terminalreporter.stats.values() for r in kind if isinstance(r, pytest.TestReport)]
+    rows = [row for r in reports if r.when == "call" for name, row in r.user_properties if name == "command"]
     if rows:
         terminalreporter.section("commands of the documents")
     for where, text, how, seconds in rows:
         terminalreporter.write_line(f"{where:36} {seconds:6.1f} s  {how:36}  {text[:100]}")
+    if (since := config.stash.get(STARTED, None)) is None:
+        return
+    folders: Counter[str] = Counter()
+    for r in reports:
+        folders["/".join(r.nodeid.split("/")[:2])] += r.duration
+    wall, used = time.monotonic() - since[0], _busy() - since[1]
+    terminalreporter.section("seconds by folder")
+    terminalreporter.write_line("  ".join(f"{folder} {seconds:.0f}" for folder, seconds in folders.most_common()))
+    cores = os.cpu_count() or 1
+    terminalreporter.write_line(
+        f"the machine: {used:.0f} s of {cores} cores in {wall:.0f} s, {used / wall / cores:.0%}"
+    )
+
+
+def _busy() -> float:
+    """Seconds that this machine's cores have worked, for us and for others."""
+    times = psutil.cpu_times()
+    return times.user + times.nice + times.system
 
 
 def make_model(

@@ -1,20 +1,23 @@
 """Integers to words and back at the cost their counts tell: the ANS coder of `constriction`, and its errors.
 
-Bamler 2022, "Understanding Entropy Coding With Asymmetric Numeral Systems", arXiv:2201.01741. A model is made
-of integer counts; `constriction` turns them into fixed-point probabilities by single IEEE operations in a
+A model is made of integer counts; `constriction` turns them into fixed-point probabilities by single IEEE operations in a
 fixed order, so both ends get the same ones. No symbol of a model is impossible, even at a count of 0.
+
+References: Duda 2013, "Asymmetric numeral systems: entropy coding combining speed of Huffman coding with compression
+rate of arithmetic coding", arXiv:1311.2540 (its range variant, rANS); Bamler 2022, "Understanding Entropy Coding With
+Asymmetric Numeral Systems (ANS): a Statistician's Perspective", arXiv:2201.01741, which `constriction` follows.
 """
 
 from __future__ import annotations
 
 import numpy as np
-from constriction import stream
+from constriction import stream  # pyright: ignore[reportAttributeAccessIssue]: a compiled module
 
 
 class Writer:
     """Symbols in the order in which they will be read."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.parts: list[tuple[np.ndarray, np.ndarray]] = []
 
     def put(self, symbols: np.ndarray, counts: np.ndarray) -> None:
@@ -52,5 +55,5 @@ class Reader:
             raise ValueError(f"the words are damaged: {self.coder.num_valid_bits()} bits are left over")
 
 
-def _model(counts: np.ndarray) -> stream.model.Categorical:
+def _model(counts: np.ndarray) -> object:
     return stream.model.Categorical(counts.astype(np.float64), perfect=False)

@@ -12,12 +12,11 @@ from torch import Tensor
 from codec.transform.entropy import EntropyCoder
 from codec.transform.fixed import GAIN_BITS, FixedCoder
 from codec.transform.lloyd_max import MAX_BITS, allocate
-from codec.transform.tables import distortion
+from codec.transform.water_filling import reverse_water_filling
 
 SPARE_BITS = 1.3  # a held rate may ask for so much more than it does on average
-SPARE_LEVEL = (
-    0.8  # at 5 % of SmolLM2 324 of 576 directions, with a lower error at equal bytes than 551 (0.1) or 254 (1.5)
-)
+# of the water level: at 5 % of SmolLM2 324 of 576 directions, with a lower error at equal bytes than 551 (0.1) or 254 (1.5)
+SPARE_LEVEL = 0.8
 TRIALS = 14  # halvings of an interval of 18 nepers: the first step is right to 0.1 %
 
 
@@ -26,27 +25,35 @@ class Coder(Protocol):
 
     def rebase(self, deviations: Tensor) -> None:
         """New directions, with these standard deviations [k]."""
+        ...
 
     def worthwhile(self, variances: Tensor, bits: float) -> int:
         """How many of the directions with these falling variances [H] it can use at that many bits a row."""
+        ...
 
     def encode(self, z: Tensor, knob: float) -> tuple[Tensor, Tensor, int]:
         """-> body uint8, what decode makes of it [N, k], symbols that had to escape."""
+        ...
 
     def decode(self, body: Tensor, n: int, knob: float) -> Tensor:
         """-> [n, k]. Raises ValueError on a damaged body."""
+        ...
 
     def most_bytes(self, n: int, k: int) -> int:
         """No body of n rows and k coefficients is larger."""
+        ...
 
     def digest(self) -> int:
         """Of all that sender and receiver must have alike beside the tables, 64 bits."""
+        ...
 
     def first_knob(self, z: Tensor, bits: float) -> float:
         """A knob that spends about that many bits a row on rows like these."""
+        ...
 
     def next_knob(self, knob: float, spent: float, wanted: float) -> float:
         """The knob for `wanted` bits a row, after one that spent `spent`."""
+        ...
 
     def state(self) -> dict[str, Tensor]: ...
 
@@ -95,19 +102,24 @@ class Entropy:
     """The knob is the step. Learns from what it codes; see codec/transform/symbol_statistics.py."""
 
     def __init__(self) -> None:
-        self.coder: EntropyCoder | None = None
+        self.known: EntropyCoder | None = None
+
+    @property
+    def coder(self) -> EntropyCoder:
+        assert self.known is not None  # tables come before rows
+        return self.known
 
     def worthwhile(self, variances: Tensor, bits: float) -> int:
         """Rows stray: some reach a step where most do not, down to directions below the water level."""
-        _, level = distortion(variances, bits)
+        _, level = reverse_water_filling(variances, bits)
         return int((variances > SPARE_LEVEL * level).sum())
 
     def rebase(self, deviations: Tensor) -> None:
         self.deviations = deviations
-        if self.coder is None:
-            self.coder = EntropyCoder(deviations)
+        if self.known is None:
+            self.known = EntropyCoder(deviations)
         else:
-            self.coder.rebase(deviations)
+            self.known.rebase(deviations)
 
     def encode(self, z: Tensor, knob: float) -> tuple[Tensor, Tensor, int]:
         body, z_hat, stats = self.coder.encode(z, knob)
@@ -138,7 +150,7 @@ class Entropy:
         return knob * min(max(ratio, 0.5), 2.0) ** 0.7 if abs(ratio - 1) > 0.01 else knob
 
     def state(self) -> dict[str, Tensor]:
-        return {} if self.coder is None else self.coder.state()
+        return {} if self.known is None else self.known.state()
 
     def restore(self, state: dict[str, Tensor]) -> None:
         if state:

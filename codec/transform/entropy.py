@@ -24,7 +24,7 @@ from torch import Tensor
 
 from codec.transform.ans import Reader, Writer
 from codec.transform.symbol_statistics import CLASSES, ENERGIES, Contexts, first_counts, tally
-from codec.transform.symbols import DIRECT, MAX_BITS, pack, plain_bits, symbols_of, unpack
+from codec.transform.symbols import DIRECT, MAGNITUDE_BITS, pack_bits, plain_bits, symbols_of, unpack_bits
 
 # Squared steps that a bit is worth. At high rates the squared error is step²/12 and a bit less costs 2·ln 2 of
 # it. Against one offset of 0.4 for all this saves 4 % of the bytes, and it leaves magnitudes so near the middle
@@ -64,7 +64,7 @@ class EntropyCoder:
         step = _checked(step)
         z = z.detach().float()
         a = z.abs() / step
-        if a.numel() and not a.max() < 2.0**MAX_BITS:
+        if a.numel() and not a.max() < 2.0**MAGNITUDE_BITS:
             raise ValueError(f"the largest coefficient is {a.max().item():g} steps of {step:g}: cannot be coded")
         energy = _energies(a)
         classes = self.contexts.classes(energy, step)
@@ -125,7 +125,7 @@ class EntropyCoder:
         large = symbols >= DIRECT
         smallest, lengths = plain_bits(symbols[large])
         signs = np.packbits(q.compress(magnitude > 0) < 0, bitorder="little")
-        parts = [np.array([words.size], "<u4"), words, signs, pack(magnitude[large] - smallest, lengths)]
+        parts = [np.array([words.size], "<u4"), words, signs, pack_bits(magnitude[large] - smallest, lengths)]
 
         seen = tally(classes, symbols)
         plain = int(np.count_nonzero(magnitude)) + int(lengths.sum())
@@ -198,5 +198,5 @@ def _with_plain_bits(symbols: np.ndarray, plain: np.ndarray) -> np.ndarray:
     negative = np.zeros(symbols.size, bool)
     negative[nonzero] = np.unpackbits(plain[:border], count=signs, bitorder="little")
     magnitude = symbols.copy()
-    magnitude[large] = smallest + unpack(plain[border:], lengths)
+    magnitude[large] = smallest + unpack_bits(plain[border:], lengths)
     return np.where(negative, -magnitude, magnitude)

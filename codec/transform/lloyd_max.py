@@ -1,11 +1,15 @@
 """Scalar quantisers of a Gaussian, and how many bits each coefficient of a row gets.
 
-Lloyd 1957 (published 1982), Max 1960: the 2^b levels that minimise the mean squared error of a unit
+The 2^b levels that minimise the mean squared error of a unit
 Gaussian satisfy  threshold = middle of two levels,  level = mean of its cell.  Solved here by Newton's
 method in float64.
 
 Bits go where they save most ("greedy water-filling"): the b-th bit of a coefficient of variance λ
 saves λ·(D(b-1) - D(b)), which falls with b, so the greedy choice is the largest of all these savings.
+
+References: Lloyd 1982 (written 1957), "Least Squares Quantization in PCM", IEEE Trans. Inf. Theory 28(2); Max 1960,
+"Quantizing for Minimum Distortion", IRE Trans. Inf. Theory 6(1); Panter and Dite 1951, "Quantization Distortion in
+Pulse-Count Modulation with Nonuniform Spacing of Levels", Proc. IRE 39(1), for the levels that Newton starts from.
 """
 
 from __future__ import annotations
@@ -26,7 +30,7 @@ _GAUSS = NormalDist()
 def levels(bits: int) -> np.ndarray:
     """Levels of the unit Gaussian's quantiser, float64 [2^bits], ascending."""
     count = 1 << bits
-    # Panter and Dite 1951: the best density of levels is that of a Gaussian of variance 3
+    # Panter and Dite: the best density of levels is that of a Gaussian of variance 3
     y = np.array([NormalDist(0, 3**0.5).inv_cdf((i + 0.5) / count) for i in range(count)])
     for _ in range(50):
         edge, mass, mean = _cells(y)

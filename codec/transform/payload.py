@@ -28,15 +28,16 @@ class Payload:
     tables: Tensor  # uint8, empty unless the receiver has none yet
     body: Tensor  # uint8
 
-    def pack(self) -> Tensor:
-        rest = torch.cat([self.tables.to(self.body.device), self.body])
-        fields = (self.rows, self.knob, self.scale, self.tables.numel(), self.agreement)
-        seal = _seal(fields, rest)
-        header = _HEADER.pack(_MAGIC, *fields, seal)
-        return torch.cat([torch.frombuffer(bytearray(header), dtype=torch.uint8).to(rest.device), rest])
+
+def pack_payload(payload: Payload) -> Tensor:
+    """Flat uint8, under a digest."""
+    rest = torch.cat([payload.tables.to(payload.body.device), payload.body])
+    fields = (payload.rows, payload.knob, payload.scale, payload.tables.numel(), payload.agreement)
+    header = _HEADER.pack(_MAGIC, *fields, _seal(fields, rest))
+    return torch.cat([torch.frombuffer(bytearray(header), dtype=torch.uint8).to(rest.device), rest])
 
 
-def unpack(raw: Tensor, rows: int) -> Payload:
+def unpack_payload(raw: Tensor, rows: int) -> Payload:
     """Flat uint8 -> payload of that many rows; nothing is allocated. Raises CodecError naming the field."""
     if raw.numel() < HEADER_BYTES:
         raise CodecError(f"a payload of {raw.numel()} bytes has no header of {HEADER_BYTES}")
@@ -56,7 +57,7 @@ def unpack(raw: Tensor, rows: int) -> Payload:
     return Payload(rows, knob, scale, agreement, rest[:tables], rest[tables:])
 
 
-def _seal(fields: tuple, rest: Tensor) -> int:
+def _seal(fields: tuple[float, ...], rest: Tensor) -> int:
     state = xxhash.xxh3_64(repr(fields).encode())
-    state.update(rest.cpu().numpy())
+    state.update(rest.cpu().numpy().data)
     return state.intdigest()

@@ -98,7 +98,7 @@ class Contexts:
         """64-bit xxh3 of everything that both ends share."""
         digest = xxhash.xxh3_64()
         for array in self._arrays().values():
-            digest.update(array)
+            digest.update(array.data)
         return digest.intdigest()
 
     def _arrays(self) -> dict[str, np.ndarray]:

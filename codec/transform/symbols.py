@@ -11,12 +11,12 @@ import numpy as np
 
 _DIRECT_BITS = 4
 DIRECT = 1 << _DIRECT_BITS
-MAX_BITS = 31  # of a magnitude
-SYMBOLS = DIRECT + 2 * (MAX_BITS - _DIRECT_BITS)
+MAGNITUDE_BITS = 31  # of a magnitude
+SYMBOLS = DIRECT + 2 * (MAGNITUDE_BITS - _DIRECT_BITS)
 
 
 def symbols_of(magnitude: np.ndarray) -> np.ndarray:
-    """Magnitudes below 2^MAX_BITS, int32 [m] -> symbols, int32 [m]."""
+    """Magnitudes below 2^MAGNITUDE_BITS, int32 [m] -> symbols, int32 [m]."""
     symbol = magnitude.copy()
     large = np.flatnonzero(magnitude >= DIRECT)
     m = magnitude[large]
@@ -31,14 +31,14 @@ def plain_bits(symbol: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return (2 + (symbol - DIRECT) % 2) << (octave - 1), octave - 1
 
 
-def pack(values: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+def pack_bits(values: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """The low `lengths` [m] bits of `values` [m], one after the other, lowest first -> uint8."""
     which, place = _places(lengths)
     return np.packbits((values[which] >> place & 1).astype(np.uint8), bitorder="little")
 
 
-def unpack(packed: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Inverse of `pack`, int64 [m]. The caller has checked that `packed` has the right size."""
+def unpack_bits(packed: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Inverse of `pack_bits`, int64 [m]. The caller has checked that `packed` has the right size."""
     which, place = _places(lengths)
     values = np.zeros(lengths.size, np.int64)
     np.add.at(values, which, np.unpackbits(packed, count=which.size, bitorder="little").astype(np.int64) << place)

@@ -1,93 +1,102 @@
-"""What both ends of a `transform` way must agree on: the mean, the directions, and how far rows reach along each.
+"""The tables of a `transform` way: principal axes of the rows seen, made anew where that is worth its bytes.
 
-    x  ≈  mean + basis · z          basis [H, k], z [k] with standard deviations σ
-
-Directions are sent as int8 with one scale each: a quarter of fp32, and they need not be orthonormal after
-that, because the sender solves for z by least squares in the directions as the receiver has them.
+The first are made of the first payload's rows and travel with it. From then on they change on the Q schedule,
+if the books have room for their bytes and the covariance has moved.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
-
 import torch
-import xxhash
 from torch import Tensor
 
-from codec.interface import CodecError
+from codec.interface import Tables
+from codec.transform.coders import Coder
+from codec.transform.directions import Directions, pack_directions, packed_size, unpack_directions
+from codec.transform.moments import Moments
+from codec.transform.rate import HeldRate
+from codec.transform.water_filling import reverse_water_filling
 
-_COUNT = 4  # bytes of k, int32
-
-
-@dataclass(frozen=True)
-class Tables:
-    """As the receiver has them, float32."""
-
-    mean: Tensor  # [H]
-    basis: Tensor  # [H, k]
-    deviations: Tensor  # [k], above 0, falling
-    digest: int  # xxh3-64 of the bytes they came in
-    raw: Tensor  # those bytes, uint8
-
-    @cached_property
-    def analysis(self) -> Tensor:
-        """[H, k]: z = (x - mean) · analysis is the least-squares solution of x = mean + basis · z."""
-        gram = self.basis.double().T @ self.basis.double()
-        return torch.linalg.solve(gram, self.basis.double().T).T.float().contiguous()
-
-    @cached_property
-    def synthesis(self) -> Tensor:
-        """[k, H], row by row as a product wants it."""
-        return self.basis.T.contiguous()
+MOVED = 1.02  # new tables are sent if they lower the error at equal bits by more than 2 %
+RIDGE = 1e-4  # of the mean variance, added to every direction's
 
 
-def pack(mean: Tensor, basis: Tensor, deviations: Tensor) -> Tensor:
-    """float [H], [H, k], [k] -> flat uint8 on the CPU: k, mean in bf16, scales and σ in float32, int8 directions."""
-    scale = (basis.abs().amax(0) / 127).clamp_min(1e-30)
-    codes = (basis / scale).round().to(torch.int8).T.contiguous()
-    count = torch.tensor([len(deviations)], dtype=torch.int32)
-    parts = [count, mean.bfloat16(), scale.float(), deviations.float(), codes]
-    return torch.cat([part.detach().cpu().contiguous().view(-1).view(torch.uint8) for part in parts])
+class PrincipalAxes(Tables):
+    """Moments of what is sent, and the directions in force; both coders of the way follow them.
 
-
-def size(hidden: int, k: int) -> int:
-    """Bytes of packed tables."""
-    return _COUNT + 2 * hidden + 8 * k + hidden * k
-
-
-def unpack(raw: Tensor, hidden: int, device: torch.device) -> Tables:
-    """Flat uint8 -> tables. Raises CodecError naming the field."""
-    raw = raw.cpu().contiguous()
-    if raw.numel() < _COUNT:
-        raise CodecError(f"tables of {raw.numel()} bytes hold no count of directions")
-    k = int(raw[:_COUNT].clone().view(torch.int32))
-    if not 0 <= k <= hidden or raw.numel() != size(hidden, k):
-        raise CodecError(f"tables of {raw.numel()} bytes with {k} directions do not fit a hidden size of {hidden}")
-    mean, scale, deviations, codes = raw[_COUNT:].split([2 * hidden, 4 * k, 4 * k, hidden * k])
-    mean = mean.clone().view(torch.bfloat16).float()
-    scale, deviations = scale.clone().view(torch.float32), deviations.clone().view(torch.float32)
-    for name, values in (("mean", mean), ("scales", scale), ("deviations", deviations)):
-        if not torch.isfinite(values).all():
-            raise CodecError(f"{name} of the tables hold a NaN or an infinity")
-    if (deviations <= 0).any() or (scale <= 0).any():
-        raise CodecError("scales and deviations of the tables must be above 0")
-    basis = codes.view(torch.int8).view(k, hidden).float().T * scale
-    if not torch.isfinite(basis).all():
-        raise CodecError("scales of the tables are too large for float32")
-    digest = xxhash.xxh3_64_intdigest(raw.numpy())
-    return Tables(mean.to(device), basis.contiguous().to(device), deviations.to(device), digest, raw)
-
-
-def distortion(variances: Tensor, bits: float) -> tuple[float, float]:
-    """Reverse water-filling: least mean square error of Gaussians with `bits` in total, and the water level.
-
-    Cover and Thomas, "Elements of Information Theory", 10.3.3: D = Σ min(λ_i, θ) where Σ ½log2(λ_i/θ)⁺ = bits.
+    `centred`: rows have a mean worth subtracting.
     """
-    variances = variances.double().clamp_min(0)
-    low, high = 0.0, float(variances.max()) if variances.numel() else 0.0
-    for _ in range(100):
-        level = (low + high) / 2
-        spent = 0.5 * torch.log2((variances / max(level, 1e-300)).clamp_min(1)).sum().item()
-        low, high = (level, high) if spent > bits else (low, level)
-    return torch.minimum(variances, variances.new_tensor(high)).sum().item(), high
+
+    def __init__(self, hidden: int, centred: bool, sender: Coder, receiver: Coder, rate: HeldRate):
+        self.hidden, self.centred = hidden, centred
+        self.sender, self.receiver, self.rate = sender, receiver, rate
+        self.device = torch.device("cpu")
+        self.moments = Moments(hidden)
+        self.directions: Directions | None = None
+        self.refreshed = False  # the moments hold rows of all replicas
+        self.age = 0  # ticks since the directions came
+
+    def to(self, device: torch.device) -> None:
+        self.device = device
+        self.moments.to(device)
+
+    def adopt(self, raw: Tensor) -> Directions:
+        """Raises CodecError."""
+        self.directions = unpack_directions(raw, self.hidden, self.device)
+        self.sender.rebase(self.directions.deviations)
+        self.receiver.rebase(self.directions.deviations)
+        self.age = 0
+        return self.directions
+
+    def bootstrap(self, x: Tensor, bits: float) -> Directions:
+        """From the rows at hand, which are also the receiver's first; the next refresh replaces them."""
+        moments = Moments(self.hidden)
+        moments.to(x.device)
+        moments.add(x)
+        moments.absorb(moments.gathered())
+        return self.adopt(self._made(moments, bits))
+
+    def statistics(self) -> Tensor | None:
+        first = self.directions is None or not self.refreshed
+        return self.moments.gathered() if first or self.rate.books.affords_refresh() else None
+
+    def absorb(self, summed: Tensor) -> None:
+        self.moments.absorb(summed)
+        self.refreshed = bool(self.moments.pool[0])  # the pool of all replicas: they agree
+
+    def refresh(self) -> Tensor:
+        """New tables; none if those at hand serve the pooled rows as well, or if nothing but zeros was seen."""
+        if not self.refreshed:
+            return torch.empty(0, dtype=torch.uint8)
+        bits = self.rate.target_bits()
+        raw = self._made(self.moments, bits)
+        new = unpack_directions(raw, self.hidden, self.device)
+        stay = self.directions is not None and self._error(self.directions, bits) < MOVED * self._error(new, bits)
+        return raw[:0] if stay else raw
+
+    def limit(self) -> int:
+        return packed_size(self.hidden, self.hidden)
+
+    def load(self, tables: Tensor) -> dict[str, float]:
+        if tables.numel():
+            self.adopt(tables)
+        return {}
+
+    def _made(self, moments: Moments, bits: float) -> Tensor:
+        """Packed directions for that many bits a row."""
+        mean, covariance = moments.mean_and_covariance()
+        # a little of everything: a direction that too few rows have shown is not thought to be empty
+        floor = RIDGE * covariance.trace() / self.hidden
+        values, vectors = torch.linalg.eigh(covariance + floor * torch.eye(self.hidden).to(covariance))
+        values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
+        k = max(1, self.sender.worthwhile(values, bits))
+        mean = mean if self.centred else torch.zeros_like(mean)
+        return pack_directions(mean, vectors[:, :k], values[:k].sqrt().clamp_min(1e-20))
+
+    def _error(self, directions: Directions, bits: float) -> float:
+        """Least error of the pooled rows in these directions with that many bits a row."""
+        mean, covariance = self.moments.mean_and_covariance()
+        offset = mean - directions.mean.double() if self.centred else torch.zeros_like(mean)
+        second = covariance + torch.outer(offset, offset)
+        analysis = directions.analysis.double()
+        inside = ((second @ analysis) * analysis).sum(0)
+        return reverse_water_filling(inside, bits)[0] + max(0.0, (second.trace() - inside.sum()).item())

@@ -15,6 +15,7 @@ from typing import Any
 import ray
 
 from anchor_service.errors import WaitTimeout, described
+from deploy.cluster.forkserver import forkserver
 from deploy.cluster.kept_actors import new_actors
 from deploy.cluster.loopback import ADDRESS, loopback
 from deploy.cluster.placement import placement, tags
@@ -44,6 +45,7 @@ def cluster(config: RunConfig, address: str | None, lanes: int = 1) -> Generator
             ray.init(address=address, log_to_driver=False)
         else:
             stack.enter_context(loopback())
+            environment = stack.enter_context(forkserver(config.swarm.threads))
             needed = lanes * int(placement(config).total["CPU"])
             # Logical CPUs, so that a small machine can run every role; each process uses `swarm.threads` threads
             ray.init(
@@ -52,6 +54,7 @@ def cluster(config: RunConfig, address: str | None, lanes: int = 1) -> Generator
                 resources=dict.fromkeys(tags(config).values(), 1),
                 include_dashboard=False,
                 log_to_driver=False,
+                runtime_env=environment,
                 _node_ip_address=ADDRESS,
             )
         try:

@@ -27,6 +27,7 @@ def loopback() -> Generator[None]:
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "GLOO_SOCKET_IFNAME": INTERFACE,
         "NCCL_SOCKET_IFNAME": INTERFACE,
+        "RAY_prestart_worker_first_driver": "0",  # of no use: an actor's environment is its own
     }
     before = {name: os.environ.get(name) for name in settings}
     clusters = ray_constants.ENABLE_RAY_CLUSTER

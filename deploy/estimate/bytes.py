@@ -15,8 +15,8 @@ from typing import NamedTuple
 import numpy as np
 
 from anchor_service.lag import Due, agenda
-from anchor_service.ring import q_should_refresh
 from codec.ledger import CHANNELS
+from codec.schedule import q_should_refresh
 from deploy.estimate.boundary_cost import Crossing, crossing
 from deploy.estimate.delta_size import Course, Walk, walk
 from deploy.estimate.published_models import PUBLISHED

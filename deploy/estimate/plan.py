@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from anchor_service.ring import q_should_refresh
 from codec.ledger import Ledger
+from codec.schedule import q_should_refresh
 from deploy.config import load, own_settings
 from deploy.estimate.bytes import (
     Params,

@@ -24,8 +24,8 @@ from rich.table import Table
 
 from anchor_service.clock import make_clock, next_worker
 from anchor_service.lag import Due
-from anchor_service.ring import q_should_refresh
 from codec.ledger import CHANNELS, PUBLISHED
+from codec.schedule import q_should_refresh
 from deploy.estimate import bytes as sizes
 from deploy.estimate.timing import Durations
 from swarm.run_config import RunConfig

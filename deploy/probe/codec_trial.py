@@ -20,7 +20,6 @@ from codec.boundary import Boundary
 from codec.config import CodecConfig
 from codec.ledger import Ledger
 from codec.rows import Rows
-from codec.transform.way import Transform
 from rl import mismatch
 from rl.config import GrpoConfig
 from rl.grpo import log_distribution, policy_loss
@@ -150,18 +149,17 @@ class Trial:
             for _ in range(REFRESHES):
                 self._pass(boundary, layer, micros)
                 boundary.refresh_alone("fwd"), boundary.refresh_alone("bwd")
-            held = [(name, way) for name in ("fwd", "bwd") if isinstance(way := boundary.way(name), Transform)]
-            rates = {}
-            for name, way in held:
-                side = way.control.tick[1].item()
-                self.side[name] += side
-                rates[name] = max(0.5 * way.control.rate, way.control.rate - side / dense_of_run[name])
-            for _ in range(SETTLING if held else 0):
-                for name, way in held:
-                    way.aim(rates[name])
+            rates = {name: rate for name in ("fwd", "bwd") if (rate := boundary.way(name).rate) is not None}
+            left = {}  # for payloads
+            for name, rate in rates.items():
+                self.side[name] += rate.side
+                left[name] = max(0.5 * rate.share, rate.share - rate.side / dense_of_run[name])
+            for _ in range(SETTLING if rates else 0):
+                for name, rate in rates.items():
+                    rate.aim(left[name])
                 self._pass(boundary, layer, micros)
-                for _, way in held:
-                    way.steer(way.spent())
+                for rate in rates.values():
+                    rate.steer(rate.spent())
             boundary.begin_tick()  # fidelity is that of what is scored
         self.ledger.drain()  # only what is scored is counted
 
@@ -202,9 +200,9 @@ class Trial:
             rows.backward(gradient)
             self.gradient = self.gradient + self.halves.weight_gradient(hidden, entry.grad)
         for boundary in self.boundaries.values():  # hold the rate as a run does, tick by tick
-            for way in (boundary.forward, boundary.backward):
-                if (spent := way.spent()) is not None and spent.any():
-                    way.steer(spent)
+            for rate in (boundary.forward.rate, boundary.backward.rate):
+                if rate is not None and (spent := rate.spent()).any():
+                    rate.steer(spent)
 
 
 def cosine(a: Tensor, b: Tensor) -> float:

@@ -1,4 +1,4 @@
-"""Every command that README.md and docs/ print: run as it is printed, on a smaller scale, or checked where it cannot be.
+"""Every command that README.md, CONTRIBUTING.md and docs/ print: run as it is printed, on a smaller scale, or checked where it cannot be.
 
 All pages share one folder and are run in order: what a page tells its reader to make, a later one may use. So run the
 whole file. A command that can neither run here nor is named in CHECKED fails.
@@ -23,12 +23,16 @@ COMMANDS = [command for block in BLOCKS if block.kind in ("bash", "console") for
 SPANS = [span for page in PAGES for span in spans(page)]
 FILES = {  # blocks that are files, under the names by which the pages call them
     "README.md": {},
+    "CONTRIBUTING.md": {"python": ["my_codec.py", "my_merger.py"]},
     "docs/experiments.md": {"toml": ["mine.toml"]},
     "docs/models.md": {"toml": ["data.toml", "reward.toml"], "python": ["my_rewards.py"]},
 }
 TEXTS = {"docs/architecture.md", "docs/simulate.md"}  # pages with blocks that are pictures or the grammar of a command
 CHECKED = {  # what is not run, and why
     "make test": "would run itself",
+    "make setup": "installs packages",
+    "make check": "is a part of CI beside the tests",
+    "pre-commit install": "writes into the clone's .git",
     "make chain": "trains a policy for six minutes",
     "make vllm": "installs a package",
     "smollm2-gsm --set rollout.engine=vllm": "needs five minutes of two cores",

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 
-from codec.boundary import pack_rows
+from codec.rows import pack_rows
 from rl.model_files import model_shape
 from rl.model_shape import FAMILIES, ModelNotFound
 from rl.policy import Stage, spans

@@ -42,7 +42,7 @@ class _Half(nn.Module):
 
 def _torch_pipeline(rank: int, init: str, folder: Path, ids: torch.Tensor) -> dict[str, np.ndarray]:
     dist.init_process_group("gloo", store=join(init, timedelta(seconds=30)), rank=rank, world_size=2)
-    q = Boundary(CodecConfig(kind="powersgd", rank=8), 0, 32, 3, Ledger()).forward.basis
+    q = Boundary(CodecConfig(kind="powersgd", rank=8), 0, 32, 3, Ledger()).forward.basis.q
     half = _Half(folder, rank, q)
     micro = ids[: SAMPLES // MICROS]
     example = micro if rank == 0 else torch.zeros(*micro.shape, 8, requires_grad=True)

@@ -1,7 +1,7 @@
 """One local Ray cluster for all tests of this folder; a helper that runs a config on it, on kept actors.
 
-Starting a process (Ray, torch, transformers) takes five seconds of a core, a run here about two: a test starts
-actors of its own only where that is what it is about, or where its run fails.
+Starting the actors of a run takes about four seconds of a core, a run here about two: a test starts actors of its own
+only where that is what it is about, or where its run fails. Where they are not forked it is five seconds an actor.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ import grpc
 import psutil
 import pytest
 
-from tests.ray.conftest import SMALL
+from tests.ray.conftest import SIZES
 from tests.ray.test_loopback import members
 
 pytestmark = pytest.mark.slow
@@ -114,7 +114,11 @@ def test_a_run_on_it_is_the_printed_command(head: tuple[str, int, str], tmp_path
     """`northstar run k5 --address auto`, where RAY_ADDRESS says which of the clusters on this machine is meant."""
     address, _, token = head
     environment = _with(token) | {"RAY_ADDRESS": address}
-    sets = [x for override in (*SMALL, "run.steps=1") for x in ("--set", override)]
+    sets = [
+        x
+        for override in (*SIZES, "run.steps=1", "anchor.enabled=false", "merger.kind=none")
+        for x in ("--set", override)
+    ]
     call = [RAY.parent / "northstar", "run", "k5", "--address", "auto", "--out", tmp_path / "run", *sets]
     done = subprocess.run(call, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0 and "k5: completed" in done.stdout, done.stdout + done.stderr

@@ -17,7 +17,7 @@ from rl.tasks import TASKS
 from swarm.run_config import RunConfig
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 
 
 def is_key(dotted: str) -> bool:
@@ -52,9 +52,22 @@ def test_the_page_of_models_names_every_family_task_and_column():
     assert set(TASKS) == set(re.findall(r"^\| `([a-z_]+)(?::[A-Z]|` \| built)", page, re.M))
 
 
-def test_every_make_target_that_the_readme_names_exists():
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+def test_every_make_target_that_a_page_names_exists(page: str):
     targets = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), re.M))
-    assert set(re.findall(r"(?:^|`)make ([a-z0-9-]+)", (ROOT / "README.md").read_text(), re.M)) <= targets
+    assert set(re.findall(r"(?:^|`)make ([a-z0-9-]+)", (ROOT / page).read_text(), re.M)) <= targets
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_source_file_that_a_page_names_is_there(page: Path):
+    files = re.findall(r"`((?:\w+/)+\w+\.py)(?:::\w+)?`", page.read_text())
+    assert [file for file in files if not (ROOT / file).exists() and "NAME" not in file] == []
+
+
+def test_the_registries_are_where_the_page_for_contributors_says():
+    named = re.findall(r"`(\w+)`\s(?:in|of|\()\s?`?((?:\w+/)+\w+\.py)`?", (ROOT / "CONTRIBUTING.md").read_text())
+    assert {"CODECS", "COSTS", "MERGERS", "LAGS", "ENGINES", "Task", "Engine"} <= {name for name, _ in named}
+    assert [(name, file) for name, file in named if not re.search(rf"\b{name}\b", (ROOT / file).read_text())] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -15,7 +16,7 @@ BEFORE = {  # what each package may import beside itself
     "rl": {"codec"},
     "anchor_service": {"codec", "merger", "rl"},
     "swarm": {"codec", "merger", "rl", "anchor_service"},
-    "experiments": {"codec", "merger", "rl", "anchor_service", "swarm"},
+    "experiments": {"codec", "rl"},  # what a run left behind, read without the code that made it
     "deploy": {"codec", "merger", "rl", "anchor_service", "swarm", "experiments"},
 }
 FILES = sorted(file.relative_to(ROOT).as_posix() for package in BEFORE for file in (ROOT / package).rglob("*.py"))
@@ -101,6 +102,38 @@ def file_of(dotted: str) -> set[str]:
     return found
 
 
+def edges(file: str) -> set[str]:
+    """Files of this repository that `file` names in an import of any kind: inside functions, for type checkers too."""
+    found = set()
+    for node in ast.walk(tree(file)):
+        if isinstance(node, ast.Import):
+            found |= {our_file(alias.name) for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {our_file(f"{node.module}.{alias.name}") or our_file(node.module) for alias in node.names}
+    return found - {None}
+
+
+def our_file(dotted: str) -> str | None:
+    base = dotted.replace(".", "/")
+    return next((name for name in (f"{base}.py", f"{base}/__init__.py") if name in FILES), None)
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Groups of files each of which imports itself by way of the others."""
+
+    def reached(start: str) -> set[str]:
+        seen, waiting = set(), set(graph[start])
+        while waiting:
+            here = waiting.pop()
+            seen.add(here)
+            waiting |= graph[here] - seen
+        return seen
+
+    from_here = {file: reached(file) for file in graph}
+    groups = {frozenset(f for f in seen if file in from_here[f]) for file, seen in from_here.items() if file in seen}
+    return sorted(map(sorted, groups))
+
+
 def outside_world(file: str) -> set[str]:
     """Every package outside this repository that importing `file` imports in turn."""
     waiting, seen, found = {file, f"{file.partition('/')[0]}/__init__.py"} & set(FILES), set(), set()
@@ -152,6 +185,17 @@ def test_the_checker_sees_calls_by_their_dotted_name_and_not_methods_of_that_nam
     assert not calls(ast.parse("model.eval()\nself.engine.load(x)\nf().eval()")) & FORBIDDEN_CALLS
 
 
+def test_the_checker_sees_circles_of_any_length_and_only_those():
+    graph = {"a": {"b"}, "b": {"c", "d"}, "c": {"a"}, "d": {"e"}, "e": {"d"}, "f": {"f"}, "g": {"a"}}
+    assert circles(graph) == [["a", "b", "c"], ["d", "e"], ["f"]]
+
+
+def test_the_checker_draws_imports_for_type_checkers_and_inside_functions_as_well():
+    assert "deploy/resume.py" in edges("deploy/cli.py")  # if TYPE_CHECKING
+    assert "deploy/export.py" in edges("deploy/cli.py")  # in a function
+    assert "deploy/__init__.py" not in edges("deploy/cli.py")  # from deploy import export
+
+
 # --- the rules ---------------------------------------------------------------------------------
 
 
@@ -170,6 +214,21 @@ def test_imports_point_one_way_through_the_packages(file: str):
     package = file.partition("/")[0]
     ours = tops(imports(tree(file))) & set(BEFORE)
     assert ours <= BEFORE[package] | {package}
+
+
+def test_no_two_files_import_each_other_neither_by_way_of_others_nor_for_type_checkers():
+    assert circles({file: edges(file) for file in FILES}) == []
+
+
+@pytest.mark.parametrize("file", [name for name in FILES if name.partition("/")[0] in {"rl", "merger", "experiments"}])
+def test_policies_losses_and_mergers_get_a_boundary_as_an_argument_if_at_all(file: str):
+    assert "codec/boundary.py" not in edges(file)
+
+
+def test_the_command_imports_nothing_of_ours_before_it_is_known_to_be_ours():
+    source = ast.parse((ROOT / "northstar.py").read_text())
+    assert not tops(imports(source, module_level=True)) & set(BEFORE)
+    assert tops(imports(tree("deploy/packages.py"))) <= set(sys.stdlib_module_names)
 
 
 @pytest.mark.parametrize("file", FILES)

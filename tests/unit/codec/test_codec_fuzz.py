@@ -11,8 +11,7 @@ import torch
 
 from codec.config import CodecConfig
 from codec.interface import CodecError, Room
-from codec.transform.payload import Payload
-from codec.transform.payload import unpack as unpack_payload
+from codec.transform.payload import Payload, pack_payload, unpack_payload
 from codec.transform.way import Transform, transform
 
 HIDDEN, ROWS = 8, 6
@@ -85,8 +84,8 @@ def test_nonsense_under_a_right_digest_is_refused_or_stays_within_bounds(coder: 
             forged = replace(forged, rows=int(rng.integers(0, 2**31)))
         if case % 11 == 0:
             forged = replace(forged, tables=torch.from_numpy(rng.integers(0, 256, 200, dtype=np.uint8)))
-            decoded(fresh, forged.pack(), {})
-        decoded(receiver, forged.pack(), state)
+            decoded(fresh, pack_payload(forged), {})
+        decoded(receiver, pack_payload(forged), state)
     assert tracemalloc.get_traced_memory()[1] < 4 << 20
     tracemalloc.stop()
 
@@ -98,15 +97,15 @@ def test_tables_of_any_bytes_are_refused_or_finite():
         raw = rng.integers(0, 256, 4 + 2 * HIDDEN + 8 * k + HIDDEN * k, dtype=np.uint8)
         raw[:4] = np.array([k], "<i4").view(np.uint8)
         try:
-            way.load(torch.from_numpy(raw))
+            way.axes.load(torch.from_numpy(raw))
         except CodecError:
             continue
-        assert torch.isfinite(way.tables.basis).all() and (way.tables.deviations > 0).all()
+        assert torch.isfinite(way.axes.directions.basis).all() and (way.axes.directions.deviations > 0).all()
 
 
 def test_a_payload_survives_packing():
     tables, body = torch.arange(7, dtype=torch.uint8), torch.arange(250, dtype=torch.uint8)
     sent = Payload(9, 0.5, 2.0, 77, tables, body)
-    got = unpack_payload(sent.pack(), 9)
+    got = unpack_payload(pack_payload(sent), 9)
     assert (got.rows, got.knob, got.scale, got.agreement) == (9, 0.5, 2.0, 77)
     assert torch.equal(got.tables, tables) and torch.equal(got.body, body)

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from codec.boundary import CODECS, Boundary
 from codec.config import KINDS, CodecConfig
-from codec.dense import Dense
-from codec.interface import CodecError, Way
+from codec.interface import Codec, CodecError, Room, as_bytes, as_numbers
 from codec.ledger import Ledger
 from codec.rows import Rows, rows_of
 
@@ -21,22 +20,42 @@ HIDDEN = 32
 CPU = torch.device("cpu")
 
 
-class Halved(Dense):
+class Halved(Codec):
     """Somebody else's codec: sends every number as float16."""
 
-    def encode(self, x: Tensor, room, observe: bool) -> tuple[Tensor, Tensor | None]:
+    def __init__(self, hidden: int):
+        self.hidden = hidden
+
+    def encode(self, x: Tensor, room: Room, observe: bool) -> tuple[Tensor, Tensor | None]:
         half = x.half()
-        return super().encode(half, room, False)[0], half.to(x.dtype) if observe else None
+        return as_bytes(half), half.to(x.dtype) if observe else None
 
     def decode(self, payload: Tensor, n: int, dtype: torch.dtype) -> Tensor:
-        return super().decode(payload, n, torch.float16).to(dtype)
+        return as_numbers(payload, (n, self.hidden), torch.float16, "halves").to(dtype)
 
     def limits(self, n: int, dtype: torch.dtype) -> tuple[int, int]:
-        return super().limits(n, torch.float16)
+        return 2 * n * self.hidden, 2 * n * self.hidden
 
 
-def halved(config: CodecConfig, hidden: int, seed: int) -> tuple[Way, Way]:
+def halved(config: CodecConfig, hidden: int, seed: int) -> tuple[Codec, Codec]:
     return Halved(hidden), Halved(hidden)
+
+
+def lacking(config: CodecConfig, hidden: int, seed: int):
+    """Codecs of a class that knows nothing of ours, and has forgotten two methods."""
+    theirs = {name: getattr(Halved, name) for name in vars(Codec) if not name.startswith("_")}
+    theirs = {name: value for name, value in theirs.items() if name not in ("limits", "restore")}
+    return Halved(hidden), type("Theirs", (), theirs)()
+
+
+def lacking_in_its_tables(config: CodecConfig, hidden: int, seed: int):
+    codec = Halved(hidden)
+    codec.tables = object()
+    return codec, Halved(hidden)
+
+
+def only_one(config: CodecConfig, hidden: int, seed: int):
+    return Halved(hidden)
 
 
 CONFIGS = {
@@ -89,8 +108,8 @@ class Stream:
 def refresh(sender: Boundary, receiver: Boundary, way: str) -> None:
     """What `swarm.tick` does between ticks, on one replica."""
     tables = sender.refresh_alone(way)
-    if receiver is not sender and sender.way(way).refreshes:
-        receiver.way(way).load(tables.clone())
+    if receiver is not sender and sender.way(way).tables is not None:
+        receiver.way(way).tables.load(tables.clone())
 
 
 def ticks(up: Boundary, down: Boundary, stream: Stream, count: int, every: int = 2) -> Iterator[dict[str, Tensor]]:
@@ -114,8 +133,8 @@ def ticks(up: Boundary, down: Boundary, stream: Stream, count: int, every: int =
                 "back": back,
             }
         for b, way in ((up, "fwd"), (down, "bwd")):
-            if (spent := b.way(way).spent()) is not None:
-                b.way(way).steer(spent)
+            if (rate := b.way(way).rate) is not None:
+                rate.steer(rate.spent())
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
@@ -124,6 +143,28 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 def test_every_kind_is_under_contract():
     assert set(CODECS) == set(KINDS) == {c.kind for c in CONFIGS.values() if ":" not in c.kind}
+
+
+@pytest.mark.parametrize(
+    ("function", "said"),
+    [
+        ("lacking", "backward Theirs lacks limits, restore; class Codec in codec/interface.py"),
+        ("lacking_in_its_tables", "forward object lacks statistics, absorb, refresh, limit, load; class Tables"),
+        ("only_one", "gives a Halved, not a tuple of two codecs"),
+        ("nobody", "cannot be imported by this worker: .*has no attribute 'nobody'"),
+    ],
+)
+def test_a_codec_of_another_face_is_refused_by_what_it_lacks(function: str, said: str):
+    with pytest.raises(ValueError, match=rf"codec\.kind = '{__name__}:{function}'.*{said}"):
+        boundary(CodecConfig(kind=f"{__name__}:{function}"))
+
+
+def test_a_codec_that_forgets_to_say_its_limits_cannot_be_made():
+    class Endless(Halved):
+        limits = Codec.limits
+
+    with pytest.raises(TypeError, match=r"abstract method '?limits"):
+        Endless(HIDDEN)
 
 
 @kinds
@@ -279,13 +320,13 @@ def test_ticks_of_nothing_but_zeros_do_not_move_the_knob(config: CodecConfig):
     """A model that solves nothing for a while sends no gradients; the first one after that must keep the rate."""
     b, stream = boundary(config), Stream()
     list(ticks(b, b, stream, 4))
-    before = b.backward.knob
+    before = b.backward.rate.knob
     for _ in range(20):
         b.begin_tick()
         _, dx, rows = stream.micro()
         b.decode_backward(b.encode_backward(torch.zeros_like(dx), rows), rows, dx.dtype)
-        b.backward.steer(b.backward.spent())
-    assert b.backward.knob == before > 0
+        b.backward.rate.steer(b.backward.rate.spent())
+    assert b.backward.rate.knob == before > 0
 
 
 @coded
@@ -294,9 +335,9 @@ def test_a_refresh_before_any_tick_has_ended_keeps_the_directions_that_the_rate_
     for _ in range(2):
         x, _, rows = stream.micro(samples=40)
         b.encode(x, rows, observe=True)
-        directions = len(b.forward.tables.deviations)
+        directions = len(b.forward.axes.directions.deviations)
         b.refresh_alone("fwd")
-        assert len(b.forward.tables.deviations) > 0.7 * directions > 4
+        assert len(b.forward.axes.directions.deviations) > 0.7 * directions > 4
 
 
 @coded

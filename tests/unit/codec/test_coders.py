@@ -177,9 +177,9 @@ def test_symbols_follow_the_magnitudes_in_order_and_leave_just_the_bits_that_are
 @given(st.lists(st.integers(0, 30).flatmap(lambda b: st.tuples(st.integers(0, 2**b - 1), st.just(b))), max_size=40))
 def test_plain_bits_come_back(pairs: list[tuple[int, int]]):
     values, lengths = (np.array(column, np.int64) for column in zip(*pairs)) if pairs else (np.zeros(0, np.int64),) * 2
-    packed = symbols.pack(values, lengths)
+    packed = symbols.pack_bits(values, lengths)
     assert packed.size == -(-lengths.sum() // 8)
-    assert np.array_equal(symbols.unpack(packed, lengths), values)
+    assert np.array_equal(symbols.unpack_bits(packed, lengths), values)
 
 
 @LAW

@@ -7,12 +7,12 @@ import itertools
 import pytest
 import torch
 
-from codec.boundary import Boundary, pack_rows, unpack_rows
+from codec.boundary import Boundary
 from codec.config import CodecConfig
 from codec.interface import CodecError, Room, as_bytes
 from codec.ledger import Ledger
 from codec.powersgd import PowerSGD, orthonormalise, random_basis
-from codec.rows import Rows
+from codec.rows import Rows, pack_rows, unpack_rows
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -154,7 +154,7 @@ def test_the_first_basis_depends_on_the_seed_and_on_nothing_else():
 
 def test_boundaries_of_one_model_start_from_different_bases():
     low, high = (Boundary(CodecConfig(kind="powersgd", rank=4), index, 32, seed=3, ledger=Ledger()) for index in (0, 1))
-    assert not torch.allclose(low.forward.basis, high.forward.basis)
+    assert not torch.allclose(low.forward.basis.q, high.forward.basis.q)
 
 
 # --- the projection ----------------------------------------------------------------------------
@@ -166,7 +166,7 @@ def test_x_is_the_reconstruction_plus_an_error_orthogonal_to_the_basis(rank: int
     x_hat = through(c, x)
     error = x - x_hat
     assert sketch(c, x).shape == (40, rank) and c.limits(40, x.dtype) == (160 * rank, 160 * rank)
-    assert (error @ c.basis).abs().max() < 20 * EPS * x.abs().max()
+    assert (error @ c.basis.q).abs().max() < 20 * EPS * x.abs().max()
     energy = (x_hat.square().sum() + error.square().sum()).item()
     assert energy == pytest.approx(x.square().sum().item(), rel=1e-5)  # Pythagoras
 
@@ -186,7 +186,7 @@ def test_projecting_twice_is_projecting_once():
 def test_what_crosses_is_in_the_dtype_of_the_hidden_states():
     c, x = codec(), normal(40, 32).bfloat16()
     assert len(c.encode(x, Room(40), False)[0]) == 40 * 6 * 2 and through(c, x).dtype == torch.bfloat16
-    torch.testing.assert_close(sketch(c, x).float(), x.float() @ c.basis, atol=0.1, rtol=0.02)
+    torch.testing.assert_close(sketch(c, x).float(), x.float() @ c.basis.q, atol=0.1, rtol=0.02)
 
 
 # --- the boundary in autograd ------------------------------------------------------------------
@@ -194,7 +194,7 @@ def test_what_crosses_is_in_the_dtype_of_the_hidden_states():
 
 def test_the_virtual_boundary_gives_the_two_products_forward_and_backward():
     b, x, g = boundary(), normal(40, 32), normal(40, 32, seed=1)
-    q = b.forward.basis
+    q = b.forward.basis.q
     leaf = x.clone().requires_grad_()
     out = b.virtual(leaf, FORTY, observe=False)
     out.backward(g)
@@ -207,7 +207,7 @@ def test_the_virtual_backward_is_the_derivative_of_the_forward():
     b, g = boundary(), normal(40, 32, seed=1)
     ours, plain = (normal(40, 32).requires_grad_() for _ in range(2))
     b.virtual(ours, FORTY, observe=False).backward(g)
-    (plain @ b.forward.basis @ b.forward.basis.T).backward(g)
+    (plain @ b.forward.basis.q @ b.forward.basis.q.T).backward(g)
     torch.testing.assert_close(ours.grad, plain.grad, atol=1e-5, rtol=0)
 
 
@@ -227,7 +227,7 @@ def test_codec_kind_none_is_the_identity_both_ways_and_has_nothing_to_refresh():
     out = b.virtual(leaf, FORTY, observe=True)
     out.backward(g)
     assert torch.equal(out, leaf) and torch.equal(leaf.grad, g)
-    assert not b.forward.refreshes and b.forward.statistics() is None and b.state() == {}
+    assert b.forward.tables is None and b.forward.rate is None and b.state() == {}
 
 
 def test_rows_of_real_tokens_are_packed_in_order_and_padding_comes_back_as_zeros():
@@ -249,18 +249,18 @@ def test_statistics_are_summed_over_microbatches():
     c, x = codec(), decaying(48, 32)
     for part in x.split([7, 1, 40]):
         sketch(c, part, observe=True)
-    expected = x.double().T @ (x.double() @ c.basis.double())
-    torch.testing.assert_close(c.v.double(), expected, atol=1e-4, rtol=1e-4)
+    expected = x.double().T @ (x.double() @ c.basis.q.double())
+    torch.testing.assert_close(c.basis.v.double(), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_a_boundary_gathers_statistics_only_when_it_observes():
     b, x = boundary(), normal(40, 32)
     b.virtual(x, FORTY, observe=False)
-    assert not b.forward.v.any() and b.health("fwd") == {}
+    assert not b.forward.basis.v.any() and b.health("fwd") == {}
     b.virtual(x, FORTY, observe=True)
-    assert b.forward.v.any()
+    assert b.forward.basis.v.any()
     b.begin_tick()
-    assert not b.forward.v.any() and b.health("fwd") == {}
+    assert not b.forward.basis.v.any() and b.health("fwd") == {}
 
 
 @pytest.mark.parametrize("rank", [1, 4, 12])
@@ -271,7 +271,7 @@ def test_warm_started_refreshes_on_a_fixed_x_approach_the_best_rank_r_and_never_
     for _ in range(30):
         c.begin_tick()
         captured.append(sketch(c, x, observe=True).double().square().sum().item())
-        c.load(c.refresh())
+        c.tables.load(c.tables.refresh())
     assert all(later >= earlier * (1 - 1e-6) for earlier, later in itertools.pairwise(captured))
     assert captured[0] < 0.9 * best
     assert best * (1 - 1e-4) < captured[-1] < best * (1 + 1e-6)
@@ -282,19 +282,19 @@ def test_at_convergence_the_basis_spans_the_leading_right_singular_vectors():
     for _ in range(60):
         c.begin_tick()
         sketch(c, x, observe=True)
-        c.load(c.refresh())
+        c.tables.load(c.tables.refresh())
     leading = torch.linalg.svd(x)[2][:4].T
-    assert torch.linalg.svdvals(leading.T @ c.basis).min() > 1 - 1e-4  # cosines of the principal angles
+    assert torch.linalg.svdvals(leading.T @ c.basis.q).min() > 1 - 1e-4  # cosines of the principal angles
 
 
 def test_refresh_alone_changes_nothing_until_the_basis_is_loaded():
     c, x = codec(), decaying(48, 32)
-    before = c.basis.clone()
+    before = c.basis.q.clone()
     sketch(c, x, observe=True)
-    new = c.refresh()
-    assert torch.equal(c.basis, before)
-    c.load(new)
-    assert torch.equal(as_bytes(c.basis), new) and not torch.equal(c.basis, before)
+    new = c.tables.refresh()
+    assert torch.equal(c.basis.q, before)
+    c.tables.load(new)
+    assert torch.equal(as_bytes(c.basis.q), new) and not torch.equal(c.basis.q, before)
 
 
 @pytest.mark.parametrize("observed_in", [1, 3])
@@ -302,7 +302,7 @@ def test_q_error_is_the_relative_reconstruction_error(observed_in: int):
     c, x = codec(), decaying(48, 32)
     for part in x.chunk(observed_in):
         sketch(c, part, observe=True)
-    x, q = x.double(), c.basis.double()
+    x, q = x.double(), c.basis.q.double()
     expected = ((x - x @ q @ q.T).norm() / x.norm()).item()
     assert c.health()["codec/q_error"] == pytest.approx(expected, rel=1e-4)
     assert 0.1 < expected < 1
@@ -310,26 +310,26 @@ def test_q_error_is_the_relative_reconstruction_error(observed_in: int):
 
 def test_q_error_is_zero_when_x_lies_in_the_basis():
     c = codec()
-    x = normal(48, 6) @ c.basis.T
+    x = normal(48, 6) @ c.basis.q.T
     sketch(c, x, observe=True)
     assert c.health()["codec/q_error"] < 1e-3
 
 
 def test_q_drift_is_the_mean_squared_sine_of_the_angles_between_old_and_new_basis():
     c = codec(hidden=8, rank=2)
-    c.basis = torch.eye(8)[:, :2].contiguous()
-    assert c.load(as_bytes(c.basis))["codec/q_drift"] == 0
+    c.basis.q = torch.eye(8)[:, :2].contiguous()
+    assert c.tables.load(as_bytes(c.basis.q))["codec/q_drift"] == 0
     tilt = torch.eye(8)[:, :2].contiguous()
     tilt[:, 1] = 0
     tilt[1, 1], tilt[5, 1] = 0.6, 0.8  # the second vector turns by an angle of sine 0.8
-    assert c.load(as_bytes(tilt))["codec/q_drift"] == pytest.approx(0.8**2 / 2, rel=1e-5)
-    assert c.load(as_bytes(torch.eye(8)[:, 6:]))["codec/q_drift"] == 1
+    assert c.tables.load(as_bytes(tilt))["codec/q_drift"] == pytest.approx(0.8**2 / 2, rel=1e-5)
+    assert c.tables.load(as_bytes(torch.eye(8)[:, 6:]))["codec/q_drift"] == 1
 
 
 def test_condition_is_the_ratio_of_the_largest_to_the_smallest_singular_value_of_v():
     c = codec(hidden=16, rank=3)
-    c.v = orthonormalise(normal(16, 3)) * torch.tensor([10.0, 2.0, 0.5])
-    assert c.load(c.refresh())["codec/q_condition"] == pytest.approx(20, rel=1e-4)
+    c.basis.v = orthonormalise(normal(16, 3)) * torch.tensor([10.0, 2.0, 0.5])
+    assert c.tables.load(c.tables.refresh())["codec/q_condition"] == pytest.approx(20, rel=1e-4)
 
 
 @pytest.mark.parametrize("cut", [-4, -1, 1, 400])
@@ -349,8 +349,8 @@ def test_a_basis_of_its_own_catches_what_the_forwards_basis_misses_of_dx():
             b.begin_tick()
             b.encode(x, FORTY, observe=True), b.encode_backward(dx, FORTY)
             for way in (b.forward, b.backward):
-                if way.refreshes:
-                    way.load(way.refresh())
+                if way.tables is not None:
+                    way.tables.load(way.tables.refresh())
     assert own.health("bwd")["codec/dx_cosine"] > shared.health("bwd")["codec/dx_cosine"] + 0.3
     assert own.health("fwd")["codec/fvu"] == shared.health("fwd")["codec/fvu"]
 
@@ -377,7 +377,7 @@ def test_the_published_bytes_ratio_is_77_of_1536_plus_the_amortised_basis(dtype:
         b.virtual(leaf, apart(tokens), observe=True).sum().backward()
     assert ledger.bytes_ratio() == pytest.approx(77 / 1536, rel=1e-12)
     assert round(ledger.bytes_ratio(), 4) == 0.0501
-    ledger.add("basis", b.forward.basis.nbytes, 0)  # one refresh in these ticks, in fp32
+    ledger.add("basis", b.forward.basis.q.nbytes, 0)  # one refresh in these ticks, in fp32
     width = dtype.itemsize
     dense = 2 * ticks * tokens * hidden * width
     assert ledger.bytes_ratio() == pytest.approx(77 / 1536 + 1536 * 77 * 4 / dense, rel=1e-12)

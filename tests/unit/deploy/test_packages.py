@@ -26,7 +26,7 @@ def make(folder: Path, package: str, form: str) -> Path:
 
 
 def command(*arguments: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
-    code = "from deploy.cli import main; main()"
+    code = "from northstar import main; main()"
     path = env.get("PYTHONPATH", "") + os.pathsep + str(HOME)
     return subprocess.run(
         [sys.executable, "-P", "-c", code, *arguments],
@@ -67,9 +67,11 @@ def test_run_refuses_a_folder_whose_packages_the_workers_would_import(tmp_path: 
     assert f"{tmp_path}/rl/__init__.py would be imported in place of northstar's own package 'rl'" in called.output
 
 
-@pytest.mark.parametrize("package", ["rl", "swarm"])
-def test_the_command_names_a_folder_on_pythonpath_instead_of_failing_to_import(tmp_path: Path, package: str):
-    make(tmp_path, package, "package")
+@pytest.mark.parametrize(
+    "package, form", [("rl", "package"), ("swarm", "package"), ("deploy", "package"), ("deploy", "module")]
+)
+def test_the_command_names_a_folder_on_pythonpath_instead_of_failing_to_import(tmp_path: Path, package: str, form: str):
+    make(tmp_path, package, form)
     done = command("presets", cwd=HOME / "docs", PYTHONPATH=str(tmp_path))
     assert done.returncode == 2 and "would be imported in place of northstar's own" in done.stderr
     assert "Traceback" not in done.stderr

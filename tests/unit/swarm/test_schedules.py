@@ -1,4 +1,4 @@
-"""Fire schedule, Q schedule, snapshot ring and 1F1B order against simulations written from the contract's words."""
+"""Fire schedule, snapshot ring and 1F1B order against simulations written from the contract's words."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from anchor_service.clock import Lockstep
 from anchor_service.config import AnchorConfig
 from anchor_service.lag import agenda
-from anchor_service.ring import anchor_should_fire, q_should_refresh, ring_bound
+from anchor_service.ring import anchor_should_fire, ring_bound
 from swarm.pipeline import schedule
 
 LAW = settings(deadline=None, derandomize=True, max_examples=200)
@@ -65,16 +65,6 @@ def test_200_ticks_make_10_fires_at_20_and_40_at_5(k: int, count: int):
 def test_no_fire_needs_weights_from_before_the_base_policy():
     assert not any(anchor_should_fire(t, 5, 20) for t in range(20))
     assert anchor_should_fire(20, 5, 20)
-
-
-# --- when Q is refreshed -----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("q_cadence", [1, 2, 3, 5, 20, 1000])
-def test_q_is_refreshed_on_its_own_cadence_and_once_more_before_tick_2(q_cadence: int):
-    found = [t for t in range(1, TICKS + 1) if q_should_refresh(t, q_cadence)]
-    multiples = range(q_cadence, TICKS + 1, q_cadence)
-    assert found == sorted({2, *multiples} - {1})  # tick 1 has no tick before it to take statistics from
 
 
 # --- the ring ----------------------------------------------------------------------------------
