@@ -13,6 +13,8 @@ from typing import Protocol
 from anchor_service.config import AnchorConfig
 from anchor_service.lag import Draw, Due, agenda, make_draw
 
+PACE = 0.2  # weight of the newest step in the running mean of a tick's time
+
 
 class Clock(Protocol):
     """What the run asks, whichever kind it has."""
@@ -156,3 +158,8 @@ def make_clock(anchor: AnchorConfig, seed: int, last_tick: int, ticks_per_step: 
 def next_worker(busy: list[int], version: int) -> int:
     """The worker with the fewest fires under way (`busy`, one number each); they take turns where that decides nothing."""
     return min(range(len(busy)), key=lambda k: (busy[k], (k - version) % len(busy)))
+
+
+def paced(tick_seconds: float, newest: float) -> float:
+    """The running mean of a tick's time, in which lags on the wall clock are counted; 0 where there was none yet."""
+    return tick_seconds + (PACE if tick_seconds else 1.0) * (newest - tick_seconds)

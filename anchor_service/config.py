@@ -8,7 +8,9 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from codec.config import NODE_TAG, Reading, Section, When
-from merger.config import MERGING
+from merger import merger_class
+from merger.config import MERGING, TAKES_SIGNS, MergerConfig
+from merger.interface import Payload
 
 _MEAN = "mean lag in ticks; default: anchor.delay_k"
 
@@ -137,6 +139,12 @@ class AnchorConfig(Section):
     timeout_s: float = Field(600.0, gt=0, description="deadline of a correction that is due")
 
 
+def correction_payload(anchor: AnchorConfig, merger: MergerConfig) -> Payload | None:
+    """What a correction carries: `sign`, `dense`, or None where nothing is merged. Raises ValueError if it is no merger."""
+    payload = merger_class(merger.kind).payload if anchor.enabled else None
+    return "dense" if payload and anchor.payload == "dense" else payload
+
+
 _ENABLED = When("anchor.enabled", (True,))
 _FIRES = _ENABLED, MERGING
 _PLACEBO = (When("merger.placebo", ("own", "random")),)
@@ -156,7 +164,7 @@ READING: Reading = {  # not here: resource, which says where actors go, and whic
     "anchor.workers": ((_ENABLED,),),
     "anchor.weights": (_FIRES,),
     "anchor.replay_fraction": (_FIRES,),
-    "anchor.payload": ((_ENABLED, When("merger.kind", ("signed_ema",))),),
+    "anchor.payload": ((_ENABLED, TAKES_SIGNS),),
     "anchor.device": ((_ENABLED,), _DIAGNOSER),
     "anchor.micro_batch_size": ((_ENABLED,), _DIAGNOSER),
     "anchor.slowdown": (_FIRES,),

@@ -16,8 +16,9 @@ from rl.config import GrpoConfig, ModelConfig, SnapshotConfig
 from rl.device import prefer_determinism
 from rl.model_files import resolve
 from rl.objective import loss_terms, microbatches
-from rl.policy import EMBEDDING, Span, Stage
+from rl.policy import EMBEDDING, Stage
 from rl.snapshot import Receiver
+from rl.spans import Span
 
 
 @dataclass(frozen=True)

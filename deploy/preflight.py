@@ -5,7 +5,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from codec.boundary import make_codec
 from deploy.packages import IN_ACTORS, check_packages
+from merger import make_merger
 from rl.model_check import check_model
 from rl.model_files import model_shape, resolve
 from rl.problems import Problems
@@ -24,5 +26,8 @@ def preflight(config: RunConfig) -> Problems:
     shape = model_shape(str(folder))
     assert shape is not None  # a folder has one
     config.check_fits(shape)
+    make_merger(config.merger)  # these two may be anybody's
+    if config.swarm.boundaries:
+        make_codec(config.codec, shape.hidden, config.run.seed)
     tokenizer = check_model(folder)  # loaded once: a second for a large vocabulary
     return survey(config.task, config.grpo, folder, tokenizer, config.run.seed, config.val.size)

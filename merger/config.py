@@ -2,29 +2,43 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+import difflib
+from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from codec.config import Reading, Section, When
+from codec.config import Reading, When
+from merger import MERGERS
+from merger.settings import MergerSettings
 
-Kind = Literal["none", "signed_ema", "delta"]
-MERGING = When("merger.kind", tuple(kind for kind in get_args(Kind) if kind != "none"))
+
+def _own(kind: str) -> bool:
+    """Somebody else's merger may read every setting."""
+    return ":" in kind
 
 
-class MergerConfig(Section):
+MERGING = When("merger.kind", tuple(kind for kind, merger in MERGERS.items() if merger.payload), _own)
+TAKES_SIGNS = When("merger.kind", tuple(kind for kind, merger in MERGERS.items() if merger.payload == "sign"), _own)
+
+
+class MergerConfig(MergerSettings):
     """How the anchor's correction is merged into the compressed gradient."""
 
-    kind: Kind = Field("signed_ema", description="`none` leaves G_comp as it is")
-    alpha: float = Field(0.25, ge=0, le=1, description="share of G_comp that signed_ema keeps whatever the signs say")
-    dose: float = Field(1.0, ge=0, description="share of the correction applied; at most 1/(2(1-alpha)) never flips")
-    age_decay: float = Field(1.0, gt=0, le=1, description="dose is multiplied by this for each tick of age")
-    adaptive_lambda_mode: Literal["none", "ratio"] = Field("none", description="`ratio`: λ = min(lambda_cap, 1/c)")
-    lambda_cap: float = Field(1.0, gt=0, description="largest λ of the ratio gate")
     placebo: Literal["own", "random"] | None = Field(
         None,
         description="signed_ema without an anchor, on its schedule: the signs of the average of G_comp, or random ones",
     )
+
+    @field_validator("kind")
+    @classmethod
+    def _known(cls, kind: str) -> str:
+        """A merger of the user's own is imported where it merges, not here: a config is read where its parts are not."""
+        module, _, name = kind.partition(":")
+        if kind not in MERGERS and not (name.isidentifier() and all(part.isidentifier() for part in module.split("."))):
+            near = difflib.get_close_matches(kind, MERGERS, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"{kind!r} must be one of {', '.join(map(repr, MERGERS))}, or 'package.module:name'{hint}")
+        return kind
 
     @model_validator(mode="after")
     def _needs_signs(self) -> MergerConfig:
@@ -34,7 +48,7 @@ class MergerConfig(Section):
 
 
 READING: Reading = {
-    "merger.alpha": ((When("merger.kind", ("signed_ema",)),),),
+    "merger.alpha": ((When("merger.kind", ("signed_ema",), _own),),),
     "merger.dose": ((MERGING,),),
     "merger.age_decay": ((MERGING,),),
     "merger.adaptive_lambda_mode": ((MERGING,),),

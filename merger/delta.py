@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
-from merger.config import MergerConfig
-from merger.dose import Norm, dose_at, local_norm
+from merger.dose import cost_of_dose, dose_at
+from merger.interface import Merger, MergerCost, Norm, Payload, local_norm
+from merger.settings import MergerSettings
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from merger.interface import Gradient, Held
 
 
-class Delta:
+class Delta(Merger):
     """G = G_comp + d·δ. Needs M̄ in full, and every rank keeps its G_comp of the ticks a fire may come from."""
 
-    payload = "dense"
+    payload: ClassVar[Payload | None] = "dense"
+    needs_source: ClassVar[bool] = True
 
-    def __init__(self, config: MergerConfig):
-        self.config = config
-        self.dose = 0.0
+    @classmethod
+    def cost(cls, config: MergerSettings, n: int) -> MergerCost:
+        return cost_of_dose(config)
 
-    def prepare(self, g_comp: Tensor, correction: Tensor, age: int, norm: Norm = local_norm) -> None:
+    def prepare(self, g_comp: Gradient, correction: Held, age: int, norm: Norm = local_norm) -> None:
         """Set the dose for this tick."""
         self.dose = dose_at(self.config, age, lambda: correction, g_comp, norm)
 
-    def apply(self, g_comp: Tensor, correction: Tensor) -> Tensor:
-        """`g_comp` fp32 [n], `correction` δ fp32 [n], or any block of both -> merged fp32 [n]."""
+    def apply(self, g_comp: Gradient, correction: Held) -> Gradient:
+        """`g_comp` and `correction` δ, whole or any block of both -> merged, fp32."""
         return g_comp + self.dose * correction
-
-    def __call__(self, g_comp: Tensor, correction: Tensor, age: int, norm: Norm = local_norm) -> Tensor:
-        self.prepare(g_comp, correction, age, norm)
-        return self.apply(g_comp, correction)

@@ -5,20 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from merger.config import MergerConfig
+from merger.interface import MergerCost, Norm
+from merger.settings import MergerSettings
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-Norm = Callable[["Tensor"], float]
+    from merger.interface import Gradient
 
 
-def local_norm(x: Tensor) -> float:
-    """‖x‖ of a tensor that is all there is; a swarm passes one that sums over its stages."""
-    return x.double().norm().item()
-
-
-def dose_at(config: MergerConfig, age: int, delta: Callable[[], Tensor], g_comp: Tensor, norm: Norm) -> float:
+def dose_at(config: MergerSettings, age: int, delta: Callable[[], Gradient], g_comp: Gradient, norm: Norm) -> float:
     """The dose d of a correction at `age` ticks since its first merge.
 
     With the ratio gate, c = ‖δ‖/‖G_comp‖ over all parameters and λ = min(lambda_cap, 1/c);
@@ -29,3 +23,8 @@ def dose_at(config: MergerConfig, age: int, delta: Callable[[], Tensor], g_comp:
         size = norm(delta())
         d *= min(config.lambda_cap, norm(g_comp) / size) if size > 0 else config.lambda_cap
     return d
+
+
+def cost_of_dose(config: MergerSettings) -> MergerCost:
+    """The ratio gate takes the norms of δ and of G_comp."""
+    return MergerCost(norms=2 if config.adaptive_lambda_mode == "ratio" else 0)

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
-from merger.config import MergerConfig
+from merger.interface import Merger, Norm, Payload, local_norm
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from merger.interface import Gradient, Held
 
 
-class NoMerger:
+class NoMerger(Merger):
     """Leaves the compressed gradient as it is, whatever the anchor says."""
 
-    payload = None  # what the anchor must publish for this merger
+    payload: ClassVar[Payload | None] = None
 
-    def __init__(self, config: MergerConfig):
-        self.dose = 0.0
+    def prepare(self, g_comp: Gradient, correction: Held, age: int, norm: Norm = local_norm) -> None: ...
 
-    def __call__(self, g_comp: Tensor, correction: Tensor, age: int, norm=None) -> Tensor:
+    def apply(self, g_comp: Gradient, correction: Held) -> Gradient:
         return g_comp

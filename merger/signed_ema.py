@@ -8,35 +8,40 @@ Each coordinate is multiplied by 1 where the signs agree, by 1-2d(1-α) where th
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
-from merger.config import MergerConfig
-from merger.dose import Norm, dose_at, local_norm
+from merger.dose import cost_of_dose, dose_at
+from merger.interface import Merger, MergerCost, Norm, Payload, local_norm, sign
+from merger.settings import MergerSettings
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from merger.interface import Gradient, Held
 
 
-class SignedEMA:
+class SignedEMA(Merger):
     """Needs only sign(M̄), so a correction costs one bit a parameter."""
 
-    payload = "sign"
+    payload: ClassVar[Payload | None] = "sign"
 
-    def __init__(self, config: MergerConfig):
-        self.config = config
-        self.dose = 0.0  # of the last `prepare`
+    @classmethod
+    def cost(cls, config: MergerSettings, n: int) -> MergerCost:
+        return cost_of_dose(config)
 
-    def prepare(self, g_comp: Tensor, correction: Tensor, age: int, norm: Norm = local_norm) -> None:
+    def prepare(self, g_comp: Gradient, correction: Held, age: int, norm: Norm = local_norm) -> None:
         """Set the dose for this tick; only the ratio gate looks at the tensors, which are whole here."""
         self.dose = dose_at(self.config, age, lambda: self._delta(g_comp, correction), g_comp, norm)
 
-    def apply(self, g_comp: Tensor, correction: Tensor) -> Tensor:
-        """`g_comp` fp32 [n], `correction` M̄ or its sign [n], or any block of both -> merged fp32 [n]."""
-        return self._delta(g_comp, correction).mul_(self.dose).add_(g_comp)
+    def apply(self, g_comp: Gradient, correction: Held) -> Gradient:
+        """`g_comp` fp32, `correction` M̄ or its sign, whole or any block of both -> merged, fp32."""
+        merged = self._delta(g_comp, correction)
+        merged *= self.dose
+        merged += g_comp
+        return merged
 
-    def _delta(self, g_comp: Tensor, correction: Tensor) -> Tensor:
-        return g_comp.abs().mul_(correction.sign()).sub_(g_comp).mul_(1 - self.config.alpha)
-
-    def __call__(self, g_comp: Tensor, correction: Tensor, age: int, norm: Norm = local_norm) -> Tensor:
-        self.prepare(g_comp, correction, age, norm)
-        return self.apply(g_comp, correction)
+    def _delta(self, g_comp: Gradient, correction: Held) -> Gradient:
+        """S - G_comp, in one new tensor."""
+        d = abs(g_comp)
+        d *= sign(correction)
+        d -= g_comp
+        d *= 1 - self.config.alpha
+        return d

@@ -20,6 +20,7 @@ _MARK = "####"
 _BOX = re.compile(r"\\f?boxed\s*\{|\\.|[{}]", re.DOTALL)
 _TUPLE = re.compile(r"[(\[][-+\d./\s]+(?:,[-+\d./\s]+)+[)\]]")
 _LONGEST_WORD = 100
+_WORD = re.compile(r"\S*")
 _LEAD = re.compile(r"(?:[^\W\d]|[(\[{*`\"'“:<>~≈\\])*")
 _TAIL = re.compile(r"(?:[^\W\d]|[.,;:!?)\]}*`\"'”<>\\])*$")
 _COMMAND = re.compile(r"\\[a-zA-Z]")  # of LaTeX: what it makes of a number is another one
@@ -27,8 +28,10 @@ _VARIABLES = frozenset("abiknxyz")  # 2x is no 2; 5m, 5g and 5s are
 _UNIT_POWER = re.compile(r"(?<=[^\W\d_])\^(?:[23]|\{[23]\})")  # km², which is no number
 _SCRIPT = re.compile(r"[-+−n\d]")
 _SCRIPTS = re.compile(r"([\^_])\{[-+n\d]\}(?:\1\{[-+n\d]\})+")
-_WRAPS = [("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"), ("**", "**"), ("*", "*"), ("`", "`")]
-_WRAPS += [('"', '"'), ("“", "”"), ("'", "'")]
+_WRAPS = [
+    *(("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"), ("**", "**"), ("*", "*"), ("`", "`")),
+    *(('"', '"'), ("“", "”"), ("'", "'")),
+]
 _TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
 _SIGNS = str.maketrans(dict.fromkeys("−‐‑‒–﹣－", "-") | {"⁄": "/", "∕": "/", "٫": ".", "٬": ",", "×": "*", "·": "*"})
 _LATEX = [
@@ -143,16 +146,21 @@ def _last_number(text: str) -> str | None:
     last = next((i for i in range(len(text) - 1, -1, -1) if text[i].isdigit()), None)
     if last is None or any(found.start() <= last < found.end() for found in _TUPLE.finditer(text)):
         return None
-    word = text[: last + 1].split()[-1] + re.match(r"\S*", text[last + 1 :])[0]
+    word = text[: last + 1].split()[-1] + _matched(_WORD.match(text, last + 1))
     word = word.rsplit("=", 1)[-1]
     if len(word) > _LONGEST_WORD or _COMMAND.search(word):
         return None
-    lead = _LEAD.match(word)[0]
+    lead = _matched(_LEAD.match(word))
     core = word[len(lead) :]
-    tail = _TAIL.search(core)[0]
+    tail = _matched(_TAIL.search(core))
     core = normal(core.removesuffix(tail))
     formula = tail.strip(".,;:!?") in _VARIABLES or (lead[-1:].isalnum() and core[:1] in "+-") or "/" in core
     return core if quantity(core) and not formula else None
+
+
+def _matched(found: re.Match[str] | None) -> str:
+    """Of a pattern that matches everywhere."""
+    return found[0] if found else ""
 
 
 def _unwrapped(answer: str) -> str:

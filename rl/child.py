@@ -93,7 +93,7 @@ class Child:
         return ChildFailed(f"ended its process ({how})")
 
 
-def _end(process: subprocess.Popen, connection: Connection) -> None:
+def _end(process: subprocess.Popen[bytes], connection: Connection) -> None:
     connection.close()
     process.kill()
     process.wait()
@@ -103,7 +103,8 @@ def serve(fd: int, make: str, arguments: list[str]) -> None:
     """The child's part: until the parent goes."""
     os.set_inheritable(fd, False)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
-    connection, asked = Connection(fd), queue.SimpleQueue()
+    connection = Connection(fd)
+    asked: queue.SimpleQueue[tuple[Any, ...] | Exception] = queue.SimpleQueue()
     module, _, name = make.partition(":")
     function = _reply(connection, lambda: getattr(importlib.import_module(module), name)(*arguments), lambda _: None)
     threading.Thread(target=_listen, args=(connection, asked), daemon=True).start()
@@ -112,13 +113,13 @@ def serve(fd: int, make: str, arguments: list[str]) -> None:
         _reply(connection, lambda values=values: _called(function, values), lambda value: value)
 
 
-def _called(function: Callable[..., Any], values: tuple | Exception) -> Any:
+def _called(function: Callable[..., Any], values: tuple[Any, ...] | Exception) -> Any:
     if isinstance(values, Exception):
         raise values
     return function(*values)
 
 
-def _listen(connection: Connection, asked: queue.SimpleQueue) -> None:
+def _listen(connection: Connection, asked: queue.SimpleQueue[tuple[Any, ...] | Exception]) -> None:
     """In a thread, so that the end of the parent is seen while the function is at work."""
     while True:
         try:

@@ -22,4 +22,4 @@ def prefer_determinism(device: torch.device) -> None:
     """
     if device.type == "cuda":
         torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # a check for debugging, at a price
+        setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010, a check for debugging, at a price

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rl.model_shape import ModelNotFound, ModelRefused, ModelShape, check_family, shape_of
+
+if TYPE_CHECKING:
+    from gguf import GGUFReader
 
 
 def cache_folder() -> Path:
@@ -23,10 +26,11 @@ def gguf_shape(file: Path) -> ModelShape:
     return shape_of(gguf_config(file), str(file), chat)
 
 
-def gguf_config(file: Path) -> dict:
+def gguf_config(file: Path) -> dict[str, Any]:
     """The keys of a config.json, as far as the file has them. Raises ModelNotFound."""
     reader = gguf_reader(file)
-    arch = reader.get_field("general.architecture").contents()
+    architecture = reader.get_field("general.architecture")
+    arch = None if architecture is None else architecture.contents()
     check_family({"model_type": arch}, str(file))
     embedding = next(t for t in reader.tensors if t.name == "token_embd.weight")
 
@@ -50,7 +54,7 @@ def gguf_config(file: Path) -> dict:
     return found if positions is None else found | {"max_position_embeddings": positions}
 
 
-def gguf_reader(file: Path):
+def gguf_reader(file: Path) -> GGUFReader:
     """The file's metadata and packed tensors. Raises ModelNotFound."""
     try:
         from gguf import GGUFReader
@@ -63,7 +67,7 @@ def gguf_reader(file: Path):
 
 
 @lru_cache(maxsize=1)
-def _parsed(reader: Callable, file: Path, changed: int):
+def _parsed(reader: type[GGUFReader], file: Path, changed: int) -> GGUFReader:
     """Reading a vocabulary takes seconds."""
     return reader(file)
 
@@ -108,7 +112,9 @@ def _write(file: Path, folder: Path) -> None:
         model.config.eos_token_id = model.generation_config.eos_token_id = None
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
-    _keep_tokens(folder / "tokenizer.json", len(reader.get_field("tokenizer.ggml.tokens").data))
+    tokens = reader.get_field("tokenizer.ggml.tokens")
+    assert tokens is not None, "a tokenizer was made of them"
+    _keep_tokens(folder / "tokenizer.json", len(tokens.data))
 
 
 def _keep_tokens(tokenizer: Path, count: int) -> None:

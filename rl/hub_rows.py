@@ -6,7 +6,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from rl.rows import Rows
+from rl.data_rows import DataRows
 
 BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".json": "json", ".jsonl": "json", ".csv": "csv"}
 SAVED = ("dataset_dict.json", "dataset_info.json", "state.json")  # in a folder that save_to_disk wrote
@@ -28,10 +28,10 @@ def check_hub_rows(name: str) -> None:
         raise ValueError(f"{name!r}: no such folder, and a data set of the hub is OWNER/NAME or OWNER/NAME/CONFIG")
 
 
-def hub_rows(name: str, split: str) -> Rows:
+def hub_rows(name: str, split: str) -> DataRows:
     """The `datasets.Dataset` of one split. Raises ValueError with what to do."""
     try:
-        return Rows(f"hf:{name}, split {split!r}", _load(name, split))
+        return DataRows(f"hf:{name}, split {split!r}", _load(name, split))
     except Exception as error:  # of the library, the hub or the network, each with kinds of their own
         hint = "" if is_local(name) else "; where there is no network, fetch it elsewhere and give its folder: hf:PATH"
         raise ValueError(

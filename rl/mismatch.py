@@ -10,6 +10,7 @@ kernels, dtype, or weights that it did not take over. The rest of `codec/…` is
 from __future__ import annotations
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 COMFORT = 0.02  # nats a token: below it next to no ratio leaves the clip range of 0.2
@@ -25,8 +26,8 @@ NAMES = (*CODEC, "rollout_corr/kl", "training/rollout_probs_diff_mean")
 DENSE = tuple(f"rollout_corr/dense_{name}" for name in ("kl", "k3", "corr", *(f"outside_{name}" for name in OUTSIDE)))
 
 
-def sums(reference: Tensor, trainer: Tensor) -> dict[str, Tensor]:
-    """What adds up over microbatches and ranks, in float64, from log-probs of the same tokens [N] each.
+def sums(reference: Float[Tensor, " n"], trainer: Float[Tensor, " n"]) -> dict[str, Tensor]:
+    """What adds up over microbatches and ranks, in float64, from log-probs of the same tokens.
 
     `reference` is the engine's, whose samples the tokens are. The number of tokens is one of the sums,
     so that `metrics` does not depend on what they are divided by on the way.
@@ -53,8 +54,9 @@ def sums(reference: Tensor, trainer: Tensor) -> dict[str, Tensor]:
 def metrics(sums: dict[str, float]) -> dict[str, float]:
     """The summed `sums`, divided by any one number, as metrics; what is not of theirs is passed on as it is.
 
-    `logprob_kl` is Schulman's k1 estimate of KL(engine ‖ trainer), unbiased, which can be negative (verl:
-    `rollout_corr/kl`); `logprob_k3` his k3, never negative, of the same mean (joschu.net/blog/kl-approx.html).
+    `logprob_kl` is the k1 estimate of KL(engine ‖ trainer), unbiased, which can be negative (verl:
+    `rollout_corr/kl`); `logprob_k3` is k3, never negative, of the same mean (Schulman 2020,
+    joschu.net/blog/kl-approx.html).
     """
     others = {name: value for name, value in sums.items() if not name.startswith(PREFIX)}
     if not sums.get(f"{PREFIX}tokens"):

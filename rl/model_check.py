@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -39,7 +40,7 @@ def check_model(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _check_tensors(folder: Path, stored: dict[str, Stored], config: dict) -> None:
+def _check_tensors(folder: Path, stored: dict[str, Stored], config: dict[str, Any]) -> None:
     """The checkpoint has every tensor of the model that config.json describes, in its shape, and no more of the stack."""
     expected = _expected(folder)
     numbers = [int(found[1]) for name in stored if (found := re.match(r"model\.layers\.(\d+)\.", name))]

@@ -6,12 +6,21 @@ import json
 import math
 import struct
 from pathlib import Path
+from typing import Any, TypedDict
 
 from rl.gguf_files import convert, converted_folder, gguf_config, gguf_shape
 from rl.model_shape import ModelNotFound, ModelShape, shape_of
 
 BUILTIN = Path(__file__).parent / "builtin"
 PICKED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # what a run needs of a model on the hub
+
+
+class TensorSpec(TypedDict):
+    """A tensor in the header of a safetensors file; offsets count from where the file's data begin."""
+
+    dtype: str
+    shape: list[int]
+    data_offsets: tuple[int, int]
 
 
 def model_shape(path: str) -> ModelShape | None:
@@ -22,10 +31,16 @@ def model_shape(path: str) -> ModelShape | None:
     folder = local_folder(path)
     if folder is None:
         return gguf_shape(_existing(path)) if path.endswith(".gguf") else None
-    return shape_of(_folder_config(folder, path), path, _has_chat_template(folder))
+    return folder_shape(folder, path)
 
 
-def model_config(path: str) -> dict:
+def folder_shape(folder: Path, path: str | None = None) -> ModelShape:
+    """`path` is what a user calls it. Raises ModelNotFound if it holds no supported model."""
+    name = path or str(folder)
+    return shape_of(_folder_config(folder, name), name, _has_chat_template(folder))
+
+
+def model_config(path: str) -> dict[str, Any]:
     """The content of the model's config.json: sizes, head counts, biases; of a GGUF file the same keys.
 
     Of a hub id that is not on this machine only config.json is downloaded. Raises ModelNotFound.
@@ -130,8 +145,8 @@ def tensor_files(folder: Path) -> dict[str, Path]:
     return found
 
 
-def tensor_specs(file: Path) -> tuple[dict[str, dict], int]:
-    """Name -> dtype, shape and data_offsets of a safetensors file's tensors, and where their data begins."""
+def tensor_specs(file: Path) -> tuple[dict[str, TensorSpec], int]:
+    """By name those of a safetensors file, and where their data begin."""
     with file.open("rb") as f:
         (size,) = struct.unpack("<Q", f.read(8))
         specs = json.loads(f.read(size))
@@ -149,7 +164,7 @@ def parameter_count(path: str) -> int:
     """Parameters of a whole model, a tied embedding once."""
     folder = resolve(path)
     sizes = tensor_sizes(folder)
-    if model_shape(str(folder)).tied:
+    if folder_shape(folder).tied:
         sizes.pop("lm_head.weight", None)  # some checkpoints hold the tied embedding twice
     return sum(sizes.values())
 
@@ -161,7 +176,7 @@ def _existing(path: str) -> Path:
     return found
 
 
-def _folder_config(folder: Path, path: str) -> dict:
+def _folder_config(folder: Path, path: str) -> dict[str, Any]:
     file = folder / "config.json"
     if not file.exists():
         raise ModelNotFound(f"{path!r} has no config.json")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from codec.rows import Rows, rows_of
@@ -17,15 +18,15 @@ from rl.policy import Stage
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Some samples, right-padded to their longest. R is the number of their response tokens."""
+    """B samples, right-padded to their longest, of L tokens. R is the number of their response tokens."""
 
-    ids: Tensor  # int64 [B, L]
-    real: Tensor  # bool [B, L], False at padding
-    predicts: tuple[Tensor, Tensor]  # (row, position) of the hidden state that predicts each response token, [R] each
-    targets: Tensor  # int64 [R]
-    advantages: Tensor  # float32 [R]
-    rollout_logprobs: Tensor  # float32 [R]
-    ref_logprobs: Tensor | None  # float32 [R]
+    ids: Int[Tensor, "b l"]
+    real: Bool[Tensor, "b l"]  # False at padding
+    predicts: tuple[Int[Tensor, " r"], Int[Tensor, " r"]]  # (row, position) of what predicts each response token
+    targets: Int[Tensor, " r"]
+    advantages: Float[Tensor, " r"]
+    rollout_logprobs: Float[Tensor, " r"]
+    ref_logprobs: Float[Tensor, " r"] | None
     rows: Rows  # the real tokens as a boundary sees them
     tokens: int  # real tokens
 
@@ -69,16 +70,20 @@ def _microbatch(batch: Batch, samples: np.ndarray, device: torch.device) -> Micr
     )
 
 
-def logprobs(stage: Stage, hidden: Tensor, micro: MicroBatch, temperature: float) -> tuple[Tensor, Tensor]:
-    """Log-probs and entropy [R] of the response tokens, from the last stage's hidden states [B, L, H]."""
-    return token_logprobs(stage.logits(hidden[micro.predicts]), micro.targets, temperature, with_entropy=True)
+def logprobs(
+    stage: Stage, hidden: Float[Tensor, "b l h"], micro: MicroBatch, temperature: float
+) -> tuple[Float[Tensor, " r"], Float[Tensor, " r"]]:
+    """Log-probs and entropy of the response tokens, from the last stage's hidden states."""
+    found, entropy = token_logprobs(stage.logits(hidden[micro.predicts]), micro.targets, temperature, with_entropy=True)
+    assert entropy is not None, "it was asked for"
+    return found, entropy
 
 
 def loss_terms(
     stage: Stage,
-    hidden: Tensor,
+    hidden: Float[Tensor, "b l h"],
     micro: MicroBatch,
-    old_logprobs: Tensor,
+    old_logprobs: Float[Tensor, " r"],
     denominator: float,
     config: GrpoConfig,
     temperature: float,

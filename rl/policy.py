@@ -7,48 +7,28 @@ no process holds more of the model than it trains, not even while it loads.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.masking_utils import create_causal_mask
 
 from codec.rows import pack_rows, unpack_rows
+from rl.lean import lean_transformers
 from rl.model_shape import ModelNotFound
+from rl.spans import Span
 from rl.stored_weights import stored_tensors
+
+with lean_transformers():
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+    from transformers.masking_utils import create_causal_mask
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 PIECE = 1 << 22  # elements that are read from a checkpoint at a time
-
-
-@dataclass(frozen=True)
-class Span:
-    """Decoder layers [lo, hi) of `total`."""
-
-    lo: int
-    hi: int
-    total: int
-
-    @property
-    def first(self) -> bool:
-        return self.lo == 0
-
-    @property
-    def last(self) -> bool:
-        return self.hi == self.total
-
-
-def spans(layers: int, boundaries: list[int], stages: int) -> list[Span]:
-    """Cut at `boundaries`, then deal the len(boundaries)+1 segments evenly over `stages`."""
-    cuts = [0, *boundaries, layers]
-    each = (len(cuts) - 1) // stages
-    return [Span(cuts[p * each], cuts[(p + 1) * each], layers) for p in range(stages)]
 
 
 def skeleton(folder: Path, attention: str = "sdpa", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -58,7 +38,7 @@ def skeleton(folder: Path, attention: str = "sdpa", dtype: torch.dtype = torch.f
     """
     config = AutoConfig.from_pretrained(folder)
     try:
-        with torch.device("meta"):
+        with lean_transformers(), torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype)
     except ImportError as error:
         raise ValueError(f"model.attention {attention!r} cannot be used on this machine: {error}") from error
@@ -107,15 +87,15 @@ class Weights:
         self._bind(slots, trainable)
         self._read(folder)
 
-    def _bind(self, slots: list, trainable: bool) -> None:
+    def _bind(self, slots: list[tuple[str, str, nn.Module, str]], trainable: bool) -> None:
         for i, (_, _, module, name) in enumerate(slots):
             view = self.view(i, self.compute)
             parameter = nn.Parameter(view, requires_grad=trainable)
-            if trainable:
+            if self._compute_grad is not None:
                 parameter.grad = self.view(i, self._compute_grad)
             *path, leaf = name.split(".")
             owner = module.get_submodule(".".join(path))
-            owner._parameters[leaf] = parameter
+            owner.register_parameter(leaf, parameter)
 
     def _read(self, folder: Path) -> None:
         """Into the masters, a piece at a time. Raises ModelNotFound if a tensor is missing or has another shape."""
@@ -146,7 +126,7 @@ class Weights:
 
     def collect(self) -> None:
         """Add the compute gradients of a microbatch to the fp32 ones; in fp32 autograd already did."""
-        if self._compute_grad is not self.grad:
+        if self.grad is not None and self._compute_grad is not None and self._compute_grad is not self.grad:
             self.grad.add_(self._compute_grad)
             self._compute_grad.zero_()
 
@@ -171,24 +151,25 @@ class Stage(nn.Module):
         model = skeleton(folder, attention, dtype)
         self.span, self.config, self.checkpointing = span, model.config, checkpointing
         self.tied_away = is_tied(model) and span.last and not span.first
-        self.embed = model.model.embed_tokens if span.first else None
+        embed, norm, head = model.model.embed_tokens, model.model.norm, model.lm_head
+        self.embed: nn.Module | None = embed if span.first else None
         self.layers = nn.ModuleList(model.model.layers[span.lo : span.hi])
-        self.norm = model.model.norm if span.last else None
-        self.lm_head = model.lm_head if span.last else None
-        self.rotary = model.model.rotary_emb.to(device)
+        self.norm: nn.Module | None = norm if span.last else None
+        self.lm_head: nn.Module | None = head if span.last else None
+        self.rotary: nn.Module = model.model.rotary_emb.to(device)
         parts: list[tuple[str, nn.Module]] = []
         if span.first:
-            parts.append(("model.embed_tokens.", self.embed))
+            parts.append(("model.embed_tokens.", embed))
         parts += [(f"model.layers.{span.lo + i}.", layer) for i, layer in enumerate(self.layers)]
         if span.last:
-            parts.append(("model.norm.", self.norm))
+            parts.append(("model.norm.", norm))
         owned = len(parts)
         if span.last and not (is_tied(model) and span.first):
             # a tied head on another stage than the embedding is a copy of it, under its name
-            parts.append(("model.embed_tokens." if self.tied_away else "lm_head.", self.lm_head))
+            parts.append(("model.embed_tokens." if self.tied_away else "lm_head.", head))
         self.weights = Weights(parts, folder, dtype, device, trainable, owned if self.tied_away else None)
         if span.first and span.last and is_tied(model):
-            self.lm_head.weight = self.embed.weight
+            head.weight = embed.weight
         self.eval()  # no dropout, whatever config.json says: the ratio is to the policy that sampled
 
     def forward(self, x: Tensor, real: Tensor, cuts: Mapping[int, Callable[[Tensor], Tensor]]) -> Tensor:
@@ -198,7 +179,7 @@ class Stage(nn.Module):
         `cuts[i]` maps the real rows [N, H] that enter layer i (a virtual boundary); it runs once a forward,
         checkpointing or not, for it counts what it sees.
         """
-        hidden = self.embed(x) if self.span.first else x
+        hidden = x if self.embed is None else self.embed(x)
         position_ids = torch.arange(hidden.shape[1], device=hidden.device)[None]
         shared = {
             # None where the attention is causal by itself; eager attention is not
@@ -212,13 +193,14 @@ class Stage(nn.Module):
             hidden = self._through(layer, hidden, shared)
         return hidden
 
-    def _through(self, layer: nn.Module, hidden: Tensor, shared: dict) -> Tensor:
+    def _through(self, layer: nn.Module, hidden: Tensor, shared: dict[str, Any]) -> Tensor:
         if not (self.checkpointing and torch.is_grad_enabled()):
             return layer(hidden, **shared)
         return checkpoint(partial(layer, **shared), hidden, use_reentrant=False, preserve_rng_state=False)
 
     def logits(self, rows: Tensor) -> Tensor:
         """Hidden rows [N, H] -> logits [N, V]; last stage only."""
+        assert self.norm is not None and self.lm_head is not None, "only the last stage has a head"
         return self.lm_head(self.norm(rows))
 
 

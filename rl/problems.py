@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 @dataclass(frozen=True)
-class Source:
+class ProblemSource:
     """A file or a split. `digest` is of a file's bytes, of a data set's prompts and answers."""
 
     name: str
@@ -22,7 +22,7 @@ class Problems:
     """`validation`: how many there are to validate on; None: as many as are asked for. No sources: they are made."""
 
     validation: int | None = None
-    sources: tuple[Source, ...] = ()
+    sources: tuple[ProblemSource, ...] = ()
 
     def to_json(self) -> str:
         return json.dumps([asdict(source) for source in self.sources], indent=1) + "\n"
@@ -35,7 +35,7 @@ def check_same(stored: Path, now: Problems) -> None:
     """
     if not stored.exists():
         return
-    before = [Source(**source) for source in json.loads(stored.read_text())]
+    before = [ProblemSource(**source) for source in json.loads(stored.read_text())]
     for old, source in zip(before, now.sources):  # by place: an engine's names are absolute paths
         if old.digest != source.digest:
             raise ValueError(

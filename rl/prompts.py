@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from rl.config import TaskConfig
+from rl.data_rows import DataRows, refuse
 from rl.model_files import model_config
-from rl.rows import Rows, refuse
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -47,13 +47,14 @@ class PromptEncoder:
 
     def encode(self, prompts: Sequence[str]) -> list[list[int]]:
         """Token ids. Raises PromptRefused for the first that cannot be shown."""
-        found = list(self._checked(prompts))
-        for ids in found:
+        found: list[list[int]] = []
+        for ids in self._checked(prompts):
             if isinstance(ids, PromptRefused):
                 raise ids
+            found.append(ids)
         return found
 
-    def judge(self, rows: Rows, prompts: Sequence[str]) -> list[bool]:
+    def judge(self, rows: DataRows, prompts: Sequence[str]) -> list[bool]:
         """Which of the rows' prompts are short enough, where `task.overlong` is "drop".
 
         Raises ValueError with the rows whose prompts cannot be shown; else also with those that are too long.
@@ -68,7 +69,7 @@ class PromptEncoder:
                 f"leave them out"
             )
         named = {i: fault for i, fault in enumerate(found) if fault and not (dropping and i in long)}
-        refuse([f"{rows.place(i)}: {fault.what if i in long else fault}" for i, fault in named.items()], closing)
+        refuse([f"{rows.place(i)}: {long[i].what if i in long else fault}" for i, fault in named.items()], closing)
         return [fault is None for fault in found]
 
     def _checked(self, prompts: Sequence[str]) -> Iterator[list[int] | PromptRefused]:
@@ -103,10 +104,10 @@ class PromptEncoder:
 
     def _ids(self, prompts: Sequence[str]) -> list[list[int]]:
         texts = [self._task.instruction + prompt for prompt in prompts]
-        quiet = {"verbose": False}  # else it warns of long ones, which are judged here
-        if not self._task.chat:
-            return self.tokenizer(texts, **quiet)["input_ids"]
+        if not self._task.chat:  # verbose: it would warn of long ones, which are judged here
+            return cast(list[list[int]], self.tokenizer(texts, verbose=False)["input_ids"])
         chats: list[list[dict[str, Any]]] = [[{"role": "user", "content": text}] for text in texts]
-        return self.tokenizer.apply_chat_template(
-            chats, add_generation_prompt=True, return_dict=False, tokenizer_kwargs=quiet
+        encoded = self.tokenizer.apply_chat_template(
+            chats, add_generation_prompt=True, return_dict=False, tokenizer_kwargs={"verbose": False}
         )
+        return cast(list[list[int]], encoded)

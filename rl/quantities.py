@@ -30,8 +30,10 @@ _CHANGES_THE_NUMBER = frozenset(
     "jan feb mar apr may jun jul aug sep sept oct nov dec january february march april june july august september "
     "october november december bc ad bce ce".split()
 )
-_SIGN_OF = {"dollar": "$", "dollars": "$", "usd": "$", "euro": "€", "euros": "€", "eur": "€"}
-_SIGN_OF |= {"percent": "%", "pct": "%", "degree": "°", "degrees": "°"}
+_SIGN_OF = {
+    **{"dollar": "$", "dollars": "$", "usd": "$", "euro": "€", "euros": "€", "eur": "€"},
+    **{"percent": "%", "pct": "%", "degree": "°", "degrees": "°"},
+}
 
 
 @dataclass(frozen=True)

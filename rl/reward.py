@@ -76,7 +76,7 @@ def _started(name: str, timeout_s: float) -> Child:
     return child
 
 
-def judge(name: str) -> Callable[[str, str, str, dict], float | str]:
+def judge(name: str) -> Callable[[str, str, str, dict[str, Any]], float | str]:
     """In the child: the user's function; it returns a reward, or what is wrong with what the user's returned."""
     function = _imported(name)
     return lambda *sample: _number(function(*sample))

@@ -6,6 +6,9 @@ sample has its own random numbers, a function of (seed, split, step, prompt, sam
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import cast
+
 import numpy as np
 import torch
 
@@ -29,8 +32,10 @@ from rl.vllm_engine import VllmEngine
 SPLITS = {"train": 0, "val": 1}
 UNDECIDED = "task/undecided"  # answers that the library for formulas was not done with in time: they score 0
 
-
-ENGINES = {"transformers": TransformersEngine, "vllm": VllmEngine}
+ENGINES: dict[str, Callable[[PlainModel, RolloutConfig, int], Engine]] = {
+    "transformers": TransformersEngine,
+    "vllm": VllmEngine,
+}
 
 
 class RolloutWorker:
@@ -94,7 +99,7 @@ class RolloutWorker:
         # of greedy validation at temperature 1: nothing reads it there
         ref = self.reference.score(prompts, samples.tokens, ask.temperature or 1.0) if self.reference else []
         rewards = [
-            self.reward(example, self.tokenizer.decode(tokens, skip_special_tokens=True), cut)
+            self.reward(example, cast(str, self.tokenizer.decode(tokens, skip_special_tokens=True)), cut)
             for example, tokens, cut in zip(examples, samples.tokens, samples.truncated)
         ]
         batch = Batch(

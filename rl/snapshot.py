@@ -18,7 +18,7 @@ from rl.config import SnapshotConfig
 class BaseLost(RuntimeError):
     """A delta arrived whose base this consumer does not hold: it needs a whole snapshot."""
 
-    def __init__(self, stage: int, base_tick: int, held_tick: int | None):
+    def __init__(self, stage: int, base_tick: int | None, held_tick: int | None):
         super().__init__(stage, base_tick, held_tick)
         self.stage, self.base_tick, self.held_tick = stage, base_tick, held_tick
 
@@ -88,7 +88,7 @@ class Receiver:
                 raise FrameError(sender, field, f"expected {expected}, got {header.get(field)!r}")
         if header.get("encoding") == "full":
             flat = arrays.get("weights")
-            if flat is None or flat.ndim != 1 or flat.dtype not in (np.float32, np.uint16):
+            if flat is None or flat.ndim != 1 or flat.dtype not in (np.dtype(np.float32), np.dtype(np.uint16)):
                 raise FrameError(sender, "weights", "is missing or not a row of float32 or bf16")
             return flat
         base_tick = header.get("base_tick")

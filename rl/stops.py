@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -41,9 +41,8 @@ def stop_tokens(folder: Path, tokenizer: PreTrainedTokenizerBase | None = None) 
         tokenizer = load_tokenizer(folder)
     if tokenizer is not None:
         ends = (tokenizer.eos_token_id, end_of_turn(tokenizer))
-        found |= {
-            i for i in ends if i is not None and i < vocab
-        }  # a class's own default has no row, and is never drawn
+        # a class's own default has no row, and is never drawn
+        found |= {i for i in ends if isinstance(i, int) and i < vocab}
     if not found:
         raise ModelRefused(
             f"{folder} names no token that ends an answer, neither in config.json, generation_config.json nor in its "
@@ -56,7 +55,7 @@ def stop_tokens(folder: Path, tokenizer: PreTrainedTokenizerBase | None = None) 
 def ends_named(content: dict[str, Any]) -> set[int]:
     """By `eos_token_id`: one, some or none."""
     eos = content.get("eos_token_id")
-    return set() if eos is None else set(eos) if isinstance(eos, list) else {eos}
+    return set() if eos is None else {*eos} if isinstance(eos, list) else {eos}
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
@@ -65,7 +64,7 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
         return None
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _ANSWER}]
     try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False)
+        text = cast(str, tokenizer.apply_chat_template(turns, tokenize=False))
     except (TemplateError, ValueError):  # made for prompts alone: then it has no end of an answer
         return None
     _, said, rest = text.rpartition(_ANSWER)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from math import prod
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -18,6 +19,9 @@ from codec.delta import from_bf16
 from rl.gguf_files import gguf_reader
 from rl.model_files import local_folder, model_shape, tensor_files, tensor_specs
 from rl.model_shape import ModelNotFound
+
+if TYPE_CHECKING:
+    from gguf import ReaderTensor
 
 _DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
 _KINDS = {
@@ -61,7 +65,7 @@ def stored_weights(path: str) -> list[Stored]:
             found = []
     else:
         found = _gguf(Path(path).expanduser()) if path.endswith(".gguf") else []
-    if found and model_shape(path).tied:  # some checkpoints hold it twice
+    if found and (shape := model_shape(path)) and shape.tied:  # some checkpoints hold it twice
         found = [tensor for tensor in found if tensor.kind != "head"]
     return sorted(found, key=_position)
 
@@ -105,7 +109,7 @@ def _gguf(file: Path) -> list[Stored]:
     ]
 
 
-def _read_gguf(tensor, start: int, stop: int) -> np.ndarray:
+def _read_gguf(tensor: ReaderTensor, start: int, stop: int) -> np.ndarray:
     """Unpacks the rows that [start, stop) touches."""
     from gguf import dequantize
 

@@ -10,6 +10,7 @@ import logging
 import re
 import signal
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from rl.child import Child, ChildFailed
@@ -49,7 +50,7 @@ class Formulas:
     def same(self, one: str, other: str) -> bool:
         """In both directions: the library would take `9 = 1` for 1."""
         if self._child is None:
-            self._child = Child("rl.symbolic:comparison")
+            self._child = Child("rl.symbolic:formula_judge")
             self._child.started(DEADLINE_S)
         try:
             found = self._child.ask(DEADLINE_S, one, other)
@@ -82,17 +83,18 @@ def _left_to_do(answer: str) -> bool:
     return amount(answer) is None and _TO_WORK_OUT.search(answer) is not None
 
 
-def comparison() -> Callable[[str, str], bool | None]:
+def formula_judge() -> Callable[[str, str], bool | None]:
     """In the process: the library's judgement of one pair, None if it took too much time of the CPU."""
     from math_verify import LatexExtractionConfig, parse, verify
 
-    def parsed(answer: str) -> list:
-        return parse(f"${answer}$", [LatexExtractionConfig()], "no_fallback", parsing_timeout=None)
+    def parsed(answer: str) -> list[Any]:
+        no_timeout: Any = None  # which the library takes, against its annotation
+        return parse(f"${answer}$", [LatexExtractionConfig()], "no_fallback", parsing_timeout=no_timeout)
 
     def compared(one: str, other: str) -> bool:
         a, b = parsed(one), parsed(other)
-        rules = {"float_rounding": _DIGITS, "allow_set_relation_comp": True, "timeout_seconds": None}
-        return bool(a and b) and verify(a, b, **rules) and verify(b, a, **rules)
+        fits = partial(verify, float_rounding=_DIGITS, allow_set_relation_comp=True, timeout_seconds=None)
+        return bool(a and b) and fits(a, b) and fits(b, a)
 
     def judged(one: str, other: str) -> bool | None:
         signal.setitimer(signal.ITIMER_PROF, CPU_S, CPU_S)

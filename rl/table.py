@@ -8,14 +8,14 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 from rl.answers import final_answer, is_number, normal, same
-from rl.columns import prompt_column, text_of
 from rl.config import TableParams
+from rl.data_rows import DataRows, digest_of_texts
 from rl.examples import Example
-from rl.problems import Problems, Source
-from rl.rows import Rows, digest_of_texts
+from rl.problem_columns import prompt_column, text_of
+from rl.problems import Problems, ProblemSource
 from rl.symbolic import Formulas, comparable
 
-Judge = Callable[[Rows, Sequence[str]], list[bool]]  # (rows, their prompts) -> which of them are kept
+Judge = Callable[[DataRows, Sequence[str]], list[bool]]  # (rows, their prompts) -> which of them are kept
 
 
 class Table:
@@ -26,7 +26,9 @@ class Table:
     `rl.answers`. Raises ValueError for rows without a prompt or an answer, and for a split without rows.
     """
 
-    def __init__(self, train: Rows, val: Rows | None, columns: TableParams, seed: int, judge: Judge | None = None):
+    def __init__(
+        self, train: DataRows, val: DataRows | None, columns: TableParams, seed: int, judge: Judge | None = None
+    ):
         self._seed, self._sources, self.formulas = seed, [], Formulas()
         for rows in [train] if val is None else [train, val]:
             if not len(rows):
@@ -45,7 +47,7 @@ class Table:
             if not indices:
                 raise ValueError(f"{rows.name}: no problem falls in the {split} split; it needs more rows")
 
-    def _kept(self, rows: Rows, judge: Judge | None) -> dict[int, str]:
+    def _kept(self, rows: DataRows, judge: Judge | None) -> dict[int, str]:
         """The prompts of the rows that are not left out, by index."""
         texts = rows.texts(self.columns)
         prompts = [prompt for prompt, _ in texts]
@@ -53,7 +55,7 @@ class Table:
         if not any(fits):
             raise ValueError(f"{rows.name}: all of its {len(rows)} rows are left out: raise grpo.max_prompt_length")
         digest = rows.digest or digest_of_texts(texts)
-        self._sources.append(Source(rows.name, digest, len(rows), fits.count(False)))
+        self._sources.append(ProblemSource(rows.name, digest, len(rows), fits.count(False)))
         return {i: prompt for i, (prompt, kept) in enumerate(zip(prompts, fits)) if kept}
 
     def problems(self) -> Problems:
@@ -73,7 +75,8 @@ class Table:
             position = _permutation(len(indices), split)[index]
         at = indices[position]
         row, place = rows.rows[at], rows.place(at)
-        return Example(*(text_of(place, row, self.columns, key) for key in ("prompt", "answer")), row)
+        prompt, answer = text_of(place, row, self.columns, "prompt"), text_of(place, row, self.columns, "answer")
+        return Example(prompt, answer, row)
 
     def score(self, example: Example, text: str) -> float:
         gold = normal(final_answer(example.answer))

@@ -17,14 +17,14 @@ from typing import Any, Protocol
 
 from pydantic import ValidationError
 
-from rl.columns import prompt_column
 from rl.config import TableParams, TaskConfig
 from rl.examples import Example
 from rl.hub_rows import check_hub_rows, hub_rows, is_local
-from rl.jsonl import first_row, read_jsonl
+from rl.jsonl_rows import first_row, read_jsonl
+from rl.problem_columns import prompt_column
 from rl.problems import Problems
 from rl.reward import check_reward
-from rl.sums import Sums
+from rl.sums_task import Sums
 from rl.table import Judge, Table
 
 
@@ -210,6 +210,8 @@ def _columns(config: TaskConfig) -> TableParams:
 def gym_names() -> frozenset[str]:
     """Names of all reasoning_gym tasks, read from its sources: importing it takes two seconds."""
     spec = importlib.util.find_spec("reasoning_gym")
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError("reasoning_gym is not installed", name="reasoning_gym")
     names: set[str] = set()
     for file in Path(spec.origin).parent.rglob("*.py"):
         text = file.read_text(encoding="utf-8")

@@ -41,5 +41,5 @@ def tokens_beyond(tokenizer: PreTrainedTokenizerBase, folder: Path, vocab: int) 
         pieces = content["model"]["vocab"]
         found = dict(pieces) if isinstance(pieces, dict) else {piece: i for i, (piece, _) in enumerate(pieces)}
         found |= {token["content"]: token["id"] for token in content.get("added_tokens", ())}
-    spare = {tokenizer.unk_token, tokenizer.pad_token}
+    spare = (tokenizer.unk_token, tokenizer.pad_token)
     return {i: token for token, i in sorted(found.items()) if i >= vocab and token not in spare}

@@ -97,9 +97,8 @@ def _draw(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, 
 
 def _ragged(tokens: Tensor, logprobs: Tensor, lengths: Tensor, finished: Tensor) -> Samples:
     cut = lengths.tolist()
-    tokens, logprobs = tokens.to(torch.int32).cpu().numpy(), logprobs.cpu().numpy()
     return Samples(
-        tokens=[row[:n] for row, n in zip(tokens, cut)],
-        logprobs=[row[:n] for row, n in zip(logprobs, cut)],
+        tokens=[row[:n] for row, n in zip(tokens.to(torch.int32).cpu().numpy(), cut)],
+        logprobs=[row[:n] for row, n in zip(logprobs.cpu().numpy(), cut)],
         truncated=[not f for f in finished.tolist()],
     )

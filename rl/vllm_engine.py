@@ -11,7 +11,7 @@ CPU makes the packed copies anew that the kernels read (`load_weights` alone doe
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -62,7 +62,7 @@ class VllmEngine:
             skip_tokenizer_init=True,  # token ids in, token ids out
             load_format="dummy",
             generation_config="vllm",  # no sampling defaults of the model's
-            dtype=str(self.plain.weights.compute.dtype).removeprefix("torch."),
+            dtype="bfloat16" if self.plain.weights.compute.dtype == torch.bfloat16 else "float32",
             max_model_len=length,
             logprobs_mode="processed_logprobs",  # of the distribution that is sampled from
             enable_prefix_caching=True,
@@ -151,7 +151,9 @@ class VllmEngine:
 
         params = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
         (answer,) = self.llm.generate(TokensPrompt(prompt_token_ids=ids), params, use_tqdm=False)
-        return np.array([at[token].logprob for token, at in zip(ids[1:], answer.prompt_logprobs[1:])], np.float32)
+        found = answer.prompt_logprobs
+        assert found is not None, "they were asked for"
+        return np.array([at[token].logprob for token, at in zip(ids[1:], found[1:]) if at], np.float32)
 
 
 def _logprobs(answer: Any, temperature: float) -> np.ndarray:
@@ -162,7 +164,7 @@ def _logprobs(answer: Any, temperature: float) -> np.ndarray:
 
 
 @contextmanager
-def _process_settings() -> Iterator[None]:
+def _process_settings() -> Generator[None]:
     """vLLM's CPU worker replaces `torch.set_num_threads` by a warning; what was set before holds again after."""
     os.environ.update(_SETTINGS)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")

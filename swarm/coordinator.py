@@ -19,7 +19,7 @@ import ray
 from anchor_service.calls import gather
 from anchor_service.clock import Clock, Lockstep, make_clock
 from anchor_service.line import FireLine, NoFires
-from merger import MERGERS
+from merger import merger_class
 from rl import mismatch
 from rl.batch import Batch
 from swarm import checkpoint
@@ -213,7 +213,7 @@ class Coordinator:
 
 def _anchor_of(config: RunConfig, fleet: Fleet) -> tuple[Clock, FireLine]:
     """When this run's fires start and end, and the workers that run them."""
-    if not fleet.anchors or MERGERS[config.merger.kind].payload is None:
+    if not fleet.anchors or merger_class(config.merger.kind).payload is None:
         return Lockstep([]), NoFires()
     run, ticks_per_step = config.run, config.grpo.ticks_per_step
     longer = run.checkpoint_every > 0

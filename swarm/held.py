@@ -19,7 +19,7 @@ from anchor_service.errors import ReplicaMismatch
 from anchor_service.inbox import Inbox
 from anchor_service.messages import Correction
 from anchor_service.ring import anchor_should_fire
-from merger import MERGERS
+from merger import make_merger
 from merger.config import MergerConfig
 from merger.placebo import PLACEBOS, Placebo
 from rl.policy import Weights
@@ -34,7 +34,7 @@ class Held:
 
     def __init__(self, anchor: AnchorConfig, merger: MergerConfig, seed: int, weights: Weights, grid: Grid):
         self.anchor, self.grid, self.name = anchor, grid, merger.placebo or ""
-        self.merger = MERGERS[merger.kind](merger)
+        self.merger = make_merger(merger)
         sizes = {name: math.prod(shape) for name, shape in zip(weights.names, weights.shapes)}
         self.placebo = PLACEBOS[merger.placebo](anchor.beta_anc, seed, sizes) if merger.placebo else None
         self.inbox = Inbox()

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from anchor_service.clock import paced
 from codec.ledger import Ledger
 from swarm.telemetry import Telemetry
-
-PACE = 0.2  # weight of the newest step in the running mean of a tick's time
 
 
 class Progress:
@@ -28,7 +27,7 @@ class Progress:
 
     def paced(self, seconds: float) -> None:
         """A tick of the last step took so long."""
-        self.tick_seconds += (PACE if self.tick_seconds else 1.0) * (seconds - self.tick_seconds)
+        self.tick_seconds = paced(self.tick_seconds, seconds)
 
     def control(self, nbytes: int) -> None:
         self.ledger.add("control", nbytes, nbytes)

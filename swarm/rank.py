@@ -21,7 +21,8 @@ from merger.config import MergerConfig
 from rl.config import GrpoConfig, ModelConfig
 from rl.model_files import model_shape, resolve
 from rl.objective import MicroBatch
-from rl.policy import Stage, spans
+from rl.policy import Stage
+from rl.spans import spans
 from swarm.bases import Bases
 from swarm.config import SwarmConfig
 from swarm.grid import Grid

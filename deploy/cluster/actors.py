@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from anchor_service.actor import Anchor
+from anchor_service.config import correction_payload
 from anchor_service.dense_gradient import DenseSetup
 from anchor_service.diagnosis import Diagnoser
 from deploy.cluster.placement import counts
-from merger import MERGERS
 from rl.model_files import model_shape, resolve
-from rl.policy import spans
 from rl.rollout import RolloutWorker
+from rl.spans import spans
 from rl.tasks import located
 from swarm.rank import RankSetup
 from swarm.run_config import RunConfig
@@ -33,7 +33,7 @@ def actor_plans(config: RunConfig) -> dict[str, list[ActorPlan]]:
     return {
         "worker": _workers(config),
         "engine": [_engine(config)] * engines,
-        "anchor": [ActorPlan(Anchor, (dense, _payload(config)))] * anchors,
+        "anchor": [ActorPlan(Anchor, (dense, correction_payload(config.anchor, config.merger) or "sign"))] * anchors,
         "diagnoser": [ActorPlan(Diagnoser, (dense,))] * diagnosers,
     }
 
@@ -71,8 +71,3 @@ def _dense(config: RunConfig) -> DenseSetup:
         checkpointing=config.swarm.activation_checkpointing,
         threads=config.swarm.threads,
     )
-
-
-def _payload(config: RunConfig) -> str:
-    """How corrections travel."""
-    return "dense" if config.anchor.payload == "dense" else MERGERS[config.merger.kind].payload or "sign"

@@ -18,7 +18,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -29,7 +29,7 @@ OUTPUT = 0, 1, 2
 
 
 @contextmanager
-def forkserver(threads: int) -> Iterator[dict[str, str]]:
+def forkserver(threads: int) -> Generator[dict[str, str]]:
     """A runtime environment for Ray, in which its workers are forked by a server that ends with this process."""
     if sys.platform != "linux":
         yield {}

@@ -45,7 +45,7 @@ def cluster(config: RunConfig, address: str | None, lanes: int = 1) -> Generator
             ray.init(address=address, log_to_driver=False)
         else:
             stack.enter_context(loopback())
-            environment = stack.enter_context(forkserver(config.swarm.threads))
+            environment = stack.enter_context(forkserver(config.swarm.threads)) if _may_fork(config) else {}
             needed = lanes * int(placement(config).total["CPU"])
             # Logical CPUs, so that a small machine can run every role; each process uses `swarm.threads` threads
             ray.init(
@@ -61,6 +61,11 @@ def cluster(config: RunConfig, address: str | None, lanes: int = 1) -> Generator
             yield
         finally:
             shut_down()
+
+
+def _may_fork(config: RunConfig) -> bool:
+    """CUDA does not live on in a fork, and what is imported may wake it."""
+    return "cuda" not in (config.swarm.device, config.rollout.device, config.anchor.device)
 
 
 def _knock(address: str) -> None:

@@ -83,6 +83,7 @@ def check_runs(runs: list[SweepRun]) -> None:
     for run in runs:
         config = run.config
         sections = config.model, config.task, config.grpo, config.rollout, config.val, config.swarm, config.codec
+        sections += (config.merger,)
         alike = str([section.model_dump(mode="json") for section in sections])
         if run.state == "completed" or alike in seen:
             continue

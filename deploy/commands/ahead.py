@@ -17,16 +17,16 @@ def plan_command(
 ) -> None:
     """Say what a config will send, hold and wait for: bytes, memory, time, the cadence its anchor can keep."""
     from deploy.display.run_display import console
-    from deploy.estimate.plan import load_for_planning, make_plan, to_dict
-    from deploy.estimate.tables import show
+    from deploy.estimate.plan import load_for_planning, make_plan
+    from deploy.estimate.tables import show_plan
 
     try:
         found = make_plan(load_for_planning(source, set_ or []))
     except ValueError as error:
         raise refused(error) from error
-    show(found, console)
+    show_plan(found, console)
     if json_file:
-        write_json(json_file, to_dict(found))
+        write_json(json_file, found.numbers())
 
 
 def probe_command(
@@ -41,16 +41,16 @@ def probe_command(
     """
     config = checked(source, set_)
     from deploy.display.run_display import console
-    from deploy.probe.probe import probe, to_dict
-    from deploy.probe.tables import advice, show
+    from deploy.probe.probe import probe
+    from deploy.probe.tables import advice, show_probe
 
     try:
         found = probe(config, tokens, lambda line: console.print(line, highlight=False))
     except ValueError as error:
         raise refused(error) from error
-    show(found, console)
+    show_probe(found, console)
     if json_file:
-        write_json(json_file, to_dict(found) | {"advice": advice(found)})
+        write_json(json_file, found.numbers() | {"advice": advice(found)})
 
 
 def simulate_command(
@@ -65,15 +65,16 @@ def simulate_command(
     """Run a config's schedule on a virtual clock: lags, bottleneck and bytes of up to 10,000 workers, no hardware."""
     from deploy.display.run_display import console
     from deploy.estimate.plan import load_for_planning
-    from deploy.estimate.simulate import simulate, table, write
+    from deploy.estimate.simulate import simulate
+    from deploy.estimate.simulation import simulation_table, write_simulation
 
     try:
         found = simulate(load_for_planning(source, set_ or []), ticks)
     except ValueError as error:
         raise refused(error) from error
-    console.print(table(found))
+    console.print(simulation_table(found))
     if out:
-        write(found, out)
+        write_simulation(found, out)
         console.print(f"simulation folder {out}")
 
 

@@ -9,16 +9,9 @@ from pathlib import Path
 from deploy.cluster.placement import counts, placement, tags
 from deploy.doctor.checks import GB, Finding, error, ok, warning
 from deploy.doctor.facts import NodeFacts
-from deploy.estimate.bytes import (
-    Params,
-    correction_bytes,
-    correction_payload,
-    parameters,
-    snapshot_itemsize,
-    stage_parameters,
-    stage_spans,
-)
+from deploy.estimate.bytes import correction_bytes, snapshot_itemsize
 from deploy.estimate.memory import memory, peak
+from deploy.estimate.parameters import Params, parameters, stage_parameters
 from swarm.run_config import RunConfig
 
 _PROCESS = 0.8e9  # Python, torch and what they import, of every actor
@@ -157,8 +150,7 @@ def checkpoint_bytes(config: RunConfig) -> float:
 def store_bytes(config: RunConfig) -> float:
     """In the object store at once, about: two snapshots and two corrections."""
     params = parameters(config)
-    stages = stage_parameters(params, stage_spans(config, params.layers))
-    corrections = sum(correction_bytes(config, stages)) if correction_payload(config) else 0
+    corrections = sum(correction_bytes(config, stage_parameters(config, params)))
     return 2 * (snapshot_itemsize(config) * params.total + corrections)
 
 

@@ -16,22 +16,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache, lru_cache, partial
+from functools import cache, lru_cache
 from math import log, sqrt
 from statistics import NormalDist
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 
 from anchor_service.lag import Due
 from codec import delta
-from deploy.estimate.sample import Sample, take
+from deploy.estimate.parameters import Params
+from deploy.estimate.sample import Sample, sample_weights
+from merger import MERGERS, make_merger
 from merger.config import MergerConfig
-from merger.dose import dose_at
 from rl.config import GrpoConfig
-
-if TYPE_CHECKING:
-    from deploy.estimate.bytes import Params
 
 PIECES, PIECE = 128, 512  # what walks: short pieces of every part, so that it is as mixed as the model
 BLOCKS, BLOCK = 24, 1 << 17  # what is encoded whole: as long as zstd's own blocks
@@ -39,11 +37,6 @@ LONGEST, SETTLED = 96, 40  # ticks of a walk; later ones are like its last SETTL
 SPREAD = 2.5  # standard deviation of the logarithm of a token's probability (SmolLM2 on two tasks: 2.1 and 2.9)
 CHUNK = 64  # neighbours that are taken to share a token
 EPS = 1e-8  # Adam's, torch's default
-
-DIRECTIONS = {  # what a dose of 1 adds to G_comp, by merger: (config, G_comp, M̄, G_comp of the source tick)
-    "signed_ema": lambda config, g, m_bar, source: (1 - config.alpha) * (np.abs(g) * np.sign(m_bar) - g),
-    "delta": lambda config, g, m_bar, source: m_bar - source,
-}
 
 
 @dataclass(frozen=True)
@@ -74,7 +67,7 @@ class Walk:
 
     def __init__(self, course: Course):
         self.course = course
-        part = take(course.path, course.params, PIECES, PIECE)
+        part = sample_weights(course.path, course.params, PIECES, PIECE)
         self.own = part.own  # whether these are the model's weights
         walked = _adam(course.grpo, part.weights, _gradients(course, Noise(course, part)))
         self.weights = np.stack([part.weights, *walked])
@@ -100,7 +93,7 @@ class Walk:
 
 @lru_cache(maxsize=2)
 def _whole(path: str, params: Params, bf16: bool) -> float:
-    return _size(take(path, params, BLOCKS, BLOCK).weights, None, bf16)
+    return _size(sample_weights(path, params, BLOCKS, BLOCK).weights, None, bf16)
 
 
 def _size(new: np.ndarray, base: np.ndarray | None, bf16: bool) -> float:
@@ -139,13 +132,34 @@ def _normal(n: int, rng: np.random.Generator) -> np.ndarray:
     return np.repeat(rng.permutation(quantiles), CHUNK)[:n]
 
 
+class Merging:
+    """The run's own merger, on arrays: ours take them as they are, anybody else's gets the tensors of a run."""
+
+    def __init__(self, config: MergerConfig):
+        self.merger, self.ours = make_merger(config), config.kind in MERGERS
+
+    def held(self, m_bar: np.ndarray, source: np.ndarray) -> np.ndarray:
+        """What a rank holds of M̄ and G_comp of the source tick."""
+        if self.merger.needs_source:
+            return m_bar - source
+        return np.sign(m_bar).astype(np.int8) if self.merger.payload == "sign" else m_bar
+
+    def __call__(self, g_comp: np.ndarray, correction: np.ndarray, age: int) -> np.ndarray:
+        merge: Any = self.merger
+        if self.ours:
+            return merge(g_comp, correction, age, np.linalg.norm)
+        import torch
+
+        return merge(torch.from_numpy(g_comp), torch.from_numpy(correction), age).numpy()
+
+
 def _gradients(course: Course, noise: Noise) -> Iterator[np.ndarray]:
     """What Adam is given, tick by tick, fp32 [n]: noise, merged with noise."""
-    ticks, beta = min(course.ticks, LONGEST), course.beta_anc
+    ticks, beta, merging = min(course.ticks, LONGEST), course.beta_anc, Merging(course.merger)
     blank = np.diff(np.floor(course.blank * np.arange(-1, ticks + 1))) > 0  # by tick, evenly spread
     sources = {due.first_tick: due.source_tick for due in course.fires}
     compressed: dict[int, np.ndarray] = {}  # of the ticks that a fire starts from
-    m_bar = source = None
+    m_bar = held = None
     since = 0
     for tick in range(1, ticks + 1):
         g = noise.draw(blank[tick])
@@ -154,15 +168,18 @@ def _gradients(course: Course, noise: Noise) -> Iterator[np.ndarray]:
         if tick in sources:
             m = noise.draw(blank[sources[tick] + 1])
             m_bar = m if m_bar is None else beta * m_bar + (1 - beta) * m
-            source, since = compressed.pop(sources[tick]), tick
-        if m_bar is not None and (course.max_age is None or tick - since <= course.max_age):
-            step = DIRECTIONS[course.merger.kind](course.merger, g, m_bar, source)
-            g = g + dose_at(course.merger, tick - since, partial(np.asarray, step), g, np.linalg.norm) * step
+            held, since = merging.held(m_bar, compressed.pop(sources[tick])), tick
+        if held is not None and (course.max_age is None or tick - since <= course.max_age):
+            g = merging(g, held, tick - since)
         yield g
 
 
 def _adam(grpo: GrpoConfig, weights: np.ndarray, gradients: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
-    """Weights after each tick, fp32 [n], as torch's AdamW has them."""
+    """Weights after each tick, fp32 [n]: decoupled weight decay, Loshchilov and Hutter 2019, algorithm 2.
+
+    NumPy's, as planning goes without torch; nowhere else is AdamW written down. A run trains with torch.optim.AdamW,
+    and the tests hold this one to it.
+    """
     m, v, (slow, slower) = np.zeros_like(weights), np.zeros_like(weights), grpo.betas
     for tick, g in enumerate(gradients, start=1):
         m += (1 - slow) * (g - m)

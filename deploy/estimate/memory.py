@@ -7,23 +7,16 @@ Process overhead (Python, torch, CUDA context: 0.5 to 1 GB) and the object store
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
-from deploy.estimate.bytes import (
-    FP32,
-    Params,
-    attention_widths,
-    correction_bytes,
-    correction_payload,
-    itemsize,
-    microbatches,
-    model_metadata,
-    prompt_tokens,
-    response_tokens,
-    snapshot_itemsize,
-    stage_parameters,
-    stage_spans,
-)
+from anchor_service.config import correction_payload
+from codec.costs import FP32, gradient_cost
+from deploy.estimate.bytes import correction_bytes, itemsize, snapshot_itemsize
+from deploy.estimate.parameters import Params, attention_widths, model_metadata, stage_parameters, stage_shapes
+from deploy.estimate.workload import microbatch_count, prompt_tokens, response_tokens
+from merger import merger_class
 from rl.config import CPU_KV_CACHE_GB
+from rl.spans import spans
 from swarm.run_config import RunConfig
 
 # parts that one expects to be the largest; anything else on top is worth a warning
@@ -61,36 +54,34 @@ def _model(config: RunConfig, role: str, n: int, trained: bool) -> list[Part]:
 
 
 def worker(config: RunConfig, params: Params, p: int) -> list[Part]:
-    span = stage_spans(config, params.layers)[p]
-    n = stage_parameters(params, stage_spans(config, params.layers))[p]
-    last, pp, role = p == config.swarm.pp - 1, config.swarm.pp, f"worker stage {p}"
-    owned = n - (params.embedding if params.tied and last and p else 0)
-    payload = correction_payload(config)
+    span, shapes = spans(params.layers, config.swarm.boundaries, config.swarm.pp)[p], stage_shapes(config, params)[p]
+    n, role = sum(map(prod, shapes)), f"worker stage {p}"
+    owned = n - (params.embedding if params.tied and span.last and p else 0)
+    payload = correction_payload(config.anchor, config.merger)
     held = {"sign": n, "dense": FP32 * n, None: 0}[payload]
-    alive = min(pp - p, microbatches(config))
-    tokens = config.swarm.micro_batch_size
+    alive = min(config.swarm.pp - p, microbatch_count(config))
     streams = 1 + (config.anchor.workers if payload and config.anchor.weights == "swarm" else 0)
     bases = streams * snapshot_itemsize(config) * owned if config.snapshot.encoding == "delta" else 0
-    error = FP32 * n if config.codec.gradient.kind == "powersgd" and config.swarm.dp > 1 else 0
+    error = gradient_cost(config.codec.gradient, shapes).kept if config.swarm.dp > 1 else 0
+    merger = merger_class(config.merger.kind)
     return [
         *_model(config, role, n, trained=True),
         Part(role, "Adam moments", 2 * FP32 * n),
         Part(role, "correction held", held),
+        Part(role, "merger's state", merger.cost(config.merger, n).state),
         Part(role, "error feedback", error),
-        Part(role, "gradients of source ticks", FP32 * n * _sources(config)),
+        Part(role, "gradients of source ticks", FP32 * n * _fires_under_way(config) if merger.needs_source else 0),
         # `Rank.norm` and the merge go block by block; float64 squares of one block are the largest scratch
         Part(role, "scratch of norm and merge", 16 * min(owned, 1 << 22), rough=True, during="merge"),
-        *activations(config, params, role, alive, span.hi - span.lo, tokens, last),
+        *activations(config, params, role, alive, span.hi - span.lo, config.swarm.micro_batch_size, span.last),
         Part(role, "bases of deltas", bases, "host"),
         Part(role, "kept for a diagnosis", 3 * FP32 * owned if config.diagnostics.every else 0, "host"),
     ]
 
 
-def _sources(config: RunConfig) -> int:
-    """G_comp copies that a merger of differences keeps, one a fire under way, if the merger is `delta`."""
-    if config.merger.kind != "delta" or not config.anchor.enabled:
-        return 0
-    return -(-config.anchor.delay_k // config.anchor.cadence)
+def _fires_under_way(config: RunConfig) -> int:
+    """At most."""
+    return -(-config.anchor.delay_k // config.anchor.cadence) if config.anchor.enabled else 0
 
 
 def activations(
@@ -144,7 +135,7 @@ def _held(config: RunConfig, n: int) -> int:
 
 def anchor(config: RunConfig, params: Params) -> list[Part]:
     role, n = "anchor worker", params.total
-    stages = stage_parameters(params, stage_spans(config, params.layers))
+    stages = stage_parameters(config, params)
     return [
         *_model(config, role, n, trained=True),
         *activations(config, params, role, 1, params.layers, config.anchor.micro_batch_size, logits=True),

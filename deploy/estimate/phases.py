@@ -14,8 +14,8 @@ from math import ceil
 
 import numpy as np
 
-from deploy.estimate.bytes import fires_per_tick
 from deploy.estimate.timing import Durations
+from deploy.estimate.workload import fires_per_tick
 from swarm.run_config import RunConfig
 
 
@@ -68,7 +68,7 @@ class Phases(Durations):
     def tick_time(self, refreshes: float) -> TickTime:
         """`refreshes`: share of the ticks that refresh Q."""
         piped = self._pipeline(self.order, ways=2).max(axis=1)
-        reduced = (piped + self._ring(self._gradient_bytes, np.ones(self.pp), self._sums)).max()
+        reduced = (piped + self._reduce(np.ones(self.pp))).max()
         work = self.tick(refresh=False)
         return TickTime(
             compute=self.bare_tick,

@@ -9,23 +9,14 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from anchor_service.config import correction_payload
 from codec.ledger import Ledger
-from codec.schedule import q_should_refresh
 from deploy.config import load, own_settings
-from deploy.estimate.bytes import (
-    Params,
-    correction_payload,
-    fires_per_tick,
-    parameters,
-    response_tokens,
-    stage_parameters,
-    stage_spans,
-    tick_bytes,
-    tokens_per_tick,
-    total_ticks,
-)
+from deploy.estimate.bytes import tick_bytes
 from deploy.estimate.memory import EXPECTED, Part, largest, memory, peak
+from deploy.estimate.parameters import Params, check_fits, parameters, stage_parameters
 from deploy.estimate.phases import FireTime, Phases, StepTime, TickTime, first_lag, sustainable_cadence
+from deploy.estimate.workload import fires_per_tick, refresh_share, response_tokens, tokens_per_tick
 from swarm.run_config import RunConfig
 
 BOUNDARY = ("boundary_fwd", "boundary_bwd", "basis")
@@ -56,11 +47,11 @@ class Scheme:
 
     @property
     def bytes_ratio(self) -> float | None:
-        return ledger(self.channels).bytes_ratio()
+        return _ledger(self.channels).bytes_ratio()
 
     @property
     def total_ratio(self) -> float | None:
-        return ledger(self.channels).total_ratio()
+        return _ledger(self.channels).total_ratio()
 
     def sent(self, *channels: str) -> float:
         return sum(self.channels[c][0] for c in channels)
@@ -96,6 +87,36 @@ class Plan:
     anchor: AnchorPlan | None
     warnings: list[str]
 
+    def numbers(self) -> dict[str, Any]:
+        """For --json: bytes, seconds and ratios as plain numbers."""
+        config, step_ticks = self.config, self.config.grpo.ticks_per_step
+        return {
+            "name": config.run.name,
+            "model": {"path": config.model.path, "parameters": self.params.total, "tied": self.params.tied},
+            "tokens_per_tick": tokens_per_tick(config),
+            "response_tokens": response_tokens(config),
+            "ticks_per_step": step_ticks,
+            "bytes_per_tick": _bytes(self.configured),
+            "comm/bytes_ratio": self.configured.bytes_ratio,
+            "comm/total_ratio": self.configured.total_ratio,
+            "schemes": [
+                {
+                    "name": s.name,
+                    "cadence": s.cadence,
+                    "bytes_per_tick": _bytes(s),
+                    "comm/bytes_ratio": s.bytes_ratio,
+                    "comm/total_ratio": s.total_ratio,
+                    "circuit_ratio": s.circuit_ratio,
+                }
+                for s in self.schemes
+            ],
+            "memory": [asdict(part) for part in self.parts],
+            "tick_s": asdict(self.tick) | {"total": self.tick.total},
+            "step_s": asdict(self.step) | {"total": self.step.total},
+            "anchor": self.anchor and asdict(self.anchor) | {"fire_s": self.anchor.fire.total},
+            "warnings": self.warnings,
+        }
+
 
 def load_for_planning(source: str, overrides: list[str]) -> RunConfig:
     """A config whose task and loggers are not looked at: `plan` needs neither here. Raises ConfigError."""
@@ -106,32 +127,18 @@ def load_for_planning(source: str, overrides: list[str]) -> RunConfig:
 def make_plan(config: RunConfig) -> Plan:
     """Raises ModelNotFound or ValueError if the model's shape cannot be known or does not fit the config."""
     params = parameters(config)
-    _check_fits(config, params)
+    check_fits(config, params)
     configured = Scheme("as configured", config.anchor.cadence, tick_bytes(config))
     phases = Phases(config)
-    tick = phases.tick_time(refreshes(config))
+    tick = phases.tick_time(refresh_share(config))
     step = phases.step_time(tick)
     anchor = anchor_plan(config, phases.fire_time(), step)
     parts = memory(config, params)
     warnings = _warnings(config, params, configured, parts, anchor)
-    return Plan(config, params, configured, comparison(config, params), parts, tick, step, anchor, warnings)
+    return Plan(config, params, configured, compared_schemes(config, params), parts, tick, step, anchor, warnings)
 
 
-def _check_fits(config: RunConfig, params: Params) -> None:
-    """What `RunConfig.check_fits` could not check of a hub id that is not on this machine."""
-    if any(b >= params.layers for b in config.swarm.boundaries):
-        raise ValueError(f"swarm.boundaries {config.swarm.boundaries}: the model has {params.layers} layers")
-    if config.codec.kind == "powersgd":
-        config.codec.rank_for(params.hidden)
-
-
-def refreshes(config: RunConfig) -> float:
-    """Share of the ticks that refresh Q."""
-    ticks = total_ticks(config)
-    return sum(q_should_refresh(t, config.q_cadence) for t in range(1, ticks + 1)) / ticks
-
-
-def ledger(channels: dict[str, tuple[float, float]]) -> Ledger:
+def _ledger(channels: dict[str, tuple[float, float]]) -> Ledger:
     found = Ledger()
     found.merge(channels)
     return found
@@ -140,7 +147,7 @@ def ledger(channels: dict[str, tuple[float, float]]) -> Ledger:
 # --- ways to send M ------------------------------------------------------------------------------
 
 
-def comparison(config: RunConfig, params: Params) -> list[Scheme]:
+def compared_schemes(config: RunConfig, params: Params) -> list[Scheme]:
     """Dense bf16 M, as published, and sign planes: at the config's cadence, at K=5 and at K=20."""
     settings = {config.anchor.cadence: config.anchor.delay_k, 5: 5, 20: 20}
     return [scheme(config, params, delay, c, way) for c, delay in settings.items() for way in ("bf16 M", "signs")]
@@ -158,7 +165,7 @@ def scheme(config: RunConfig, params: Params, delay_k: int, cadence: int, way: s
     channels = tick_bytes(changed)
     if way == "bf16 M":
         fires = fires_per_tick(changed)
-        held = sum(stage_parameters(params, stage_spans(config, params.layers)))
+        held = sum(stage_parameters(config, params))
         channels["correction"] = (fires * config.swarm.dp * 2.0 * held, 0.0)
         channels["snapshot"] = (fires * 2.0 * params.total, 0.0)
     return Scheme(way, cadence, channels)
@@ -169,7 +176,7 @@ def scheme(config: RunConfig, params: Params, delay_k: int, cadence: int, way: s
 
 def anchor_plan(config: RunConfig, fire: FireTime, step: StepTime) -> AnchorPlan | None:
     """None where nothing is merged."""
-    if correction_payload(config) is None:
+    if correction_payload(config.anchor, config.merger) is None:
         return None
     tick_s = step.total / config.grpo.ticks_per_step
     cadence = sustainable_cadence(fire.total, fire.handover, tick_s, config.anchor.workers)
@@ -208,7 +215,7 @@ def _surprises(parts: list[Part]) -> list[str]:
             share = part.bytes / peak(parts, role, "device")
             cure = CURES.get(part.name, "")
             found.append(
-                f"{role}: the largest part of its memory is {part.name}, {size(part.bytes)} or {share:.0%}{cure}."
+                f"{role}: the largest part of its memory is {part.name}, {human_bytes(part.bytes)} or {share:.0%}{cure}."
             )
     return found
 
@@ -234,40 +241,6 @@ def _lateness(config: RunConfig, params: Params, plan: AnchorPlan) -> list[str]:
     return found
 
 
-# --- as data -------------------------------------------------------------------------------------
-
-
-def to_dict(plan: Plan) -> dict[str, Any]:
-    """The plan for --json: bytes, seconds and ratios as plain numbers."""
-    config, step_ticks = plan.config, plan.config.grpo.ticks_per_step
-    return {
-        "name": config.run.name,
-        "model": {"path": config.model.path, "parameters": plan.params.total, "tied": plan.params.tied},
-        "tokens_per_tick": tokens_per_tick(config),
-        "response_tokens": response_tokens(config),
-        "ticks_per_step": step_ticks,
-        "bytes_per_tick": _bytes(plan.configured),
-        "comm/bytes_ratio": plan.configured.bytes_ratio,
-        "comm/total_ratio": plan.configured.total_ratio,
-        "schemes": [
-            {
-                "name": s.name,
-                "cadence": s.cadence,
-                "bytes_per_tick": _bytes(s),
-                "comm/bytes_ratio": s.bytes_ratio,
-                "comm/total_ratio": s.total_ratio,
-                "circuit_ratio": s.circuit_ratio,
-            }
-            for s in plan.schemes
-        ],
-        "memory": [asdict(part) for part in plan.parts],
-        "tick_s": asdict(plan.tick) | {"total": plan.tick.total},
-        "step_s": asdict(plan.step) | {"total": plan.step.total},
-        "anchor": plan.anchor and asdict(plan.anchor) | {"fire_s": plan.anchor.fire.total},
-        "warnings": plan.warnings,
-    }
-
-
 def _bytes(s: Scheme) -> dict[str, dict[str, float]]:
     return {channel: {"sent": sent, "dense": dense} for channel, (sent, dense) in s.channels.items()}
 
@@ -276,5 +249,5 @@ def mb(n: float) -> str:
     return f"{n / 1e6:,.2f} MB"
 
 
-def size(n: float) -> str:
+def human_bytes(n: float) -> str:
     return f"{n / 1e9:,.2f} GB" if n >= 1e9 else mb(n)

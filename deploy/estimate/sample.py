@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from deploy.estimate.parameters import Params
 from rl.stored_weights import Stored, stored_weights
-
-if TYPE_CHECKING:
-    from deploy.estimate.bytes import Params
 
 KINDS = ("embedding", "layer", "head")  # in the order of a snapshot
 SCALE = 0.02  # of normal weights, where the model's own are not at hand
@@ -26,7 +23,7 @@ class Sample:
     own: bool  # the model's, not made up
 
 
-def take(path: str, params: Params, pieces: int, length: int) -> Sample:
+def sample_weights(path: str, params: Params, pieces: int, length: int) -> Sample:
     """`pieces` pieces of `length` weights, evenly spaced; all weights if there are no more."""
     stored = stored_weights(path)
     if not stored:

@@ -11,30 +11,25 @@ comes from `deploy/estimate/timing.py`.
 
 from __future__ import annotations
 
-import csv
-import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import simpy
-from rich.table import Table
 
-from anchor_service.clock import make_clock, next_worker
+from anchor_service.clock import make_clock, next_worker, paced
+from anchor_service.config import correction_payload
 from anchor_service.lag import Due
-from codec.ledger import CHANNELS, PUBLISHED
 from codec.schedule import q_should_refresh
-from deploy.estimate import bytes as sizes
+from deploy.estimate.bytes import tick_bytes
+from deploy.estimate.simulation import Simulation
 from deploy.estimate.timing import Durations
+from deploy.estimate.workload import total_ticks
 from swarm.run_config import RunConfig
-
-PARTS = ("swarm compute", "swarm links", "anchor compute", "anchor link", "engines")
 
 
 @dataclass
-class Fire:
+class SimulatedFire:
     """A fire under way, or done and not merged yet."""
 
     due: Due
@@ -44,60 +39,9 @@ class Fire:
     held: float | None = None  # when all ranks hold it; None: not on its way yet
 
 
-@dataclass
-class Simulation:
-    """What a simulated run came to. Lags and ages are in ticks."""
-
-    name: str
-    workers: int
-    ticks: int
-    seconds: float = 0.0
-    corrections: list[Due] = field(default_factory=list)
-    started: int = 0
-    lags: list[int] = field(default_factory=list)
-    ages: list[int] = field(default_factory=list)
-    expired: int = 0  # ticks in which the correction held was beyond max_age
-    tick_seconds: list[float] = field(default_factory=list)
-    critical: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
-    swarm_utilisation: float = 0.0
-    anchor_utilisation: float = 0.0
-    bytes: dict[str, tuple[float, float]] = field(default_factory=dict)
-
-    @property
-    def bottleneck(self) -> str:
-        return max(self.critical, key=self.critical.__getitem__)
-
-    def summary(self) -> dict[str, Any]:
-        """For simulation.json."""
-        hours = self.seconds / 3600
-        sent, dense = (sum(v[i] for v in self.bytes.values()) for i in (0, 1))
-        published = [sum(self.bytes[c][i] for c in PUBLISHED) for i in (0, 1)]
-        return {
-            "name": self.name,
-            "workers": self.workers,
-            "ticks": self.ticks,
-            "seconds": self.seconds,
-            "ticks_per_hour": self.ticks / hours,
-            "tick_seconds": _spread(self.tick_seconds),
-            "fires_started": self.started,
-            "corrections_merged": len(self.lags),
-            "corrections_passed_over": sum(due.first_tick is None for due in self.corrections),
-            "lag": _spread(self.lags),
-            "age": _spread(self.ages),
-            "ticks_expired": self.expired,
-            "anchor_utilisation": self.anchor_utilisation,
-            "swarm_utilisation": self.swarm_utilisation,
-            "critical_share": {part: seconds / self.seconds for part, seconds in self.critical.items()},
-            "bottleneck": self.bottleneck,
-            "bytes_per_hour": {c: {"sent": s / hours, "dense": d / hours} for c, (s, d) in self.bytes.items()},
-            "comm/bytes_ratio": published[0] / published[1] if published[1] else None,
-            "comm/total_ratio": sent / dense if dense else None,
-        }
-
-
 def simulate(config: RunConfig, ticks: int | None = None) -> Simulation:
     """Run `config` for `ticks` ticks (default: all of its own) on a virtual clock."""
-    return _Run(config, ticks or sizes.total_ticks(config)).result()
+    return _Run(config, ticks or total_ticks(config)).result()
 
 
 class _Run:
@@ -107,16 +51,16 @@ class _Run:
         self.config, self.last_tick = config, ticks
         self.durations = Durations(config, np.random.default_rng([config.run.seed, 0x51A]))
         self.clock = make_clock(config.anchor, config.run.seed, ticks, config.grpo.ticks_per_step)
-        self.corrects = sizes.correction_payload(config) is not None
+        self.corrects = correction_payload(config.anchor, config.merger) is not None
         self.env = simpy.Environment()
         self.anchors = [simpy.Resource(self.env) for _ in range(config.anchor.workers)]
         self.sources: dict[int, int] = {}  # anchor worker -> the tick of its last snapshot
-        self.fires: dict[int, Fire] = {}
-        self.newest: Fire | None = None  # M̄ goes through all fires in the order in which they started
+        self.fires: dict[int, SimulatedFire] = {}
+        self.newest: SimulatedFire | None = None  # M̄ goes through all fires in the order in which they started
         self.last_held = 0.0
         self.seen = 0
         self.held: Due | None = None
-        self.tick_seconds = 0.0  # the coordinator's running mean
+        self.tick_seconds = 0.0  # a running mean, as the coordinator's
         self.anchor_seconds = 0.0
         swarm = config.swarm
         self.found = Simulation(config.run.name, swarm.dp * swarm.pp, ticks)
@@ -131,7 +75,7 @@ class _Run:
         found.swarm_utilisation = float(busy / found.seconds)
         found.anchor_utilisation = self.anchor_seconds / (config.anchor.workers * found.seconds)
         merges = len(found.corrections) / self.last_tick
-        each = sizes.tick_bytes(config, self.last_tick, found.started / self.last_tick, merges)
+        each = tick_bytes(config, self.last_tick, found.started / self.last_tick, merges)
         found.bytes = {c: (sent * self.last_tick, dense * self.last_tick) for c, (sent, dense) in each.items()}
         return found
 
@@ -156,7 +100,7 @@ class _Run:
                 yield from self._tick(tick)
             yield self._spend("engines", durations.weight_sync(grpo.ticks_per_step))
             seconds = (self.env.now - start) / len(ticks)
-            self.tick_seconds += (0.2 if self.tick_seconds else 1.0) * (seconds - self.tick_seconds)
+            self.tick_seconds = paced(self.tick_seconds, seconds)
             if step % val.every == 0 or step == steps:
                 yield self._spend("engines", durations.rollout(val.size, 1))
 
@@ -182,17 +126,11 @@ class _Run:
 
     def _offer(self, source_tick: int) -> None:
         for due in self.clock.to_start(source_tick) if self.corrects else []:
-            fire = Fire(due, self.env.event())
+            fire = SimulatedFire(due, self.env.event())
             self.fires[due.version] = fire
-            self.env.process(self._fire(fire, self.newest, self._least_seconds(due)))
+            self.env.process(self._fire(fire, self.newest, self.clock.least_ticks(due) * self.tick_seconds))
             self.newest = fire
             self.found.started += 1
-
-    def _least_seconds(self, due: Due) -> float:
-        """As the coordinator's: on the wall clock a lag model slows the anchor down by that many tick times."""
-        if self.clock.waits or self.config.anchor.lag.kind == "fixed":
-            return 0.0
-        return self.clock.lag_of(due.version - 1, due.source_tick) * self.tick_seconds
 
     # --- the anchor ------------------------------------------------------------------------------
 
@@ -200,7 +138,7 @@ class _Run:
         """Each fire has numbers of its own, so that they do not depend on when it runs."""
         return np.random.default_rng([self.config.run.seed, 0xF12E, version, what])
 
-    def _fire(self, fire: Fire, earlier: Fire | None, least: float) -> Iterator[simpy.Event]:
+    def _fire(self, fire: SimulatedFire, earlier: SimulatedFire | None, least: float) -> Iterator[simpy.Event]:
         """One job on its anchor worker, chosen as in `FireLine`."""
         env, version, source = self.env, fire.due.version, fire.due.source_tick
         worker = next_worker([anchor.count + len(anchor.queue) for anchor in self.anchors], version)
@@ -234,7 +172,7 @@ class _Run:
                 start = max(self.env.now, self.last_held)
                 fire.held = self.last_held = start + self.durations.deliver(self._rng(version, 1))
 
-    def _wait(self, fire: Fire) -> Iterator[simpy.Event]:
+    def _wait(self, fire: SimulatedFire) -> Iterator[simpy.Event]:
         """In lockstep: until every rank has fetched the correction that is due."""
         if not fire.published.processed:
             start = self.env.now
@@ -266,79 +204,3 @@ class _Run:
             age = tick - self.held.first_tick
             found.ages.append(age)
             found.expired += anchor.max_age is not None and age > anchor.max_age
-
-
-# --- what a user sees ----------------------------------------------------------------------------
-
-
-def _spread(values: list[float]) -> dict[str, float] | None:
-    if not values:
-        return None
-    p50, p90, p99 = np.percentile(values, [50, 90, 99])
-    return {k: float(v) for k, v in dict(mean=np.mean(values), p50=p50, p90=p90, p99=p99, max=max(values)).items()}
-
-
-def table(found: Simulation) -> Table:
-    """The summary as a table."""
-    facts = found.summary()
-    rows = Table(title=f"{found.name}: {found.workers:,} workers, {found.ticks:,} ticks, simulated", show_header=False)
-    rows.add_row("ticks an hour", f"{facts['ticks_per_hour']:,.1f}")
-    rows.add_row("seconds a tick", _text(facts["tick_seconds"], ".3g"))
-    rows.add_row("fires started, merged", f"{found.started}, {len(found.lags)}")
-    rows.add_row("lag in ticks", _text(facts["lag"], ".3g"))
-    rows.add_row("age in ticks", _text(facts["age"], ".3g"))
-    rows.add_row("swarm utilisation", f"{found.swarm_utilisation:.1%}")
-    rows.add_row("anchor utilisation", f"{found.anchor_utilisation:.1%}")
-    for part, share in sorted(facts["critical_share"].items(), key=lambda item: -item[1]):
-        rows.add_row(f"critical time: {part}", f"{share:.1%}" + ("  ◀ bottleneck" if part == found.bottleneck else ""))
-    for channel in CHANNELS:
-        entry = facts["bytes_per_hour"][channel]
-        if entry["sent"] or entry["dense"]:
-            rows.add_row(f"{channel} an hour", f"{_size(entry['sent'])}  (dense {_size(entry['dense'])})")
-    rows.add_row("bytes_ratio (published definition)", _ratio(facts["comm/bytes_ratio"]))
-    rows.add_row("total_ratio (everything)", _ratio(facts["comm/total_ratio"]))
-    return rows
-
-
-def write(found: Simulation, folder: Path) -> None:
-    """simulation.json, corrections.csv (a trace for `anchor.lag`) and lag.png."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "simulation.json").write_text(json.dumps(found.summary(), indent=2) + "\n")
-    with (folder / "corrections.csv").open("w", newline="") as file:
-        rows = csv.writer(file)
-        rows.writerow(["version", "source_tick", "first_tick"])
-        for due in found.corrections:
-            rows.writerow([due.version, due.source_tick, "" if due.first_tick is None else due.first_tick])
-    if found.lags:
-        _plot(found, folder / "lag.png")
-
-
-def _plot(found: Simulation, file: Path) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 3.2), layout="constrained")
-    axes = figure.subplots()
-    low, high = min(found.lags), max(found.lags)
-    step = max(1, -(-(high - low + 1) // 40))  # whole ticks, at most 40 bars
-    axes.hist(found.lags, bins=np.arange(low, high + step + 1, step) - 0.5, color="#0072b2", edgecolor="white")
-    axes.axvline(float(np.mean(found.lags)), color="#d55e00", label=f"mean {np.mean(found.lags):.1f}")
-    axes.set(xlabel="lag in ticks", ylabel="corrections", title=f"{found.name}: {len(found.lags)} corrections")
-    axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(file, dpi=150)
-
-
-def _text(spread: dict[str, float] | None, form: str) -> str:
-    return "–" if spread is None else "  ".join(f"{name} {value:{form}}" for name, value in spread.items())
-
-
-def _ratio(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4f}"
-
-
-def _size(nbytes: float) -> str:
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if nbytes < 1000 or unit == "TB":
-            return f"{nbytes:,.1f} {unit}"
-        nbytes /= 1000
-    raise AssertionError

@@ -6,24 +6,17 @@ from rich.console import Console
 from rich.table import Table
 
 from codec.ledger import CHANNELS
-from deploy.estimate.bytes import (
-    Params,
-    full,
-    prompt_tokens,
-    response_tokens,
-    samples_per_tick,
-    tokens_per_tick,
-    total_ticks,
-    weights_walk,
-)
+from deploy.estimate.bytes import full, weights_walk
 from deploy.estimate.memory import peak
-from deploy.estimate.plan import ANCHOR, BOUNDARY, Plan, size
+from deploy.estimate.parameters import Params
+from deploy.estimate.plan import ANCHOR, BOUNDARY, Plan, human_bytes
+from deploy.estimate.workload import prompt_tokens, response_tokens, samples_per_tick, tokens_per_tick, total_ticks
 from swarm.run_config import RunConfig
 
 _TEXT = {"channel", "M as", "role", "part", "", "phase"}
 
 
-def show(plan: Plan, console: Console) -> None:
+def show_plan(plan: Plan, console: Console) -> None:
     console.print(headline(plan))
     console.print(bytes_table(plan))
     console.print(ratios(plan))
@@ -79,10 +72,10 @@ def memory_table(plan: Plan) -> Table:
     table = _table("memory of one process of each role", "role", "part", "device", "host")
     for role in dict.fromkeys(part.role for part in plan.parts):
         mine = [part for part in plan.parts if part.role == role]
-        peaks = [f"[bold]{size(peak(plan.parts, role, where))}[/]" for where in ("device", "host")]
+        peaks = [f"[bold]{human_bytes(peak(plan.parts, role, where))}[/]" for where in ("device", "host")]
         table.add_row(f"[bold]{role}[/]", "[bold]peak[/]", *peaks)
         for part in mine:
-            cells = ("", size(part.bytes)) if part.where == "host" else (size(part.bytes), "")
+            cells = ("", human_bytes(part.bytes)) if part.where == "host" else (human_bytes(part.bytes), "")
             notes = ["rough"] * part.rough + [part.during] * (part.during != "always")
             table.add_row("", part.name + (f" ({', '.join(notes)})" if notes else ""), *cells)
     return table

@@ -12,9 +12,18 @@ from typing import NamedTuple
 
 import numpy as np
 
-from deploy.estimate import bytes as sizes
-from deploy.estimate.boundary_cost import Crossing
-from rl.model_shape import ModelShape
+from anchor_service.config import correction_payload
+from codec.costs import FP32, CodecCost, GradientCost, gradient_cost
+from deploy.estimate.bytes import batch_bytes, correction_bytes, cost_of_codec, replay_bytes, snapshot_bytes
+from deploy.estimate.parameters import check_fits, parameters, stage_parameters, stage_shapes
+from deploy.estimate.workload import (
+    microbatch_count,
+    prompt_tokens,
+    response_tokens,
+    samples_per_tick,
+    tokens_per_tick,
+)
+from rl.spans import spans
 from swarm.run_config import RunConfig
 from swarm.schedule import schedule
 
@@ -90,19 +99,17 @@ class Durations:
 
     def __init__(self, config: RunConfig, rng: np.random.Generator):
         self.config, self.rng, self.links = config, rng, config.links
-        self.params = sizes.parameters(config)
-        # what the config could not check itself if its model is not on this machine
-        known = self.params
-        config.check_fits(ModelShape(known.hidden, known.layers, known.vocab, known.tied, window=None, chat=True))
-        self.spans = sizes.stage_spans(config, self.params.layers)
-        self.stages = sizes.stage_parameters(self.params, self.spans)
-        self.snapshot_bytes = cache(partial(sizes.snapshot_bytes, config, self.params))
+        self.params = parameters(config)
+        check_fits(config, self.params)
+        self.spans = spans(self.params.layers, config.swarm.boundaries, config.swarm.pp)
+        self.stages = stage_parameters(config, self.params)
+        self.snapshot_bytes = cache(partial(snapshot_bytes, config, self.params))
         self.swarm_rate = self.links.swarm_mbit * 1e6 / 8
         self.anchor_rate = self.links.anchor_mbit * 1e6 / 8
         self.latency = self.links.swarm_latency_ms / 1e3
         self.anchor_latency = self.links.anchor_latency_ms / 1e3
         swarm = config.swarm
-        self.dp, self.pp, self.count = swarm.dp, swarm.pp, sizes.microbatches(config)
+        self.dp, self.pp, self.count = swarm.dp, swarm.pp, microbatch_count(config)
         self.order, self.forward_order = rounds(self.pp, self.count), rounds(self.pp, self.count, backward=False)
 
     def jitter(self, rng: np.random.Generator, *shape: int) -> np.ndarray:
@@ -125,10 +132,10 @@ class Durations:
     @cached_property
     def micro_tokens(self) -> np.ndarray:
         """Real tokens of each microbatch of a replica [m]; the last may be smaller."""
-        samples, size = sizes.samples_per_tick(self.config) // self.dp, self.config.swarm.micro_batch_size
+        samples, size = samples_per_tick(self.config) // self.dp, self.config.swarm.micro_batch_size
         counts = np.full(self.count, size)
         counts[-1] = samples - size * (self.count - 1)
-        return counts * (sizes.prompt_tokens(self.config) + sizes.response_tokens(self.config))
+        return counts * (prompt_tokens(self.config) + response_tokens(self.config))
 
     @cached_property
     def computing(self) -> np.ndarray:
@@ -138,11 +145,11 @@ class Durations:
     @cached_property
     def payload(self) -> np.ndarray:
         """Bytes of each microbatch at a boundary, upwards and downwards [2, m]."""
-        return np.outer([self.crossing.forward, self.crossing.backward], self.micro_tokens)
+        return np.outer([self.codec.forward, self.codec.backward], self.micro_tokens)
 
     @cached_property
-    def crossing(self) -> Crossing:
-        return sizes.crossing_of(self.config, self.params.hidden)
+    def codec(self) -> CodecCost:
+        return cost_of_codec(self.config, self.params.hidden)
 
     def _pipeline(self, order: Rounds, ways: int) -> np.ndarray:
         """Ends of all stages [pp, dp]; on `ways` = 0 links cost nothing, 1: only upwards, 2: both ways."""
@@ -170,14 +177,14 @@ class Durations:
     def tick(self, refresh: bool) -> Work:
         """One tick of the swarm; `refresh`: Q is refreshed before its forward."""
         ends = self._pipeline(self.order, ways=2)
-        ring = self._ring(self._gradient_bytes, self.jitter(self.rng, self.pp, self.dp).max(axis=1), self._sums)
+        ring = self._reduce(self.jitter(self.rng, self.pp, self.dp).max(axis=1))
         reduced = ends.max(axis=1) + ring  # a stage's ring begins when all its replicas are there
         before = reduced.max()
         if self.params.tied and self.pp > 1:
-            tied = sizes.FP32 * self.params.embedding / self.swarm_rate * self.jitter(self.rng, self.dp).max()
+            tied = FP32 * self.params.embedding / self.swarm_rate * self.jitter(self.rng, self.dp).max()
             before = max(before, max(reduced[0], reduced[-1]) + tied + 2 * self.latency)
-        before += self._refresh() if refresh and self.crossing.ways else 0.0
-        agreed = self._tree(self.dp * self.pp) if sizes.correction_payload(self.config) else 0.0
+        before += self._refresh() if refresh and self.codec.ways else 0.0
+        agreed = self._tree(self.dp * self.pp) if correction_payload(self.config.anchor, self.config.merger) else 0.0
         after = agreed + self._tree(self.pp) + self._tree(self.dp)  # version, norm, digests
         return Work(float(before), after, self.bare_tick)
 
@@ -200,24 +207,25 @@ class Durations:
         return 2 * ceil(log2(ranks)) * self.latency if ranks > 1 else 0.0
 
     @cached_property
-    def _gradient_bytes(self) -> np.ndarray:
-        shapes = sizes.stage_shapes(self.params, self.spans)
-        return np.array([sizes.gradient_bytes(self.config, s) for s in shapes])
+    def _gradients(self) -> list[GradientCost]:
+        """By stage."""
+        return [gradient_cost(self.config.codec.gradient, s) for s in stage_shapes(self.config, self.params)]
 
-    @property
-    def _sums(self) -> int:
-        return 1 if self.config.codec.gradient.kind == "none" else 3
+    def _reduce(self, factor: np.ndarray) -> np.ndarray:
+        """Seconds of the gradient's sum over replicas, by stage [pp]; `factor` [pp] of its slowest link."""
+        nbytes = np.array([cost.sent for cost in self._gradients], np.float64)
+        return self._ring(nbytes, factor, self._gradients[0].sums)
 
     def _refresh(self) -> float:
         """Statistics summed and tables sent for one boundary after the other: a stage waits for its upstream's first."""
         cuts = len(self.config.swarm.boundaries)
         if not cuts:
             return 0.0
-        statistics, factor = np.full(cuts, self.crossing.statistics), self.jitter(self.rng, cuts, self.dp).max(axis=1)
+        statistics, factor = np.full(cuts, self.codec.statistics), self.jitter(self.rng, cuts, self.dp).max(axis=1)
         seconds = float(self._ring(statistics, factor, 1).sum())
-        hop = self.crossing.tables / self.swarm_rate + self.latency
+        hop = self.codec.tables / self.swarm_rate + self.latency
         hops = cuts * ceil(log2(self.dp)) if self.dp > 1 else 0
-        return self.crossing.ways * (seconds + (hops + self.pp - 1) * hop)
+        return self.codec.ways * (seconds + (hops + self.pp - 1) * hop)
 
     # --- engines ---------------------------------------------------------------------------------
 
@@ -226,13 +234,13 @@ class Durations:
         size, engines = self.config.rollout.batch_size, self.config.rollout.replicas
         chunks = [min(size, prompts - i) for i in range(0, prompts, size)]
         most = max(sum(chunks[k::engines]) for k in range(min(engines, len(chunks))))
-        answered = most * samples * sizes.response_tokens(self.config) / self.links.engine_tokens_s
-        return answered + self._to_anchor(self.rng, sizes.batch_bytes(self.config, most * samples), 1)
+        answered = most * samples * response_tokens(self.config) / self.links.engine_tokens_s
+        return answered + self._to_anchor(self.rng, batch_bytes(self.config, most * samples), 1)
 
     def deal(self) -> float:
         """A step's samples on their way to every worker."""
         grpo, dp, pp = self.config.grpo, self.dp, self.pp
-        nbytes = sizes.batch_bytes(self.config, grpo.train_batch_size * grpo.group_size)
+        nbytes = batch_bytes(self.config, grpo.train_batch_size * grpo.group_size)
         return float(nbytes / self.swarm_rate * self.jitter(self.rng, dp * pp).max() + self.latency)
 
     def weight_sync(self, apart: float | None) -> float:
@@ -246,23 +254,23 @@ class Durations:
         """A snapshot, `apart` ticks after that worker's last one, and the batch to replay."""
         shared = self.config.anchor.weights == "shared"
         snapshot = 0.0 if shared else self.snapshot_bytes(apart)
-        return self._to_anchor(rng, snapshot + sizes.replay_bytes(self.config), 1)
+        return self._to_anchor(rng, snapshot + replay_bytes(self.config), 1)
 
     @property
     def anchor_compute(self) -> float:
         """Forward and backward of the replay."""
-        samples, fraction = sizes.samples_per_tick(self.config), self.config.anchor.replay_fraction
+        samples, fraction = samples_per_tick(self.config), self.config.anchor.replay_fraction
         used = samples if fraction == 1 else max(1, round(fraction * samples))
-        return used / samples * sizes.tokens_per_tick(self.config) / self.links.anchor_tokens_s
+        return used / samples * tokens_per_tick(self.config) / self.links.anchor_tokens_s
 
     def pass_m_bar(self, rng: np.random.Generator) -> float:
         """fp32 M̄ from the last anchor worker to the next, if there are several."""
         several = self.config.anchor.workers > 1
-        return self._to_anchor(rng, sizes.FP32 * self.params.total, 1) if several else 0.0
+        return self._to_anchor(rng, FP32 * self.params.total, 1) if several else 0.0
 
     def deliver(self, rng: np.random.Generator) -> float:
         """A correction to all ranks: each its own stage's, the last to arrive counts."""
-        nbytes = np.array(sizes.correction_bytes(self.config, self.stages))[:, None]
+        nbytes = np.array(correction_bytes(self.config, self.stages))[:, None]
         seconds = nbytes / self.anchor_rate * self.jitter(rng, self.pp, self.dp)
         return float(seconds.max()) + self.anchor_latency
 

@@ -24,7 +24,8 @@ from rl import mismatch
 from rl.config import GrpoConfig
 from rl.grpo import log_distribution, policy_loss
 from rl.objective import MicroBatch
-from rl.policy import Stage, spans
+from rl.policy import Stage
+from rl.spans import spans
 
 HEAD_ROWS = 256  # rows of logits at a time: two of [HEAD_ROWS, V] are alive
 KEPT = 1 << 21  # coordinates of a gradient that are compared, evenly spaced over it
@@ -203,10 +204,3 @@ class Trial:
             for rate in (boundary.forward.rate, boundary.backward.rate):
                 if rate is not None and (spent := rate.spent()).any():
                     rate.steer(spent)
-
-
-def cosine(a: Tensor, b: Tensor) -> float:
-    """0 where one of them is zero."""
-    a, b = a.double(), b.double()
-    scale = (a.norm() * b.norm()).item()
-    return (a @ b).item() / scale if scale else 0.0

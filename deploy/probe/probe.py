@@ -15,11 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from anchor_service.diagnosis import cosine
 from codec.config import CodecConfig
+from codec.costs import CodecCost
 from deploy.config import ConfigError
-from deploy.estimate.bytes import itemsize, samples_per_tick, tick_bytes, total_ticks
+from deploy.estimate.bytes import cost_of_codec, itemsize, tick_bytes
+from deploy.estimate.workload import samples_per_tick, total_ticks
 from deploy.preflight import preflight
-from deploy.probe.codec_trial import Calibration, Halves, Head, Trial, cosine
+from deploy.probe.codec_trial import Calibration, Halves, Head, Trial
 from rl import mismatch
 from rl.batch import Batch, Prompts, concat
 from rl.model_files import model_shape, resolve
@@ -42,6 +45,7 @@ class Score:
     name: str
     codec: dict[str, Any]
     own: bool  # the codec of the config itself
+    compresses: bool
     kl: float  # nats a token, KL(without ‖ with codec) over the whole vocabulary
     k1: float  # its estimate from the sampled tokens, as `codec/logprob_kl` will report it
     corr: float
@@ -68,6 +72,20 @@ class Probe:
     drawn_advantages: bool  # no answer was better than another
     scores: list[Score]
 
+    def numbers(self) -> dict[str, Any]:
+        """For --json."""
+        return {
+            "name": self.config.run.name,
+            "model": self.config.model.path,
+            "task": self.config.task.name,
+            "boundaries": self.config.swarm.boundaries,
+            "tokens": self.tokens,
+            "calibration_tokens": self.calibration_tokens,
+            "gradient_tokens": self.gradient_tokens,
+            "drawn_advantages": self.drawn_advantages,
+            "scores": [asdict(score) for score in self.scores],
+        }
+
 
 def probe(config: RunConfig, tokens: int, say: Say, candidates: list[CodecConfig] | None = None) -> Probe:
     """Score `candidates` (default: `compared_with`) on at least `tokens` response tokens, with `swarm.threads` threads.
@@ -79,7 +97,7 @@ def probe(config: RunConfig, tokens: int, say: Say, candidates: list[CodecConfig
     preflight(config)
     folder = resolve(config.model.path)
     shape = model_shape(str(folder))
-    candidates = candidates or compared_with(config.codec, shape.hidden)
+    candidates = candidates or compared_with(config, shape.hidden)
     calibration, scored = _answers(config, tokens, say)
     drawn = not (calibration.advantages.any() and scored.advantages.any())
     if drawn:
@@ -95,25 +113,20 @@ def probe(config: RunConfig, tokens: int, say: Say, candidates: list[CodecConfig
     return Probe(config, scored.response_tokens, calibration.response_tokens, gradient_tokens, drawn, scores)
 
 
-def compared_with(own: CodecConfig, hidden: int) -> list[CodecConfig]:
+def compared_with(config: RunConfig, hidden: int) -> list[CodecConfig]:
     """The run's own, PowerSGD as published, and the transform at the same bytes; each once."""
     others = [CodecConfig(kind="powersgd", rank=max(1, round(rate * hidden))) for rate in SKETCHES]
     others += [
         CodecConfig(coder=coder, rate=rate, backward_rate=rate) for rate in RATES for coder in ("fixed", "entropy")
     ]
     others.append(CodecConfig())
-    found = {name_of(codec, hidden): codec for codec in others}
-    return list((found | {name_of(own, hidden): own}).values())
+    found = {_cost(config, codec, hidden).name: codec for codec in others}
+    return list((found | {_cost(config, config.codec, hidden).name: config.codec}).values())
 
 
-def name_of(codec: CodecConfig, hidden: int) -> str:
-    if codec.kind == "powersgd":
-        own = ", own basis for dX" if codec.backward_basis == "own" else ""
-        return f"powersgd r={codec.rank_for(hidden)}{own}"
-    if codec.kind == "transform":
-        forward, backward = codec.rates
-        return f"transform {codec.coder} {100 * forward:g} / {100 * backward:g} %"
-    return codec.kind
+def _cost(config: RunConfig, codec: CodecConfig, hidden: int) -> CodecCost:
+    """Of that codec in this run."""
+    return cost_of_codec(config.model_copy(update={"codec": codec}), hidden)
 
 
 # --- the samples -----------------------------------------------------------------------------------
@@ -213,31 +226,31 @@ def _micros(batch: Batch, config: RunConfig) -> Iterator[MicroBatch]:
 
 def _score(trial: Trial, reference: Tensor, config: RunConfig, mean_length: float) -> Score:
     found, ledger = mismatch.metrics(trial.sums), trial.ledger
-    bf16 = trial.codec.kind == "transform" or config.model.dtype == "bfloat16"  # other numbers have the model's dtype
-    dense = trial.halves.hidden * (2 if bf16 else 4)
+    cost = _cost(config, trial.codec, trial.halves.hidden)
     forward, backward = (
         itemsize(config) * trial.halves.hidden * ledger.sent[channel] / ledger.dense[channel]
         for channel in ("boundary_fwd", "boundary_bwd")
     )
     passes = _forwards(config)
-    side = _side_bytes(trial, config, mean_length)
+    side = _side_bytes(trial, cost, config, mean_length)
     return Score(
-        name=name_of(trial.codec, trial.halves.hidden),
+        name=cost.name,
         codec=trial.codec.model_dump(exclude_none=True, mode="json"),
         own=trial.codec == config.codec,
+        compresses=not trial.codec.is_lossless,
         kl=trial.sums["kl"] / trial.sums[f"{mismatch.PREFIX}tokens"],
         k1=found["codec/logprob_kl"],
         corr=found["codec/logprob_corr"],
         outside={name: found[f"codec/ratio_outside_{name}"] for name in mismatch.OUTSIDE},
         fvu=trial.fvu,
         dx_cosine=trial.dx_cosine,
-        gradient_cosine=cosine(trial.gradient, reference),
+        gradient_cosine=cosine(torch.as_tensor(trial.gradient), reference) or 0.0,  # 0 where one of them is zero
         forward_bytes=forward,
         backward_bytes=backward,
         side_bytes=side,
-        dense_bytes=dense,
-        payload_rate=(passes * forward + backward) / ((passes + 1) * dense),
-        total_rate=(passes * forward + backward + side) / ((passes + 1) * dense),
+        dense_bytes=cost.dense,
+        payload_rate=(passes * forward + backward) / ((passes + 1) * cost.dense),
+        total_rate=(passes * forward + backward + side) / ((passes + 1) * cost.dense),
     )
 
 
@@ -252,28 +265,13 @@ def _dense_of_run(config: RunConfig, hidden: int, mean_length: float) -> dict[st
     return {"fwd": _forwards(config) * dense, "bwd": dense}
 
 
-def _side_bytes(trial: Trial, config: RunConfig, mean_length: float) -> float:
+def _side_bytes(trial: Trial, cost: CodecCost, config: RunConfig, mean_length: float) -> float:
     """What the run sends beside the payloads, for each token at one boundary.
 
-    The basis of PowerSGD by the refresh schedule; the tables of a transform as often as here, spread over the run.
+    Tables by the refresh schedule; those that a run sends about once as they were here, spread over the run.
     """
     tokens, boundaries = samples_per_tick(config) * mean_length, len(config.swarm.boundaries)
-    if trial.codec.kind == "transform":
+    if cost.once:
         return sum(trial.side.values()) / (boundaries * tokens * total_ticks(config))
     sent, _ = tick_bytes(config.model_copy(update={"codec": trial.codec}))["basis"]
     return sent / (tokens * boundaries)
-
-
-def to_dict(found: Probe) -> dict[str, Any]:
-    """The probe for --json."""
-    return {
-        "name": found.config.run.name,
-        "model": found.config.model.path,
-        "task": found.config.task.name,
-        "boundaries": found.config.swarm.boundaries,
-        "tokens": found.tokens,
-        "calibration_tokens": found.calibration_tokens,
-        "gradient_tokens": found.gradient_tokens,
-        "drawn_advantages": found.drawn_advantages,
-        "scores": [asdict(score) for score in found.scores],
-    }

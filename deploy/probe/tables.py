@@ -12,7 +12,7 @@ from rl.mismatch import COMFORT, OUTSIDE
 LOST = 0.35  # nats a token: above it the clip is everywhere
 
 
-def show(found: Probe, console: Console) -> None:
+def show_probe(found: Probe, console: Console) -> None:
     console.print(scores_table(found))
     console.print(definitions(found), highlight=False)
     for line in advice(found):
@@ -52,8 +52,8 @@ def definitions(found: Probe) -> str:
 
 def advice(found: Probe) -> list[str]:
     """What to expect of the configured codec, and the cheapest that keeps the policy."""
-    lines = [_expect(s) for s in found.scores if s.own and s.codec["kind"] != "none"]
-    kept = [s for s in found.scores if s.codec["kind"] != "none" and s.kl <= COMFORT]
+    lines = [_expect(s) for s in found.scores if s.own and s.compresses]
+    kept = [s for s in found.scores if s.compresses and s.kl <= COMFORT]
     cheapest = min(kept, key=lambda s: s.total_rate, default=None)
     if cheapest is None:
         lines.append(

@@ -23,7 +23,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from rl.pretrain.demonstrations import LESSONS, Lesson
-from rl.sums import EOS
+from rl.sums_task import EOS
 from rl.tasks import Task
 
 PAD = "<pad>"
@@ -47,7 +47,14 @@ def build_tokenizer(alphabet: str) -> PreTrainedTokenizerFast:
     )
 
 
-def build_model(tokenizer) -> Qwen2ForCausalLM:
+def _id(tokenizer: PreTrainedTokenizerFast, token: str) -> int:
+    found = tokenizer.convert_tokens_to_ids(token)
+    assert isinstance(found, int), "of one token"
+    return found
+
+
+def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
+    pad, eos = _id(tokenizer, PAD), _id(tokenizer, EOS)
     config = Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=128,
@@ -57,8 +64,8 @@ def build_model(tokenizer) -> Qwen2ForCausalLM:
         num_key_value_heads=4,
         max_position_embeddings=128,
         tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=pad,
+        eos_token_id=eos,
         bos_token_id=None,
     )
     model = Qwen2ForCausalLM(config).float()
@@ -67,13 +74,22 @@ def build_model(tokenizer) -> Qwen2ForCausalLM:
         temperature=1.0,
         top_k=0,  # the whole distribution: the library would otherwise keep the 50 likeliest tokens
         max_new_tokens=MAX_NEW_TOKENS,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=pad,
+        eos_token_id=eos,
     )
     return model
 
 
-def train(model, tokenizer, lesson: Lesson, *, steps: int, batch: int, lr: float, seed: int) -> None:
+def train(
+    model: Qwen2ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    lesson: Lesson,
+    *,
+    steps: int,
+    batch: int,
+    lr: float,
+    seed: int,
+) -> None:
     rng = random.Random(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     warmup, started = max(1, steps // 20), time.time()
@@ -103,12 +119,12 @@ def train(model, tokenizer, lesson: Lesson, *, steps: int, batch: int, lr: float
 
 
 @torch.inference_mode()
-def validate(model, tokenizer, task: Task, size: int) -> dict[str, float]:
+def validate(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, task: Task, size: int) -> dict[str, float]:
     """Sampled at temperature 1; an answer without EOS was cut off and scores nothing."""
     model.eval()
     examples = [task.example("val", i) for i in range(size)]
     prompts = tokenizer([e.prompt for e in examples], padding=True, return_tensors="pt")
-    out = model.generate(**prompts)
+    out = model.generate(**prompts)  # pyright: ignore[reportAttributeAccessIssue], a mixin that the library loads lazily
     answers = out[:, prompts.input_ids.shape[1] :]
     texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
     whole = (answers == tokenizer.eos_token_id).any(dim=1).tolist()
@@ -122,7 +138,7 @@ def validate(model, tokenizer, task: Task, size: int) -> dict[str, float]:
     }
 
 
-def write(model, tokenizer, out: Path) -> None:
+def write(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
     """All of it or nothing: a folder that is there is a policy that loads."""
     unfinished = out.with_name(out.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -134,7 +150,7 @@ def write(model, tokenizer, out: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder to write the policy to")
     parser.add_argument("--task", choices=sorted(LESSONS), default="sums", help="what it learns")
     parser.add_argument("--seed", type=int, default=0, help="of weights, demonstrations, sampling")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.slow_links import BRIDGE, HEAD, NODES, clear, inside
+from benchmarks.slow_links import BRIDGE, HEAD_NODE, NODES, clear, inside
 
 pytestmark = pytest.mark.slow
 
@@ -58,7 +58,7 @@ def test_a_bench_that_is_terminated_leaves_nothing(networks: None):
     bench = subprocess.Popen(command, cwd=Path(__file__).parents[2], start_new_session=True, stdout=subprocess.PIPE)
     try:
         deadline = time.monotonic() + 90
-        while len(seen := set(inside(HEAD))) < 3:  # ray start, its control store, its raylet
+        while len(seen := set(inside(HEAD_NODE))) < 3:  # ray start, its control store, its raylet
             assert bench.poll() is None and time.monotonic() < deadline
             time.sleep(0.2)
         bench.send_signal(signal.SIGTERM)
@@ -73,13 +73,13 @@ def test_a_bench_that_is_terminated_leaves_nothing(networks: None):
 
 
 def test_what_a_killed_bench_left_goes_when_the_next_one_starts(networks: None):
-    subprocess.run(["ip", "netns", "add", HEAD], check=True)
+    subprocess.run(["ip", "netns", "add", HEAD_NODE], check=True)
     subprocess.run(["ip", "link", "add", BRIDGE, "type", "bridge"], check=True)
-    left = subprocess.Popen(["ip", "netns", "exec", HEAD, "sleep", "100"])
+    left = subprocess.Popen(["ip", "netns", "exec", HEAD_NODE, "sleep", "100"])
     deadline = time.monotonic() + 30
-    while not inside(HEAD) and time.monotonic() < deadline:
+    while not inside(HEAD_NODE) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert _left() == [HEAD, BRIDGE]
+    assert _left() == [HEAD_NODE, BRIDGE]
     clear()
     assert _left() == [] and left.wait(10) == -signal.SIGKILL
     clear()  # of nothing

@@ -13,7 +13,7 @@ from anchor_service.dense_gradient import DenseGradient
 from anchor_service.messages import Correction
 from merger.config import MergerConfig
 from rl.config import GrpoConfig, SnapshotConfig
-from rl.policy import spans
+from rl.spans import spans
 from swarm.messages import MergeOutcome, TickPlan
 from tests.conftest import make_batch
 from tests.contract.harness import make_rank

@@ -16,7 +16,7 @@ from codec.config import CodecConfig
 from merger.config import MergerConfig
 from rl.batch import Batch
 from rl.config import GrpoConfig, ModelConfig, SnapshotConfig
-from rl.policy import spans
+from rl.spans import spans
 from swarm.messages import TickPlan
 from swarm.tick import tick
 from tests.conftest import make_batch, on_ranks

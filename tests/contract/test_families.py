@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTr
 from codec.rows import pack_rows
 from rl.model_files import model_shape
 from rl.model_shape import FAMILIES, ModelNotFound
-from rl.policy import Stage, spans
+from rl.policy import Stage
+from rl.spans import spans
 from tests.contract.engine_process import build
 
 SIZES = {

@@ -18,7 +18,7 @@ from codec.config import CodecConfig
 from merger.config import MergerConfig
 from rl.batch import Batch
 from rl.config import GrpoConfig, SnapshotConfig
-from rl.policy import spans
+from rl.spans import spans
 from swarm.messages import TickPlan
 from swarm.nonfinite import explained, judge_loss
 from swarm.tick import Rank, tick

@@ -16,7 +16,8 @@ from codec.boundary import Boundary
 from codec.config import CodecConfig
 from codec.gradient import PowerSGDSum
 from codec.ledger import Ledger
-from rl.policy import Stage, spans
+from rl.policy import Stage
+from rl.spans import spans
 from swarm.grid import Grid, join
 from swarm.pipeline import Pipeline
 from tests.conftest import make_batch, on_ranks

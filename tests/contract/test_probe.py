@@ -13,11 +13,13 @@ import torch
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
+from anchor_service.diagnosis import cosine
 from codec.config import CodecConfig
+from codec.costs import BoundaryShape, Tokens, codec_cost
 from deploy.cli import app
 from deploy.config import ConfigError, load
-from deploy.probe.codec_trial import Halves, Trial, cosine
-from deploy.probe.probe import Probe, calibrate, compared_with, name_of, probe, score
+from deploy.probe.codec_trial import Halves, Trial
+from deploy.probe.probe import Probe, calibrate, compared_with, probe, score
 from deploy.probe.tables import advice
 from rl.batch import Batch
 from swarm.run_config import RunConfig
@@ -185,12 +187,16 @@ def test_side_information_is_spread_over_the_refresh_schedule(tiny: Probe):
 
 
 def test_each_codec_is_compared_once_and_the_configured_one_is_among_them():
+    def found(own: CodecConfig) -> list[CodecConfig]:
+        return compared_with(load("k5").model_copy(update={"codec": own}), 128)
+
     own = CodecConfig(kind="powersgd", rank_ratio=0.125)
-    found = compared_with(own, 128)
-    assert [c.rank for c in found[:1]] == [6] and found.count(own) == 1
-    assert sum(c.kind == "powersgd" for c in found) == 2 and len({name_of(c, 128) for c in found}) == len(found)
-    assert compared_with(CodecConfig(kind="powersgd", rank=7), 128)[-1].rank == 7
-    assert compared_with(CodecConfig(kind="none"), 128)[-1].kind == "none"
+    candidates = found(own)
+    assert [c.rank for c in candidates[:1]] == [6] and candidates.count(own) == 1
+    assert sum(c.kind == "powersgd" for c in candidates) == 2
+    assert len({codec_cost(c, BoundaryShape(128, 4), Tokens(1e6, 20)).name for c in candidates}) == len(candidates)
+    assert found(CodecConfig(kind="powersgd", rank=7))[-1].rank == 7
+    assert found(CodecConfig(kind="none"))[-1].kind == "none"
 
 
 # --- the command ---------------------------------------------------------------------------------

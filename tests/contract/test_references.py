@@ -13,7 +13,8 @@ from codec.config import CodecConfig
 from codec.frames import pack
 from rl.batch import Batch
 from rl.config import GrpoConfig, SnapshotConfig
-from rl.policy import Stage, spans
+from rl.policy import Stage
+from rl.spans import spans
 from tests.conftest import make_batch
 from tests.contract.harness import make_rank, run_ticks
 

@@ -14,7 +14,8 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from anchor_service.dense_gradient import DenseGradient
 from codec.config import CodecConfig
 from rl.config import GrpoConfig, SnapshotConfig
-from rl.policy import Span, Stage, spans
+from rl.policy import Stage
+from rl.spans import Span, spans
 from tests.conftest import make_batch
 from tests.contract.harness import make_rank, run_ticks
 
@@ -24,7 +25,8 @@ LOAD = """
 import resource, sys
 from pathlib import Path
 import torch
-from rl.policy import Span, Stage
+from rl.policy import Stage
+from rl.spans import Span
 folder, small, dtype = Path(sys.argv[1]), Path(sys.argv[6]), getattr(torch, sys.argv[4])
 lo, hi, trainable = int(sys.argv[2]), int(sys.argv[3]), sys.argv[5] == "1"
 torch.set_num_threads(1)

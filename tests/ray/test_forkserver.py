@@ -26,6 +26,6 @@ def test_every_actor_is_forked(tmp_path: Path):
         return os.getppid()
 
     run_kept(small("run.steps=1", "anchor.enabled=false", "merger.kind=none"), tmp_path / "run")
-    asked = [actor.__ray_call__.remote(parent) for role in HELD.roles for actor in role]
+    asked = [actor.__ray_call__.remote(parent) for actors in HELD.group.actors.values() for actor in actors]
     (server,) = set(ray.get(asked, timeout=60))
     assert "deploy.cluster.forkserver" in psutil.Process(server).cmdline()

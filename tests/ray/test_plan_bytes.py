@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from codec.ledger import CHANNELS
-from deploy.estimate.bytes import total_ticks
 from deploy.estimate.plan import make_plan
+from deploy.estimate.workload import total_ticks
 from tests.ray.conftest import of_kind, run_kept, small
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]

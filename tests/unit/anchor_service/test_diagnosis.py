@@ -31,7 +31,7 @@ from codec.frames import FrameError
 from rl.batch import Batch
 from rl.config import GrpoConfig, ModelConfig, SnapshotConfig
 from rl.objective import logprobs, microbatches
-from rl.policy import spans
+from rl.spans import spans
 from swarm.diagnosis_sources import Sources
 from swarm.messages import MergeOutcome
 from tests.conftest import make_batch

@@ -23,8 +23,8 @@ from deploy.doctor import checks, fit
 from deploy.doctor.checks import Finding, merge
 from deploy.doctor.facts import Gpu, NodeFacts
 from deploy.doctor.fit import Host, unplaced
-from deploy.estimate.bytes import parameters
 from deploy.estimate.memory import memory, peak
+from deploy.estimate.parameters import parameters
 from swarm.run_config import RunConfig
 from swarm.worker import ordinal
 

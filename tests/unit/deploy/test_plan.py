@@ -9,10 +9,11 @@ import pytest
 from typer.testing import CliRunner
 
 from deploy.cli import app
-from deploy.estimate.bytes import count_parameters, parameters, tick_bytes
+from deploy.estimate.bytes import tick_bytes
 from deploy.estimate.memory import memory, peak
+from deploy.estimate.parameters import count_parameters, parameters
 from deploy.estimate.phases import Phases, first_lag, sustainable_cadence
-from deploy.estimate.plan import Plan, load_for_planning, make_plan, to_dict
+from deploy.estimate.plan import Plan, load_for_planning, make_plan
 from deploy.estimate.published_models import PUBLISHED
 from swarm.run_config import RunConfig
 from tests.unit.test_imports import HEAVY, outside_world
@@ -274,7 +275,7 @@ def test_the_command_prints_every_table_and_writes_the_numbers(tmp_path: Path):
     assert result.exit_code == 0, result.output
     for expected in ("boundary_fwd", "total_ratio", "signs", "anchor worker", "sustainable", "warning tied"):
         assert expected in result.output
-    assert json.loads(out.read_text()) == json.loads(json.dumps(to_dict(plan(QWEN, "links.swarm_mbit=1000"))))
+    assert json.loads(out.read_text()) == json.loads(json.dumps(plan(QWEN, "links.swarm_mbit=1000").numbers()))
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 from anchor_service.lag import agenda, read_trace
 from deploy.cli import app
 from deploy.config import load
-from deploy.estimate.simulate import Simulation, simulate, table, write
+from deploy.estimate.simulate import simulate
+from deploy.estimate.simulation import Simulation, simulation_table, write_simulation
 from deploy.estimate.timing import Durations, pipeline_ends, rounds
 from swarm.run_config import RunConfig
 from swarm.schedule import schedule
@@ -192,7 +193,7 @@ def test_a_ring_of_two_moves_its_bytes_once():
 
 def test_the_folder_replays_as_a_trace(tmp_path: Path):
     found = sim("anchor.clock=wall", 'anchor.lag={kind="lognormal", mean=6.0}', "anchor.workers=2")
-    write(found, tmp_path)
+    write_simulation(found, tmp_path)
     trace = tmp_path / "corrections.csv"
     assert read_trace(str(trace)) == found.corrections
     facts = json.loads((tmp_path / "simulation.json").read_text())
@@ -209,7 +210,7 @@ def test_the_command_prints_a_table_and_says_what_is_wrong(tmp_path: Path):
     assert done.exit_code == 0, done.output
     assert sorted(p.name for p in (tmp_path / "s").iterdir()) == ["corrections.csv", "lag.png", "simulation.json"]
     assert runner.invoke(app, ["simulate", "demo", "--set", "links.jiter=0.5"]).exit_code == 2
-    assert table(sim(ticks=10)).row_count > 10
+    assert simulation_table(sim(ticks=10)).row_count > 10
 
 
 def test_no_torch_and_no_ray_are_imported():

@@ -17,19 +17,12 @@ from transformers import (
 )
 
 from deploy.config import load
-from deploy.estimate.bytes import (
-    count_parameters,
-    parameters,
-    prompt_tokens,
-    response_tokens,
-    samples_per_tick,
-    stage_parameters,
-    stage_spans,
-    tick_bytes,
-    tokens_per_tick,
-)
+from deploy.estimate.bytes import tick_bytes
+from deploy.estimate.parameters import count_parameters, parameters, stage_parameters
+from deploy.estimate.workload import prompt_tokens, response_tokens, samples_per_tick, tokens_per_tick
 from rl.model_files import BUILTIN
-from rl.policy import Stage, spans
+from rl.policy import Stage
+from rl.spans import spans
 from swarm.run_config import RunConfig
 
 SMALL = dict(
@@ -83,11 +76,9 @@ def test_stages_hold_what_real_stages_hold(boundaries: list[int], pp: int, model
             "codec": {"kind": "none"},
         }
     )
-    ours, theirs = stage_spans(config, 4), spans(4, boundaries, pp)
-    assert [(s.lo, s.hi) for s in ours] == [(s.lo, s.hi) for s in theirs]
-    counted = stage_parameters(parameters(config), ours)
-    real = [Stage(model, span, torch.float32, torch.device("cpu"), trainable=False).weights.numel for span in theirs]
-    assert counted == real
+    stages = spans(4, boundaries, pp)
+    real = [Stage(model, span, torch.float32, torch.device("cpu"), trainable=False).weights.numel for span in stages]
+    assert stage_parameters(config, parameters(config)) == real
 
 
 def test_tokens_are_those_that_links_assumes_or_half_of_the_longest():

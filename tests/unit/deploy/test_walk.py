@@ -12,9 +12,12 @@ from codec import delta
 from deploy.config import load
 from deploy.estimate import delta_size as walk
 from deploy.estimate import sample
-from deploy.estimate.bytes import count_parameters, parameters, total_ticks, weights_walk
-from merger import MERGERS
+from deploy.estimate.bytes import weights_walk
+from deploy.estimate.parameters import count_parameters, parameters
+from deploy.estimate.workload import total_ticks
+from merger import MERGERS, make_merger, merger_class
 from merger.config import MergerConfig
+from merger.interface import Merger, local_norm
 from rl.config import GrpoConfig
 from rl.stored_weights import stored_weights
 from swarm.run_config import RunConfig
@@ -41,18 +44,28 @@ def test_adam_is_that_of_torch():
         np.testing.assert_allclose(weights, parameter.detach().numpy(), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", walk.DIRECTIONS)
-def test_directions_are_those_of_the_mergers(kind: str):
-    config = MergerConfig(kind=kind, alpha=0.3, dose=0.7)
+class Halfway(Merger):
+    """Somebody else's, written for tensors."""
+
+    payload = "sign"
+
+    def prepare(self, g_comp, correction, age, norm=local_norm) -> None:
+        self.dose = norm(g_comp) * 0
+
+    def apply(self, g_comp, correction):
+        return g_comp.lerp(g_comp.abs().mul(correction.sign()), 0.5).add_(self.dose)
+
+
+@pytest.mark.parametrize("kind", [*(k for k, m in MERGERS.items() if m.payload), f"{__name__}:Halfway"])
+@pytest.mark.parametrize("gate", ["none", "ratio"])
+def test_what_is_merged_on_the_walk_is_what_the_run_merges(kind: str, gate: str):
+    config = MergerConfig(kind=kind, alpha=0.3, dose=0.7, age_decay=0.9, adaptive_lambda_mode=gate)
     g, m_bar, source = (noise(500, seed) for seed in range(3))
-    held = torch.from_numpy(m_bar - source if MERGERS[kind].payload == "dense" else m_bar)
-    merged = MERGERS[kind](config)(torch.from_numpy(g), held, age=0)
-    ours = g + config.dose * walk.DIRECTIONS[kind](config, g, m_bar, source)
-    np.testing.assert_allclose(ours, merged.numpy(), rtol=1e-5, atol=1e-6)
-
-
-def test_every_merger_that_needs_an_anchor_has_a_direction():
-    assert set(walk.DIRECTIONS) == {kind for kind, merger in MERGERS.items() if merger.payload}
+    m_bar[::9] = 0
+    merging, theirs = walk.Merging(config), merger_class(kind)
+    held = torch.from_numpy(m_bar - source if theirs.needs_source else m_bar)
+    merged = make_merger(config)(torch.from_numpy(g), held, age=3)
+    np.testing.assert_allclose(merging(g, merging.held(m_bar, source), 3), merged.numpy(), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -129,7 +142,7 @@ def moved(vocab: int, tied: bool, **links: float) -> tuple[float, float]:
     )
     course = weights_walk(config, params, 1).course
     course = walk.Course(**(vars(course) | {"path": "nobody/no-such-model"}))
-    found, part = walk.Walk(course), sample.take(course.path, params, walk.PIECES, walk.PIECE)
+    found, part = walk.Walk(course), sample.sample_weights(course.path, params, walk.PIECES, walk.PIECE)
     assert not found.own
     steps = np.abs(found.weights[1] - found.weights[0]) / config.grpo.lr
     return float(steps[part.table].mean()), float(steps[part.head].mean())

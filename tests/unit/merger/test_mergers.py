@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from typing import get_args
 
+import numpy as np
 import pytest
 import torch
 
 from codec import signs
-from merger import MERGERS
+from merger import MERGERS, make_merger, merger_class
 from merger.config import MergerConfig
+from merger.interface import Merger, local_norm
 from merger.placebo import PLACEBOS
 
 
@@ -205,10 +207,130 @@ def test_stages_that_sum_their_norms_apply_the_dose_of_the_whole_model(kind: str
 
 def test_a_merger_says_what_the_anchor_must_publish_for_it():
     assert {kind: MERGERS[kind].payload for kind in MERGERS} == {"none": None, "signed_ema": "sign", "delta": "dense"}
+    assert [kind for kind in MERGERS if MERGERS[kind].needs_source] == ["delta"]
 
 
-def test_the_config_allows_exactly_the_kinds_in_the_registry():
-    assert set(get_args(MergerConfig.model_fields["kind"].annotation)) == set(MERGERS)
+def test_the_config_allows_the_kinds_of_the_registry_and_anybodys_own():
+    assert {MergerConfig(kind=kind).kind for kind in MERGERS} == set(MERGERS)
+    assert MergerConfig(kind="my_mergers.late:Half").kind == "my_mergers.late:Half"
+
+
+@pytest.mark.parametrize("kind", ["singed_ema", "", "mine", "mine:", ":Half", "my module:Half", "mine:Half()"])
+def test_another_kind_is_refused_with_those_that_there_are(kind: str):
+    with pytest.raises(ValueError, match=r"must be one of 'none', 'signed_ema', 'delta', or 'package.module:name'"):
+        MergerConfig(kind=kind)
+
+
+# --- somebody else's ---------------------------------------------------------------------------
+
+
+class Half(Merger):
+    """Half of signed_ema with α = 0, at any age; counts its merges."""
+
+    payload = "sign"
+
+    def __init__(self, config: MergerConfig):
+        super().__init__(config)
+        self.merges = 0
+
+    def prepare(self, g_comp, correction, age, norm=local_norm) -> None:
+        self.dose = 0.5 * self.config.dose
+        self.merges += 1
+
+    def apply(self, g_comp, correction):
+        return g_comp + self.dose * (abs(g_comp) * correction.sign() - g_comp)
+
+    def state(self):
+        return {"merges": torch.tensor(self.merges)}
+
+    def restore(self, state) -> None:
+        self.merges = int(state["merges"])
+
+
+HERE = "tests.unit.merger.test_mergers"
+
+
+def test_a_merger_of_somebody_elses_is_made_by_its_name():
+    g, m = pair()
+    tool = make_merger(MergerConfig(kind=f"{HERE}:Half", dose=0.8))
+    assert merger_class(f"{HERE}:Half") is Half and isinstance(tool, Half)
+    assert torch.equal(tool(g, m, age=7), merger(alpha=0.0, dose=0.4)(g, m, age=0))
+
+
+class Unfinished(Merger):
+    payload = "sign"
+
+    def prepare(self, g_comp, correction, age, norm=local_norm) -> None: ...
+
+
+class Confused(Half):
+    needs_source = True
+
+
+class Whole(Half):
+    payload = "all of it"
+
+
+class Doseless(Half):
+    def __init__(self, config: MergerConfig): ...
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        ("no.such.module:Half", "cannot be imported here: ModuleNotFoundError: No module named 'no'"),
+        (f"{HERE}:Hlaf", "cannot be imported here: AttributeError: .*Hlaf"),
+        (f"{HERE}:Unfinished", "is no merger: it lacks apply; derive it from merger.interface.Merger"),
+        (f"{HERE}:pair", "is no merger: it lacks apply, cost, needs_source, payload, prepare, restore, state"),
+        (f"{HERE}:Confused", "needs_source True: .* needs 'dense'"),
+        (f"{HERE}:Whole", "payload 'all of it' .*: payload is 'sign', 'dense' or None"),
+        (f"{HERE}:Doseless", "is no merger: it lacks dose"),
+    ],
+)
+def test_what_is_no_merger_is_refused_with_what_it_lacks(kind: str, says: str):
+    with pytest.raises(ValueError, match=says):
+        make_merger(MergerConfig(kind=kind))
+
+
+@pytest.mark.parametrize("kind", [*MERGERS, f"{HERE}:Half"])
+def test_a_merger_goes_on_from_its_state(kind: str):
+    g, m = pair()
+    first, again = (make_merger(MergerConfig(kind=kind)) for _ in range(2))
+    first(g, m, age=0)
+    again.restore({k: v.clone() for k, v in first.state().items()})
+    assert torch.equal(first(g, m, age=1), again(g, m, age=1)) and first.state() == again.state()
+
+
+# --- tensors and arrays ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "config", [{}, {"dose": 0.6, "alpha": 0.3}, {"adaptive_lambda_mode": "ratio", "lambda_cap": 0.4}]
+)
+@pytest.mark.parametrize(
+    ("kind", "signs_alone"), [("none", False), ("delta", False), ("signed_ema", False), ("signed_ema", True)]
+)
+def test_numpy_arrays_are_merged_to_the_bits_of_tensors(kind: str, config: dict, signs_alone: bool):
+    g, m = pair()
+    m = m.sign().char() if signs_alone else m
+    norm = 3.7 if kind == "none" else local_norm(g)
+    on_tensors = merger(kind, **config)(g, m, 2, lambda x: norm)
+    on_arrays = merger(kind, **config)(g.numpy(), m.numpy(), 2, lambda x: norm)
+    assert isinstance(on_arrays, np.ndarray) and on_arrays.dtype == np.float32
+    assert torch.equal(on_tensors.view(torch.int32), torch.from_numpy(on_arrays).view(torch.int32))
+
+
+# --- what it costs -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", MERGERS)
+@pytest.mark.parametrize("mode", ["none", "ratio"])
+def test_a_merger_takes_as_many_norms_as_it_says_and_keeps_as_much(kind: str, mode: str):
+    g, m = pair()
+    tool, taken = merger(kind, adaptive_lambda_mode=mode), []
+    tool.prepare(g, m, 0, lambda x: taken.append(x) or 1.0)
+    cost = tool.cost(tool.config, len(g))
+    assert len(taken) == cost.norms and sum(t.nbytes for t in tool.state().values()) == cost.state
 
 
 # --- placebos ----------------------------------------------------------------------------------

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from rl.answers import final_answer, is_number, normal, same
 from rl.config import TableParams, TaskConfig
+from rl.data_rows import DataRows
 from rl.examples import Example
-from rl.rows import Rows
 from rl.symbolic import Formulas, comparable
 from rl.table import Table
 from rl.tasks import make_task
@@ -142,7 +142,7 @@ CASES = [
 
 
 def table(**params) -> Table:
-    rows = Rows("rows", [{"prompt": f"p{i}", "answer": "1"} for i in range(100)])
+    rows = DataRows("rows", [{"prompt": f"p{i}", "answer": "1"} for i in range(100)])
     return Table(rows, None, TableParams(**params), 0)
 
 

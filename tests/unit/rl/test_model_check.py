@@ -20,7 +20,8 @@ from deploy.preflight import preflight
 from rl.model_check import check_model
 from rl.model_files import BUILTIN
 from rl.model_shape import ModelNotFound
-from rl.policy import HEAD, PIECE, Stage, spans
+from rl.policy import HEAD, PIECE, Stage
+from rl.spans import spans
 
 TINY = BUILTIN / "tiny"
 Edit = Callable[[Path], None]

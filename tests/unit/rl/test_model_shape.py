@@ -16,7 +16,8 @@ from deploy.config import ConfigError, load
 from deploy.preflight import preflight
 from rl.model_files import BUILTIN, model_shape
 from rl.model_shape import FAMILIES
-from rl.policy import Stage, spans
+from rl.policy import Stage
+from rl.spans import spans
 
 
 @pytest.fixture

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rl.model_files import BUILTIN
-from rl.policy import Stage, spans
+from rl.policy import Stage
+from rl.spans import spans
 from rl.stored_weights import stored_weights
 
 TINY = BUILTIN / "tiny"

@@ -12,7 +12,7 @@ from deploy.cli import app
 from deploy.config import load, to_toml
 from deploy.preflight import preflight
 from rl.config import GrpoConfig, ModelConfig, RolloutConfig, SnapshotConfig, TaskConfig
-from rl.problems import Problems, Source
+from rl.problems import Problems, ProblemSource
 from rl.prompts import PromptEncoder
 from rl.rollout import RolloutWorker
 from rl.tasks import located, make_task
@@ -183,7 +183,7 @@ def test_the_digest_of_a_data_set_is_that_of_its_prompts_and_answers(tmp_path: P
 
 
 def test_what_is_stored_is_readable():
-    stored = Problems(3, (Source("x.jsonl", "ab", 4, 1),)).to_json()
+    stored = Problems(3, (ProblemSource("x.jsonl", "ab", 4, 1),)).to_json()
     assert json.loads(stored) == [{"name": "x.jsonl", "digest": "ab", "rows": 4, "left_out": 1}]
 
 

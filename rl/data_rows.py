@@ -5,16 +5,25 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
-from rl.columns import text_of, top
 from rl.config import TableParams
+from rl.problem_columns import text_of, top
 
 SHOWN = 5  # faults that an error spells out
 
 
+@runtime_checkable
+class _Columnar(Protocol):
+    """A datasets.Dataset, as far as its columns go."""
+
+    def select_columns(self, column_names: list[str]) -> Sequence[dict[str, Any]]: ...
+
+    def __getitem__(self, key: int) -> dict[str, Any]: ...
+
+
 @dataclass(frozen=True)
-class Rows:
+class DataRows:
     """`rows` is a list, or a datasets.Dataset, which reads a row when it is asked for."""
 
     name: str  # of the file, or of data set and split
@@ -42,9 +51,10 @@ class Rows:
 
     def _narrow(self, columns: TableParams) -> Sequence[dict[str, Any]]:
         """Of a data set the two columns alone: others may hold images, and each row would decode them."""
-        if not hasattr(self.rows, "select_columns"):
+        if not isinstance(self.rows, _Columnar):
             return self.rows
-        return self.rows.select_columns(sorted({top(c, self.rows[0]) for c in (columns.prompt, columns.answer)}))
+        names = filter(None, (columns.prompt, columns.answer))
+        return self.rows.select_columns(sorted({top(name, self.rows[0]) for name in names}))
 
 
 def refuse(faults: Sequence[str], closing: str = "") -> None:
@@ -55,7 +65,7 @@ def refuse(faults: Sequence[str], closing: str = "") -> None:
     raise ValueError("\n".join([*faults[:SHOWN], *more, *filter(None, [closing])]))
 
 
-def digest_of(data: bytes) -> str:
+def digest_of_bytes(data: bytes) -> str:
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 

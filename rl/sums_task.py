@@ -4,9 +4,7 @@ A prompt is `3+8+5+9+2=`. The worked answer writes the running sum mod 10 after 
 a comma between the steps, and closes with the result: `1,6,5,7#7$`, where `$` is the EOS token.
 Before closing, the writer may re-check the last step, once or many times: `1,6,5,8?8?7#7$`. So
 answers vary in length, and a policy can learn to re-check less or run away re-checking for ever.
-
-`demonstration` writes such answers with the slips of a fixed table, so that a policy trained on
-them starts near even odds, and knows the right value of every step as an alternative.
+`rl/pretrain/demonstrations.py` writes such answers.
 """
 
 import hashlib
@@ -17,44 +15,6 @@ from rl.problems import Problems
 
 DIGITS = 5
 EOS = "$"
-
-RECHECK_CHANCE = 0.3
-HARD_PAIRS = 0.36  # share of (running sum, digit) pairs that the demonstrations often get wrong
-HARD_SLIP = 0.55
-EASY_SLIP = 0.02
-RECHECK_SLIP = 0.7  # a re-check slips this many times as often as the first try
-
-
-def _slip_table() -> dict[tuple[int, int], tuple[int, float]]:
-    """(running sum, digit) -> the wrong value written for it, and how often."""
-    rng = random.Random("slips")
-    pairs = [(running, digit) for running in range(10) for digit in range(10)]
-    hard = set(rng.sample(pairs, round(HARD_PAIRS * len(pairs))))
-    return {pair: ((sum(pair) + rng.choice((1, 9))) % 10, HARD_SLIP if pair in hard else EASY_SLIP) for pair in pairs}
-
-
-_SLIPS = _slip_table()
-
-
-def demonstration(digits: tuple[int, ...], rng: random.Random) -> str:
-    """A worked answer, EOS included, with the slips and re-checks of an unpractised writer.
-
-    A slip is carried on: the next step starts from the value written last.
-    """
-    running, values = digits[0], []
-    for digit in digits[1:]:
-        start, running = running, _attempt(running, digit, rng)
-        values.append(running)
-    answer = ",".join(map(str, values))
-    while rng.random() < RECHECK_CHANCE:
-        running = _attempt(start, digits[-1], rng, RECHECK_SLIP)
-        answer += f"?{running}"
-    return f"{answer}#{running}{EOS}"
-
-
-def _attempt(running: int, digit: int, rng: random.Random, care: float = 1.0) -> int:
-    wrong, chance = _SLIPS[running, digit]
-    return wrong if rng.random() < chance * care else (running + digit) % 10
 
 
 def _split_of(digits: tuple[int, ...]) -> str:

@@ -12,10 +12,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from rl.rows import Rows, digest_of, refuse
+from rl.data_rows import DataRows, digest_of_bytes, refuse
 
 
-def read_jsonl(path: str) -> Rows:
+def read_jsonl(path: str) -> DataRows:
     """Empty lines do not count. Raises ValueError with the lines that are no row."""
     data = _opened(path).read_bytes()
     rows, lines, faults = [], [], []
@@ -26,7 +26,7 @@ def read_jsonl(path: str) -> Rows:
         except ValueError as error:
             faults.append(f"{path}, line {number}: {error}")
     refuse(faults)
-    return Rows(path, rows, lines, digest_of(data))
+    return DataRows(path, rows, lines, digest_of_bytes(data))
 
 
 def first_row(path: str) -> tuple[str, dict[str, Any]] | None:

@@ -1,0 +1,158 @@
+"""What a codec costs, by arithmetic. `plan`, `simulate`, `probe` and `doctor` ask here: nobody else looks at a kind. No torch.
+
+A codec of the user's own brings its own: the function that `codec.kind` names has an attribute `cost`, a function too:
+
+    def halved(config, hidden, seed): ...
+
+    def cost(config: CodecConfig, shape: BoundaryShape, tokens: Tokens) -> CodecCost:
+        return CodecCost("float16", forward=2 * shape.hidden, backward=2 * shape.hidden, dense=shape.dense)
+
+    halved.cost = cost
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import cast
+
+from codec.config import CodecConfig, GradientConfig
+from codec.named import imported
+
+FP32, BF16 = 4, 2
+DIRECTIONS = 0.6  # share of the directions that a transform's tables hold: 0.4 to 0.85 were seen at 5 % of two models
+BOOKS = 5 * 8  # bytes of what a way with a held rate sent in a tick, float64: `codec.transform.rate`
+
+
+@dataclass(frozen=True)
+class BoundaryShape:
+    """What crosses a boundary without codec."""
+
+    hidden: int
+    itemsize: int  # bytes of a number, in the model's dtype
+
+    @property
+    def dense(self) -> float:
+        """Bytes of a token."""
+        return float(self.hidden * self.itemsize)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What one replica passes through one way of a boundary."""
+
+    run: float  # tokens in the whole run
+    sample: float  # tokens of a sample, mean
+
+
+@dataclass(frozen=True)
+class CodecCost:
+    """Bytes at one boundary. Exact for `none` and `powersgd` as published; of a transform the total is, held by its rate."""
+
+    name: str  # as a table shows it
+    forward: float  # of a token
+    backward: float
+    dense: float  # of a token of the dense system that its rates are shares of
+    ways: int = 0  # that have tables of their own
+    tables: float = 0.0  # of one way, each time they are sent
+    statistics: float = 0.0  # of one way, as they are summed over replicas
+    once: bool = False  # the tables are sent about once a run, not at every refresh
+    books: float = 0.0  # of one way, summed over replicas in every tick to hold its rate
+
+
+Cost = Callable[[CodecConfig, BoundaryShape, Tokens], CodecCost]
+
+
+def codec_cost(config: CodecConfig, shape: BoundaryShape, tokens: Tokens) -> CodecCost:
+    """Raises ValueError for a codec that cannot be imported, does not say what it costs, or does not fit the shape."""
+    if config.kind in COSTS:
+        return COSTS[config.kind](config, shape, tokens)
+    make = imported(config.kind, "codec.kind")
+    cost = cast("Cost | None", getattr(make, "cost", None))
+    if cost is None:
+        raise ValueError(
+            f"codec.kind {config.kind!r} does not say what it costs: give it an attribute `cost`, a function "
+            f"(config, shape, tokens) -> codec.costs.CodecCost"
+        )
+    return cost(config, shape, tokens)
+
+
+def _none(config: CodecConfig, shape: BoundaryShape, tokens: Tokens) -> CodecCost:
+    return CodecCost("none", shape.dense, shape.dense, shape.dense)
+
+
+def _powersgd(config: CodecConfig, shape: BoundaryShape, tokens: Tokens) -> CodecCost:
+    rank, own = config.rank_for(shape.hidden), config.backward_basis == "own"
+    sketch, basis = float(rank * shape.itemsize), float(FP32 * shape.hidden * rank)
+    exact = (BF16 * shape.hidden - sketch) / tokens.sample if config.sends_first_exactly else 0.0
+    return CodecCost(
+        name=f"powersgd r={rank}" + (", own basis for dX" if own else ""),
+        forward=sketch + exact,
+        backward=sketch,
+        dense=shape.dense,
+        ways=2 if own else 1,
+        tables=basis,
+        statistics=basis,
+    )
+
+
+def _transform(config: CodecConfig, shape: BoundaryShape, tokens: Tokens) -> CodecCost:
+    hidden, dense = shape.hidden, float(BF16 * shape.hidden)  # its rates are shares of bf16, whatever the model's dtype
+    tables = hidden * (DIRECTIONS * (hidden + 8) + 2)
+    side = tables / tokens.run  # the first ones travel with a payload, and all are paid from the rate
+    forward, backward = config.rates
+    return CodecCost(
+        name=f"transform {config.coder} {100 * forward:g} / {100 * backward:g} %",
+        forward=max(dense * forward - side, 0),
+        backward=max(dense * backward - side, 0),
+        dense=dense,
+        ways=2,
+        tables=tables,
+        statistics=FP32 * (1 + hidden + hidden * (hidden + 1) / 2),
+        once=True,
+        books=BOOKS,
+    )
+
+
+COSTS: dict[str, Cost] = {"none": _none, "powersgd": _powersgd, "transform": _transform}
+
+
+# --- the gradient's sum over replicas ----------------------------------------------------------------
+
+Shapes = Sequence[tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class GradientCost:
+    """Of one stage with parameters of these shapes, on each of its replicas."""
+
+    sent: int  # bytes that are summed, before the ring's factor
+    sums: int  # one after the other
+    kept: int  # bytes kept from tick to tick: error feedback
+
+
+def gradient_cost(config: GradientConfig, shapes: Shapes) -> GradientCost:
+    return GRADIENTS[config.kind](config, shapes)
+
+
+def _dense_sum(config: GradientConfig, shapes: Shapes) -> GradientCost:
+    return GradientCost(FP32 * sum(map(prod, shapes)), sums=1, kept=0)
+
+
+def _powersgd_sum(config: GradientConfig, shapes: Shapes) -> GradientCost:
+    numbers = [
+        min(config.rank, *shape) * sum(shape) if is_factored(shape, config.rank) else prod(shape) for shape in shapes
+    ]
+    return GradientCost(FP32 * sum(numbers), sums=3, kept=FP32 * sum(map(prod, shapes)))
+
+
+def is_factored(shape: tuple[int, ...], rank: int) -> bool:
+    """Whether a parameter's gradient goes as factors of that rank: vectors, and matrices too small to gain, go dense."""
+    return len(shape) == 2 and rank * sum(shape) < prod(shape)
+
+
+GRADIENTS: dict[str, Callable[[GradientConfig, Shapes], GradientCost]] = {
+    "none": _dense_sum,
+    "powersgd": _powersgd_sum,
+}

@@ -1,0 +1,110 @@
+"""Parameters of a model, by arithmetic on its config.json: how many, of which shapes, on which stage. No torch, no weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from deploy.estimate.published_models import PUBLISHED
+from rl.model_files import local_folder, model_config
+from rl.model_shape import ModelShape
+from rl.spans import spans
+from swarm.run_config import RunConfig
+
+
+@dataclass(frozen=True)
+class Params:
+    """Parameters by part. `per_layer` is one decoder layer, `head` 0 if tied (then it is the embedding again)."""
+
+    total: int
+    embedding: int
+    per_layer: int
+    head: int
+    norm: int
+    tied: bool
+    layers: int
+    hidden: int
+    vocab: int
+    layer_shapes: tuple[tuple[int, ...], ...]  # of one decoder layer, in no particular order
+
+
+def parameters(config: RunConfig) -> Params:
+    """Of the config's model. Raises ModelNotFound if its metadata can be found nowhere."""
+    return count_parameters(model_metadata(config.model.path))
+
+
+def model_metadata(path: str) -> dict[str, Any]:
+    """Its config.json; for a hub id that is not on this machine the published shapes, where we have them."""
+    if path in PUBLISHED and local_folder(path) is None:
+        return PUBLISHED[path]
+    return model_config(path)
+
+
+def count_parameters(model: dict[str, Any]) -> Params:
+    """From the content of a config.json: llama, mistral, qwen2 or qwen3. Raises ValueError on a missing key."""
+    kind = model["model_type"]
+    hidden, layers, vocab = model["hidden_size"], model["num_hidden_layers"], model["vocab_size"]
+    tied = bool(model.get("tie_word_embeddings", False))
+    shapes = tuple(_layer_shapes(model, kind))
+    per_layer, embedding = sum(map(prod, shapes)), vocab * hidden
+    head = 0 if tied else embedding
+    total = embedding + layers * per_layer + hidden + head
+    return Params(total, embedding, per_layer, head, hidden, tied, layers, hidden, vocab, shapes)
+
+
+def _layer_shapes(model: dict[str, Any], kind: str) -> list[tuple[int, ...]]:
+    def need(key: str) -> int:
+        if model.get(key) is None:
+            raise ValueError(f"the model's config.json has no {key}: its parameters cannot be counted")
+        return model[key]
+
+    hidden, inner, heads = need("hidden_size"), need("intermediate_size"), need("num_attention_heads")
+    if kind != "llama":
+        need("num_key_value_heads")
+    q, kv = attention_widths(model)
+    head_dim = q // heads
+    shapes: list[tuple[int, ...]] = [(q, hidden), (kv, hidden), (kv, hidden), (hidden, q)]
+    shapes += [(inner, hidden), (inner, hidden), (hidden, inner), (hidden,), (hidden,)]
+    bias = kind in ("llama", "qwen3") and model.get("attention_bias", False)
+    if bias or kind == "qwen2":
+        shapes += [(q,), (kv,), (kv,)]
+    if bias:
+        shapes.append((hidden,))
+    if kind == "llama" and model.get("mlp_bias", False):
+        shapes += [(inner,), (inner,), (hidden,)]
+    if kind == "qwen3":
+        shapes += [(head_dim,), (head_dim,)]
+    return shapes
+
+
+def attention_widths(model: dict[str, Any]) -> tuple[int, int]:
+    """Width of the queries of one token, and of its keys."""
+    heads = model["num_attention_heads"]
+    # Qwen3's head is 128 wide unless told otherwise; the others split the hidden size
+    default = 128 if model["model_type"] == "qwen3" else model["hidden_size"] // heads
+    head_dim = model.get("head_dim") or default
+    return heads * head_dim, (model.get("num_key_value_heads") or heads) * head_dim
+
+
+def check_fits(config: RunConfig, params: Params) -> None:
+    """What a config could not check of a hub id that is not on this machine. Raises ValueError."""
+    config.check_fits(ModelShape(params.hidden, params.layers, params.vocab, params.tied, window=None, chat=True))
+
+
+def stage_parameters(config: RunConfig, params: Params) -> list[int]:
+    """Parameters that each stage holds, the last stage's copy of a tied embedding included."""
+    return [sum(map(prod, shapes)) for shapes in stage_shapes(config, params)]
+
+
+def stage_shapes(config: RunConfig, params: Params) -> list[list[tuple[int, ...]]]:
+    """Shapes of the parameters that each stage holds."""
+    table = params.vocab, params.hidden
+    found: list[list[tuple[int, ...]]] = []
+    for span in spans(params.layers, config.swarm.boundaries, config.swarm.pp):
+        shapes: list[tuple[int, ...]] = [table] if span.first else []
+        shapes += list(params.layer_shapes) * (span.hi - span.lo)
+        shapes += [(params.hidden,)] if span.last else []
+        shapes += [table] if span.last and not (params.tied and span.first) else []  # the head, or a copy of a tied one
+        found.append(shapes)
+    return found

@@ -1,0 +1,79 @@
+"""What codecs are said to cost is what they send, and nothing is sent that has no cost."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import get_args
+
+import pytest
+import torch
+
+from codec.boundary import CODECS, Boundary
+from codec.config import CodecConfig, GradientConfig
+from codec.costs import COSTS, GRADIENTS, BoundaryShape, CodecCost, Tokens, codec_cost, gradient_cost
+from codec.gradient import DenseSum, PowerSGDSum
+from codec.ledger import Ledger
+from codec.rows import rows_of
+
+HIDDEN, SAMPLES, LENGTH = 32, 6, 10
+EXACT = {
+    "none": CodecConfig(kind="none"),
+    "powersgd": CodecConfig(kind="powersgd", rank=6),
+    "own basis": CodecConfig(kind="powersgd", rank=6, backward_basis="own"),
+    "first token exact": CodecConfig(kind="powersgd", rank=6, first_token="exact"),
+}
+
+
+def cost(config: CodecConfig, itemsize: int = 4) -> CodecCost:
+    return codec_cost(config, BoundaryShape(HIDDEN, itemsize), Tokens(1e6, LENGTH))
+
+
+def test_every_codec_has_a_cost():
+    assert set(COSTS) == set(CODECS)
+    assert set(GRADIENTS) == set(get_args(GradientConfig.model_fields["kind"].annotation))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("config", EXACT.values(), ids=EXACT)
+def test_a_token_costs_what_it_sends(config: CodecConfig, dtype: torch.dtype):
+    rng, ledger = torch.Generator().manual_seed(0), Ledger()
+    ids = torch.randint(0, 9, (SAMPLES, LENGTH), generator=rng).numpy()
+    rows = rows_of(ids, ids >= 0, torch.device("cpu"))
+    tokens = SAMPLES * LENGTH
+    boundary, x = Boundary(config, 0, HIDDEN, 3, ledger), torch.randn(tokens, HIDDEN, generator=rng).to(dtype)
+    boundary.encode(x, rows, observe=True)
+    boundary.encode_backward(x, rows)
+    found = cost(config, dtype.itemsize)
+    assert ledger.sent["boundary_fwd"] == pytest.approx(tokens * found.forward, rel=1e-12)
+    assert ledger.sent["boundary_bwd"] == tokens * found.backward
+    assert ledger.dense["boundary_fwd"] == tokens * found.dense
+    tables = [boundary.refresh_alone(way).numel() for way in ("fwd", "bwd")]
+    assert [n for n in tables if n] == [found.tables] * found.ways
+
+
+@pytest.mark.parametrize("coder", ["fixed", "entropy"])
+def test_a_transform_costs_its_rate_tables_included(coder: str):
+    config = CodecConfig(kind="transform", coder=coder, rate=0.1, backward_rate=0.05)
+    found = cost(config)
+    assert found.dense == 2 * HIDDEN  # of bf16, whatever the model's dtype
+    assert found.forward + found.tables / 1e6 == pytest.approx(0.1 * found.dense)
+    assert found.backward + found.tables / 1e6 == pytest.approx(0.05 * found.dense)
+    assert found.once and found.ways == 2 and found.books == 40
+
+
+SHAPES = [(8, 12), (12,), (3, 4), (40, 20), (20,)]
+
+
+@pytest.mark.parametrize(("kind", "rank"), [("none", 4), ("powersgd", 1), ("powersgd", 2), ("powersgd", 30)])
+def test_a_gradient_costs_what_is_summed_and_kept(kind: str, rank: int):
+    sums: list[int] = []
+    n = sum(map(prod, SHAPES))
+
+    def summed(x: torch.Tensor, dense: float) -> None:
+        sums.append(x.nbytes)
+
+    codec = PowerSGDSum(SHAPES, rank, 2, 0, summed, "cpu") if kind == "powersgd" else DenseSum(summed)
+    codec(torch.randn(n, generator=torch.Generator().manual_seed(0)))
+    found = gradient_cost(GradientConfig(kind=kind, rank=rank), SHAPES)
+    assert sum(sums) == found.sent and len(sums) <= found.sums
+    assert sum(t.nbytes for name, t in codec.state().items() if name == "error") == found.kept
