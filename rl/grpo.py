@@ -123,7 +123,10 @@ def policy_loss(
 
 
 def _clipped(
-    logprobs: Float[Tensor, " n"], old_logprobs: Float[Tensor, " n"], advantages: Float[Tensor, " n"], config: GrpoConfig
+    logprobs: Float[Tensor, " n"],
+    old_logprobs: Float[Tensor, " n"],
+    advantages: Float[Tensor, " n"],
+    config: GrpoConfig,
 ) -> tuple[Float[Tensor, " n"], dict[str, Tensor]]:
     """max(-A·r, -A·clip(r, 1-ε, 1+ε)) of each token, r = π/π_old (PPO, eq. 7), and what became of the ratios, summed.
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from deploy.commands.options import Address, ConfigSource, JsonFile, checked, refused, set_option, write_json
+from deploy.commands.options import Address, ConfigSource, JsonFile, checked_config, refused, set_option, write_json
 
 
 def plan_command(
@@ -39,7 +39,7 @@ def probe_command(
 
     One process with `swarm.threads` threads; on an idle machine --set swarm.threads=N makes it faster.
     """
-    config = checked(source, set_)
+    config = checked_config(source, set_)
     from deploy.display.run_display import console
     from deploy.probe.probe import probe
     from deploy.probe.tables import advice, show_probe
@@ -92,7 +92,7 @@ def doctor_command(
 
     Exit 0 if nothing is an error, 1 if something is, 2 if the config itself is refused.
     """
-    config = checked(source, set_) if source else None
+    config = checked_config(source, set_) if source else None
     from deploy.display.run_display import console
     from deploy.doctor.checks import counted
     from deploy.doctor.examine import examine, print_findings

@@ -32,7 +32,7 @@ def refused(error: ValueError) -> typer.Exit:
     return typer.Exit(2)
 
 
-def checked(source: str, overrides: list[str] | None) -> RunConfig:
+def checked_config(source: str, overrides: list[str] | None) -> RunConfig:
     from deploy.config import load
 
     try:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from deploy.commands.options import Address, ConfigSource, checked, refused, set_option
+from deploy.commands.options import Address, ConfigSource, checked_config, refused, set_option
 
 if TYPE_CHECKING:
     from deploy.cluster.sweep_runs import SweepRun
@@ -33,7 +33,7 @@ def run_command(
     address: Address = None,
 ) -> None:
     """Run an experiment to its end: live progress, a run folder, a summary table. Exit 0 only if it ran to the end."""
-    config = checked(source, set_)
+    config = checked_config(source, set_)
     folder = _run_folder(config, out, resume)
     goes_on = _prepared(config, folder, resume)
     from anchor_service.errors import described

@@ -12,7 +12,7 @@ from deploy.display.run_display import RunDisplay
 from deploy.preflight import preflight
 from rl.problems import check_same
 from tests.ray.conftest import HELD, of_kind, run_kept, small
-from tests.unit.rl.test_rows import GOOD, LONG, write
+from tests.unit.rl.test_data_rows import GOOD, LONG, write
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 ONE_STEP = "run.steps=1", "run.checkpoint_every=1", "anchor.enabled=false", "merger.kind=none"

@@ -38,7 +38,6 @@ FILES_ALIKE = {  # files of one name in several packages, and why
     "interface": "what a codec, and what a merger, has to do",
     "delta": "the merger of that name in the configs; how two snapshots of weights differ",
     "messages": "what each package's actors send, both ends named",
-    "rows": "rows of a microbatch in the codec, of a table in rl",
     "schedule": "when Q is refreshed; the order of passes through the pipeline",
     "sweep": "reading one, and showing one",
     "tables": "what both ends of the transform hold; what a command prints",

@@ -16,7 +16,7 @@ from rl.problems import Problems, ProblemSource
 from rl.prompts import PromptEncoder
 from rl.rollout import RolloutWorker
 from rl.tasks import located, make_task
-from tests.unit.rl.test_rows import GOOD, LONG, write
+from tests.unit.rl.test_data_rows import GOOD, LONG, write
 
 LIMIT = 16
 LONGS = [LONG | {"answer": str(i)} for i in range(5)]
