@@ -18,15 +18,15 @@ _MEAN = "mean lag in ticks; default: anchor.delay_k"
 class FixedLag(Section):
     """Always `anchor.delay_k`."""
 
-    kind: Literal["fixed"] = Field("fixed", description="the contract's lag")
+    kind: Literal["fixed"] = Field(default="fixed", description="the contract's lag")
 
 
 class UniformLag(Section):
     """Uniform between two bounds."""
 
-    kind: Literal["uniform"] = Field("uniform", description="uniform lag")
-    low: float = Field(1, ge=1, description="smallest lag in ticks")
-    high: float = Field(10, ge=1, description="largest lag in ticks")
+    kind: Literal["uniform"] = Field(default="uniform", description="uniform lag")
+    low: float = Field(default=1, ge=1, description="smallest lag in ticks")
+    high: float = Field(default=10, ge=1, description="largest lag in ticks")
 
     @model_validator(mode="after")
     def _ordered(self) -> UniformLag:
@@ -38,36 +38,36 @@ class UniformLag(Section):
 class LognormalLag(Section):
     """A log-normal lag: mostly near the mean, sometimes several times it."""
 
-    kind: Literal["lognormal"] = Field("lognormal", description="log-normal lag")
-    mean: float | None = Field(None, ge=1, description=_MEAN)
-    sigma: float = Field(0.5, ge=0, le=3, description="standard deviation of the lag's logarithm")
+    kind: Literal["lognormal"] = Field(default="lognormal", description="log-normal lag")
+    mean: float | None = Field(default=None, ge=1, description=_MEAN)
+    sigma: float = Field(default=0.5, ge=0, le=3, description="standard deviation of the lag's logarithm")
 
 
 class ParetoLag(Section):
     """A heavy tail: rare, very late corrections."""
 
-    kind: Literal["pareto"] = Field("pareto", description="Pareto lag")
-    mean: float | None = Field(None, ge=1, description=_MEAN)
-    shape: float = Field(2.0, gt=1, description="tail exponent; the smaller, the heavier")
+    kind: Literal["pareto"] = Field(default="pareto", description="Pareto lag")
+    mean: float | None = Field(default=None, ge=1, description=_MEAN)
+    shape: float = Field(default=2.0, gt=1, description="tail exponent; the smaller, the heavier")
 
 
 class MarkovLag(Section):
     """An anchor that is healthy or slow, and stays so for a while."""
 
-    kind: Literal["markov"] = Field("markov", description="two states")
-    healthy: float | None = Field(None, ge=1, description="lag in ticks while healthy; default: anchor.delay_k")
-    slow: float = Field(40, ge=1, description="lag in ticks while slow")
-    p_slow: float = Field(0.1, ge=0, le=1, description="chance, each fire, that a healthy anchor becomes slow")
-    p_heal: float = Field(0.3, ge=0, le=1, description="chance, each fire, that a slow anchor heals")
+    kind: Literal["markov"] = Field(default="markov", description="two states")
+    healthy: float | None = Field(default=None, ge=1, description="lag in ticks while healthy; default: anchor.delay_k")
+    slow: float = Field(default=40, ge=1, description="lag in ticks while slow")
+    p_slow: float = Field(default=0.1, ge=0, le=1, description="chance, each fire, that a healthy anchor becomes slow")
+    p_heal: float = Field(default=0.3, ge=0, le=1, description="chance, each fire, that a slow anchor heals")
 
 
 class OutageLag(Section):
     """Windows without an anchor."""
 
-    kind: Literal["outage"] = Field("outage", description="no fires in the last `length` ticks of each `every`")
-    lag: float | None = Field(None, ge=1, description="lag in ticks otherwise; default: anchor.delay_k")
-    every: int = Field(100, ge=2, description="period in ticks")
-    length: int = Field(40, ge=1, description="ticks of each period without an anchor")
+    kind: Literal["outage"] = Field(default="outage", description="no fires in the last `length` ticks of each `every`")
+    lag: float | None = Field(default=None, ge=1, description="lag in ticks otherwise; default: anchor.delay_k")
+    every: int = Field(default=100, ge=2, description="period in ticks")
+    length: int = Field(default=40, ge=1, description="ticks of each period without an anchor")
 
     @model_validator(mode="after")
     def _some_time_left(self) -> OutageLag:
@@ -79,16 +79,16 @@ class OutageLag(Section):
 class DiurnalLag(Section):
     """A lag that swings with the time of day."""
 
-    kind: Literal["diurnal"] = Field("diurnal", description="sine around the mean")
-    mean: float | None = Field(None, ge=1, description=_MEAN)
-    amplitude: float = Field(0.5, ge=0, lt=1, description="swing as a share of the mean")
-    period: float = Field(200, gt=1, description="period in ticks")
+    kind: Literal["diurnal"] = Field(default="diurnal", description="sine around the mean")
+    mean: float | None = Field(default=None, ge=1, description=_MEAN)
+    amplitude: float = Field(default=0.5, ge=0, lt=1, description="swing as a share of the mean")
+    period: float = Field(default=200, gt=1, description="period in ticks")
 
 
 class TraceLag(Section):
     """Lags from a file: a run's corrections.jsonl, or a CSV with source_tick and first_tick."""
 
-    kind: Literal["trace"] = Field("trace", description="recorded lags")
+    kind: Literal["trace"] = Field(default="trace", description="recorded lags")
     path: str = Field(description="the file")
 
     @field_validator("path")
@@ -108,35 +108,41 @@ LagConfig = Annotated[
 class AnchorConfig(Section):
     """The slow actor that computes the dense gradient M of old weights on their own batch."""
 
-    enabled: bool = Field(True, description="run an anchor at all")
-    delay_k: int = Field(5, ge=1, description="how many ticks old M's weights are when it is first merged")
-    cadence: int = Field(5, ge=1, description="M is refreshed every so many ticks")
-    beta_anc: float = Field(0.5, ge=0, lt=1, description="M̄ ← beta_anc·M̄ + (1-beta_anc)·M at each fire")
+    enabled: bool = Field(default=True, description="run an anchor at all")
+    delay_k: int = Field(default=5, ge=1, description="how many ticks old M's weights are when it is first merged")
+    cadence: int = Field(default=5, ge=1, description="M is refreshed every so many ticks")
+    beta_anc: float = Field(default=0.5, ge=0, lt=1, description="M̄ ← beta_anc·M̄ + (1-beta_anc)·M at each fire")
     clock: Literal["lockstep", "wall"] = Field(
-        "lockstep",
+        default="lockstep",
         description="`lockstep`: lags are ticks, exact, and a due correction is waited for; `wall`: nothing waits",
     )
     lag: LagConfig = FixedLag()
-    max_lag: int | None = Field(None, ge=1, description="a correction later than this, in ticks, is refused")
-    max_age: int | None = Field(None, ge=0, description="a correction held longer than this, in ticks, is dropped")
-    workers: int = Field(1, ge=1, description="fires that may be in flight at once, each on a worker of its own")
+    max_lag: int | None = Field(default=None, ge=1, description="a correction later than this, in ticks, is refused")
+    max_age: int | None = Field(
+        default=None, ge=0, description="a correction held longer than this, in ticks, is dropped"
+    )
+    workers: int = Field(
+        default=1, ge=1, description="fires that may be in flight at once, each on a worker of its own"
+    )
     weights: Literal["swarm", "shared"] = Field(
-        "swarm",
+        default="swarm",
         description="`shared`: snapshots are taken from the stream that feeds the engines, not sent again to a node that has an engine",
     )
-    replay_fraction: float = Field(1.0, gt=0, le=1, description="share of each replay batch that the anchor uses")
-    payload: Literal["auto", "dense"] = Field(
-        "auto", description="`auto`: sign planes where the merger needs no more; `dense`: fp32 M̄ always"
+    replay_fraction: float = Field(
+        default=1.0, gt=0, le=1, description="share of each replay batch that the anchor uses"
     )
-    device: Literal["cpu", "cuda"] = Field("cpu", description="device of the anchor")
+    payload: Literal["auto", "dense"] = Field(
+        default="auto", description="`auto`: sign planes where the merger needs no more; `dense`: fp32 M̄ always"
+    )
+    device: Literal["cpu", "cuda"] = Field(default="cpu", description="device of the anchor")
     resource: str | None = Field(
-        None,
+        default=None,
         pattern=NODE_TAG,
         description="custom Ray resource of the node that the anchor must be on, e.g. `anchor`; default: any node",
     )
-    micro_batch_size: int = Field(32, ge=1, description="samples in one backward of the anchor")
-    slowdown: float = Field(1.0, ge=1, description="sleep until a fire took this many times its own time")
-    timeout_s: float = Field(600.0, gt=0, description="deadline of a correction that is due")
+    micro_batch_size: int = Field(default=32, ge=1, description="samples in one backward of the anchor")
+    slowdown: float = Field(default=1.0, ge=1, description="sleep until a fire took this many times its own time")
+    timeout_s: float = Field(default=600.0, gt=0, description="deadline of a correction that is due")
 
 
 def correction_payload(anchor: AnchorConfig, merger: MergerConfig) -> Payload | None:

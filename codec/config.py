@@ -45,39 +45,43 @@ class CodecConfig(Section):
     """What crosses a boundary between layers."""
 
     kind: str = Field(
-        "transform",
+        default="transform",
         description="`transform`: few bits for every direction, by importance; `powersgd`: few directions, as "
         "published; `none`: the dense control; `package.module:function`: your own",
     )
-    rank: int | None = Field(None, ge=1, description="powersgd: numbers sent for each token; this or `rank_ratio`")
-    rank_ratio: float | None = Field(None, gt=0, le=1, description="powersgd: rank as a share of the hidden size")
+    rank: int | None = Field(
+        default=None, ge=1, description="powersgd: numbers sent for each token; this or `rank_ratio`"
+    )
+    rank_ratio: float | None = Field(
+        default=None, gt=0, le=1, description="powersgd: rank as a share of the hidden size"
+    )
     backward_basis: Literal["forward", "own"] = Field(
-        "forward", description="powersgd: dX through X's basis, as published, or through one of its own"
+        default="forward", description="powersgd: dX through X's basis, as published, or through one of its own"
     )
     rate: float | None = Field(
-        None, gt=0, le=1, description="transform: bytes of the forward, all included, as a share of dense bf16"
+        default=None, gt=0, le=1, description="transform: bytes of the forward, all included, as a share of dense bf16"
     )
-    backward_rate: float | None = Field(None, gt=0, le=1, description="transform: the same for the backward")
+    backward_rate: float | None = Field(default=None, gt=0, le=1, description="transform: the same for the backward")
     total_rate: float | None = Field(
-        None, gt=0, le=0.5, description="transform: both together, split 3:1; default 0.05 if no rate is given"
+        default=None, gt=0, le=0.5, description="transform: both together, split 3:1; default 0.05 if no rate is given"
     )
     coder: Literal["fixed", "entropy"] = Field(
-        "entropy", description="transform: a fixed number of bits for each coefficient, or an entropy coder"
+        default="entropy", description="transform: a fixed number of bits for each coefficient, or an entropy coder"
     )
     side_share: float = Field(
-        0.1, gt=0, le=1, description="transform: tables may cost this share of the bytes; else they wait"
+        default=0.1, gt=0, le=1, description="transform: tables may cost this share of the bytes; else they wait"
     )
     first_token: Literal["coded", "exact"] | None = Field(
-        None, description="token 0 of a sample in the forward; default: exact for transform, coded for powersgd"
+        default=None, description="token 0 of a sample in the forward; default: exact for transform, coded for powersgd"
     )
     share_prefixes: bool | None = Field(
-        None, description="rows that samples have in common cross once; default: on for transform, else off"
+        default=None, description="rows that samples have in common cross once; default: on for transform, else off"
     )
     q_cadence: int | None = Field(
-        None, ge=1, description="refresh Q, or the transform, every so many ticks; default: `anchor.cadence`"
+        default=None, ge=1, description="refresh Q, or the transform, every so many ticks; default: `anchor.cadence`"
     )
     max_kl: float | None = Field(
-        None,
+        default=None,
         gt=0,
         description="a run stops at its second step if `codec/logprob_kl` is above it, nats a token; default: it only warns",
     )

@@ -25,7 +25,7 @@ class MergerConfig(MergerSettings):
     """How the anchor's correction is merged into the compressed gradient."""
 
     placebo: Literal["own", "random"] | None = Field(
-        None,
+        default=None,
         description="signed_ema without an anchor, on its schedule: the signs of the average of G_comp, or random ones",
     )
 

@@ -13,12 +13,18 @@ class MergerSettings(Section):
     """How the anchor's correction is merged into the compressed gradient."""
 
     kind: str = Field(
-        "signed_ema",
+        default="signed_ema",
         description="`none` leaves G_comp as it is; `signed_ema`: the magnitude of G_comp, the sign of M̄; `delta`: what "
         "the codec lost is added; `package.module:name`: your own",
     )
-    alpha: float = Field(0.25, ge=0, le=1, description="share of G_comp that signed_ema keeps whatever the signs say")
-    dose: float = Field(1.0, ge=0, description="share of the correction applied; at most 1/(2(1-alpha)) never flips")
-    age_decay: float = Field(1.0, gt=0, le=1, description="dose is multiplied by this for each tick of age")
-    adaptive_lambda_mode: Literal["none", "ratio"] = Field("none", description="`ratio`: λ = min(lambda_cap, 1/c)")
-    lambda_cap: float = Field(1.0, gt=0, description="largest λ of the ratio gate")
+    alpha: float = Field(
+        default=0.25, ge=0, le=1, description="share of G_comp that signed_ema keeps whatever the signs say"
+    )
+    dose: float = Field(
+        default=1.0, ge=0, description="share of the correction applied; at most 1/(2(1-alpha)) never flips"
+    )
+    age_decay: float = Field(default=1.0, gt=0, le=1, description="dose is multiplied by this for each tick of age")
+    adaptive_lambda_mode: Literal["none", "ratio"] = Field(
+        default="none", description="`ratio`: λ = min(lambda_cap, 1/c)"
+    )
+    lambda_cap: float = Field(default=1.0, gt=0, description="largest λ of the ratio gate")

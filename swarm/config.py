@@ -12,35 +12,41 @@ from codec.config import NODE_TAG, Section
 class SwarmConfig(Section):
     """The grid of workers: `dp` replicas of a pipeline of `pp` stages."""
 
-    dp: int = Field(1, ge=1, description="data-parallel replicas")
-    pp: int = Field(1, ge=1, description="pipeline stages; boundaries inside a stage are virtual")
+    dp: int = Field(default=1, ge=1, description="data-parallel replicas")
+    pp: int = Field(default=1, ge=1, description="pipeline stages; boundaries inside a stage are virtual")
     boundaries: list[int] = Field(
         default_factory=list, description="cut the decoder in front of these layers; len+1 is a multiple of pp"
     )
-    device: Literal["cpu", "cuda"] = Field("cpu", description="cuda: nccl groups and one GPU a worker; cpu: gloo")
+    device: Literal["cpu", "cuda"] = Field(
+        default="cpu", description="cuda: nccl groups and one GPU a worker; cpu: gloo"
+    )
     placement: Literal["pack", "replicas"] = Field(
-        "pack",
+        default="pack",
         description="`pack`: on as few nodes as hold it; `replicas`: a replica's stages on one node, replicas apart",
     )
     resource: str | None = Field(
-        None,
+        default=None,
         pattern=NODE_TAG,
         description="custom Ray resource of the nodes that workers must be on, e.g. `swarm`; default: any node",
     )
-    micro_batch_size: int = Field(32, ge=1, description="samples in one microbatch of a worker")
+    micro_batch_size: int = Field(default=32, ge=1, description="samples in one microbatch of a worker")
     activation_checkpointing: bool = Field(
-        False, description="keep a layer's input alone and compute it again in the backward; anchor likewise"
+        default=False, description="keep a layer's input alone and compute it again in the backward; anchor likewise"
     )
-    threads: int = Field(1, ge=1, description="torch threads of each process")
-    check_every: int = Field(1, ge=0, description="compare the replicas' weight digests every so many ticks; 0: never")
+    threads: int = Field(default=1, ge=1, description="torch threads of each process")
+    check_every: int = Field(
+        default=1, ge=0, description="compare the replicas' weight digests every so many ticks; 0: never"
+    )
     timeout_s: float = Field(
-        300.0,
+        default=300.0,
         gt=0,
         description="deadline of every exchange between workers, and of whatever they are asked for: a tick, the start of "
         "a step, weights, a checkpoint; a tick in which a correction is due may take `anchor.timeout_s` longer",
     )
     start_timeout_s: float = Field(
-        300.0, gt=0, description="deadline for room in the cluster, and then for actors to start and load the model"
+        default=300.0,
+        gt=0,
+        description="deadline for room in the cluster, and then for actors to start and load the model",
     )
 
     def name_of(self, rank: int) -> str:
@@ -65,7 +71,7 @@ class DiagnosticsConfig(Section):
     """What a correction is worth, measured in the run: dense gradients beside those that the swarm used."""
 
     every: int | None = Field(
-        None,
+        default=None,
         ge=1,
         description="diagnose every so many ticks, on an actor of its own with `anchor.device` and "
         "`anchor.micro_batch_size`; the weights stay the same to the bit; default: never",
@@ -75,22 +81,27 @@ class DiagnosticsConfig(Section):
 class LinksConfig(Section):
     """What `plan` and `simulate` assume of the cluster; a run itself never reads this."""
 
-    swarm_mbit: float = Field(100.0, gt=0, description="bandwidth between two workers, Mbit/s each way")
-    swarm_latency_ms: float = Field(20.0, ge=0, description="one-way latency between two workers")
+    swarm_mbit: float = Field(default=100.0, gt=0, description="bandwidth between two workers, Mbit/s each way")
+    swarm_latency_ms: float = Field(default=20.0, ge=0, description="one-way latency between two workers")
     anchor_mbit: float = Field(
-        100.0, gt=0, description="bandwidth between the swarm and an anchor worker or engine, Mbit/s"
+        default=100.0, gt=0, description="bandwidth between the swarm and an anchor worker or engine, Mbit/s"
     )
-    anchor_latency_ms: float = Field(50.0, ge=0, description="one-way latency to the anchor or an engine")
-    jitter: float = Field(0.1, ge=0, le=2, description="standard deviation of a transfer's logarithm")
+    anchor_latency_ms: float = Field(default=50.0, ge=0, description="one-way latency to the anchor or an engine")
+    jitter: float = Field(default=0.1, ge=0, le=2, description="standard deviation of a transfer's logarithm")
     worker_tokens_s: float = Field(
-        2000.0, gt=0, description="tokens/s of one worker through the whole model, forward+backward"
+        default=2000.0, gt=0, description="tokens/s of one worker through the whole model, forward+backward"
     )
-    anchor_tokens_s: float = Field(2000.0, gt=0, description="tokens/s of one anchor worker, forward+backward")
-    engine_tokens_s: float = Field(2000.0, gt=0, description="sampled tokens/s of one engine")
+    anchor_tokens_s: float = Field(default=2000.0, gt=0, description="tokens/s of one anchor worker, forward+backward")
+    engine_tokens_s: float = Field(default=2000.0, gt=0, description="sampled tokens/s of one engine")
     response_tokens: float = Field(
-        0.0, ge=0, description="mean response length assumed; 0: half of grpo.max_response_length"
+        default=0.0, ge=0, description="mean response length assumed; 0: half of grpo.max_response_length"
     )
-    prompt_tokens: float = Field(0.0, ge=0, description="mean prompt length assumed; 0: half of grpo.max_prompt_length")
+    prompt_tokens: float = Field(
+        default=0.0, ge=0, description="mean prompt length assumed; 0: half of grpo.max_prompt_length"
+    )
     blank_ticks: float = Field(
-        0.0, ge=0, le=1, description="share of ticks assumed to have no gradient, because no group has an advantage"
+        default=0.0,
+        ge=0,
+        le=1,
+        description="share of ticks assumed to have no gradient, because no group has an advantage",
     )

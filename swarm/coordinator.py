@@ -195,7 +195,7 @@ class Coordinator:
         """A checkpoint of the present step. In lockstep it waits for fires under way: their results are part of it."""
         start = time.perf_counter()
         step, ranks = self.progress.step, len(self.fleet.workers)
-        writer = checkpoint.Writer(self.run_folder, step)
+        writer = checkpoint.CheckpointWriter(self.run_folder, step)
         files = self.fleet.ask_workers("save", [(str(writer.path), step)] * ranks, "its checkpoint")
         state, frames = self.corrections.save()
         writer.commit(self.progress.state() | state, frames, files)

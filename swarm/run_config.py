@@ -24,10 +24,12 @@ from swarm.config import DiagnosticsConfig, LinksConfig, SwarmConfig
 class RunSection(Section):
     """The run itself."""
 
-    name: str = Field("run", pattern=r"^[A-Za-z0-9._-]+$", description="name of the run; its folder is named after it")
-    seed: int = Field(0, ge=0, lt=2**31, description="seeds prompts, sampling and the first Q")
-    steps: int = Field(75, ge=1, description="global steps")
-    checkpoint_every: int = Field(0, ge=0, description="checkpoint every so many steps; 0: never")
+    name: str = Field(
+        default="run", pattern=r"^[A-Za-z0-9._-]+$", description="name of the run; its folder is named after it"
+    )
+    seed: int = Field(default=0, ge=0, lt=2**31, description="seeds prompts, sampling and the first Q")
+    steps: int = Field(default=75, ge=1, description="global steps")
+    checkpoint_every: int = Field(default=0, ge=0, description="checkpoint every so many steps; 0: never")
     loggers: list[Literal["wandb", "mlflow", "trackio"]] = Field(
         default_factory=list, description="beside metrics.jsonl and TensorBoard; one that fails does not stop the run"
     )

@@ -9,7 +9,7 @@ Not counted: optimizer, merge, encoding, scoring, validation, and links that are
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from math import ceil
 
 import numpy as np
@@ -22,7 +22,7 @@ from swarm.run_config import RunConfig
 class _Total:
     @property
     def total(self) -> float:
-        return sum(asdict(self).values())
+        return sum(vars(self).values())
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,11 @@ comes from `deploy/estimate/timing.py`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import simpy
+from simpy.events import ProcessGenerator
 
 from anchor_service.clock import make_clock, next_worker, paced
 from anchor_service.config import correction_payload
@@ -81,7 +81,7 @@ class _Run:
 
     # --- the driver ------------------------------------------------------------------------------
 
-    def _steps(self) -> Iterator[simpy.Event]:
+    def _steps(self) -> ProcessGenerator:
         grpo, val, durations = self.config.grpo, self.config.val, self.durations
         steps = -(-self.last_tick // grpo.ticks_per_step)
         yield self._spend("engines", durations.weight_sync(None))
@@ -104,7 +104,7 @@ class _Run:
             if step % val.every == 0 or step == steps:
                 yield self._spend("engines", durations.rollout(val.size, 1))
 
-    def _tick(self, tick: int) -> Iterator[simpy.Event]:
+    def _tick(self, tick: int) -> ProcessGenerator:
         """In the coordinator's order: dispatch, offer, work, merge, the rest."""
         start = self.env.now
         self._dispatch()
@@ -138,7 +138,7 @@ class _Run:
         """Each fire has numbers of its own, so that they do not depend on when it runs."""
         return np.random.default_rng([self.config.run.seed, 0xF12E, version, what])
 
-    def _fire(self, fire: SimulatedFire, earlier: SimulatedFire | None, least: float) -> Iterator[simpy.Event]:
+    def _fire(self, fire: SimulatedFire, earlier: SimulatedFire | None, least: float) -> ProcessGenerator:
         """One job on its anchor worker, chosen as in `FireLine`."""
         env, version, source = self.env, fire.due.version, fire.due.source_tick
         worker = next_worker([anchor.count + len(anchor.queue) for anchor in self.anchors], version)
@@ -172,7 +172,7 @@ class _Run:
                 start = max(self.env.now, self.last_held)
                 fire.held = self.last_held = start + self.durations.deliver(self._rng(version, 1))
 
-    def _wait(self, fire: SimulatedFire) -> Iterator[simpy.Event]:
+    def _wait(self, fire: SimulatedFire) -> ProcessGenerator:
         """In lockstep: until every rank has fetched the correction that is due."""
         if not fire.published.processed:
             start = self.env.now
@@ -200,7 +200,7 @@ class _Run:
             if merged:
                 self.held = found.corrections[-1]
                 found.lags.append(tick - source)
-        if self.held is not None:
+        if self.held is not None and self.held.first_tick is not None:  # what is held has been merged
             age = tick - self.held.first_tick
             found.ages.append(age)
             found.expired += anchor.max_age is not None and age > anchor.max_age

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,7 @@ class Simulation:
         }
 
 
-def _spread(values: list[float]) -> dict[str, float] | None:
+def _spread(values: Sequence[float]) -> dict[str, float] | None:
     if not values:
         return None
     p50, p90, p99 = np.percentile(values, [50, 90, 99])
@@ -117,7 +118,9 @@ def _plot(found: Simulation, file: Path) -> None:
     axes = figure.subplots()
     low, high = min(found.lags), max(found.lags)
     step = max(1, -(-(high - low + 1) // 40))  # whole ticks, at most 40 bars
-    axes.hist(found.lags, bins=np.arange(low, high + step + 1, step) - 0.5, color="#0072b2", edgecolor="white")
+    axes.hist(
+        found.lags, bins=(np.arange(low, high + step + 1, step) - 0.5).tolist(), color="#0072b2", edgecolor="white"
+    )
     axes.axvline(float(np.mean(found.lags)), color="#d55e00", label=f"mean {np.mean(found.lags):.1f}")
     axes.set(xlabel="lag in ticks", ylabel="corrections", title=f"{found.name}: {len(found.lags)} corrections")
     axes.legend(frameon=False)

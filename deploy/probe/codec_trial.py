@@ -68,11 +68,13 @@ class Halves:
         dense = rows.detach()
         _, gradient = head.compare(dense, dense, micro, with_gradient=True)
         rows.backward(gradient)
+        assert entry.grad is not None  # of a leaf that the loss depends on
         return dense, entry.grad
 
     def weight_gradient(self, hidden: Tensor, dx: Tensor) -> Tensor:
         """Evenly spaced coordinates of the lower half's gradient, from that of its output; keeps the graph."""
         weights = self.lower.weights
+        assert weights.grad is not None  # the lower half is trainable
         weights.grad.zero_()
         hidden.backward(dx, retain_graph=True)
         weights.collect()
@@ -105,9 +107,10 @@ class Head:
             leaf = rows[block].detach().requires_grad_(with_gradient)
             q = self.logprobs(leaf)
             new = q.gather(1, targets).squeeze(1)
-            if with_gradient:
+            if gradient is not None:
                 old = new.detach() if self.grpo.old_logprobs == "trainer" else micro.rollout_logprobs[block]
                 policy_loss(new, old, micro.advantages[block], self.denominator, self.grpo).loss.backward()
+                assert leaf.grad is not None
                 gradient[block] = leaf.grad
             sums["kl"] += (p.exp() * (p - q.detach())).sum(dtype=torch.float64)
             for name, value in mismatch.sums(p.gather(1, targets).squeeze(1), new).items():
@@ -199,6 +202,7 @@ class Trial:
             self.sums[name] += value.item()
         if with_gradient:
             rows.backward(gradient)
+            assert entry.grad is not None
             self.gradient = self.gradient + self.halves.weight_gradient(hidden, entry.grad)
         for boundary in self.boundaries.values():  # hold the rate as a run does, tick by tick
             for rate in (boundary.forward.rate, boundary.backward.rate):

@@ -97,6 +97,7 @@ def probe(config: RunConfig, tokens: int, say: Say, candidates: list[CodecConfig
     preflight(config)
     folder = resolve(config.model.path)
     shape = model_shape(str(folder))
+    assert shape is not None  # a folder has one
     candidates = candidates or compared_with(config, shape.hidden)
     calibration, scored = _answers(config, tokens, say)
     drawn = not (calibration.advantages.any() and scored.advantages.any())

@@ -49,7 +49,7 @@ def run_folder(root: Path, model: Path, *overrides: str) -> Path:
 
 def trained(run: Path, model: Path, pp: int = 1, step: int = 3, ticks: int = 2) -> dict[str, np.ndarray]:
     """A checkpoint of `step`, as the workers write it; the masters by name."""
-    writer = checkpoint.Writer(run, step)
+    writer = checkpoint.CheckpointWriter(run, step)
     found = on_ranks(pp, _train, model, pp, str(writer.path), step, ticks)
     writer.commit({"step": step}, {}, [files for _, files in found])
     return {name: value for stage, _ in reversed(found) for name, value in stage.items()}
