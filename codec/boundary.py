@@ -21,7 +21,7 @@ from torch import Tensor
 from codec.config import CodecConfig
 from codec.dense import dense
 from codec.fidelity import Fidelity
-from codec.interface import Codec, CodecError, Room, as_bytes, checked
+from codec.interface import Codec, CodecError, Room, as_bytes, checked_codecs
 from codec.ledger import Ledger
 from codec.powersgd import powersgd
 from codec.rows import Rows
@@ -46,7 +46,7 @@ def make_codec(config: CodecConfig, hidden: int, seed: int) -> tuple[Codec, Code
         make = getattr(import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"codec.kind = {config.kind!r} cannot be imported by this worker: {error}") from error
-    return checked(config.kind, make(config, hidden, seed))
+    return checked_codecs(config.kind, make(config, hidden, seed))
 
 
 class Boundary:

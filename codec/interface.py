@@ -147,7 +147,7 @@ class Rate(Protocol):
         """Forget the books, and hold `share` from here on."""
 
 
-def checked(kind: str, made: object) -> tuple[Codec, Codec]:
+def checked_codecs(kind: str, made: object) -> tuple[Codec, Codec]:
     """The two codecs that somebody's function made. Raises ValueError naming what they lack of the faces above."""
     if not isinstance(made, tuple) or len(made) != 2:
         raise ValueError(f"codec.kind = {kind!r} gives a {type(made).__name__}, not a tuple of two codecs")

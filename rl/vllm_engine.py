@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,6 +22,9 @@ from torch import Tensor
 from rl.config import CPU_KV_CACHE_GB, RolloutConfig
 from rl.engine import EngineFailed, Key, PlainModel, Samples, request_seeds
 from rl.policy import EMBEDDING, HEAD, is_tied
+
+if TYPE_CHECKING:
+    from vllm import LLM  # pyright: ignore[reportMissingImports] -- an extra: the types are checked without it too
 
 TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 1e-1}  # mean absolute difference of log-probs, nats
 _RESTART = "the engine has to be started anew"
@@ -51,9 +54,9 @@ class VllmEngine:
             raise EngineFailed("vllm did not start", str(error), fix) from error
         self.publish()
 
-    def _start(self, rollout: RolloutConfig, length: int):
+    def _start(self, rollout: RolloutConfig, length: int) -> LLM:  # pyright: ignore[reportUnknownParameterType]
         """`length`: the longest prompt and answer together, in tokens."""
-        from vllm import LLM
+        from vllm import LLM  # pyright: ignore[reportMissingImports]
 
         on_cpu = self.device.type == "cpu"
         cache_gb = rollout.kv_cache_gb or (CPU_KV_CACHE_GB if on_cpu else None)
@@ -97,7 +100,7 @@ class VllmEngine:
         self.asleep, self.ready = True, False
 
     def sample(self, prompts: list[list[int]], keys: list[Key], max_new: int, temperature: float) -> Samples:
-        from vllm import SamplingParams, TokensPrompt
+        from vllm import SamplingParams, TokensPrompt  # pyright: ignore[reportMissingImports]
 
         if not self.ready:
             raise EngineFailed("samples of vllm", "its weights are not those of the run", _RESTART)
@@ -147,7 +150,7 @@ class VllmEngine:
             )
 
     def _prompt_logprobs(self, ids: list[int]) -> np.ndarray:
-        from vllm import SamplingParams, TokensPrompt
+        from vllm import SamplingParams, TokensPrompt  # pyright: ignore[reportMissingImports]
 
         params = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
         (answer,) = self.llm.generate(TokensPrompt(prompt_token_ids=ids), params, use_tqdm=False)

@@ -14,7 +14,7 @@ import numpy as np
 from constriction import stream  # pyright: ignore[reportAttributeAccessIssue]: a compiled module
 
 
-class Writer:
+class WordWriter:
     """Symbols in the order in which they will be read."""
 
     def __init__(self) -> None:
@@ -33,8 +33,8 @@ class Writer:
         return coder.get_compressed().astype("<u4")
 
 
-class Reader:
-    """Raises ValueError, from every method, if the words cannot be what a Writer made."""
+class WordReader:
+    """Raises ValueError, from every method, if the words cannot be what a WordWriter made."""
 
     def __init__(self, words: np.ndarray):
         try:

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from codec.transform.ans import Reader, Writer
+from codec.transform.ans import WordReader, WordWriter
 from codec.transform.symbol_statistics import CLASSES, ENERGIES, Contexts, first_counts, tally
 from codec.transform.symbols import DIRECT, MAGNITUDE_BITS, pack_bits, plain_bits, symbols_of, unpack_bits
 
@@ -117,7 +117,7 @@ class EntropyCoder:
         magnitude = np.abs(q)
         symbols = symbols_of(magnitude)
         order, runs = _by_class(classes)
-        in_order, writer = symbols.take(order), Writer()
+        in_order, writer = symbols.take(order), WordWriter()
         writer.put(energy, self.contexts.energy_counts[0])
         for c, run in runs:
             writer.put(in_order[run], self.contexts.counts[c])
@@ -136,7 +136,7 @@ class EntropyCoder:
     def _read(self, body: np.ndarray, n: int, step: float) -> np.ndarray:
         """Inverse of `_write`: int32 [n, k]. Learns."""
         words, plain = _split(body, n)
-        reader = Reader(words)
+        reader = WordReader(words)
         energy = reader.take(n, self.contexts.energy_counts[0])
         rows = np.flatnonzero(energy)
         classes = self.contexts.classes(energy[rows], step).reshape(-1)

@@ -187,10 +187,10 @@ def test_plain_bits_come_back(pairs: list[tuple[int, int]]):
 def test_words_come_back_in_order_also_where_the_model_was_sure_of_something_else(parts: list[list[int]], seed: int):
     rng = np.random.default_rng(seed)
     counts = [np.maximum(1, rng.geometric(10.0 ** -rng.integers(0, 7), 7)) for _ in parts]
-    writer = ans.Writer()
+    writer = ans.WordWriter()
     for part, count in zip(parts, counts):
         writer.put(np.array(part, np.int32), count)
-    reader = ans.Reader(writer.words())
+    reader = ans.WordReader(writer.words())
     assert [reader.take(len(part), count).tolist() for part, count in zip(parts, counts)] == parts
     reader.finish()
 
