@@ -46,9 +46,8 @@ check: setup types  ## lint, format, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: setup  ## 0 errors in codec merger rl anchor_service swarm (strict); no more than there are in the rest (basic)
+types: setup  ## 0 errors, strict in all packages and benchmarks
 	$(PYRIGHT)
-	.ci/type-errors $(BIN)/pyright
 
 constraints: setup  ## write constraints.txt anew: the versions that are installed, when the tests passed with them
 	$(BIN)/python -m tests.closure

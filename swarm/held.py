@@ -41,7 +41,7 @@ class Held:
         self.correction: Correction | None = None
         self.seen = 0  # newest version agreed on, merged or refused
         self.first_tick = 0  # in which `correction` was first merged
-        # G_comp of the ticks that started a fire still under way, by source tick; only `delta` needs them
+        # G_comp of the ticks that started a fire still under way, by source tick, where the merger needs them
         self.sources: dict[int, Tensor] = {}
 
     def merge(self, plan: TickPlan, g_comp: Tensor, norm: Callable[[Tensor], float]) -> MergeOutcome:
