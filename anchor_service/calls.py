@@ -6,7 +6,7 @@ import re
 import time
 from collections.abc import Iterable
 from contextlib import suppress
-from typing import Any
+from typing import Any, cast
 
 import ray
 from ray._private.state import actors
@@ -22,7 +22,7 @@ from ray.exceptions import (
 
 from anchor_service.errors import ActorLost, WaitTimeout
 
-__all__ = ["ActorHandle", "failure", "gather", "take"]
+__all__ = ["ActorHandle", "done_of", "failure", "gather", "several", "take"]
 
 VERDICT_S = 30.0  # Ray takes up to 25 s to call a node dead that sends no heartbeat
 _WHERE = re.compile(r'^ +File "(.+)", line (\d+), in (.+)$', re.MULTILINE)
@@ -31,7 +31,7 @@ _PROCESS = re.compile(r"\(pid=(\d+), ip=([^,)]+)")
 
 
 def gather(
-    calls: Iterable[tuple[str, Any]],
+    calls: Iterable[tuple[str, object]],
     what: str,
     seconds: float,
     knob: str,
@@ -65,10 +65,24 @@ def gather(
     return [found[reference] for reference in names]
 
 
-def take(reference: Any, who: str, what: str) -> Any:
+def several(returned: object) -> list[object]:
+    """The references that a call with `num_returns` gave: one for each, which Ray's annotations do not know."""
+    return cast("list[object]", returned)
+
+
+def done_of(references: list[object]) -> tuple[list[object], list[object]]:
+    """Those of calls that are over, and the others; waits for nothing."""
+    if not references:
+        return [], []
+    waiting = cast("list[ray.ObjectRef[Any]]", references)
+    done, others = ray.wait(waiting, num_returns=len(waiting), timeout=0)
+    return list(done), list(others)
+
+
+def take(reference: object, who: str, what: str) -> Any:
     """The object of a call that is over. Raises ActorLost, or what the actor raised."""
     try:
-        return ray.get(reference)
+        return ray.get(cast("ray.ObjectRef[Any]", reference))
     except RayError as error:
         raise failure(error, who, what) from error
 

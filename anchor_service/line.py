@@ -6,12 +6,12 @@ start ─▶ worker k: gradient ─▶ publish ─▶ arrived ─▶ (deliver) �
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import ray
-
-from anchor_service.calls import gather, take
+from anchor_service.actor import Anchor
+from anchor_service.calls import ActorHandle, done_of, gather, several, take
 from anchor_service.clock import next_worker
 from anchor_service.lag import Due
 from anchor_service.messages import FireJob
@@ -25,27 +25,27 @@ class Fire:
 
     due: Due
     worker: int
-    report: Any
-    m_bar: Any
-    corrections: list[Any]  # one a stage
+    report: object  # references, as all that follow
+    m_bar: object
+    corrections: list[object]  # one a stage
     delivered: bool = False
 
 
 class FireLine:
     """All fires of a run, by way of its anchor workers."""
 
-    def __init__(self, workers: list[Any], stages: int, timeout_s: float, bound: int | None):
+    def __init__(self, workers: list[ActorHandle[Anchor]], stages: int, timeout_s: float, bound: int | None):
         self.workers, self.stages, self.timeout_s, self.bound = workers, stages, timeout_s, bound
         self.under_way: dict[int, Fire] = {}
-        self.m_bar: Any = None
-        self._deliveries: list[Any] = []
+        self.m_bar: object = None
+        self._deliveries: list[object] = []
 
     def free_worker(self, version: int) -> int:
         """Who should run fire `version`."""
         busy = [fire.worker for fire in self.under_way.values() if not fire.delivered]
         return next_worker([busy.count(k) for k in range(len(self.workers))], version)
 
-    def start(self, due: Due, k: int, snapshot: list[Any], replay: Any, least_seconds: float = 0.0) -> None:
+    def start(self, due: Due, k: int, snapshot: list[object], replay: object, least_seconds: float = 0.0) -> None:
         """Hand one job to worker `k`; waits for nothing. M̄ passes from one fire to the next.
 
         Raises RingOverflow if more would be under way than the clock's agenda can have.
@@ -56,11 +56,12 @@ class FireLine:
             )
         worker = self.workers[k]
         job = FireJob(due.version, due.source_tick, due.first_tick, snapshot, [replay], least_seconds)
-        report, m = worker.gradient.options(num_returns=2).remote(job)
-        returned = worker.publish.options(num_returns=2 + self.stages).remote(report, m, self.m_bar)
-        self.add(Fire(due, k, returned[0], returned[1], returned[2:]))
+        report, m = several(worker.gradient.options(num_returns=2).remote(job))
+        published = worker.publish.options(num_returns=2 + self.stages).remote(report, m, self.m_bar)
+        report, m_bar, *corrections = several(published)
+        self.add(Fire(due, k, report, m_bar, corrections))
 
-    def follow(self, tick: int, references: list[Any]) -> None:
+    def follow(self, tick: int, references: list[object]) -> None:
         """Weights for every anchor worker, in order before the jobs that start from them; waits for nothing."""
         for worker in self.workers:
             worker.follow.remote(tick, *references)
@@ -69,7 +70,7 @@ class FireLine:
         self.under_way[fire.due.version] = fire
         self.m_bar = fire.m_bar
 
-    def drop(self, fire: Fire, m_bar: Any) -> None:
+    def drop(self, fire: Fire, m_bar: object) -> None:
         """Forget a fire that failed; M̄ goes on from the fire before it, or from `m_bar` if that is merged."""
         del self.under_way[fire.due.version]
         earlier = [v for v in self.under_way if v < fire.due.version]
@@ -78,10 +79,10 @@ class FireLine:
     def arrived(self) -> list[Fire]:
         """Fires that are done and not delivered yet, oldest first; waits for nothing."""
         waiting = {fire.report: fire for fire in self.under_way.values() if not fire.delivered}
-        done, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=0) if waiting else ([], [])
+        done, _ = done_of(list(waiting))
         return sorted((waiting[ref] for ref in done), key=lambda fire: fire.due.version)
 
-    def deliver(self, fire: Fire, ranks: list[Any]) -> None:
+    def deliver(self, fire: Fire, ranks: Sequence[ActorHandle[Any]]) -> None:
         """Send each rank its stage's correction, beside whatever tick is running; waits for nothing."""
         fire.delivered = True
         for index, rank in enumerate(ranks):
@@ -90,11 +91,9 @@ class FireLine:
 
     def check_deliveries(self) -> None:
         """Raises what a delivery that is over raised; waits for nothing."""
-        if self._deliveries:
-            count = len(self._deliveries)
-            done, self._deliveries = ray.wait(self._deliveries, num_returns=count, timeout=0)
-            for delivery in done:
-                take(delivery, "a worker", "the arrival of a correction")
+        done, self._deliveries = done_of(self._deliveries)
+        for delivery in done:
+            take(delivery, "a worker", "the arrival of a correction")
 
     def report(self, fire: Fire) -> dict[str, Any]:
         """Raises WaitTimeout if the fire is not done in time."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,8 +19,8 @@ class FireJob:
     version: int
     source_tick: int
     first_tick: int | None  # None on the wall clock: it is merged when it is there
-    snapshot: list[Any]  # reference to a weights frame, one a stage
-    replay: list[Any]  # reference to a batch frame, one element
+    snapshot: list[object]  # reference to a weights frame, one a stage
+    replay: list[object]  # reference to a batch frame, one element
     least_seconds: float = 0.0  # a simulated lag: not done before this time has passed
 
 

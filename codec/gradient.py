@@ -10,14 +10,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import prod
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from codec.config import GradientConfig
 from codec.costs import is_factored
 from codec.powersgd import orthonormalise
 
 Sum = Callable[[Tensor, float], None]  # sum in place over replicas; second: bytes a dense system would send
+
+
+class GradientSum(Protocol):
+    """A sum over replicas, in place, with a state of its own."""
+
+    def __call__(self, grad: Tensor) -> None: ...
+
+    def state(self) -> dict[str, Tensor]: ...
+
+    def restore(self, state: dict[str, Tensor]) -> None: ...
 
 
 class DenseSum:
@@ -102,3 +114,17 @@ class PowerSGDSum:
     def restore(self, state: dict[str, Tensor]) -> None:
         self.error.copy_(state["error"])
         self.q = [state[f"q.{i}"].to(self.error.device) for i in range(len(self.q))]
+
+
+def gradient_sum(
+    config: GradientConfig,
+    shapes: list[tuple[int, ...]],
+    replicas: int,
+    seed: int,
+    sum_over_replicas: Sum,
+    device: torch.device,
+) -> GradientSum:
+    """What `codec.gradient.kind` names; of one replica there is nothing to sum."""
+    if config.kind == "none" or replicas == 1:
+        return DenseSum(sum_over_replicas)
+    return PowerSGDSum(shapes, config.rank, replicas, seed, sum_over_replicas, device)

@@ -6,10 +6,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from anchor_service.calls import ActorHandle, gather
+from anchor_service.actor import Anchor
+from anchor_service.calls import ActorHandle, gather, several
 from anchor_service.config import AnchorConfig
+from anchor_service.diagnosis import Diagnoser
 from rl.config import RolloutConfig
+from rl.rollout import RolloutWorker
 from swarm.config import SwarmConfig
+from swarm.worker import Worker
 
 GRACE_S = 15.0  # a rank that waits for another has begun to a little after it was asked
 SETTLE_S = 5.0  # so long after the first rank that lost its peer Ray says what became of that
@@ -22,11 +26,11 @@ class Fleet:
     swarm: SwarmConfig
     anchor: AnchorConfig
     rollout: RolloutConfig
-    workers: list[ActorHandle[Any]]
-    engines: list[ActorHandle[Any]]
-    anchors: list[ActorHandle[Any]]
-    diagnosers: list[ActorHandle[Any]]
-    new_engines: Callable[[], list[Any]]
+    workers: list[ActorHandle[Worker]]
+    engines: list[ActorHandle[RolloutWorker]]
+    anchors: list[ActorHandle[Anchor]]
+    diagnosers: list[ActorHandle[Diagnoser]]
+    new_engines: Callable[[], list[ActorHandle[RolloutWorker]]]
 
     @property
     def swarm_limit(self) -> tuple[float, str]:
@@ -58,23 +62,24 @@ class Fleet:
         ]
         return gather(calls, what, *(limit or self.swarm_limit), settle=SETTLE_S)
 
-    def weights(self, tick: int, stream: str, whole: bool) -> tuple[list[Any], int]:
+    def weights(self, tick: int, stream: str, whole: bool) -> tuple[list[object], int]:
         """References to the weights frames of all stages after `tick` ticks, for one stream of consumers; their bytes."""
-        pairs = [w.weights.options(num_returns=2).remote(tick, stream, whole) for w in self._first_replica]
+        ranks = self._first_replica
+        pairs = [several(w.weights.options(num_returns=2).remote(tick, stream, whole)) for w in ranks]
         calls = [(f"worker d0p{p}", size) for p, (_, size) in enumerate(pairs)]
         nbytes = sum(gather(calls, f"the weights of tick {tick}", *self.swarm_limit))
         return [frame for frame, _ in pairs], nbytes
 
-    def records(self, tick: int) -> list[Any]:
+    def records(self, tick: int) -> list[object]:
         """References to the weights of every stage, with what this tick kept; waits for nothing."""
         return [worker.record.remote(tick) for worker in self._first_replica]
 
-    def take_turns(self, method: str, actors: list[Any]) -> None:
+    def take_turns(self, method: str, actors: Sequence[ActorHandle[Any]]) -> None:
         """Engines and workers on the same GPUs take turns in their memory."""
         if self.rollout.placement == "colocated":
             calls = [(f"actor {i}", getattr(actor, method).remote()) for i, actor in enumerate(actors)]
             gather(calls, method, *self.engine_limit)
 
     @property
-    def _first_replica(self) -> list[Any]:
+    def _first_replica(self) -> list[ActorHandle[Worker]]:
         return self.workers[: self.swarm.pp]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 Entries = dict[str, tuple[float, float]]  # channel -> bytes sent, and what a dense system would have sent
 
@@ -14,7 +13,7 @@ class TickPlan:
 
     tick: int
     mini_batch: int  # which of the step's mini-batches
-    correction: Any | None  # reference to this stage's correction frame, in the tick that must first merge it
+    correction: object | None  # reference to this stage's correction frame, in the tick that must first merge it
     version: int | None  # version that must be merged in this tick, 0 before the first fire; None: what all ranks hold
     keep_source: bool = False  # a fire starts from the weights before this tick: `delta` will need its G_comp
     record: bool = False  # this tick is diagnosed: keep what `record` will be asked for

@@ -16,7 +16,7 @@ from torch import Tensor
 from anchor_service.config import AnchorConfig
 from codec.boundary import Boundary
 from codec.config import CodecConfig
-from codec.gradient import DenseSum, PowerSGDSum
+from codec.gradient import GradientSum, gradient_sum
 from merger.config import MergerConfig
 from rl.config import GrpoConfig, ModelConfig
 from rl.model_files import model_shape, resolve
@@ -137,16 +137,13 @@ def build_rank(setup: RankSetup, grid: Grid) -> Rank:
     return Rank(setup, stage, cuts, grid)
 
 
-def _reducer(setup: RankSetup, stage: Stage, grid: Grid) -> DenseSum | PowerSGDSum:
+def _reducer(setup: RankSetup, stage: Stage, grid: Grid) -> GradientSum:
     """How gradients are summed over replicas."""
 
     def sum_dp(tensor: Tensor, dense_bytes: float) -> None:
         grid.sum_dp(tensor, "grad_dp", dense_bytes)
 
-    config = setup.codec.gradient
-    if config.kind == "none" or grid.dp == 1:
-        return DenseSum(sum_dp)
-    return PowerSGDSum(stage.weights.shapes, config.rank, grid.dp, setup.seed, sum_dp, grid.device)
+    return gradient_sum(setup.codec.gradient, stage.weights.shapes, grid.dp, setup.seed, sum_dp, grid.device)
 
 
 def _optimizer(grpo: GrpoConfig, stage: Stage) -> torch.optim.AdamW:

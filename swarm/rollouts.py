@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from typing import Any
 
 import numpy as np
 
@@ -138,11 +137,11 @@ class Rollouts:
         """The next weights are whole ones: somebody has lost the base of a delta."""
         self._resync = True
 
-    def _weights(self) -> tuple[list[Any], int]:
+    def _weights(self) -> tuple[list[object], int]:
         whole, self._resync = self._resync, False
         return self.fleet.weights(self.progress.tick, "engines", whole)
 
-    def _load(self, references: list[Any], nbytes: int) -> str:
+    def _load(self, references: list[object], nbytes: int) -> str:
         tick, engines, ledger = self.progress.tick, self.fleet.engines, self.progress.ledger
         calls = [(f"engine {i}", engine.load_weights.remote(tick, *references)) for i, engine in enumerate(engines)]
         self.line.follow(tick, references)
