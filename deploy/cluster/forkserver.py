@@ -23,8 +23,7 @@ from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 
-# what takes long, and no Ray; the last for the optimizer, which asks for it when it is made
-IMPORTED = "rl.rollout", "swarm.tick", "anchor_service.dense_gradient", "torch._dynamo"
+IMPORTED = "rl.rollout", "swarm.tick", "anchor_service.dense_gradient"  # what takes long, and no Ray
 REQUEST = Path(__file__).with_name("fork_request.py")
 OUTPUT = 0, 1, 2
 
