@@ -46,9 +46,8 @@ check: setup types  ## lint, format, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: setup  ## codec merger rl anchor_service swarm strictly, the rest in the basic mode
+types: setup  ## 0 errors, strict in all packages and benchmarks
 	$(PYRIGHT) --warnings
-	$(PYRIGHT) --warnings --project pyright-basic.json
 
 constraints: setup  ## write constraints.txt anew: the versions that are installed, when the tests passed with them
 	$(BIN)/python -m tests.closure

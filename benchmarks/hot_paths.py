@@ -82,7 +82,7 @@ def boundary() -> None:
         {"coder": "fixed", "total_rate": 0.125},
         {"coder": "entropy", "total_rate": 0.125},
     ):
-        cut = Boundary(CodecConfig(**kind), 0, HIDDEN, 0, Ledger())
+        cut = Boundary(CodecConfig.model_validate(kind), 0, HIDDEN, 0, Ledger())
         name = ", ".join(str(value) for value in kind.values())
         jobs[f"{name}, both ways"] = lambda cut=cut: crossing(cut, False)
         jobs[f"{name}, with statistics"] = lambda cut=cut: crossing(cut, True)

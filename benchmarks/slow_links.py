@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,7 @@ def shape(rate: str | None) -> None:
 
 
 @contextmanager
-def network() -> Iterator[None]:
+def network() -> Generator[None]:
     """Namespaces with one interface each, eth0, joined by a bridge."""
     clear()
     try:
@@ -100,7 +100,7 @@ def inside(name: str) -> list[int]:
 
 
 @contextmanager
-def raylets(folder: Path, cpus: int) -> Iterator[None]:
+def raylets(folder: Path, cpus: int) -> Generator[None]:
     """One in each namespace, the first with the head; those of the swarm with so many CPUs."""
     ray = Path(sys.executable).parent / "ray"
     environment = os.environ | {"RAY_AUTH_MODE": "disabled", "GLOO_SOCKET_IFNAME": "eth0"}

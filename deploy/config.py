@@ -127,9 +127,10 @@ def _apply(data: dict[str, Any], override: str) -> None:
     except tomllib.TOMLDecodeError:
         value = text.strip()  # a bare word is a string
     for key in keys[:-1]:
-        data = data.setdefault(key, {})
-        if not isinstance(data, dict):
+        section: object = data.setdefault(key, {})
+        if not isinstance(section, dict):
             raise ConfigError(f"--set {override!r}: {key!r} is not a section")
+        data = section
         if key in _OF_A_KIND and keys[-1] == "kind" and data.get("kind") != value:
             data.clear()
     data[keys[-1]] = value

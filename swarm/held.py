@@ -41,14 +41,14 @@ class Held:
         self.correction: Correction | None = None
         self.seen = 0  # newest version agreed on, merged or refused
         self.first_tick = 0  # in which `correction` was first merged
-        # G_comp of the ticks that started a fire still under way, by source tick; only `delta` needs them
+        # G_comp of the ticks that started a fire still under way, by source tick, where the merger needs them
         self.sources: dict[int, Tensor] = {}
 
     def merge(self, plan: TickPlan, g_comp: Tensor, norm: Callable[[Tensor], float]) -> MergeOutcome:
         """Merge the version that every rank holds, in place of the gradient [n]. All ranks decide alike."""
         if self.merger.payload is None:
             return MergeOutcome()
-        if self.merger.payload == "dense" and plan.keep_source:
+        if self.merger.needs_source and plan.keep_source:
             self.sources[plan.tick - 1] = g_comp.clone()
         refused = self._adopt(plan) if self.placebo is None else self._stand_in(self.placebo, plan, g_comp)
         held, age = self.correction, plan.tick - self.first_tick
@@ -92,7 +92,7 @@ class Held:
         if max_lag is not None and plan.tick - held.source_tick > max_lag:
             return version
         values = held.values.to(self.grid.device)
-        if self.merger.payload == "dense":
+        if self.merger.needs_source:
             assert source is not None  # the tick that started this fire has kept it
             values = values - source
         self.correction, self.first_tick = replace(held, values=values), plan.tick
@@ -115,6 +115,7 @@ class Held:
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors, and plain fields: all that the next tick needs of corrections."""
         tensors = {f"source.{s}": g for s, g in self.sources.items()}
+        tensors |= {f"merger.{k}": v for k, v in self.merger.state().items()}
         if self.placebo:
             tensors |= {f"placebo.{k}": v for k, v in self.placebo.state().items()}
         fields: dict[str, Any] = {"seen": self.seen, "first_tick": self.first_tick}
@@ -128,6 +129,7 @@ class Held:
         """Go on from `state()`."""
         here = {name: value.to(self.grid.device) for name, value in tensors.items()}
         self.sources = {int(s): g for s, g in under("source", here).items()}
+        self.merger.restore(under("merger", here))
         if self.placebo:
             self.placebo.restore(under("placebo", here))
         self.seen, self.first_tick = fields["seen"], fields["first_tick"]

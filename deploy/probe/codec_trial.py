@@ -152,8 +152,8 @@ class Trial:
         for layer, boundary in self.boundaries.items():
             for _ in range(REFRESHES):
                 self._pass(boundary, layer, micros)
-                boundary.refresh_alone("fwd")
-                boundary.refresh_alone("bwd")
+                for way in ("fwd", "bwd"):
+                    boundary.refresh_alone(way)
             rates = {name: rate for name in ("fwd", "bwd") if (rate := boundary.way(name).rate) is not None}
             left = {}  # for payloads
             for name, rate in rates.items():

@@ -46,7 +46,9 @@ def test_a_worker_is_forked_with_all_imported_but_ray_and_started_where_the_serv
         return json.loads(done.stdout)
 
     with forkserver(threads=1) as offered:
-        (server,) = (p for p in psutil.Process().children() if "deploy.cluster.forkserver" in p.cmdline())
+        while not (servers := [p for p in psutil.Process().children() if "deploy.cluster.forkserver" in p.cmdline()]):
+            pass  # for an instant it has no name
+        (server,) = servers
         assert server.environ()["OMP_NUM_THREADS"] == "1"
         forked = told(offered["py_executable"])
         assert forked["parent"] == server.pid
