@@ -12,8 +12,7 @@ real tokens only: padding is never encoded, sent or counted. Which rows reach th
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib import import_module
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -23,11 +22,13 @@ from codec.dense import dense
 from codec.fidelity import Fidelity
 from codec.interface import Codec, CodecError, Room, as_bytes, checked_codecs
 from codec.ledger import Ledger
+from codec.named import imported
 from codec.powersgd import powersgd
 from codec.rows import Rows
 from codec.transform.way import transform
 
-CODECS: dict[str, Callable[[CodecConfig, int, int], tuple[Codec, Codec]]] = {
+Factory = Callable[[CodecConfig, int, int], tuple[Codec, Codec]]  # of a config, the hidden size and a seed
+CODECS: dict[str, Factory] = {
     "none": dense,
     "powersgd": powersgd,
     "transform": transform,
@@ -41,11 +42,7 @@ def make_codec(config: CodecConfig, hidden: int, seed: int) -> tuple[Codec, Code
     """
     if config.kind in CODECS:
         return CODECS[config.kind](config, hidden, seed)
-    module, _, name = config.kind.partition(":")
-    try:
-        make = getattr(import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"codec.kind = {config.kind!r} cannot be imported by this worker: {error}") from error
+    make = cast("Factory", imported(config.kind, "codec.kind"))
     return checked_codecs(config.kind, make(config, hidden, seed))
 
 

@@ -14,6 +14,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from codec.costs import is_factored
 from codec.powersgd import orthonormalise
 
 Sum = Callable[[Tensor, float], None]  # sum in place over replicas; second: bytes a dense system would send
@@ -57,7 +58,7 @@ class PowerSGDSum:
         for shape in shapes:
             n = prod(shape)
             where, start = slice(start, start + n), start + n
-            if len(shape) == 2 and rank * sum(shape) < n:
+            if len(shape) == 2 and is_factored(shape, rank):
                 self.matrices.append((where, shape, min(rank, *shape)))
             else:
                 self.dense.append(where)

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from rl.config import GrpoConfig
 
+PG_LOSS = "actor/pg_loss"  # the one number of a tick that stops a run where it is none
+
 
 def group_advantages(rewards: Float[Tensor, " samples"], group_size: int) -> Float[Tensor, " samples"]:
     """(r - mean) / (std + 1e-6) within each group of `group_size` consecutive samples (GRPO, 4.1.2).
@@ -110,7 +112,7 @@ def policy_loss(
         per_token = weight * per_token
         sums["rollout_corr/rollout_is_mean"] = weight.sum()
         sums["rollout_corr/rollout_is_ratio_fraction_high"] = (weight == config.rollout_is_threshold).float().sum()
-    sums |= {"actor/pg_loss": per_token.detach().sum(), **clip_sums}
+    sums |= {PG_LOSS: per_token.detach().sum(), **clip_sums}
     if entropy is not None:
         sums["actor/entropy"] = entropy.detach().sum()
         if config.entropy_coeff:

@@ -16,14 +16,21 @@ from torch import Tensor
 COMFORT = 0.02  # nats a token: below it next to no ratio leaves the clip range of 0.2
 OUTSIDE = {"1.2": 1.2, "2": 2.0, "5": 5.0}  # a ratio r counts as outside of f if it is not in [1/f, f]
 PREFIX = "mismatch/"
+# Under a name of its own: a gate of the run reads it
+LOGPROB_KL, DENSE_K3 = "codec/logprob_kl", "rollout_corr/dense_k3"
 CODEC = (
-    "codec/logprob_kl",
+    LOGPROB_KL,
     "codec/logprob_k3",
     "codec/logprob_corr",
     *(f"codec/ratio_outside_{name}" for name in OUTSIDE),
 )
 NAMES = (*CODEC, "rollout_corr/kl", "training/rollout_probs_diff_mean")
-DENSE = tuple(f"rollout_corr/dense_{name}" for name in ("kl", "k3", "corr", *(f"outside_{name}" for name in OUTSIDE)))
+DENSE = (
+    "rollout_corr/dense_kl",
+    DENSE_K3,
+    "rollout_corr/dense_corr",
+    *(f"rollout_corr/dense_outside_{name}" for name in OUTSIDE),
+)
 
 
 def sums(reference: Float[Tensor, " n"], trainer: Float[Tensor, " n"]) -> dict[str, Tensor]:

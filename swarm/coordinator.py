@@ -22,6 +22,7 @@ from anchor_service.line import FireLine, NoFires
 from merger import merger_class
 from rl import mismatch
 from rl.batch import Batch
+from rl.grpo import PG_LOSS
 from swarm import checkpoint
 from swarm.corrections import Corrections, MiniFrame
 from swarm.fleet import Fleet
@@ -110,7 +111,7 @@ class Coordinator:
         reports: list[TickReport] = self.fleet.ask_workers("tick", plans, f"tick {progress.tick}", limit)
         outcome = reports[0].merge  # all ranks decide alike
         metrics, ledger = combine(reports, mini.batch.response_tokens)
-        judge_loss(metrics, mini.batch, progress.tick)
+        judge_loss(metrics.get(PG_LOSS, 0.0), mini.batch, progress.tick)
         self._judge_codec(metrics)
         progress.ledger.merge(ledger)
         self.corrections.log(outcome)
@@ -133,15 +134,15 @@ class Coordinator:
 
     def _judge_codec(self, metrics: dict[str, float]) -> None:
         """Once, and early: does the codec leave the policy as it is? Stops the run above `codec.max_kl`."""
-        kl = self.gate.judge(metrics, self.progress.tick)
+        kl = self.gate.judge(metrics.get(mismatch.LOGPROB_KL), self.progress.tick)
         if kl is not None:
-            self.progress.event("codec changes the policy", **{"codec/logprob_kl": kl})
+            self.progress.event("codec changes the policy", **{mismatch.LOGPROB_KL: kl})
 
     def _judge_engine(self, metrics: dict[str, float]) -> None:
         """Once, at the first measurement: does the engine compute what a plain forward does?"""
-        kl = self.engine_gate.judge(metrics)
+        kl = self.engine_gate.judge(metrics.get(mismatch.DENSE_K3))
         if kl is not None:
-            self.progress.event("engine differs from the model", **{"rollout_corr/dense_k3": kl})
+            self.progress.event("engine differs from the model", **{mismatch.DENSE_K3: kl})
 
     def _diagnose(self, mini: MiniFrame, outcome: MergeOutcome) -> dict[str, float]:
         """What this tick's correction was worth. The swarm waits for it; it is not part of `timing_s/tick`."""

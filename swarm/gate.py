@@ -51,9 +51,8 @@ class EngineGate:
         self.max_kl = rollout.max_mismatch_kl
         self.open = False
 
-    def judge(self, metrics: dict[str, float]) -> float | None:
+    def judge(self, kl: float | None) -> float | None:
         """The estimate if it deserves a warning. Raises EngineMismatch above `rollout.max_mismatch_kl`."""
-        kl = metrics.get("rollout_corr/dense_k3")
         if self.open or kl is None:
             return None
         self.open = True
@@ -76,9 +75,8 @@ class LaunchGate:
         self.max_kl = codec.max_kl
         self.open = codec.is_lossless
 
-    def judge(self, metrics: dict[str, float], tick: int) -> float | None:
+    def judge(self, kl: float | None, tick: int) -> float | None:
         """The KL if it deserves a warning. `tick`: ticks begun so far. Raises PolicyChanged above `codec.max_kl`."""
-        kl = metrics.get("codec/logprob_kl")
         if self.open or kl is None or tick < WARM:
             return None
         self.open = True

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from anchor_service.errors import NotFinite
 from rl.batch import Batch
+from rl.grpo import PG_LOSS
 from rl.objective import MicroBatch
 from swarm.pipeline import Loss
 from swarm.rank import MiniBatch, Rank
@@ -100,9 +101,8 @@ def _elsewhere(rank: Rank, what: str) -> NotFinite:
     return error
 
 
-def judge_loss(metrics: dict[str, float], batch: Batch, tick: int) -> None:
+def judge_loss(loss: float, batch: Batch, tick: int) -> None:
     """Raises NotFinite for a loss that is no number: where the ratio is clamped its gradient is 0, which would hide it."""
-    loss = metrics.get("actor/pg_loss", 0.0)
     if math.isfinite(loss):
         return
     pieces = {
@@ -112,7 +112,7 @@ def judge_loss(metrics: dict[str, float], batch: Batch, tick: int) -> None:
     }
     kind = next((kind for kind, values in pieces.items() if not np.isfinite(values).all()), Kind.FORWARD)
     clue = CLUES[kind].format(where="a log-prob of the trainer")
-    raise NotFinite(f"actor/pg_loss of tick {tick} is {loss}", clue, FIXES[kind])
+    raise NotFinite(f"{PG_LOSS} of tick {tick} is {loss}", clue, FIXES[kind])
 
 
 @contextmanager

@@ -240,7 +240,7 @@ def _score(trial: Trial, reference: Tensor, config: RunConfig, mean_length: floa
         own=trial.codec == config.codec,
         compresses=not trial.codec.is_lossless,
         kl=trial.sums["kl"] / trial.sums[f"{mismatch.PREFIX}tokens"],
-        k1=found["codec/logprob_kl"],
+        k1=found[mismatch.LOGPROB_KL],
         corr=found["codec/logprob_corr"],
         outside={name: found[f"codec/ratio_outside_{name}"] for name in mismatch.OUTSIDE},
         fvu=trial.fvu,

@@ -151,7 +151,7 @@ def test_every_kind_is_under_contract():
         ("lacking", "backward Theirs lacks limits, restore; class Codec in codec/interface.py"),
         ("lacking_in_its_tables", "forward object lacks statistics, absorb, refresh, limit, load; class Tables"),
         ("only_one", "gives a Halved, not a tuple of two codecs"),
-        ("nobody", "cannot be imported by this worker: .*has no attribute 'nobody'"),
+        ("nobody", "cannot be imported here: .*has no attribute 'nobody'"),
     ],
 )
 def test_a_codec_of_another_face_is_refused_by_what_it_lacks(function: str, said: str):
