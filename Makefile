@@ -47,7 +47,7 @@ check: setup types  ## lint, format, types
 	$(BIN)/ruff format --check .
 
 types: setup  ## 0 errors, strict in all packages and benchmarks
-	$(PYRIGHT)
+	$(PYRIGHT) --warnings
 
 constraints: setup  ## write constraints.txt anew: the versions that are installed, when the tests passed with them
 	$(BIN)/python -m tests.closure

@@ -172,8 +172,10 @@ def test_the_image_holds_every_package_that_is_installed_and_nothing_beside():
     allowed = {
         line[1:] for line in (DEPLOY / "docker" / "Dockerfile.dockerignore").read_text().splitlines() if line[:1] == "!"
     }
-    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
-    assert allowed == {name.partition(".")[0] for name in packages} | {"pyproject.toml", PROJECT["readme"]}
+    built = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    ours = {name.partition(".")[0] for name in built["packages"]} | {f"{name}.py" for name in built["py-modules"]}
+    read = {"pyproject.toml", "constraints.txt", PROJECT["readme"], *PROJECT["license-files"]}
+    assert allowed == ours | read
 
 
 def test_the_wheel_has_every_package_of_the_layout():
