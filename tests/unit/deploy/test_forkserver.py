@@ -7,6 +7,7 @@ import os
 import shlex
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -46,7 +47,7 @@ def test_a_worker_is_forked_with_all_imported_but_ray_and_started_where_the_serv
         return json.loads(done.stdout)
 
     with forkserver(threads=1) as offered:
-        while not (servers := [p for p in psutil.Process().children() if "deploy.cluster.forkserver" in p.cmdline()]):
+        while not (servers := _servers()):
             pass  # for an instant it has no name
         (server,) = servers
         assert server.environ()["OMP_NUM_THREADS"] == "1"
@@ -61,6 +62,14 @@ def test_a_worker_is_forked_with_all_imported_but_ray_and_started_where_the_serv
         assert found["arguments"] == [str(program), "a b", "--c"] and found["name"] == "__main__" and found["chld"]
         assert found["folder"] == str(folder) and found["path"] == str(program.parent)
         assert {k: found["environment"].get(k) for k in environment} == environment
+
+
+def _servers() -> list[psutil.Process]:
+    found = []
+    for child in psutil.Process().children():
+        with suppress(psutil.ZombieProcess, psutil.NoSuchProcess):  # of other tests
+            found += [child] if "deploy.cluster.forkserver" in child.cmdline() else []
+    return found
 
 
 def test_it_ends_with_the_process_it_serves(tmp_path: Path):
