@@ -30,9 +30,11 @@ from swarm.gate import EngineGate, LaunchGate
 from swarm.messages import MergeOutcome, TickPlan, TickReport
 from swarm.nonfinite import judge_loss
 from swarm.progress import Progress
-from swarm.rollouts import Rollouts, sample_metrics
+from swarm.rollouts import SAMPLED_S, Rollouts, sample_metrics
 from swarm.run_config import RunConfig
 from swarm.telemetry import Telemetry, combine, replace_text
+
+TICK_S, PAUSED_S = "timing_s/tick", "timing_s/diagnostics"  # the pace of a run is made of them
 
 
 class Coordinator:
@@ -77,11 +79,11 @@ class Coordinator:
         ticks = [self._tick(i, mini) for i, mini in enumerate(minis)]
         self.fleet.take_turns("release_cache", self.fleet.workers)
         digest = self.rollouts.sync()
-        timing["timing_s/ticks"] = sum(tick["timing_s/tick"] for tick in ticks)
+        timing["timing_s/ticks"] = sum(tick[TICK_S] for tick in ticks)
         timing["timing_s/step"] = seconds = time.perf_counter() - start
-        paused = sum(tick.get("timing_s/diagnostics", 0.0) for tick in ticks)
+        paused = sum(tick.get(PAUSED_S, 0.0) for tick in ticks)
         if paused:
-            timing["timing_s/diagnostics"] = paused
+            timing[PAUSED_S] = paused
         progress.paced((seconds - paused) / len(ticks))
         totals = {"perf/throughput": float(batch.total.sum()) / seconds, "rollout/weights_digest": digest}
         found = step_means(ticks) | metrics | sample_metrics(batch) | timing | totals | progress.ratios()
@@ -117,7 +119,7 @@ class Coordinator:
         self.corrections.log(outcome)
         metrics |= {"anchor/backwards": self.corrections.fires}
         metrics |= progress.bytes_since_last_tick()
-        metrics["timing_s/tick"] = time.perf_counter() - start
+        metrics[TICK_S] = time.perf_counter() - start
         if diagnosed:
             metrics |= self._diagnose(mini, outcome)
         self.telemetry.tick(progress.step, progress.tick, metrics | progress.ratios())
@@ -157,7 +159,7 @@ class Coordinator:
         call = fleet.diagnosers[0].diagnose.remote(tick, mini.reference, *known, *records)
         (found,) = gather([("the diagnoser", call)], f"the diagnosis of tick {tick}", *fleet.anchor_limit)
         self.progress.remember("diagnoser", found.pop("perf/max_memory_gb"))
-        return found | {"timing_s/diagnostics": time.perf_counter() - start}
+        return found | {PAUSED_S: time.perf_counter() - start}
 
     def _validate(self) -> None:
         """On the uncompressed weights."""
@@ -168,7 +170,7 @@ class Coordinator:
             f"val-core/{task}/acc/mean@1": accuracy,
             "val-aux/response_length/mean": float(batch.response_lengths.mean()),
             "val-aux/response_length/clip_ratio": float(batch.truncated.mean()),
-            "timing_s/testing": timing["timing_s/gen"],
+            "timing_s/testing": timing[SAMPLED_S],
         }
         self.telemetry.val(self.progress.step, self.progress.tick, metrics, accuracy)
 

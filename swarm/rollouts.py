@@ -20,6 +20,8 @@ from swarm.fleet import Fleet
 from swarm.progress import Progress
 from swarm.run_config import RunConfig
 
+SAMPLED_S = "timing_s/gen"
+
 
 class Rollouts:
     """Samples of one run. `line`: the anchor workers, which may share the engines' stream of weights."""
@@ -110,7 +112,7 @@ class Rollouts:
         if undecided:
             self.progress.event("answers undecided", split=split, count=undecided)
         compared = mismatch.dense_metrics([sums for *_, sums in results])
-        return batch, {"timing_s/gen": time.perf_counter() - start} | compared
+        return batch, {SAMPLED_S: time.perf_counter() - start} | compared
 
     def _ask(self, asks: list[Prompts], what: str) -> list[tuple[np.ndarray, float, dict[str, float]]]:
         engines, calls = self.fleet.engines, []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from functools import cache
 from pathlib import Path
@@ -232,6 +233,30 @@ def test_the_command_imports_nothing_of_ours_before_it_is_known_to_be_ours():
     source = ast.parse((ROOT / "northstar.py").read_text())
     assert not tops(imports(source, module_level=True)) & set(BEFORE)
     assert tops(imports(tree("deploy/packages.py"))) <= set(sys.stdlib_module_names)
+
+
+def read_keys(source: ast.AST) -> set[str]:
+    """Constants that a source reads from a mapping: `m["k"]`, `m.get("k")`, `"k" in m`."""
+    found: list[ast.expr] = []
+    for node in ast.walk(source):
+        if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Load):
+            found.append(node.slice)
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in ("get", "pop"):
+            found += node.args[:1]
+        elif isinstance(node, ast.Compare) and isinstance(node.ops[0], ast.In | ast.NotIn):
+            found.append(node.left)
+    return {key.value for key in found if isinstance(key, ast.Constant) and isinstance(key.value, str)}
+
+
+def test_the_checker_sees_what_is_read_by_name():
+    assert read_keys(ast.parse("m['a/b'], m.get('c'), 'd' in m, 'e' not in m\nm['f'] = 1\n")) == {"a/b", "c", "d", "e"}
+
+
+@pytest.mark.parametrize("file", [name for name in FILES if name.startswith(("swarm/", "anchor_service/"))])
+def test_what_a_run_does_is_not_decided_by_the_name_of_a_metric(file: str):
+    """Renaming a plot must not change a run. Memory is passed on to people under its name."""
+    named = {key for key in read_keys(tree(file)) if re.match(r"\w+/\w", key)}
+    assert {key for key in named if not key.startswith("perf/")} == set()
 
 
 @pytest.mark.parametrize("file", FILES)
