@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 CONSTRAINTS ?= constraints.txt# the versions that were tested; CONSTRAINTS= takes the newest that pyproject.toml allows
-# --no-compile: a minute's work, of which a third is ever used; the rest is compiled where it is first imported
+# --no-compile: `setup` compiles afterwards, on all cores
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --no-compile --no-build-isolation $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS)) --editable
 STAMP := .venv/.installed
 PYRIGHT := PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright# else it asks the network for a newer version of itself
@@ -19,6 +19,7 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip setuptools
 	$(PIP_INSTALL) '.[dev,gguf,datasets]'
+	$(BIN)/python -W ignore -m compileall -qq -j 0 .venv/lib || true  # packages bring files that are no Python 3
 	touch $@
 
 vllm: $(VLLM_STAMP)  ## the rollout engine vllm: VLLM=vllm on a machine with GPUs, VLLM= for none
