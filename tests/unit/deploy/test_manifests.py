@@ -178,15 +178,6 @@ def test_the_image_holds_every_package_that_is_installed_and_nothing_beside():
     assert allowed == ours | read
 
 
-def test_the_wheel_has_every_package_of_the_layout():
-    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
-    tops = {name.partition(".")[0] for name in packages}
-    there = {
-        p.parent.relative_to(ROOT).as_posix().replace("/", ".") for t in tops for p in (ROOT / t).rglob("__init__.py")
-    }
-    assert sorted(packages) == sorted(there)
-
-
 def test_versions_are_those_of_the_project():
     args = dict(re.findall(r"^ARG (\w+)=(\S+)", DOCKERFILE.read_text(), re.M))
     assert args["PYTHON"] in Requirement(f"python{PROJECT['requires-python']}").specifier
