@@ -86,8 +86,8 @@ def first_seen(rank: Rank, what: str, mini: MiniBatch, loss: Loss) -> NotFinite:
 
 def _named(rank: Rank, what: str, first: int) -> NotFinite:
     kind, position = Kind(first // POSITIONS), first % POSITIONS
-    where = _where(kind, position, rank.stage.span.total)
-    fix = "look at codec.kind and its rates" if "codec" in where else FIXES[kind]
+    where, codecs = _where(kind, position, rank.stage.span.total)
+    fix = "look at codec.kind and its rates" if codecs else FIXES[kind]
     return NotFinite(f"{rank.grid.name}: {what}", CLUES[kind].format(where=where), fix)
 
 
@@ -210,20 +210,22 @@ def _first_of_replica(rank: Rank, found: list[int]) -> int | None:
     return min(codes, default=None)
 
 
-def _where(kind: Kind, position: int, total: int) -> str:
-    """In words: the place of that kind at `position`, of a model of `total` layers."""
+def _where(kind: Kind, position: int, total: int) -> tuple[str, bool]:
+    """In words: the place of that kind at `position`, of a model of `total` layers; and whether a codec made it."""
     if kind in (Kind.WEIGHTS, Kind.GRADIENT):
         ends = {0: "the embedding", total + 1: "the norm or the head"}
-        return ends.get(position, f"layer {position - 1}")
+        return ends.get(position, f"layer {position - 1}"), False
     if kind == Kind.FORWARD:
-        layer, after = (position - 1) // 2, position % 2 == 0
         ends = {0: "what the embedding gives", 2 * total + 1: "the logits"}
-        return ends.get(position, f"what {f'layer {layer} gives' if after else f'the codec gives to layer {layer}'}")
+        if position in ends:
+            return ends[position], False
+        layer, codecs = (position - 1) // 2, position % 2 == 1
+        return (f"what the codec gives to layer {layer}", True) if codecs else (f"what layer {layer} gives", False)
     if kind == Kind.BACKWARD:
         layer, below = total - position // 2, position % 2 == 1
         if below:
-            return f"what layer {layer} passes down"
-        return (
-            "what the loss and the head give" if layer == total - 1 else f"what the codec gives back to layer {layer}"
-        )
-    return ""
+            return f"what layer {layer} passes down", False
+        if layer == total - 1:
+            return "what the loss and the head give", False
+        return f"what the codec gives back to layer {layer}", True
+    return "", False
