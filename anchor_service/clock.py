@@ -70,7 +70,7 @@ class Lockstep:
         return self._by_first.get(tick)
 
     def least_ticks(self, due: Due) -> float:
-        """None: the swarm waits for it in the tick that merges it, however long that takes."""
+        """No time: the swarm waits for it in the tick that merges it, however long that takes."""
         return 0.0
 
     def finished(self, version: int) -> None: ...

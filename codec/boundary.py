@@ -25,6 +25,7 @@ from codec.ledger import Ledger
 from codec.named import imported
 from codec.powersgd import powersgd
 from codec.rows import Rows
+from codec.state import prefixed, under
 from codec.transform.way import transform
 
 Factory = Callable[[CodecConfig, int, int], tuple[Codec, Codec]]  # of a config, the hidden size and a seed
@@ -149,7 +150,7 @@ class Boundary:
         return _Virtual.apply(x, self, rows, observe)
 
     def refresh_alone(self, name: str) -> Tensor:
-        """A refresh where there is one replica; `swarm.tick` does it for all others. Returns the tables, if any are new."""
+        """A refresh where there is one replica; `swarm.bases` does it for all others. Returns the tables, if any are new."""
         codec, raw = self.way(name), torch.empty(0, dtype=torch.uint8)
         statistics = None if codec.tables is None else codec.tables.statistics()
         if codec.tables is not None and statistics is not None:
@@ -167,13 +168,11 @@ class Boundary:
         return found | (seen.fvu("codec/fvu") if name == "fwd" else seen.cosine("codec/dx_cosine"))
 
     def state(self) -> dict[str, Tensor]:
-        ways = {"fwd": self.forward.state(), "bwd": self.backward.state()}
-        return {f"{name}.{k}": v for name, state in ways.items() for k, v in state.items()}
+        return prefixed("fwd", self.forward.state()) | prefixed("bwd", self.backward.state())
 
     def restore(self, state: dict[str, Tensor]) -> None:
         for name in ("fwd", "bwd"):
-            mine = {k.removeprefix(f"{name}."): v for k, v in state.items() if k.startswith(f"{name}.")}
-            self.way(name).restore(mine)
+            self.way(name).restore(under(name, state))
 
 
 class _Virtual(torch.autograd.Function):

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from codec.state import under
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -43,7 +45,7 @@ class OwnAverage:
 
     def restore(self, state: dict[str, Tensor]) -> None:
         self.average = state.get("average")
-        self.sources = {int(k.removeprefix("source.")): v for k, v in state.items() if k.startswith("source.")}
+        self.sources = {int(source): g for source, g in under("source", state).items()}
 
 
 class RandomSigns:

@@ -18,8 +18,8 @@ import ray
 
 from anchor_service.calls import gather
 from anchor_service.clock import Clock, Lockstep, make_clock
+from anchor_service.config import correction_payload
 from anchor_service.line import FireLine, NoFires
-from merger import merger_class
 from rl import mismatch
 from rl.batch import Batch
 from rl.grpo import PG_LOSS
@@ -216,7 +216,7 @@ class Coordinator:
 
 def _anchor_of(config: RunConfig, fleet: Fleet) -> tuple[Clock, FireLine]:
     """When this run's fires start and end, and the workers that run them."""
-    if not fleet.anchors or merger_class(config.merger.kind).payload is None:
+    if correction_payload(config.anchor, config.merger) is None:
         return Lockstep([]), NoFires()
     run, ticks_per_step = config.run, config.grpo.ticks_per_step
     longer = run.checkpoint_every > 0

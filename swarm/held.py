@@ -19,6 +19,7 @@ from anchor_service.errors import ReplicaMismatch
 from anchor_service.inbox import Inbox
 from anchor_service.messages import Correction
 from anchor_service.ring import anchor_should_fire
+from codec.state import prefixed, under
 from merger import make_merger
 from merger.config import MergerConfig
 from merger.placebo import PLACEBOS, Placebo
@@ -115,9 +116,9 @@ class Held:
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors, and plain fields: all that the next tick needs of corrections."""
         tensors = {f"source.{s}": g for s, g in self.sources.items()}
-        tensors |= {f"merger.{k}": v for k, v in self.merger.state().items()}
+        tensors |= prefixed("merger", self.merger.state())
         if self.placebo:
-            tensors |= {f"placebo.{k}": v for k, v in self.placebo.state().items()}
+            tensors |= prefixed("placebo", self.placebo.state())
         fields: dict[str, Any] = {"seen": self.seen, "first_tick": self.first_tick}
         if self.correction is not None:
             held = self.correction
@@ -135,8 +136,3 @@ class Held:
         self.seen, self.first_tick = fields["seen"], fields["first_tick"]
         if "correction" in fields:
             self.correction = Correction(values=here["correction"], **fields["correction"])
-
-
-def under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Those named `prefix.…`, without it."""
-    return {k.removeprefix(f"{prefix}."): v for k, v in tensors.items() if k.startswith(f"{prefix}.")}

@@ -17,6 +17,7 @@ from anchor_service.config import AnchorConfig
 from codec.boundary import Boundary
 from codec.config import CodecConfig
 from codec.gradient import GradientSum, gradient_sum
+from codec.state import prefixed, under
 from merger.config import MergerConfig
 from rl.config import GrpoConfig, ModelConfig
 from rl.model_files import model_shape, resolve
@@ -26,7 +27,7 @@ from rl.spans import spans
 from swarm.bases import Bases
 from swarm.config import SwarmConfig
 from swarm.grid import Grid
-from swarm.held import Held, under
+from swarm.held import Held
 from swarm.pipeline import Pipeline
 from swarm.replicas import Seal
 
@@ -92,10 +93,10 @@ class Rank:
         """Tensors, and plain fields: all that the next tick depends on."""
         held, fields = self.held.state()
         tensors = {"weights": self.stage.weights.master.detach()}
-        tensors |= {f"adam.{k}": v for k, v in self.optimizer.state_dict()["state"].get(0, {}).items()}
+        tensors |= prefixed("adam", self.optimizer.state_dict()["state"].get(0, {}))
         for layer, boundary in self.cuts.items():
-            tensors |= {f"codec.{layer}.{k}": v for k, v in boundary.state().items()}
-        tensors |= {f"reducer.{k}": v for k, v in self.reducer.state().items()}
+            tensors |= prefixed(f"codec.{layer}", boundary.state())
+        tensors |= prefixed("reducer", self.reducer.state())
         return tensors | held, fields
 
     def restore(self, tensors: dict[str, Tensor], fields: dict[str, Any]) -> None:

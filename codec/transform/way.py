@@ -20,6 +20,7 @@ from torch import Tensor
 
 from codec.config import CodecConfig
 from codec.interface import Codec, CodecError, Room
+from codec.state import prefixed, under
 from codec.transform.coders import CODERS, Coder
 from codec.transform.directions import Directions, packed_size
 from codec.transform.moments import Moments
@@ -123,7 +124,9 @@ class Transform(Codec):
         axes, held = self.axes, self.held
         numbers = torch.tensor([held.knob, held.wanted, axes.refreshed, axes.age], dtype=torch.float64)
         found = {"numbers": numbers} | ({} if axes.directions is None else {"tables": axes.directions.raw})
-        return found | {f"{name}.{k}": v for name, part in self._parts().items() for k, v in part.state().items()}
+        for name, part in self._parts().items():
+            found |= prefixed(name, part.state())
+        return found
 
     def restore(self, state: dict[str, Tensor]) -> None:
         axes, held = self.axes, self.held
@@ -132,7 +135,7 @@ class Transform(Codec):
         held.knob, held.wanted, refreshed, age = state["numbers"].tolist()
         axes.refreshed, axes.age = bool(refreshed), int(age)
         for name, part in self._parts().items():
-            part.restore({k.removeprefix(f"{name}."): v for k, v in state.items() if k.startswith(f"{name}.")})
+            part.restore(under(name, state))
 
     def _parts(self) -> dict[str, Moments | Books | Coder]:
         """What keeps a state of its own, by its prefix in a checkpoint."""

@@ -17,7 +17,7 @@ import numpy as np
 import simpy
 from simpy.events import ProcessGenerator
 
-from anchor_service.clock import make_clock, next_worker, paced
+from anchor_service.clock import Lockstep, make_clock, next_worker, paced
 from anchor_service.config import correction_payload
 from anchor_service.lag import Due
 from codec.schedule import q_should_refresh
@@ -50,8 +50,9 @@ class _Run:
     def __init__(self, config: RunConfig, ticks: int):
         self.config, self.last_tick = config, ticks
         self.durations = Durations(config, np.random.default_rng([config.run.seed, 0x51A]))
-        self.clock = make_clock(config.anchor, config.run.seed, ticks, config.grpo.ticks_per_step)
-        self.corrects = correction_payload(config.anchor, config.merger) is not None
+        corrects = correction_payload(config.anchor, config.merger) is not None
+        each = config.grpo.ticks_per_step
+        self.clock = make_clock(config.anchor, config.run.seed, ticks, each) if corrects else Lockstep([])
         self.env = simpy.Environment()
         self.anchors = [simpy.Resource(self.env) for _ in range(config.anchor.workers)]
         self.sources: dict[int, int] = {}  # anchor worker -> the tick of its last snapshot
@@ -113,7 +114,7 @@ class _Run:
         work = self.durations.tick(refresh)
         yield self._spend("swarm compute", work.compute)
         yield self._spend("swarm links", max(0.0, work.before - work.compute))
-        due = self.clock.due(tick) if self.corrects else None
+        due = self.clock.due(tick)
         if due is not None:
             yield from self._wait(self.fires[due.version])
         self._merge(tick)
@@ -125,7 +126,7 @@ class _Run:
         return self.env.timeout(seconds)
 
     def _offer(self, source_tick: int) -> None:
-        for due in self.clock.to_start(source_tick) if self.corrects else []:
+        for due in self.clock.to_start(source_tick):
             fire = SimulatedFire(due, self.env.event())
             self.fires[due.version] = fire
             self.env.process(self._fire(fire, self.newest, self.clock.least_ticks(due) * self.tick_seconds))
