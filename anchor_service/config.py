@@ -144,6 +144,10 @@ class AnchorConfig(Section):
     slowdown: float = Field(default=1.0, ge=1, description="sleep until a fire took this many times its own time")
     timeout_s: float = Field(default=600.0, gt=0, description="deadline of a correction that is due")
 
+    def replayed(self, samples: int) -> int:
+        """How many of a mini-batch's samples the anchor uses."""
+        return max(1, round(self.replay_fraction * samples))
+
 
 def correction_payload(anchor: AnchorConfig, merger: MergerConfig) -> Payload | None:
     """What a correction carries: `sign`, `dense`, or None where nothing is merged. Raises ValueError if it is no merger."""

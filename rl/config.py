@@ -22,6 +22,11 @@ class ModelConfig(Section):
         default="sdpa", description="transformers' attention; the flash kinds need cuda, bfloat16 and their package"
     )
 
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a number that it computes with."""
+        return 2 if self.dtype == "bfloat16" else 4
+
 
 class TaskConfig(Section):
     """Where prompts and rewards come from."""
@@ -133,6 +138,10 @@ class SnapshotConfig(Section):
     encoding: Literal["delta", "full"] = Field(
         default="delta", description="`delta`: lossless against the last one sent, compressed"
     )
+
+    def is_bf16(self, model: ModelConfig) -> bool:
+        """Whether weights travel in bfloat16."""
+        return (self.dtype or model.dtype) == "bfloat16"
 
 
 LEAST_TEMPERATURE = 0.01  # below it logits overflow, and vLLM raises it to this by itself

@@ -91,10 +91,9 @@ class Corrections:
 
     def _replay(self, mini: MiniFrame, version: int) -> tuple[object, int]:
         """The mini-batch, or a seeded share of its samples with the denominator that keeps M unbiased."""
-        fraction = self.anchor.replay_fraction
-        if fraction == 1:
+        if self.anchor.replay_fraction == 1:
             return mini.reference, mini.size
-        count = max(1, round(fraction * len(mini.batch)))
+        count = self.anchor.replayed(len(mini.batch))
         rng = np.random.default_rng([self.seed, 0x5A3, version])
         chosen = np.sort(rng.choice(len(mini.batch), count, replace=False))
         denominator = mini.batch.response_tokens * count / len(mini.batch)

@@ -152,7 +152,7 @@ class Rollouts:
         digests = gather(calls, f"loading the weights of tick {tick}", *self.fleet.engine_limit)
         if len(set(digests)) > 1:
             raise EngineFailed(f"the weights of tick {tick}", f"engines hold {digests}", "start the run anew")
-        dense = self._parameters * (2 if self.config.model.dtype == "bfloat16" else 4)  # what a dense system sends
+        dense = self._parameters * self.config.model.itemsize  # what a dense system sends
         ledger.add("rollout_sync", nbytes * len(engines), dense * len(engines))
         return digests[0]
 

@@ -124,7 +124,7 @@ class Worker:
         weights = self.rank.stage.weights
         if stream not in self.senders:
             snapshot = self.setup.snapshot
-            bf16 = (snapshot.dtype or self.setup.rank.model.dtype) == "bfloat16"
+            bf16 = snapshot.is_bf16(self.setup.rank.model)
             self.senders[stream] = Sender(snapshot, bf16)
         frame = self.senders[stream].frame(weights.master[: weights.owned], tick, self.rank.grid.p, whole)
         return frame, frame.nbytes

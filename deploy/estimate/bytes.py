@@ -40,12 +40,7 @@ def cost_of_codec(config: RunConfig, hidden: int) -> CodecCost:
     """What this run's codec costs at one boundary. Raises ValueError for one that does not say it."""
     tokens = max(1.0, total_ticks(config) * tokens_per_tick(config) / config.swarm.dp)
     sample = prompt_tokens(config) + response_tokens(config)
-    return codec_cost(config.codec, BoundaryShape(hidden, itemsize(config)), Tokens(tokens, sample))
-
-
-def itemsize(config: RunConfig) -> int:
-    """Bytes of one number that crosses a boundary: it has the compute dtype."""
-    return 2 if config.model.dtype == "bfloat16" else 4
+    return codec_cost(config.codec, BoundaryShape(hidden, config.model.itemsize), Tokens(tokens, sample))
 
 
 def batch_bytes(config: RunConfig, samples: int) -> int:
@@ -72,9 +67,7 @@ def _batch_bytes(samples: int, tokens: int, responses: int, with_ref: bool) -> i
 
 def replay_bytes(config: RunConfig) -> float:
     """The batch that goes to the anchor with a snapshot."""
-    samples = samples_per_tick(config)
-    fraction = config.anchor.replay_fraction
-    return batch_bytes(config, samples if fraction == 1 else max(1, round(fraction * samples)))
+    return batch_bytes(config, config.anchor.replayed(samples_per_tick(config)))
 
 
 def snapshot_bytes(config: RunConfig, params: Params, apart: float | None = None) -> float:
@@ -100,7 +93,7 @@ def full(config: RunConfig) -> bool:
 
 
 def snapshot_itemsize(config: RunConfig) -> int:
-    return 2 if (config.snapshot.dtype or config.model.dtype) == "bfloat16" else FP32
+    return 2 if config.snapshot.is_bf16(config.model) else FP32
 
 
 def weights_walk(config: RunConfig, params: Params, ticks: int) -> Walk:
@@ -116,7 +109,7 @@ def weights_walk(config: RunConfig, params: Params, ticks: int) -> Walk:
         temperature=config.rollout.temperature,
         tokens=tokens_per_tick(config),
         blank=config.links.blank_ticks,
-        bf16=snapshot_itemsize(config) == 2,
+        bf16=config.snapshot.is_bf16(config.model),
         ticks=ticks,
     )
     return walk(course)
@@ -165,7 +158,7 @@ def tick_bytes(
         "snapshot": (_snapshots(config, params, ticks, sources), 0),
         "replay": (fires * replay_bytes(config), 0),
         "correction": (merges * swarm.dp * sum(correction_bytes(config, stages)), 0),
-        "rollout_sync": (_syncs(config, params, ticks), syncs * itemsize(config) * params.total),
+        "rollout_sync": (_syncs(config, params, ticks), syncs * config.model.itemsize * params.total),
         "control": _control_bytes(config, params, ticks, fires),
     }
     return {channel: (float(found[channel][0]), float(found[channel][1])) for channel in CHANNELS}
@@ -176,7 +169,7 @@ def _boundaries(config: RunConfig, hidden: int, ticks: int) -> dict[str, tuple[f
     swarm, each = config.swarm, cost_of_codec(config, hidden)
     crossed = tokens_per_tick(config) * len(swarm.boundaries)
     passes = 2 if config.grpo.old_logprobs == "trainer" else 1
-    dense = crossed * hidden * itemsize(config)
+    dense = crossed * hidden * config.model.itemsize
     tables = each.ways * len(swarm.boundaries) * _table_rate(config, each, ticks)
     ring = 2 * (swarm.dp - 1)
     return {

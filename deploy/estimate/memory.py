@@ -11,7 +11,7 @@ from math import prod
 
 from anchor_service.config import correction_payload
 from codec.costs import FP32, gradient_cost
-from deploy.estimate.bytes import correction_bytes, itemsize, snapshot_itemsize
+from deploy.estimate.bytes import correction_bytes, snapshot_itemsize
 from deploy.estimate.parameters import Params, attention_widths, model_metadata, stage_parameters, stage_shapes
 from deploy.estimate.workload import microbatch_count, prompt_tokens, response_tokens
 from merger import merger_class
@@ -46,7 +46,7 @@ def memory(config: RunConfig, params: Params) -> list[Part]:
 
 def _model(config: RunConfig, role: str, n: int, trained: bool) -> list[Part]:
     """Flat buffers of `rl.policy.Weights`."""
-    copies = itemsize(config) * n if config.model.dtype != "float32" else 0
+    copies = config.model.itemsize * n if config.model.dtype != "float32" else 0
     parts = [Part(role, "fp32 masters", FP32 * n), Part(role, "compute copy", copies)]
     if trained:
         parts += [Part(role, "fp32 gradients", FP32 * n), Part(role, "compute gradients", copies)]
@@ -91,7 +91,7 @@ def activations(
 
     `alive` microbatches of `samples` samples of mean length are under way at once.
     """
-    model, size = model_metadata(config.model.path), itemsize(config)
+    model, size = model_metadata(config.model.path), config.model.itemsize
     hidden, (q, kv) = params.hidden, attention_widths(model)
     norms = 2 * (FP32 + size) * hidden  # each keeps its input in fp32 and its output
     layer = norms + size * (2 * hidden + 3 * q + 2 * kv + 4 * model["intermediate_size"])
@@ -115,12 +115,12 @@ def engine(config: RunConfig, params: Params) -> list[Part]:
     length = prompt_tokens(config) + config.grpo.max_response_length
     reference = sum(part.bytes for part in _model(config, role, n, trained=False)) if config.grpo.kl_loss_coef else 0
     vllm, gib = config.rollout.engine == "vllm", config.rollout.kv_cache_gb
-    cache = rows * length * 2 * kv * params.layers * itemsize(config)
+    cache = rows * length * 2 * kv * params.layers * config.model.itemsize
     if vllm and (gib or config.rollout.device == "cpu"):  # on a GPU it takes what `rollout.gpu_memory` leaves
         cache = (gib or CPU_KV_CACHE_GB) * 2**30
     return [
         *_model(config, role, n, trained=False),
-        Part(role, "vLLM's weights", itemsize(config) * n if vllm else 0),
+        Part(role, "vLLM's weights", config.model.itemsize * n if vllm else 0),
         Part(role, "reference model", reference),
         Part(role, "KV cache", cache, rough=not gib),
         # a row of fp32 log-probs, then fp64 probabilities and their running sum

@@ -259,9 +259,10 @@ class Durations:
     @property
     def anchor_compute(self) -> float:
         """Forward and backward of the replay."""
-        samples, fraction = samples_per_tick(self.config), self.config.anchor.replay_fraction
-        used = samples if fraction == 1 else max(1, round(fraction * samples))
-        return used / samples * tokens_per_tick(self.config) / self.links.anchor_tokens_s
+        samples = samples_per_tick(self.config)
+        return (
+            self.config.anchor.replayed(samples) / samples * tokens_per_tick(self.config) / self.links.anchor_tokens_s
+        )
 
     def pass_m_bar(self, rng: np.random.Generator) -> float:
         """fp32 M̄ from the last anchor worker to the next, if there are several."""

@@ -19,7 +19,7 @@ from anchor_service.diagnosis import cosine
 from codec.config import CodecConfig
 from codec.costs import CodecCost
 from deploy.config import ConfigError
-from deploy.estimate.bytes import cost_of_codec, itemsize, tick_bytes
+from deploy.estimate.bytes import cost_of_codec, tick_bytes
 from deploy.estimate.workload import samples_per_tick, total_ticks
 from deploy.preflight import preflight
 from deploy.probe.codec_trial import Calibration, Halves, Head, Trial
@@ -229,7 +229,7 @@ def _score(trial: Trial, reference: Tensor, config: RunConfig, mean_length: floa
     found, ledger = mismatch.metrics(trial.sums), trial.ledger
     cost = _cost(config, trial.codec, trial.halves.hidden)
     forward, backward = (
-        itemsize(config) * trial.halves.hidden * ledger.sent[channel] / ledger.dense[channel]
+        config.model.itemsize * trial.halves.hidden * ledger.sent[channel] / ledger.dense[channel]
         for channel in ("boundary_fwd", "boundary_bwd")
     )
     passes = _forwards(config)
