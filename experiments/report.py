@@ -15,7 +15,7 @@ import jinja2
 from experiments import plots, sweep_report
 from experiments.cells import Findings, is_sweep, load_sweep
 from experiments.runs import Run, load_runs, text
-from experiments.verdict import plain
+from experiments.words import plain
 
 COLUMNS: tuple[tuple[str, Callable[[Run], str]], ...] = (
     ("run", lambda run: run.name),

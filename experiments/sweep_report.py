@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 from experiments.cells import Cell, Findings
 from experiments.stats import CONFIDENCE, LEAST_SEEDS
-from experiments.verdict import Number, Sentence, Square, differences, ignited, interval, place, plain, square, verdict
+from experiments.verdict import Square, differences, ignited, square, verdict
+from experiments.words import Number, Sentence, interval, markdown_table, place, plain
 
 DIAGNOSED = (
     "cos_m_bar",
@@ -134,20 +135,16 @@ def sweep_markdown(findings: Findings) -> str:
     for where, the_square, contrasts in found.squares:
         cells = [f"[{cell.arm} {plain(cell.mean)}]({cell.name})" for cell in the_square.cells]
         first, second = the_square.factors
-        lines += _table([where, "low", second], [["low", cells[0], cells[2]], [first, cells[1], cells[3]]])
-        lines += _table(["contrast", "accuracy", "seeds"], [list(row) for row in contrasts])
-    lines += _table(found.headings, [[f"[{row.cell.arm}]({row.cell.name})", *row.values] for row in found.rows])
+        lines += markdown_table([where, "low", second], [["low", cells[0], cells[2]], [first, cells[1], cells[3]]])
+        lines += markdown_table(["contrast", "accuracy", "seeds"], [list(row) for row in contrasts])
+    lines += markdown_table(found.headings, [[f"[{row.cell.arm}]({row.cell.name})", *row.values] for row in found.rows])
     if found.diagnosed:
         rows = [[f"[{cell.arm}]({cell.name})", *values] for cell, values in found.diagnosed]
-        lines += _table(["diagnosis", *DIAGNOSED], rows)
+        lines += markdown_table(["diagnosis", *DIAGNOSED], rows)
     if found.compared:
-        lines += _table(["difference", "where", "accuracy", "seeds"], [list(row) for row in found.compared])
+        lines += markdown_table(["difference", "where", "accuracy", "seeds"], [list(row) for row in found.compared])
     return "\n".join(lines) + "\n"
 
 
 def _link(part: str | Number) -> str:
     return part if isinstance(part, str) else f"[{part.text}]({part.cell})"
-
-
-def _table(headings: list[str], rows: list[list[str]]) -> list[str]:
-    return [f"| {' | '.join(row)} |" for row in [headings, ["---"] * len(headings), *rows]] + [""]
