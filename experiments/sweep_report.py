@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from experiments.cells import Cell, Findings
+from experiments.frontier import FrontierTable, frontier, frontier_table
 from experiments.stats import CONFIDENCE, LEAST_SEEDS
 from experiments.verdict import Square, differences, ignited, square, verdict
 from experiments.words import Number, Sentence, interval, markdown_table, place, plain
@@ -36,6 +37,7 @@ class SweepTables(NamedTuple):
 
     how: str
     verdict: list[Sentence]
+    frontier: FrontierTable | None  # where cells differ in their bytes
     squares: list[tuple[str, Square, list[tuple[str, str, str]]]]  # where, cells, (contrast, interval, seeds)
     headings: list[str]
     rows: list[CellRow]
@@ -44,12 +46,13 @@ class SweepTables(NamedTuple):
 
 
 def sweep_tables(findings: Findings) -> SweepTables:
-    points = findings.sweep.points()
-    squares = [(place(point), found) for point in points if (found := square(findings, point))]
+    points, found = findings.sweep.points(), frontier(findings)
+    squares = [(place(point), four) for point in points if (four := square(findings, point))]
     return SweepTables(
         _how(findings),
         verdict(findings),
-        [(where, found, _contrasts(found)) for where, found in squares],
+        frontier_table(found) if found else None,
+        [(where, four, _contrasts(four)) for where, four in squares],
         [
             "cell",
             *[key.rpartition(".")[2] for key in findings.sweep.axes],
@@ -132,6 +135,9 @@ def sweep_markdown(findings: Findings) -> str:
     found = sweep_tables(findings)
     lines = [f"## {findings.sweep.name}", "", found.how, ""]
     lines += ["- " + "".join(_link(part) for part in sentence.parts) for sentence in found.verdict] + [""]
+    if found.frontier:
+        rows = [[f"[{cell.arm}]({cell.name})", *values] for cell, values in found.frontier.rows]
+        lines += markdown_table(found.frontier.headings, rows)
     for where, the_square, contrasts in found.squares:
         cells = [f"[{cell.arm} {plain(cell.mean)}]({cell.name})" for cell in the_square.cells]
         first, second = the_square.factors

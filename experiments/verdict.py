@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from experiments.cells import Cell, Findings
+from experiments.frontier import frontier_in_words
 from experiments.stats import Effects, Estimate, above_floor, factorial, near_base, paired
 from experiments.sweep import Gates, flat
 from experiments.words import Number, Sentence, cell_in_words, interval, place, plain
@@ -26,7 +27,7 @@ class Difference(NamedTuple):
 
 def verdict(findings: Findings) -> list[Sentence]:
     """All sentences, those about what is missing, failed or not distinguishable first."""
-    found = [*_missing(findings), *_compared(findings), *_gates(findings)]
+    found = [*_missing(findings), *frontier_in_words(findings), *_compared(findings), *_gates(findings)]
     found += [s for point in findings.sweep.points() for s in _square(findings, point)]
     return sorted(found + _ignitions(findings) + _edges(findings), key=lambda sentence: sentence.good)
 
