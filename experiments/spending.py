@@ -84,7 +84,7 @@ def _sent_of_dense(table: dict[str, Traffic], name: str) -> str:
     if name not in table:
         return "–"
     found, whole = table[name], table[EVERYTHING]
-    share = f"{100 * found.sent / whole.sent:.1f} %" if whole.sent else "–"
+    share = f"{100 * found.sent / whole.sent:.1f}\N{NO-BREAK SPACE}%" if whole.sent else "–"
     more = f"ratio {found.ratio}" if name == EVERYTHING else share
     return f"{found.sent / 1e6:,.2f} of {found.dense / 1e6:,.2f} ({more})"
 

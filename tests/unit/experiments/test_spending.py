@@ -68,8 +68,10 @@ def test_before_and_after_stand_side_by_side(tmp_path: Path):
     table = report_markdown(folders)
     assert "| MB sent, of dense | before, seed 0 | after, seed 0 |" in table
     assert "| everything | 400.00 of 400.00 (ratio 1.0000) | 4.00 of 500.00 (ratio 0.0080) |" in table
-    assert "| boundary_fwd | – | 1.00 of 100.00 (25.0 %) |" in table
-    assert "| grad_dp | 400.00 of 400.00 (100.0 %) | 3.00 of 400.00 (75.0 %) |" in table
+    assert "| boundary_fwd | – | 1.00 of 100.00 (25.0\N{NO-BREAK SPACE}%) |" in table
+    assert (
+        "| grad_dp | 400.00 of 400.00 (100.0\N{NO-BREAK SPACE}%) | 3.00 of 400.00 (75.0\N{NO-BREAK SPACE}%) |" in table
+    )
     write_html(folders, tmp_path / "report.html")
     html = (tmp_path / "report.html").read_text()
     part = html[html.index("<h2>Where bytes and seconds go") :]
@@ -80,7 +82,7 @@ def test_seeds_of_one_experiment_are_their_mean(tmp_path: Path):
     for seed, sent in enumerate((1e6, 3e6)):
         write_run(tmp_path / f"s{seed}", seed=seed, bytes={"grad_dp": {"sent": sent, "dense": 8e6}})
     (curve,) = curves(load_runs([tmp_path]))
-    assert bytes_table([curve]).rows[1] == ["grad_dp", "2.00 of 8.00 (100.0 %)"]
+    assert bytes_table([curve]).rows[1] == ["grad_dp", "2.00 of 8.00 (100.0\N{NO-BREAK SPACE}%)"]
 
 
 def test_a_run_without_seconds_and_bytes_has_no_tables(tmp_path: Path):
