@@ -80,7 +80,7 @@ def report_markdown(folders: list[Path]) -> str:
 
 
 def _tables(group: list[plots.Curve]) -> list[spending.SpendingTable]:
-    tables = spending.bytes_table(group), spending.seconds_table(group)
+    tables = spending.channel_table(group), spending.phase_table(group)
     return [table for table in tables if table.rows]
 
 

@@ -73,7 +73,7 @@ class SpendingTable(NamedTuple):
     rows: list[list[str]]
 
 
-def bytes_table(group: Sequence[Curve]) -> SpendingTable:
+def channel_table(group: Sequence[Curve]) -> SpendingTable:
     """`3.57 of 71.41 (20 %)`: MB sent, MB of a dense system, share of all that was sent. Its first row: everything."""
     tables = [_mean_traffic(curve) for curve in group]
     rows = [[name, *(_sent_of_dense(table, name) for table in tables)] for name in _names(tables)]
@@ -89,7 +89,7 @@ def _sent_of_dense(table: dict[str, Traffic], name: str) -> str:
     return f"{found.sent / 1e6:,.2f} of {found.dense / 1e6:,.2f} ({more})"
 
 
-def seconds_table(group: Sequence[Curve]) -> SpendingTable:
+def phase_table(group: Sequence[Curve]) -> SpendingTable:
     tables = [_mean_seconds(curve) for curve in group]
     rows = [[name, *(f"{table[name]:.3f}" if name in table else "–" for table in tables)] for name in _names(tables)]
     return SpendingTable(["seconds of a step", *(curve.label for curve in group)], rows)

@@ -12,7 +12,7 @@ from experiments.drawing import in_bytes
 from experiments.plots import curves
 from experiments.report import report_markdown, write_html
 from experiments.runs import load_run, load_runs
-from experiments.spending import EVERYTHING, REST, bytes_table, seconds_of, traffic_of
+from experiments.spending import EVERYTHING, REST, channel_table, seconds_of, traffic_of
 from tests.unit.experiments.test_report import write_run
 
 TICK = {"timing_s/tick": 0.3, "timing_s/forward_backward": 0.2, "timing_s/reduce": 0.05, "timing_s/diagnostics": 0.1}
@@ -82,7 +82,7 @@ def test_seeds_of_one_experiment_are_their_mean(tmp_path: Path):
     for seed, sent in enumerate((1e6, 3e6)):
         write_run(tmp_path / f"s{seed}", seed=seed, bytes={"grad_dp": {"sent": sent, "dense": 8e6}})
     (curve,) = curves(load_runs([tmp_path]))
-    assert bytes_table([curve]).rows[1] == ["grad_dp", "2.00 of 8.00 (100.0\N{NO-BREAK SPACE}%)"]
+    assert channel_table([curve]).rows[1] == ["grad_dp", "2.00 of 8.00 (100.0\N{NO-BREAK SPACE}%)"]
 
 
 def test_a_run_without_seconds_and_bytes_has_no_tables(tmp_path: Path):
