@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from codec.frames import FrameError, pack
-from rl.batch import Batch, concat
-from rl.objective import MicroBatch, deal, microbatches
+from rl.batch import Batch, concat, deal
+from rl.objective import MicroBatch, microbatches
 
 LAW = settings(deadline=None, derandomize=True, max_examples=100)
 CPU = torch.device("cpu")
