@@ -27,67 +27,82 @@ class Sizes(NamedTuple):
     dense: float
 
 
+class _Kind(NamedTuple):
+    """What the size of a batch depends on: prompts, samples of each, mean lengths, the vocabulary, base log-probs."""
+
+    prompts: int
+    samples: int
+    prompt: float
+    response: float
+    vocab: int
+    with_ref: bool
+
+
 def answers(config: RunConfig, prompts: int, samples: int, scores_only: bool = False) -> Sizes:
     """One frame from an engine: `samples` answers to each of `prompts` prompts, or what validation is told of them."""
-    batch = _made_up(config, prompts, samples)
-    batch = batch.only("rewards", "truncated") if scores_only else batch
-    return Sizes(batch.to_frame(split="train", step=100).nbytes, batch.nbytes)
+    return _answers(_kind(config, prompts, samples), scores_only)
 
 
 def replay_bytes(config: RunConfig) -> float:
     """The mini-batch that goes to the anchor with a snapshot, or the share of it that is replayed."""
     grpo = config.grpo
-    batch = _made_up(config, grpo.ppo_mini_batch_size, grpo.group_size)
-    count = config.anchor.replayed(len(batch))
+    prompts, samples = grpo.ppo_mini_batch_size, grpo.group_size
+    return _replay(_kind(config, prompts, samples), config.anchor.replayed(prompts * samples))
+
+
+def dealt(config: RunConfig) -> list[Sizes]:
+    """Each rank's share of a step."""
+    grpo, swarm = config.grpo, config.swarm
+    return _dealt(_kind(config, grpo.train_batch_size, grpo.group_size), grpo.ticks_per_step, swarm.dp, swarm.pp)
+
+
+def _kind(config: RunConfig, prompts: int, samples: int) -> _Kind:
+    with_ref = config.grpo.kl_loss_coef > 0
+    vocab = parameters(config).vocab
+    return _Kind(prompts, samples, prompt_tokens(config), response_tokens(config), vocab, with_ref)
+
+
+@cache
+def _answers(kind: _Kind, scores_only: bool) -> Sizes:
+    batch = _made_up(kind)
+    batch = batch.only("rewards", "truncated") if scores_only else batch
+    return Sizes(batch.to_frame(split="train", step=100).nbytes, batch.nbytes)
+
+
+@cache
+def _replay(kind: _Kind, count: int) -> float:
+    batch = _made_up(kind)
     batch = batch if count == len(batch) else batch.pick(np.arange(count) * len(batch) // count)
     return batch.to_frame(step=100, index=1, denominator=batch.response_tokens).nbytes
 
 
-def dealt(config: RunConfig) -> Sizes:
-    """All ranks' shares of a step."""
-    found = _dealt(config)
-    return Sizes(sum(sent for sent, _ in found), sum(dense for _, dense in found))
-
-
-def largest_share(config: RunConfig) -> float:
-    """Of a step, the frame of the rank that is sent most."""
-    return max(sent for sent, _ in _dealt(config))
-
-
-def _dealt(config: RunConfig) -> list[Sizes]:
-    """By rank."""
-    grpo, swarm = config.grpo, config.swarm
-    batch = _made_up(config, grpo.train_batch_size, grpo.group_size)
-    each = len(batch) // grpo.ticks_per_step
-    minis = [batch.take(i * each, (i + 1) * each) for i in range(grpo.ticks_per_step)]
-    found = shares(minis, swarm.dp, swarm.pp)
-    return [Sizes(share.frame.nbytes, share.dense) for share in found for _ in range(share.ranks)]
-
-
-def _made_up(config: RunConfig, prompts: int, samples: int) -> Batch:
-    vocab, with_ref = parameters(config).vocab, bool(config.grpo.kl_loss_coef)
-    return _samples(prompts, samples, prompt_tokens(config), response_tokens(config), vocab, with_ref)
+@cache
+def _dealt(kind: _Kind, ticks: int, dp: int, pp: int) -> list[Sizes]:
+    batch = _made_up(kind)
+    each = len(batch) // ticks
+    minis = [batch.take(i * each, (i + 1) * each) for i in range(ticks)]
+    return [Sizes(share.frame.nbytes, share.dense) for share in shares(minis, dp, pp) for _ in range(share.ranks)]
 
 
 @cache
-def _samples(prompts: int, samples: int, prompt: float, response: float, vocab: int, with_ref: bool) -> Batch:
-    rng = np.random.default_rng(0)
-    shared = np.split(rng.integers(0, vocab, round(prompts * prompt)), np.cumsum(_lengths(prompts, prompt))[:-1])
-    lengths = _lengths(prompts * samples, response, spread=0.5)
-    own = [rng.integers(0, vocab, length) for length in lengths.tolist()]
-    rewards = rng.integers(0, 2, (prompts, samples)).astype(np.float32)
-    scale = rewards.std(1, keepdims=True, ddof=1) if samples > 1 else np.ones((prompts, 1), np.float32)
-    logprobs = -np.exp2(rng.uniform(-EXPONENTS + 3, 3, int(lengths.sum()))).astype(np.float32)
-    heads = np.repeat([len(tokens) for tokens in shared], samples).astype(np.int32)
+def _made_up(kind: _Kind) -> Batch:
+    rng, count = np.random.default_rng(0), kind.prompts * kind.samples
+    heads, lengths = _lengths(kind.prompts, kind.prompt), _lengths(count, kind.response, spread=0.5)
+    shared = np.split(rng.integers(0, kind.vocab, int(heads.sum()), np.int32), np.cumsum(heads)[:-1])
+    own = np.split(rng.integers(0, kind.vocab, int(lengths.sum()), np.int32), np.cumsum(lengths)[:-1])
+    logprobs = -np.exp2(rng.uniform(3 - EXPONENTS, 3, int(lengths.sum()))).astype(np.float32)
+    rewards = rng.integers(0, 2, (kind.prompts, kind.samples)).astype(np.float32)
+    from_mean = rewards - rewards.mean(1, keepdims=True)
+    prompt = np.repeat(heads, kind.samples)
     return Batch(
-        tokens=np.concatenate([p for i, o in enumerate(own) for p in (shared[i // samples], o)]).astype(np.int32),
-        prompt=heads,
-        total=(heads + lengths).astype(np.int32),
+        tokens=np.concatenate([part for i, tokens in enumerate(own) for part in (shared[i // kind.samples], tokens)]),
+        prompt=prompt.astype(np.int32),
+        total=(prompt + lengths).astype(np.int32),
         rollout_logprobs=logprobs,
-        ref_logprobs=logprobs if with_ref else logprobs[:0],
+        ref_logprobs=logprobs if kind.with_ref else logprobs[:0],
         rewards=rewards.reshape(-1),
-        advantages=((rewards - rewards.mean(1, keepdims=True)) / (scale + 1e-6)).astype(np.float32).reshape(-1),
-        truncated=np.zeros(prompts * samples, bool),
+        advantages=(from_mean / (from_mean.std(1, keepdims=True) + 1e-6)).reshape(-1),
+        truncated=np.zeros(count, bool),
     )
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from anchor_service.config import correction_payload
 from codec.costs import FP32, CodecCost, GradientCost, gradient_cost
-from deploy.estimate.batches import answers, largest_share, replay_bytes
+from deploy.estimate.batches import answers, dealt, replay_bytes
 from deploy.estimate.bytes import correction_bytes, cost_of_codec, snapshot_bytes
 from deploy.estimate.parameters import check_fits, parameters, stage_parameters, stage_shapes
 from deploy.estimate.workload import (
@@ -249,7 +249,7 @@ class Durations:
     def deal(self) -> float:
         """A step's samples on their way to every worker, each its share."""
         jitter = self.jitter(self.rng, self.dp * self.pp).max()
-        return float(largest_share(self.config) / self.swarm_rate * jitter + self.latency)
+        return float(max(share.sent for share in dealt(self.config)) / self.swarm_rate * jitter + self.latency)
 
     def weight_sync(self, apart: float | None) -> float:
         """New weights to every engine."""
