@@ -9,10 +9,9 @@ import pytest
 
 from codec.config import CodecConfig
 from rl import mismatch
-from rl.batch import Batch
 from rl.config import GrpoConfig
 from swarm.messages import TickPlan
-from swarm.rank import MiniBatch, Rank
+from swarm.rank import Rank
 from swarm.shares import shares
 from swarm.telemetry import combine
 from swarm.worker import Worker
@@ -66,9 +65,7 @@ def _run(folder: Path, codec: str, layout: tuple[int, int], passes: bool, old="t
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("codec", ["none", "powersgd"])
-def test_a_run_ends_with_the_same_weights_with_and_without_the_pass(
-    model: Path, codec: str, layout: tuple[int, int]
-):
+def test_a_run_ends_with_the_same_weights_with_and_without_the_pass(model: Path, codec: str, layout: tuple[int, int]):
     """Six ticks, tables refreshed before ticks 2, 3 and 6: the second of three steps begins with tick 3."""
     with_pass, without = (_run(model, codec, layout, passes) for passes in (True, False))
     for ours, theirs in zip(without, with_pass, strict=True):
