@@ -96,9 +96,10 @@ class GrpoConfig(Section):
     max_response_length: int = Field(
         default=40, ge=1, description="longer answers are cut and score 0 (but see task.reward), in tokens"
     )
-    old_logprobs: Literal["trainer", "rollout"] = Field(
+    old_logprobs: Literal["trainer", "tick", "rollout"] = Field(
         default="trainer",
-        description="`trainer`: recomputed through the codec at the start of a step; `rollout`: the engine's",
+        description="`trainer`: through the codec as it is at the start of a step; `tick`: as it is in the tick, for a "
+        "step's first mini-batch; `rollout`: the engine's",
     )
     rollout_is: Literal["none", "token"] = Field(
         default="none",
@@ -127,6 +128,15 @@ class GrpoConfig(Section):
     @property
     def ticks_per_step(self) -> int:
         return self.train_batch_size // self.ppo_mini_batch_size
+
+    def recomputes(self, mini_batch: int, refreshed: bool) -> bool:
+        """Whether old log-probs of a step's mini-batch take a forward pass of their own.
+
+        The first one's tick computes the same numbers itself, from the same weights, unless its codec is `refreshed`.
+        """
+        if self.old_logprobs == "rollout":
+            return False
+        return mini_batch > 0 or (refreshed and self.old_logprobs == "trainer")
 
 
 class SnapshotConfig(Section):

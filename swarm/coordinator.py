@@ -32,6 +32,7 @@ from swarm.nonfinite import judge_loss
 from swarm.progress import Progress
 from swarm.rollouts import SAMPLED_S, Rollouts, sample_metrics
 from swarm.run_config import RunConfig
+from swarm.shares import shares
 from swarm.telemetry import Telemetry, combine, replace_text
 
 TICK_S, PAUSED_S = "timing_s/tick", "timing_s/diagnostics"  # the pace of a run is made of them
@@ -90,11 +91,12 @@ class Coordinator:
         self.telemetry.step(progress.step, progress.tick, found)
 
     def _begin(self, batch: Batch, minis: list[MiniFrame]) -> dict[str, float]:
-        """Give every rank the step's mini-batches."""
-        ranks = len(self.fleet.workers)
-        self.progress.control(sum(mini.size for mini in minis) * ranks)
-        references = [mini.reference for mini in minis]
-        reports = self.fleet.ask_workers("begin_step", [references] * ranks, "the start of a step")
+        """Give every rank its share of the step's mini-batches."""
+        swarm, arguments = self.config.swarm, []
+        for share in shares([mini.batch for mini in minis], swarm.dp, swarm.pp):
+            self.progress.control(share.ranks * share.frame.nbytes, share.ranks * share.dense)
+            arguments += [(self.progress.tick + 1, ray.put(share.frame))] * share.ranks
+        reports = self.fleet.ask_workers("begin_step", arguments, "the start of a step")
         metrics, ledger = combine(reports, batch.response_tokens)
         self.progress.ledger.merge(ledger)
         self.progress.remember("worker", metrics["perf/max_memory_gb"])
@@ -175,7 +177,7 @@ class Coordinator:
         self.telemetry.val(self.progress.step, self.progress.tick, metrics, accuracy)
 
     def _mini_batches(self, batch: Batch) -> list[MiniFrame]:
-        """The step's mini-batches, each packed once for workers and anchor."""
+        """The step's mini-batches, each packed for the anchor and the diagnoser."""
         grpo, found = self.config.grpo, []
         samples = grpo.ppo_mini_batch_size * grpo.group_size
         for i in range(grpo.ticks_per_step):

@@ -96,7 +96,8 @@ class Rollouts:
         start = time.perf_counter()
         size = self.config.rollout.batch_size * self.config.grpo.group_size // n
         asks = [
-            Prompts(split, step, tuple(indices[i : i + size]), n, temperature) for i in range(0, len(indices), size)
+            Prompts(split, step, tuple(indices[i : i + size]), n, temperature, scores_only=split == "val")
+            for i in range(0, len(indices), size)
         ]
         what = f"{split} samples of step {step}"
         try:
@@ -106,7 +107,7 @@ class Rollouts:
             self.sync()
             results = self._ask(asks, what)
         batch = concat([Batch.from_frame(frame, "an engine")[1] for frame, *_ in results])
-        self.progress.control(sum(frame.nbytes for frame, *_ in results))
+        self.progress.control(sum(frame.nbytes for frame, *_ in results), batch.nbytes)
         self.progress.remember("engine", max(peak for _, peak, _ in results))
         undecided = sum(sums.pop(UNDECIDED, 0) for *_, sums in results)
         if undecided:

@@ -15,7 +15,7 @@ from math import ceil
 import numpy as np
 
 from deploy.estimate.timing import Durations
-from deploy.estimate.workload import fires_per_tick
+from deploy.estimate.workload import fires_per_tick, forward_passes
 from swarm.run_config import RunConfig
 
 
@@ -84,7 +84,9 @@ class Phases(Durations):
         return StepTime(
             rollouts=self.rollout(grpo.train_batch_size, grpo.group_size),
             deal=self.deal(),
-            old_logprobs=grpo.ticks_per_step * self.old_logprobs().before,
+            old_logprobs=grpo.ticks_per_step
+            * (forward_passes(self.config, self.has_tables) - 1)
+            * self.old_logprobs().before,
             ticks=grpo.ticks_per_step * tick.total,
             sync=self.weight_sync(grpo.ticks_per_step),
         )

@@ -24,7 +24,7 @@ from codec.schedule import q_should_refresh
 from deploy.estimate.bytes import tick_bytes
 from deploy.estimate.simulation import Simulation
 from deploy.estimate.timing import Durations
-from deploy.estimate.workload import total_ticks
+from deploy.estimate.workload import forward_passes, total_ticks
 from swarm.run_config import RunConfig
 
 
@@ -70,8 +70,8 @@ class _Run:
         self.env.run(self.env.process(self._steps()))
         found, config = self.found, self.config
         found.seconds = self.env.now
-        # each worker computes its own stage of its replica's samples, three parts a tick, one more for old log-probs
-        parts = 4 if config.grpo.old_logprobs == "trainer" else 3
+        # each worker computes its own stage of its replica's samples: forward one part, backward two
+        parts = 2 + forward_passes(config, self.durations.has_tables, self.last_tick)
         busy = self.durations.computing.sum() / self.durations.pp * parts / 3 * self.last_tick
         found.swarm_utilisation = float(busy / found.seconds)
         found.anchor_utilisation = self.anchor_seconds / (config.anchor.workers * found.seconds)
@@ -93,7 +93,7 @@ class _Run:
             yield self._spend("swarm links", durations.deal())
             first = (step - 1) * grpo.ticks_per_step + 1
             ticks = range(first, min(first + grpo.ticks_per_step, self.last_tick + 1))
-            for _ in ticks:
+            for _ in range(min(durations.recomputed(first), len(ticks))):
                 old = durations.old_logprobs()
                 yield self._spend("swarm compute", old.compute)
                 yield self._spend("swarm links", old.before - old.compute)
