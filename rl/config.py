@@ -209,6 +209,10 @@ class RolloutConfig(Section):
     def validation_temperature(self) -> float:
         return self.temperature if self.val_temperature is None else self.val_temperature
 
+    def ahead_of(self, step: int, steps: int) -> int:
+        """The last step whose samples are asked for when `step` of `steps` begins."""
+        return max(step, min(step + self.max_staleness, steps))
+
     def compares(self, step: int) -> bool:
         """Whether the engine is compared with a plain forward in this step."""
         every = {"vllm": 1, "transformers": 10}[self.engine] if self.mismatch_every is None else self.mismatch_every

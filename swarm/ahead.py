@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from rl.config import RolloutConfig
 from swarm import checkpoint
 
 Calls = list[tuple[str, object]]  # engine, reference to what it delivers
@@ -51,14 +52,14 @@ class Asked:
 class Ahead:
     """The steps that are asked for and not used, oldest first, without a gap. Those that are here come first."""
 
-    def __init__(self, steps: int, max_staleness: int):
-        self.steps, self.most = steps, max_staleness
+    def __init__(self, rollout: RolloutConfig, steps: int):
+        self.rollout, self.steps = rollout, steps
         self.asked: list[Asked] = []
 
     def missing(self, step: int) -> range:
         """The steps to ask for when `step` begins: up to s beyond it, none beyond the run's last."""
-        last = max(step, min(step + self.most, self.steps))
-        return range(self.asked[-1].step + 1 if self.asked else step, last + 1)
+        first = self.asked[-1].step + 1 if self.asked else step
+        return range(first, self.rollout.ahead_of(step, self.steps) + 1)
 
     @property
     def in_flight(self) -> list[int]:
@@ -88,7 +89,7 @@ class Ahead:
                 frames = [checkpoint.frame_of(folder, _name(step, i)) for i in range(len(saved["measured"]))]
                 results: list[Result] = [(f, peak, sums) for f, (peak, sums) in zip(frames, saved["measured"])]
                 self.asked.append(Asked(step, Sent(by["step"], by["tick"], [], by["digest"]), [], results))
-        return min(self.most, self.steps - state["step"]) - len(self.asked)
+        return self.rollout.ahead_of(state["step"], self.steps) - state["step"] - len(self.asked)
 
 
 def _name(step: int, part: int) -> str:
