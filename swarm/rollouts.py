@@ -19,8 +19,8 @@ from rl.model_files import parameter_count
 from rl.problems import Problems
 from rl.rollout import UNDECIDED
 from rl.snapshot import BaseLost
-from swarm.ahead import Ahead, Asked, Calls, Result, Sent
 from swarm.fleet import Fleet
+from swarm.lookahead import Asked, Calls, Lookahead, Result, Sent
 from swarm.progress import Progress
 from swarm.run_config import RunConfig
 
@@ -36,7 +36,7 @@ class Rollouts:
     def __init__(self, config: RunConfig, fleet: Fleet, progress: Progress, line: FireLine):
         self.config, self.fleet, self.progress = config, fleet, progress
         self.line = line if config.anchor.weights == "shared" else NoFires()
-        self.ahead = Ahead(config.rollout, config.run.steps)
+        self.ahead = Lookahead(config.rollout, config.run.steps)
         self._unsettled: list[Sent] = []  # weights of which engines have not said yet what they hold; oldest first
         self._parameters = parameter_count(config.model.path)
         self._resync = True  # the first frames of a run are whole ones

@@ -49,7 +49,7 @@ class Asked:
         return self.step - 1 - self.weights.step
 
 
-class Ahead:
+class Lookahead:
     """The steps that are asked for and not used, oldest first, without a gap. Those that are here come first."""
 
     def __init__(self, rollout: RolloutConfig, steps: int):
