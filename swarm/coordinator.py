@@ -212,8 +212,8 @@ class Coordinator:
         ranks = len(self.fleet.workers)
         self.fleet.ask_workers("restore", [(str(folder),)] * ranks, "loading its checkpoint")
         self.corrections.restore(folder, state)
-        progress.restore(state)
         self.rollouts.restore(folder, state)
+        progress.restore(state)
 
 
 def _anchor_of(config: RunConfig, fleet: Fleet) -> tuple[Clock, FireLine]:

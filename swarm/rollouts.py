@@ -37,6 +37,7 @@ class Rollouts:
         self.config, self.fleet, self.progress = config, fleet, progress
         self.line = line if config.anchor.weights == "shared" else NoFires()
         self.ahead = Lookahead(config.rollout, config.run.steps)
+        self._lacking = 0  # steps ahead that the checkpoint lacks with which this run goes on
         self._unsettled: list[Sent] = []  # weights of which engines have not said yet what they hold; oldest first
         self._parameters = parameter_count(config.model.path)
         self._resync = True  # the first frames of a run are whole ones
@@ -54,6 +55,9 @@ class Rollouts:
             self._renew(failure)
             found = self._problems()
         self._say_what_is_missing(found)
+        if self._lacking:
+            reason = f"the saved run was to end before: {self._lacking} steps ahead are sampled of newer weights"
+            self.progress.event("samples ahead not saved", reason=reason, steps=self._lacking)
         return found
 
     def _problems(self) -> Problems:
@@ -242,10 +246,7 @@ class Rollouts:
 
     def restore(self, folder: Path, state: dict[str, Any]) -> None:
         """Go on from a checkpoint; the engines get whole weights in the next `sync`. Raises CheckpointError."""
-        lacking = self.ahead.restore(folder, state)
-        if lacking:
-            reason = f"the saved run was to end before: {lacking} steps ahead are sampled anew, of newer weights"
-            self.progress.event("samples ahead not saved", reason=reason, steps=lacking)
+        self._lacking = self.ahead.restore(folder, state)
 
 
 def _over(calls: Calls) -> bool:

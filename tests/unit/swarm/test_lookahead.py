@@ -85,6 +85,7 @@ class Run:
         monkeypatch.setattr(rollouts, "gather", lambda calls, *_: [engine.until(i) for _, (engine, i) in calls])
         monkeypatch.setattr(rollouts, "done_of", lambda refs: ([], refs) if not swift else (_do_all(refs), []))
         monkeypatch.setattr(Rollouts, "_taken", lambda self, split, results: (results, {}))
+        monkeypatch.setattr(Rollouts, "_problems", lambda self: SimpleNamespace(sources=[], validation=None))
         monkeypatch.setattr(Rollouts, "_judge_ends", lambda self, batch: None)
         self.rollouts = Rollouts(self.config, self.fleet, self.progress, NoFires())
         self.used: list[tuple[int, int, int]] = []  # step, ticks of the weights that sampled it, staleness recorded
@@ -94,6 +95,7 @@ class Run:
         return [(whole, base)], 10
 
     def begin(self) -> None:
+        self.rollouts.begin()
         self.rollouts.sync()
 
     def step(self) -> None:
