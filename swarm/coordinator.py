@@ -79,14 +79,14 @@ class Coordinator:
         metrics = self._begin(batch, minis)
         ticks = [self._tick(i, mini) for i, mini in enumerate(minis)]
         self.fleet.take_turns("release_cache", self.fleet.workers)
-        digest = self.rollouts.sync()
+        timing |= self.rollouts.sync()
         timing["timing_s/ticks"] = sum(tick[TICK_S] for tick in ticks)
         timing["timing_s/step"] = seconds = time.perf_counter() - start
         paused = sum(tick.get(PAUSED_S, 0.0) for tick in ticks)
         if paused:
             timing[PAUSED_S] = paused
         progress.paced((seconds - paused) / len(ticks))
-        totals = {"perf/throughput": float(batch.total.sum()) / seconds, "rollout/weights_digest": digest}
+        totals = {"perf/throughput": float(batch.total.sum()) / seconds}
         found = step_means(ticks) | metrics | sample_metrics(batch) | timing | totals | progress.ratios()
         self.telemetry.step(progress.step, progress.tick, found)
 
@@ -197,13 +197,14 @@ class Coordinator:
     # --- checkpoints ----------------------------------------------------------------------------
 
     def save(self) -> None:
-        """A checkpoint of the present step. In lockstep it waits for fires under way: their results are part of it."""
+        """A checkpoint of the present step, with what is under way: it waits for samples ahead, and in lockstep for fires."""
         start = time.perf_counter()
         step, ranks = self.progress.step, len(self.fleet.workers)
         writer = checkpoint.CheckpointWriter(self.run_folder, step)
         files = self.fleet.ask_workers("save", [(str(writer.path), step)] * ranks, "its checkpoint")
         state, frames = self.corrections.save()
-        writer.commit(self.progress.state() | state, frames, files)
+        samples, batches = self.rollouts.save()
+        writer.commit(self.progress.state() | state | samples, frames | batches, files)
         self.progress.event("checkpoint", seconds=time.perf_counter() - start)
 
     def restore(self, folder: Path) -> None:
@@ -213,6 +214,7 @@ class Coordinator:
         ranks = len(self.fleet.workers)
         self.fleet.ask_workers("restore", [(str(folder),)] * ranks, "loading its checkpoint")
         self.corrections.restore(folder, state)
+        self.rollouts.restore(folder, state)
         progress.restore(state)
 
 

@@ -1,7 +1,7 @@
 """A tick, a step and a fire by phase, over the config's `links` without jitter: what `plan` prints.
 
     tick    1F1B pipeline (compute, then what its links add) + reduce over replicas + tied + basis + agreements
-    step    rollouts + dealing samples + old log-probs + its ticks + weights to the engines
+    step    rollouts + dealing samples + old log-probs + its ticks + weights to the engines, less what overlaps
     fire    pull snapshot and replay + forward and backward + M̄ handed on + publish to every rank
 
 Not counted: optimizer, merge, encoding, scoring, validation, and links that are shared at the same time.
@@ -46,6 +46,7 @@ class StepTime(_Total):
     old_logprobs: float
     ticks: float
     sync: float
+    overlap: float  # negative: what of rollouts and sync passes beside the rest, with `rollout.max_staleness`
 
 
 @dataclass(frozen=True)
@@ -80,16 +81,17 @@ class Phases(Durations):
         )
 
     def step_time(self, tick: TickTime) -> StepTime:
+        """Of a run under way. With samples s steps ahead the weights of a step come back as samples s+1 steps later,
+        so in that time all phases pass once; and a step is no shorter than its swarm's part, its samples or its sync.
+        """
         grpo = self.config.grpo
-        return StepTime(
-            rollouts=self.rollout(grpo.train_batch_size, grpo.group_size),
-            deal=self.deal(),
-            old_logprobs=grpo.ticks_per_step
-            * (forward_passes(self.config, self.has_tables) - 1)
-            * self.old_logprobs().before,
-            ticks=grpo.ticks_per_step * tick.total,
-            sync=self.weight_sync(grpo.ticks_per_step),
-        )
+        rollouts, sync = self.rollout(grpo.train_batch_size, grpo.group_size), self.weight_sync(grpo.ticks_per_step)
+        passes = forward_passes(self.config, self.has_tables) - 1
+        deal, old = self.deal(), grpo.ticks_per_step * passes * self.old_logprobs().before
+        ticks = grpo.ticks_per_step * tick.total
+        swarm, whole = deal + old + ticks, rollouts + deal + old + ticks + sync
+        seconds = max(whole / (1 + self.config.rollout.max_staleness), swarm, rollouts, sync)
+        return StepTime(rollouts, deal, old, ticks, sync, overlap=seconds - whole)
 
     def fire_time(self) -> FireTime:
         """`anchor.slowdown` stretches pull and compute, as the anchor itself does."""

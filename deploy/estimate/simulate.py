@@ -1,6 +1,8 @@
 """`northstar simulate`: a run's schedule on a virtual clock. No tensors, no Ray, no torch.
 
-    driver   rollout ─▶ old log-probs ─▶ [dispatch what is done ─▶ offer θ_s ─▶ tick] × ticks a step ─▶ weights
+    engines  [load ─▶ sample] one after the other, `rollout.max_staleness` steps ahead
+                          ▼
+    driver   wait for samples ─▶ old log-probs ─▶ [dispatch what is done ─▶ offer θ_s ─▶ tick] × ticks a step ─▶ weights
                                              │             ▲                      ▲ merge: newest version that all hold
     anchor                                   └─ wait for a worker, pull, compute, publish in order of versions
 
@@ -62,6 +64,9 @@ class _Run:
         self.seen = 0
         self.held: Due | None = None
         self.tick_seconds = 0.0  # a running mean, as the coordinator's
+        self.weights_at = self.engines_at = (
+            0.0  # when the newest weights are with the engines; when those have nothing to do
+        )
         self.anchor_seconds = 0.0
         swarm = config.swarm
         self.found = Simulation(config.run.name, swarm.dp * swarm.pp, ticks)
@@ -85,11 +90,14 @@ class _Run:
     def _steps(self) -> ProcessGenerator:
         grpo, val, durations = self.config.grpo, self.config.val, self.durations
         steps = -(-self.last_tick // grpo.ticks_per_step)
-        yield self._spend("engines", durations.weight_sync(None))
-        yield self._spend("engines", durations.rollout(val.size, 1))
+        sampled: list[float] = []  # when the samples of a step are there
+        self._send_weights(None)
+        yield self._engines_until(self._sample(val.size, 1))
         for step in range(1, steps + 1):
             start = self.env.now
-            yield self._spend("engines", durations.rollout(grpo.train_batch_size, grpo.group_size))
+            while len(sampled) < self.config.rollout.ahead_of(step, steps):
+                sampled.append(self._sample(grpo.train_batch_size, grpo.group_size))
+            yield self._engines_until(sampled[step - 1])
             yield self._spend("swarm links", durations.deal())
             first = (step - 1) * grpo.ticks_per_step + 1
             ticks = range(first, min(first + grpo.ticks_per_step, self.last_tick + 1))
@@ -99,11 +107,26 @@ class _Run:
                 yield self._spend("swarm links", old.before - old.compute)
             for tick in ticks:
                 yield from self._tick(tick)
-            yield self._spend("engines", durations.weight_sync(grpo.ticks_per_step))
+            self._send_weights(grpo.ticks_per_step)
+            if not self.config.rollout.max_staleness:
+                yield self._engines_until(self.weights_at)
             seconds = (self.env.now - start) / len(ticks)
             self.tick_seconds = paced(self.tick_seconds, seconds)
             if step % val.every == 0 or step == steps:
-                yield self._spend("engines", durations.rollout(val.size, 1))
+                yield self._engines_until(self._sample(val.size, 1))
+
+    def _send_weights(self, apart: int | None) -> None:
+        """Beside whatever the engines do: they take them after what they were asked for before."""
+        self.weights_at = max(self.env.now, self.weights_at) + self.durations.weight_sync(apart)
+        self.engines_at = max(self.engines_at, self.weights_at)
+
+    def _sample(self, prompts: int, samples: int) -> float:
+        """When the engines are done with it, after all that they were asked for before."""
+        self.engines_at = max(self.env.now, self.engines_at) + self.durations.rollout(prompts, samples)
+        return self.engines_at
+
+    def _engines_until(self, when: float) -> simpy.Event:
+        return self._spend("engines", max(0.0, when - self.env.now))
 
     def _tick(self, tick: int) -> ProcessGenerator:
         """In the coordinator's order: dispatch, offer, work, merge, the rest."""
