@@ -17,6 +17,7 @@ from rl.problems import Problems
 from rl.rollout import UNDECIDED
 from rl.snapshot import BaseLost
 from swarm.fleet import Fleet
+from swarm.messages import ENGINES_STREAM
 from swarm.progress import Progress
 from swarm.run_config import RunConfig
 
@@ -30,7 +31,7 @@ class Rollouts:
         self.config, self.fleet, self.progress = config, fleet, progress
         self.line = line if config.anchor.weights == "shared" else NoFires()
         self._parameters = parameter_count(config.model.path)
-        self._resync = True  # the first frames of a run are whole ones
+        self._resync = False
         self._endless = False  # no answer of the last step came to an end
         self._validated = config.val.size
 
@@ -141,19 +142,23 @@ class Rollouts:
 
     def _weights(self) -> tuple[list[object], int]:
         whole, self._resync = self._resync, False
-        return self.fleet.weights(self.progress.tick, "engines", whole)
+        tick, config = self.progress.tick, self.config
+        return self.fleet.weights(
+            tick, ENGINES_STREAM, whole, exact=config.exact_after(tick // config.grpo.ticks_per_step)
+        )
 
     def _load(self, references: list[object], nbytes: int) -> str:
-        tick, engines, ledger = self.progress.tick, self.fleet.engines, self.progress.ledger
+        tick, fleet, engines, ledger = self.progress.tick, self.fleet, self.fleet.engines, self.progress.ledger
         calls = [(f"engine {i}", engine.load_weights.remote(tick, *references)) for i, engine in enumerate(engines)]
         self.line.follow(tick, references)
-        if self.line.workers and self.config.anchor.resource != self.config.rollout.resource:
-            ledger.add("snapshot", nbytes * len(self.line.workers), 0)  # the engines' copy is on other nodes
-        digests = gather(calls, f"loading the weights of tick {tick}", *self.fleet.engine_limit)
+        digests = gather(calls, f"loading the weights of tick {tick}", *fleet.engine_limit)
+        nodes = fleet.nodes(engines)
+        if apart := fleet.nodes(self.line.workers) - nodes:  # the engines' copies are elsewhere
+            ledger.add("snapshot", nbytes * len(apart), 0)
         if len(set(digests)) > 1:
             raise EngineFailed(f"the weights of tick {tick}", f"engines hold {digests}", "start the run anew")
         dense = self._parameters * self.config.model.itemsize  # what a dense system sends
-        ledger.add("rollout_sync", nbytes * len(engines), dense * len(engines))
+        ledger.add("rollout_sync", nbytes * len(nodes), dense * len(nodes))
         return digests[0]
 
     def _renew(self, failure: Exception) -> None:

@@ -18,12 +18,14 @@ from codec.ledger import CHANNELS
 from deploy.estimate.delta_size import Course, Walk, walk
 from deploy.estimate.parameters import Params, parameters, stage_shapes
 from deploy.estimate.workload import (
+    engine_nodes,
     evenly,
     expected_fires,
     merging_share,
     microbatch_count,
     prompt_tokens,
     refresh_share,
+    replica_nodes,
     response_tokens,
     samples_per_tick,
     tokens_per_tick,
@@ -70,22 +72,34 @@ def replay_bytes(config: RunConfig) -> float:
     return batch_bytes(config, config.anchor.replayed(samples_per_tick(config)))
 
 
-def snapshot_bytes(config: RunConfig, params: Params, apart: float | None = None) -> float:
-    """One snapshot on its way to an engine or the anchor, `apart` ticks after the last; None: the first of its stream."""
+def snapshot_bytes(config: RunConfig, params: Params, apart: float) -> float:
+    """One exact snapshot, `apart` ticks after what its receiver holds; 0 ticks: the same weights, which cost nothing."""
     if full(config):
         return params.total * snapshot_itemsize(config)
     ticks = total_ticks(config)
-    found = weights_walk(config, params, ticks)
-    each = found.whole if apart is None else found.between(ticks - min(ticks, max(1, round(apart))), ticks)
-    return params.total * each
+    return params.total * weights_walk(config, params, ticks).between(ticks - min(ticks, round(apart)), ticks)
 
 
-def stream_bytes(config: RunConfig, params: Params, ticks: int, sent: list[int]) -> float:
-    """All snapshots of one stream that sends the weights after the ticks `sent`, in a run of `ticks`."""
-    if full(config) or not sent:
-        return len(sent) * params.total * snapshot_itemsize(config)
+def stream_bytes(config: RunConfig, params: Params, ticks: int, sent: list[int]) -> list[float]:
+    """Each snapshot of an exact stream that sends the weights after the ticks `sent`, in a run of `ticks`.
+
+    It begins with the weights of the model's files, for which nothing is sent.
+    """
+    if full(config):
+        return [params.total * snapshot_itemsize(config)] * len(sent)
     found = weights_walk(config, params, ticks)
-    return params.total * (found.whole + sum(found.between(a, b) for a, b in pairwise(sent)))
+    return [params.total * found.between(a, b) for a, b in pairwise([0, *sent])]
+
+
+def sync_bytes(config: RunConfig, params: Params, ticks: int) -> list[float]:
+    """Each copy of the weights for the engines in a run of `ticks`: before the first step, then after every step."""
+    each, rate = config.grpo.ticks_per_step, config.snapshot.rate
+    sent = list(range(0, ticks + 1, each))
+    if full(config) or rate is None:
+        return stream_bytes(config, params, ticks, sent)
+    exact = [step * each for step in range(len(sent)) if config.exact_after(step)]
+    coded = weights_walk(config, params, ticks).coded(rate, tuple(sent), frozenset(exact))
+    return [params.total * share for share in coded]
 
 
 def full(config: RunConfig) -> bool:
@@ -147,7 +161,7 @@ def tick_bytes(
     stages = [sum(map(prod, s)) for s in shapes]
     ring = 2 * (swarm.dp - 1)  # 2(n-1)/n on each of n replicas
     tied = 2 * swarm.dp * FP32 * params.embedding if params.tied and swarm.pp > 1 else 0
-    syncs = (1 / config.grpo.ticks_per_step + 1 / ticks) * config.rollout.replicas
+    syncs = (1 / config.grpo.ticks_per_step + 1 / ticks) * engine_nodes(config)
 
     found = _boundaries(config, params.hidden, ticks) | {
         "grad_dp": (
@@ -157,8 +171,11 @@ def tick_bytes(
         "tied": (tied, tied),
         "snapshot": (_snapshots(config, params, ticks, sources), 0),
         "replay": (fires * replay_bytes(config), 0),
-        "correction": (merges * swarm.dp * sum(correction_bytes(config, stages)), 0),
-        "rollout_sync": (_syncs(config, params, ticks), syncs * config.model.itemsize * params.total),
+        "correction": (merges * replica_nodes(config) * sum(correction_bytes(config, stages)), 0),
+        "rollout_sync": (
+            engine_nodes(config) * _syncs(config, params, ticks),
+            syncs * config.model.itemsize * params.total,
+        ),
         "control": _control_bytes(config, params, ticks, fires),
     }
     return {channel: (float(found[channel][0]), float(found[channel][1])) for channel in CHANNELS}
@@ -186,9 +203,8 @@ def _table_rate(config: RunConfig, each: CodecCost, ticks: int) -> float:
 
 
 def _syncs(config: RunConfig, params: Params, ticks: int) -> float:
-    """Weights to the engines: before the first step, then after every step."""
-    sent = list(range(0, ticks + 1, config.grpo.ticks_per_step))
-    return config.rollout.replicas * stream_bytes(config, params, ticks, sent) / ticks
+    """Weights to one node with engines."""
+    return sum(sync_bytes(config, params, ticks)) / ticks
 
 
 def _snapshots(config: RunConfig, params: Params, ticks: int, sources: list[int]) -> float:
@@ -197,8 +213,8 @@ def _snapshots(config: RunConfig, params: Params, ticks: int, sources: list[int]
     workers = config.anchor.workers
     if config.anchor.weights == "shared":
         apart = bool(sources) and config.anchor.resource != config.rollout.resource
-        return apart * workers * _syncs(config, params, ticks) / config.rollout.replicas
-    return sum(stream_bytes(config, params, ticks, sources[k::workers]) for k in range(workers)) / ticks
+        return apart * workers * _syncs(config, params, ticks)
+    return sum(sum(stream_bytes(config, params, ticks, sources[k::workers])) for k in range(workers)) / ticks
 
 
 def _control_bytes(config: RunConfig, params: Params, ticks: int, fires: float) -> tuple[float, float]:

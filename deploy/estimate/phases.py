@@ -86,7 +86,7 @@ class Phases(Durations):
             deal=self.deal(),
             old_logprobs=grpo.ticks_per_step * self.old_logprobs().before,
             ticks=grpo.ticks_per_step * tick.total,
-            sync=self.weight_sync(grpo.ticks_per_step),
+            sync=self.weight_sync(float(np.mean(self.sync_bytes[1:]))),
         )
 
     def fire_time(self) -> FireTime:

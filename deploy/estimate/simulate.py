@@ -85,7 +85,7 @@ class _Run:
     def _steps(self) -> ProcessGenerator:
         grpo, val, durations = self.config.grpo, self.config.val, self.durations
         steps = -(-self.last_tick // grpo.ticks_per_step)
-        yield self._spend("engines", durations.weight_sync(None))
+        yield self._spend("engines", durations.weight_sync(durations.sync_bytes[0]))
         yield self._spend("engines", durations.rollout(val.size, 1))
         for step in range(1, steps + 1):
             start = self.env.now
@@ -99,7 +99,8 @@ class _Run:
                 yield self._spend("swarm links", old.before - old.compute)
             for tick in ticks:
                 yield from self._tick(tick)
-            yield self._spend("engines", durations.weight_sync(grpo.ticks_per_step))
+            sent = durations.sync_bytes
+            yield self._spend("engines", durations.weight_sync(sent[min(step, len(sent) - 1)]))
             seconds = (self.env.now - start) / len(ticks)
             self.tick_seconds = paced(self.tick_seconds, seconds)
             if step % val.every == 0 or step == steps:
@@ -147,9 +148,9 @@ class _Run:
         with self.anchors[worker].request() as turn:
             yield turn
             start = env.now
-            last = self.sources.get(worker)
+            apart = max(0, source - self.sources.get(worker, 0))
             self.sources[worker] = source
-            yield env.timeout(self.durations.pull(rng, None if last is None else max(1, source - last)))
+            yield env.timeout(self.durations.pull(rng, apart))
             fire.pulled = env.now
             yield env.timeout(self.durations.anchor_compute)
             self.anchor_seconds += self.durations.anchor_compute
