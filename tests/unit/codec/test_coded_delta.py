@@ -88,7 +88,7 @@ def outcome(frame: bytes) -> str:
         return "another base"
     except ValueError as error:
         field = re.match(r"coded delta field (['\"])(.*?)\1: ", str(error), re.DOTALL)
-        return field[2] if field else f"unnamed: {error}"
+        return f"unnamed: {error}" if field is None else field[2] if field[2] in HONEST.arrays else "another field"
     HONEST.check(arrays, found)
     return "accepted"
 
@@ -160,7 +160,7 @@ def test_damaged_bytes_of_a_coded_step():
 @pytest.mark.slow
 def test_damaged_headers_of_a_coded_step():
     outcomes = fuzz("headers", mutated_header)
-    assert outcomes["frame shape"] > 20 and outcomes["sizes"] > 20
+    assert min(outcomes[name] for name in ("frame shape", "sizes", "another field")) > 20
 
 
 @pytest.mark.slow
