@@ -126,7 +126,8 @@ class AnchorConfig(Section):
     )
     weights: Literal["swarm", "shared"] = Field(
         default="swarm",
-        description="`shared`: snapshots are taken from the stream that feeds the engines, not sent again to a node that has an engine",
+        description="`shared`: snapshots are taken from the stream that feeds the engines, not sent again to a node that has "
+        "an engine; with `snapshot.rate` M is then the gradient at what that stream holds",
     )
     replay_fraction: float = Field(
         default=1.0, gt=0, le=1, description="share of each replay batch that the anchor uses"

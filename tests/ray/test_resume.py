@@ -103,8 +103,6 @@ def test_so_does_one_whose_engines_follow_coded_steps(tmp_path: Path):
     exact = run_kept(small("run.checkpoint_every=3"), tmp_path / "exact")
     sent = [run["bytes"]["rollout_sync"]["sent"] for run in (whole, exact)]
     assert whole["weights_digests"] != exact["weights_digests"] and sent[0] < 0.6 * sent[1]
-    first = [[r["rollout/weights_digest"] for r in of_kind(tmp_path / run, "step")][2] for run in ("whole", "exact")]
-    assert len(set(first)) == 2  # exact weights, but of another run by then
 
 
 def test_checkpoints_may_be_given_up_on_the_way(short: Path, long: dict[str, Any], tmp_path: Path):

@@ -20,6 +20,7 @@ from deploy.config import load
 from deploy.estimate.bytes import tick_bytes
 from deploy.estimate.parameters import count_parameters, parameters, stage_parameters
 from deploy.estimate.workload import prompt_tokens, response_tokens, samples_per_tick, tokens_per_tick
+from rl.config import SnapshotConfig
 from rl.model_files import BUILTIN
 from rl.policy import Stage
 from rl.spans import spans
@@ -98,6 +99,25 @@ def test_the_published_ratio_follows_from_the_arithmetic():
     assert sent / dense == pytest.approx(4 / 128 + q / dense, rel=1e-12)
 
 
-def test_a_config_that_merges_nothing_asks_the_anchor_for_nothing():
-    found = tick_bytes(load("floor"))
+@pytest.mark.parametrize("config", [load("floor"), load("k5", ["merger.dose=0"])], ids=["no merger", "no dose"])
+def test_a_config_that_merges_nothing_asks_the_anchor_for_nothing(config: RunConfig):
+    found = tick_bytes(config)
     assert all(found[c] == (0.0, 0.0) for c in ("snapshot", "replay", "correction"))
+    assert found["control"] == tick_bytes(load("floor"))["control"]
+
+
+def test_weights_and_corrections_go_once_to_each_node():
+    each, one = tick_bytes(load("demo")), tick_bytes(load("demo", ["links.engine_nodes=1", "links.replica_nodes=1"]))
+    for channel in each:
+        shared = 2 if channel in ("rollout_sync", "correction") else 1
+        assert each[channel] == pytest.approx([shared * n for n in one[channel]])
+
+
+def test_a_rate_is_what_the_engines_cost_and_nothing_else_changes():
+    config = load("demo", ["run.steps=100", "val.every=100"])
+    rated = config.model_copy(update={"snapshot": SnapshotConfig(rate=0.05)})
+    exact, coded = tick_bytes(config), tick_bytes(rated)
+    assert {c for c in exact if exact[c] != coded[c]} == {"rollout_sync"}
+    a_step = 2 * 2 * 0.05 * parameters(config).total  # to two nodes
+    last = coded["rollout_sync"][0] * 200 - 99 * a_step
+    assert 0 < last < 2 * 4 * parameters(config).total
