@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 KINDS = ("none", "powersgd", "transform")
+GRADIENT_KINDS = ("none", "powersgd", "sign", "sparse")
 NODE_TAG = r"^[a-z][a-z0-9_-]*$"  # a custom Ray resource that some nodes have; CPU, GPU and node:… are none
 
 
@@ -32,13 +33,41 @@ class When(NamedTuple):
 Reading = dict[str, tuple[tuple[When, ...], ...]]  # key: alternatives, each all that must hold. Others are always read
 
 
-class GradientConfig(Section):
-    """Compression of weight gradients on the data-parallel axis."""
+def known_kind(kind: str, kinds: tuple[str, ...]) -> str:
+    """One of ours, or a name of the user's own. Raises ValueError."""
+    if kind not in kinds and ":" not in kind:
+        near = difflib.get_close_matches(kind, kinds, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{kind!r} must be one of {', '.join(map(repr, kinds))}, or 'package.module:function'{hint}")
+    return kind
 
-    kind: Literal["none", "powersgd"] = Field(
-        default="none", description="`powersgd` sends rank-r factors with error feedback"
+
+class GradientConfig(Section):
+    """Compression of weight gradients, with error feedback: between replicas, and between the ends of a tied embedding."""
+
+    kind: str = Field(
+        default="none",
+        description="`powersgd`: rank-r factors; `sign`: a bit a value; `sparse`: entropy-coded values, most of them 0; "
+        "`package.module:function`: your own",
     )
-    rank: int = Field(default=4, ge=1, description="rank of each weight matrix's factors")
+    rank: int = Field(default=4, ge=1, description="powersgd: rank of each weight matrix's factors")
+    bits: float | None = Field(
+        default=None,
+        ge=0.05,
+        le=6,
+        description="entropy-coded bits of a number of powersgd's factors (default: fp32), or of a value of `sparse`",
+    )
+
+    @field_validator("kind")
+    @classmethod
+    def _known(cls, kind: str) -> str:
+        return known_kind(kind, GRADIENT_KINDS)
+
+    @model_validator(mode="after")
+    def _fits(self) -> GradientConfig:
+        if self.kind == "sparse" and self.bits is None:
+            raise ValueError("sparse needs bits: set bits, 0.5 for example")
+        return self
 
 
 class CodecConfig(Section):
@@ -90,12 +119,7 @@ class CodecConfig(Section):
     @field_validator("kind")
     @classmethod
     def _known(cls, kind: str) -> str:
-        if kind not in KINDS and ":" not in kind:
-            near = difflib.get_close_matches(kind, KINDS, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            allowed = ", ".join(map(repr, KINDS))
-            raise ValueError(f"{kind!r} must be one of {allowed}, or 'package.module:function'{hint}")
-        return kind
+        return known_kind(kind, KINDS)
 
     @model_validator(mode="after")
     def _fits(self) -> CodecConfig:
@@ -156,6 +180,9 @@ _CUT = When("swarm.boundaries", ([2],), bool)  # without one there is no codec
 _POWERSGD = When("codec.kind", ("powersgd",), _own), _CUT
 _TRANSFORM = When("codec.kind", ("transform",), _own), _CUT
 _REPLICAS = When("swarm.dp", (2,), lambda dp: dp > 1)
+_STAGES = When("swarm.pp", (2,), lambda pp: pp > 1)  # the two ends of a tied embedding; an untied one has none
+_FACTORS = When("codec.gradient.kind", ("powersgd",), _own)
+_CODED = When("codec.gradient.kind", ("powersgd", "sparse"), _own)
 
 READING: Reading = {
     "codec.kind": ((_CUT,), (When("codec.kind", ("none",)),)),
@@ -170,6 +197,7 @@ READING: Reading = {
     "codec.first_token": ((_CUT,),),
     "codec.share_prefixes": ((_CUT,),),
     "codec.q_cadence": ((When("codec.kind", ("powersgd", "transform"), _own), _CUT),),
-    "codec.gradient.kind": ((_REPLICAS,),),
-    "codec.gradient.rank": ((When("codec.gradient.kind", ("powersgd",)), _REPLICAS),),
+    "codec.gradient.kind": ((_REPLICAS,), (_STAGES,)),
+    "codec.gradient.rank": ((_FACTORS, _REPLICAS), (_FACTORS, _STAGES)),
+    "codec.gradient.bits": ((_CODED, _REPLICAS), (_CODED, _STAGES)),
 }

@@ -22,6 +22,7 @@ from codec.named import imported
 
 FP32, BF16 = 4, 2
 DIRECTIONS = 0.6  # share of the directions that a transform's tables hold: 0.4 to 0.85 were seen at 5 % of two models
+SCALED = 512  # values that share a scale of two bytes: `codec.vector`
 BOOKS = 5 * 8  # bytes of what a way with a held rate sent in a tick, float64: `codec.transform.rate`
 
 
@@ -127,13 +128,25 @@ Shapes = Sequence[tuple[int, ...]]
 class GradientCost:
     """Of one stage with parameters of these shapes, on each of its replicas."""
 
-    sent: int  # bytes that are summed, before the ring's factor
+    sent: float  # bytes that are summed, before the ring's factor
     sums: int  # one after the other
     kept: int  # bytes kept from tick to tick: error feedback
 
 
+GradientCosts = Callable[[GradientConfig, Shapes], GradientCost]
+
+
 def gradient_cost(config: GradientConfig, shapes: Shapes) -> GradientCost:
-    return GRADIENTS[config.kind](config, shapes)
+    """Raises ValueError for a kind that cannot be imported, or does not say what it costs."""
+    if config.kind in GRADIENTS:
+        return GRADIENTS[config.kind](config, shapes)
+    cost = cast("GradientCosts | None", getattr(imported(config.kind, "codec.gradient.kind"), "cost", None))
+    if cost is None:
+        raise ValueError(
+            f"codec.gradient.kind {config.kind!r} does not say what it costs: give it an attribute `cost`, a function "
+            f"(config, shapes) -> codec.costs.GradientCost"
+        )
+    return cost(config, shapes)
 
 
 def _dense_sum(config: GradientConfig, shapes: Shapes) -> GradientCost:
@@ -141,18 +154,32 @@ def _dense_sum(config: GradientConfig, shapes: Shapes) -> GradientCost:
 
 
 def _powersgd_sum(config: GradientConfig, shapes: Shapes) -> GradientCost:
-    numbers = [
+    numbers = sum(
         min(config.rank, *shape) * sum(shape) if is_factored(shape, config.rank) else prod(shape) for shape in shapes
-    ]
-    return GradientCost(FP32 * sum(numbers), sums=3, kept=FP32 * sum(map(prod, shapes)))
+    )
+    bits = 8 * FP32 if config.bits is None else config.bits
+    return GradientCost(bits / 8 * numbers, sums=2, kept=FP32 * sum(map(prod, shapes)))
+
+
+def _sign_sum(config: GradientConfig, shapes: Shapes) -> GradientCost:
+    n = sum(map(prod, shapes))
+    return GradientCost((1 + 16 / SCALED) / 8 * n, sums=1, kept=FP32 * n)
+
+
+def _sparse_sum(config: GradientConfig, shapes: Shapes) -> GradientCost:
+    assert config.bits is not None  # the config asks for it
+    n = sum(map(prod, shapes))
+    return GradientCost(config.bits / 8 * n, sums=1, kept=FP32 * n)
 
 
 def is_factored(shape: tuple[int, ...], rank: int) -> bool:
-    """Whether a parameter's gradient goes as factors of that rank: vectors, and matrices too small to gain, go dense."""
+    """Whether a parameter's gradient goes as factors of that rank: vectors, and matrices too small to gain, go whole."""
     return len(shape) == 2 and rank * sum(shape) < prod(shape)
 
 
-GRADIENTS: dict[str, Callable[[GradientConfig, Shapes], GradientCost]] = {
+GRADIENTS: dict[str, GradientCosts] = {
     "none": _dense_sum,
     "powersgd": _powersgd_sum,
+    "sign": _sign_sum,
+    "sparse": _sparse_sum,
 }

@@ -1,25 +1,26 @@
-"""PowerSGD of weight gradients with error feedback, on the data-parallel axis.
+"""How the gradients of replicas are summed: dense, or coded with error feedback. Kinds are in GRADIENT_SUMS.
 
-In the order of PyTorch's `powerSGD_hook`, which the tests hold it to:  add error → orth(Q) → P = MQ → Σ → orth(P) → Q = MᵀP → Σ → M̂ = PQᵀ → error.
-The gradient here is a sum over replicas (the loss has one global denominator), not a mean.
-
-References: Vogels, Karimireddy, Jaggi 2019, "PowerSGD", arXiv:1905.13727, algorithms 1 and 2.
+Two copies of a tied embedding, on the first and the last stage, are replicas too: of one matrix. A kind of one's own is a function
+`(config, shapes, replicas, seed, device) -> GradientSum`, named as codec.gradient.kind = "package.module:function"; with an
+attribute `cost`, as codec/costs.py has it, `plan` and `simulate` know what it sends.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from math import prod
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
 
+from codec.coded_sum import Replicas, coded_sum
 from codec.config import GradientConfig
-from codec.costs import is_factored
-from codec.powersgd import orthonormalise
+from codec.named import imported
+from codec.powersgd_sum import PowerSGDSum
+from codec.vector import EntropyVector, SignVector, VectorCoder
 
-Sum = Callable[[Tensor, float], None]  # sum in place over replicas; second: bytes a dense system would send
+Shapes = list[tuple[int, ...]]
 
 
 class GradientSum(Protocol):
@@ -35,11 +36,11 @@ class GradientSum(Protocol):
 class DenseSum:
     """No compression: one sum of the flat gradient."""
 
-    def __init__(self, sum_over_replicas: Sum):
-        self.sum = sum_over_replicas
+    def __init__(self, replicas: Replicas):
+        self.replicas = replicas
 
     def __call__(self, grad: Tensor) -> None:
-        self.sum(grad, grad.nbytes)
+        self.replicas.sum(grad, grad.nbytes)
 
     def state(self) -> dict[str, Tensor]:
         return {}
@@ -47,84 +48,61 @@ class DenseSum:
     def restore(self, state: dict[str, Tensor]) -> None: ...
 
 
-class PowerSGDSum:
-    """Rank-r factors of every weight matrix; vectors and matrices too small to gain go dense.
+class CodedSum:
+    """Every value coded, and what is lost added to the next tick's gradient."""
 
-    `shapes` describe the parameters in the order they lie in the flat gradient. `error` and `q` are
-    this replica's state; `q` is equal on all replicas.
-    """
-
-    def __init__(
-        self,
-        shapes: list[tuple[int, ...]],
-        rank: int,
-        replicas: int,
-        seed: int,
-        sum_over_replicas: Sum,
-        device: torch.device,
-    ):
-        self.replicas, self.sum = replicas, sum_over_replicas
-        self.matrices: list[tuple[slice, tuple[int, int], int]] = []
-        self.dense: list[slice] = []
-        start = 0
-        for shape in shapes:
-            n = prod(shape)
-            where, start = slice(start, start + n), start + n
-            if len(shape) == 2 and is_factored(shape, rank):
-                self.matrices.append((where, shape, min(rank, *shape)))
-            else:
-                self.dense.append(where)
-        self.error = torch.zeros(start, device=device)
-        # one generator a matrix: a tied embedding on two stages gets the same start wherever it lies
-        self.q = [
-            torch.randn(shape[1], r, generator=torch.Generator().manual_seed(seed)).to(device)
-            for _, shape, r in self.matrices
-        ]
+    def __init__(self, coder: VectorCoder, n: int, replicas: Replicas, device: torch.device):
+        self.coder, self.replicas = coder, replicas
+        self.error = torch.zeros(n, device=device)
 
     def __call__(self, grad: Tensor) -> None:
-        """Replace the flat gradient by the sum's approximation, the same on every replica."""
-        self._sum_dense(grad)
-        inputs = [(grad[where] + self.error[where]).view(shape) for where, shape, _ in self.matrices]
-        bases = [orthonormalise(q) for q in self.q]
-        ps = self._summed([m @ q for m, q in zip(inputs, bases)], sum(m.nbytes for m in inputs))
-        ps = [orthonormalise(p) for p in ps]
-        self.q = self._summed([m.T @ p for m, p in zip(inputs, ps)], 0)
-        for (where, _, _), m, p, q in zip(self.matrices, inputs, ps, self.q):
-            approximation = p @ q.T
-            self.error[where] = (m - approximation / self.replicas).view(-1)
-            grad[where] = approximation.view(-1)
-
-    def _sum_dense(self, grad: Tensor) -> None:
-        if self.dense:
-            flat = torch.cat([grad[where] for where in self.dense])
-            self.sum(flat, flat.nbytes)
-            for where, part in zip(self.dense, flat.split([w.stop - w.start for w in self.dense])):
-                grad[where] = part
-
-    def _summed(self, parts: list[Tensor], dense_bytes: float) -> list[Tensor]:
-        if not parts:
-            return []
-        flat = torch.cat([part.reshape(-1) for part in parts])
-        self.sum(flat, dense_bytes)
-        return [f.view(part.shape) for f, part in zip(flat.split([p.numel() for p in parts]), parts)]
+        """Replace the flat gradient [n] by the sum as all replicas hold it."""
+        self.error += grad
+        total, self.error = coded_sum(self.error, self.coder, self.replicas, grad.nbytes)
+        grad.copy_(total)
 
     def state(self) -> dict[str, Tensor]:
-        return {"error": self.error} | {f"q.{i}": q for i, q in enumerate(self.q)}
+        return {"error": self.error}
 
     def restore(self, state: dict[str, Tensor]) -> None:
         self.error.copy_(state["error"])
-        self.q = [state[f"q.{i}"].to(self.error.device) for i in range(len(self.q))]
+
+
+Maker = Callable[[GradientConfig, Shapes, Replicas, int, torch.device], GradientSum]
+
+
+def _dense(config: GradientConfig, shapes: Shapes, replicas: Replicas, seed: int, device: torch.device) -> GradientSum:
+    return DenseSum(replicas)
+
+
+def _powersgd(
+    config: GradientConfig, shapes: Shapes, replicas: Replicas, seed: int, device: torch.device
+) -> GradientSum:
+    coder = None if config.bits is None else EntropyVector(config.bits)
+    return PowerSGDSum(shapes, config.rank, replicas, seed, device, coder)
+
+
+def _sign(config: GradientConfig, shapes: Shapes, replicas: Replicas, seed: int, device: torch.device) -> GradientSum:
+    return CodedSum(SignVector(), sum(map(prod, shapes)), replicas, device)
+
+
+def _sparse(config: GradientConfig, shapes: Shapes, replicas: Replicas, seed: int, device: torch.device) -> GradientSum:
+    assert config.bits is not None  # the config asks for it
+    return CodedSum(EntropyVector(config.bits), sum(map(prod, shapes)), replicas, device)
+
+
+GRADIENT_SUMS: dict[str, Maker] = {"none": _dense, "powersgd": _powersgd, "sign": _sign, "sparse": _sparse}
 
 
 def gradient_sum(
-    config: GradientConfig,
-    shapes: list[tuple[int, ...]],
-    replicas: int,
-    seed: int,
-    sum_over_replicas: Sum,
-    device: torch.device,
+    config: GradientConfig, shapes: Shapes, replicas: Replicas, seed: int, device: torch.device
 ) -> GradientSum:
-    """What `codec.gradient.kind` names; of one replica there is nothing to sum."""
-    if config.kind == "none" or replicas == 1:
-        return DenseSum(sum_over_replicas)
-    return PowerSGDSum(shapes, config.rank, replicas, seed, sum_over_replicas, device)
+    """What `codec.gradient.kind` names, for parameters of these shapes in the order they lie in the flat gradient.
+
+    Of one replica there is nothing to sum. Raises ValueError for a kind that cannot be imported.
+    """
+    if replicas.count == 1:
+        return DenseSum(replicas)
+    own = ":" in config.kind
+    make = cast(Maker, imported(config.kind, "codec.gradient.kind")) if own else GRADIENT_SUMS[config.kind]
+    return make(config, shapes, replicas, seed, device)

@@ -8,7 +8,7 @@ Descent"; Karimireddy et al. 2019, arXiv:1901.09847). Values lie in blocks of BL
 
 A payload, little-endian, is under an xxh3-64 digest; the receiver knows how many values it has:
 
-    entropy   digest u64 │ step f32 │ symbols u32 │ counts u32 … │ count of words u32 │ words u32 … │ scales bf16 … │ signs
+    entropy   digest u64 │ step f32 │ symbols u32 │ counts u16 … │ count of words u32 │ words u32 … │ scales bf16 … │ signs
     sign      digest u64 │ scales bf16 … │ signs
 
 What is decoded depends on the payload alone, by single IEEE operations: every receiver gets the same bits.
@@ -25,11 +25,12 @@ import torch
 import xxhash
 from torch import Tensor
 
+from codec.costs import SCALED
 from codec.delta import from_bf16, to_bf16
 from codec.transform.ans import WordReader, WordWriter
 
-BLOCK = 512
-LEVELS = 31  # largest |q|: what lies beyond is sent with the next vector, as all that is lost
+BLOCK = SCALED
+LEVELS = 127  # largest |q|: what lies beyond is sent with the next vector, as all that is lost
 TRIED = 128  # blocks on which a step is tried
 HALVINGS = 24  # of an interval of 14 octaves: the step is right to 1e-6
 _DIGEST, _HEAD = 8, struct.Struct("<fI")
@@ -88,7 +89,7 @@ class EntropyVector:
         q = self._whole(relative.abs(), step)
         magnitude = q.cpu().numpy()
         sent, writer = magnitude[_sent(scales, x.numel())], WordWriter()
-        counts = np.bincount(sent, minlength=2).astype("<u4")
+        counts = _counts(sent)
         writer.put(sent, counts.astype(np.int64))
         words = writer.words()
         head = _HEAD.pack(step, counts.size)
@@ -108,9 +109,9 @@ class EntropyVector:
         step, symbols = _HEAD.unpack(raw[: _HEAD.size].tobytes())
         if not (math.isfinite(step) and step > 0 and 2 <= symbols <= LEVELS + 1):
             raise ValueError(f"step {step} and symbols {symbols}: the payload is damaged")
-        counts, raw = _taken(raw[_HEAD.size :], symbols, "counts")
-        size, raw = _taken(raw, 1, "count of words")
-        words, raw = _taken(raw, int(size[0]), "words")
+        counts, raw = _taken(raw[_HEAD.size :], symbols, "<u2", "counts")
+        size, raw = _taken(raw, 1, "<u4", "count of words")
+        words, raw = _taken(raw, int(size[0]), "<u4", "words")
         scales = _read_scales(raw[: 2 * blocks])
         sent, reader = _sent(scales, n), WordReader(words)
         magnitude = np.zeros(n, np.int32)
@@ -126,8 +127,8 @@ class EntropyVector:
         return _stepped(q, scales.to(payload.device), step)
 
     def limits(self, n: int) -> tuple[int, int]:
-        least = _DIGEST + _HEAD.size + 8 + 4 + 2 * _blocks(n)
-        return least, least + 4 * (LEVELS - 1) + 4 * n + n // 8 + 64  # a symbol of least probability: below 32 bits
+        least = _DIGEST + _HEAD.size + 4 + 4 + 2 * _blocks(n)
+        return least, least + 2 * (LEVELS - 1) + 4 * n + n // 8 + 64  # a symbol of least probability: below 32 bits
 
     def _whole(self, magnitude: Tensor, step: float) -> Tensor:
         return (magnitude / step + self.offset).floor_().clamp_(max=LEVELS).to(torch.int32)
@@ -150,7 +151,7 @@ def _bits(magnitude: Tensor, n: int) -> float:
     """Bits a value of a payload of n values whose magnitudes are like these [m]: at -log2 p, with signs and all else."""
     share = torch.bincount(magnitude, minlength=1).double() / max(1, magnitude.numel())
     entropy = -float((share * share.clamp_min(1e-300).log2()).sum()) + 1 - float(share[0])
-    beside = _DIGEST + _HEAD.size + 4 * share.numel() + 4 + 2 * _blocks(n)
+    beside = _DIGEST + _HEAD.size + 2 * share.numel() + 4 + 2 * _blocks(n)
     return entropy + 8 * beside / n
 
 
@@ -212,8 +213,16 @@ def _opened(payload: Tensor, least: int, most: int) -> np.ndarray:
     return raw[_DIGEST:]
 
 
-def _taken(raw: np.ndarray, count: int, field: str) -> tuple[np.ndarray, np.ndarray]:
-    """The first `count` u32 of raw, and the rest."""
-    if 4 * count > raw.size:
+def _taken(raw: np.ndarray, count: int, dtype: str, field: str) -> tuple[np.ndarray, np.ndarray]:
+    """The first `count` numbers of raw, and the rest."""
+    size = count * np.dtype(dtype).itemsize
+    if size > raw.size:
         raise ValueError(f"{field}: {count} do not fit in {raw.size} bytes: the payload is damaged")
-    return raw[: 4 * count].copy().view("<u4"), raw[4 * count :]
+    return raw[:size].copy().view(dtype), raw[size:]
+
+
+def _counts(magnitude: np.ndarray) -> np.ndarray:
+    """How often each magnitude occurs, in 65,535ths, u16: what occurs at all has one."""
+    counts = np.bincount(magnitude, minlength=2)
+    share = np.round(counts * (65_535 / max(1, magnitude.size)))
+    return np.where(counts > 0, np.clip(share, 1, 65_535), 0).astype("<u2")

@@ -68,6 +68,12 @@ class Cell:
         return estimate(list(self.values.values()))
 
     @cached_property
+    def total_ratio(self) -> float | None:
+        """All bytes over all that a dense system sends; the mean over completed runs."""
+        found = [run.total_ratio for run in self.completed if run.total_ratio is not None]
+        return float(np.mean(found)) if found else None
+
+    @cached_property
     def ignitions(self) -> dict[str, Ignition]:
         """By seed, of every run that has steps, completed or not."""
         metrics = ("response_length/mean", "actor/entropy")

@@ -1,53 +1,23 @@
-"""The report's figures: SVG to stand inside an HTML page, legible on light and on dark ground.
-
-No script, no font file, no background. What belongs to a page rather than to a picture (title, legend,
-explanation) is the template's.
-"""
+"""The report's lines: what a run recorded, over its ticks and steps."""
 
 from __future__ import annotations
 
-import io
 import math
-import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import matplotlib
 import numpy as np
-from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from codec.ledger import CHANNELS
+from experiments.drawing import Picture, as_svg
 from experiments.runs import Run, pool
 from experiments.stats import ignition
 
 # At least 3:1 against white and against the page's dark ground; no two alike in the common colour blindnesses
 PALETTE = ("#0072b2", "#d55e00", "#8b20f4", "#8d8f55", "#90556c", "#00897b")
 MARKERS = {"o": "●", "s": "■", "^": "▲", "D": "◆", "v": "▼", "P": "✚", "X": "✖"}
-GREY = "#7a7a7a"
-SENT, DENSE = PALETTE[0], GREY
-STYLE = {
-    "svg.fonttype": "none",  # text stays text: the page's own font, selectable, and small
-    "font.family": "sans-serif",
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": GREY,
-    "axes.labelcolor": GREY,
-    "xtick.color": GREY,
-    "ytick.color": GREY,
-    "text.color": GREY,
-    "axes.grid": True,
-    "grid.color": GREY,
-    "grid.alpha": 0.25,
-    "grid.linewidth": 0.6,
-    "axes.axisbelow": True,
-    "lines.linewidth": 1.6,
-    "figure.constrained_layout.use": True,
-}
 
 
 class Plot(NamedTuple):
@@ -62,14 +32,6 @@ class Plot(NamedTuple):
     note: str = ""
     marks: str = ""
     ignites: bool = False
-
-
-class Picture(NamedTuple):
-    """A finished figure and the words around it."""
-
-    title: str
-    note: str
-    svg: Markup
 
 
 CORRECTION = "In ticks. Lag: how old the weights behind the correction are; age: for how long it has been merged."
@@ -199,7 +161,7 @@ def _picture(plot: Plot, group: list[Curve], beside: list[Curve]) -> Picture:
     ignited = any(_ignitions(group, plot, metric) for _, metric in plot.panels)
     note = " ".join([plot.note] * bool(plot.note and marked) + [IGNITED] * ignited)
     key = " ".join([plot.title, *(curve.label for curve in group)])
-    return Picture(title, note, _svg(key, 2.5 + 0.8 * (len(plot.panels) - 1), draw))
+    return Picture(title, note, as_svg(key, draw, 2.5 + 0.8 * (len(plot.panels) - 1)))
 
 
 def _values(curve: Curve, plot: Plot, metric: str) -> list[dict[float, float]]:
@@ -229,65 +191,3 @@ def _draw(axis: Axes, curve: Curve, plot: Plot, metric: str) -> None:
     else:
         style |= {"markevery": max(1, len(xs) // 8), "markersize": 4 if plot.x == "step" else 0}
     axis.plot(xs, mean, **style)
-
-
-def bars(found: list[Curve]) -> list[Picture]:
-    """Bytes by channel of every curve whose summaries have them, sent beside dense, all on one scale."""
-    totals = [(curve, entries) for curve in found if (entries := _bytes(curve))]
-    largest = max((max(pair) for _, entries in totals for pair in entries.values()), default=1.0)
-    pictures = []
-    for curve, entries in totals:
-        note = f"Mean of {len(curve.runs)} seeds." if curve.pooled else ""
-        height = 0.8 + 0.36 * len(entries)
-        svg = _svg(f"bytes {curve.label}", height, lambda f, e=entries: _draw_bars(f, e, largest))
-        pictures.append(Picture(curve.label, note, svg))
-    return pictures
-
-
-def _bytes(curve: Curve) -> dict[str, tuple[float, float]]:
-    """(sent, dense) by channel, in the ledger's order; the mean over the curve's seeds."""
-    tables = [run.summary["bytes"] for run in curve.runs if run.summary.get("bytes")]
-
-    def mean(channel: str, side: str) -> float:
-        return sum(table.get(channel, {}).get(side, 0) for table in tables) / len(tables)
-
-    present = [channel for channel in CHANNELS if any(channel in table for table in tables)]
-    return {channel: (mean(channel, "sent"), mean(channel, "dense")) for channel in present}
-
-
-def _draw_bars(figure: Figure, entries: dict[str, tuple[float, float]], largest: float) -> None:
-    """Logarithmic, as channels differ by orders of magnitude; the labels say what the lengths cannot."""
-    axis = figure.subplots()
-    rows, start = np.arange(len(entries)), 1e3
-    for column, (color, offset) in enumerate(((SENT, -0.2), (DENSE, 0.2))):
-        values = [pair[column] for pair in entries.values()]
-        axis.barh(rows + offset, [max(v - start, 0) for v in values], 0.34, left=start, color=color)
-        for row, value in zip(rows + offset, values):
-            axis.annotate(
-                _size(value), (max(value, start), row), (3, 0), textcoords="offset points", va="center", fontsize=8
-            )
-    axis.set(xscale="log", xlim=(start, largest * 40), yticks=rows, yticklabels=list(entries))
-    axis.xaxis.set_major_formatter(lambda value, _: _size(value))
-    axis.invert_yaxis()
-    axis.grid(axis="y", visible=False)
-
-
-def _size(value: float) -> str:
-    for limit, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if value >= limit:
-            return f"{value / limit:.3g} {unit}"
-    return f"{value:.0f} B"
-
-
-def _svg(key: str, height: float, draw: Callable[[Figure], None]) -> Markup:
-    """The drawing as an <svg> element that names no address and shares no id with another one."""
-    text = io.StringIO()
-    style: dict[Any, Any] = STYLE | {"svg.hashsalt": key}  # rcParams, whose names matplotlib types as literals
-    with matplotlib.rc_context(style):
-        figure = Figure(figsize=(4.6, height))
-        draw(figure)
-        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        figure.savefig(text, format="svg", transparent=True, metadata=nothing)
-    svg = text.getvalue()[text.getvalue().index("<svg") :]
-    svg = svg.replace(' xmlns:xlink="http://www.w3.org/1999/xlink"', "").replace("xlink:href", "href")
-    return Markup(re.sub(r'<g id="[^"]*"', "<g", svg))

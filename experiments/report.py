@@ -12,10 +12,11 @@ from pathlib import Path
 
 import jinja2
 
-from experiments import plots, sweep_report
+from experiments import plots, spending, sweep_report
 from experiments.cells import Findings, is_sweep, load_sweep
+from experiments.frontier import frontier, frontier_picture
 from experiments.runs import Run, load_runs, text
-from experiments.verdict import plain
+from experiments.words import markdown_table, plain
 
 COLUMNS: tuple[tuple[str, Callable[[Run], str]], ...] = (
     ("run", lambda run: run.name),
@@ -24,8 +25,8 @@ COLUMNS: tuple[tuple[str, Callable[[Run], str]], ...] = (
     ("val accuracy", lambda run: run.accuracy),
     ("steps", lambda run: run.steps),
     ("anchor backwards", lambda run: text(run.last("anchor_backwards", "anchor/backwards"))),
+    ("total_ratio", lambda run: text(run.total_ratio, ".4f")),
     ("bytes_ratio", lambda run: text(run.last("comm/bytes_ratio", "comm/bytes_ratio"), ".4f")),
-    ("total_ratio", lambda run: text(run.last("comm/total_ratio", "comm/total_ratio"), ".4f")),
     ("wall seconds", lambda run: text(run.summary.get("wall_s"), ".1f")),
 )
 
@@ -39,11 +40,13 @@ def write_html(folders: list[Path], out: Path) -> None:
     runs = findings.runs if findings else load_runs(folders)
     # Of a grid, only each arm at its best: the others are in the table
     drawn = [run for cell in findings.tuned.values() for run in cell.runs] if findings else runs
+    cost = frontier(findings) if findings else None
     curves = [curve for curve in plots.curves(drawn) if curve.has_data]
     page = _template().render(
         title=findings.sweep.name if findings else ", ".join(dict.fromkeys(run.name for run in runs)),
         headline=_headline(runs),
         sweep=sweep_report.sweep_tables(findings) if findings else None,
+        frontier=frontier_picture(cost) if cost else None,
         plain=plain,
         diagnosed=sweep_report.DIAGNOSED,
         runs=runs,
@@ -52,9 +55,7 @@ def write_html(folders: list[Path], out: Path) -> None:
         rows=[(run, [cell(run) for _, cell in COLUMNS]) for run in runs],
         curves=curves,
         groups=[(group, plots.lines(group, curves)) for group in plots.together(curves)],
-        bars=plots.bars(curves),
-        sent=plots.SENT,
-        dense=plots.DENSE,
+        spent=[(group, spending.spending_pictures(group, curves), _tables(group)) for group in plots.together(curves)],
     )
     out.parent.mkdir(parents=True, exist_ok=True)
     # Renamed at the end, so that a page that someone has open is never half a page
@@ -64,15 +65,23 @@ def write_html(folders: list[Path], out: Path) -> None:
 
 
 def report_markdown(folders: list[Path]) -> str:
-    """The table of runs, for a terminal or a results file; notes on single runs follow it."""
+    """The table of runs, for a terminal or a results file; notes on single runs follow it, then, of runs that are no
+    sweep, where their bytes and seconds went."""
     findings = _findings(folders)
     runs = findings.runs if findings else load_runs(folders)
-    lines = [[heading for heading, _ in COLUMNS], ["---"] * len(COLUMNS)]
-    lines += [[_cell(cell(run)) for _, cell in COLUMNS] for run in runs]
+    rows = [[_cell(cell(run)) for _, cell in COLUMNS] for run in runs]
     notes = [f"- {_cell(run.name)}, seed {_cell(run.seed)}: {_cell(note)}" for run in runs for note in run.notes]
-    table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    lines = markdown_table([heading for heading, _ in COLUMNS], rows) + [*notes, ""] * bool(notes)
+    for group in [] if findings else plots.together(plots.curves(runs)):
+        for table in _tables(group):
+            lines += markdown_table(list(map(_cell, table.headings)), table.rows)
     words = sweep_report.sweep_markdown(findings) if findings else ""
-    return words + table + "".join(f"\n{note}" for note in notes) + ("\n" if notes else "")
+    return words + "\n".join(lines)
+
+
+def _tables(group: list[plots.Curve]) -> list[spending.SpendingTable]:
+    tables = spending.channel_table(group), spending.phase_table(group)
+    return [table for table in tables if table.rows]
 
 
 def _findings(folders: list[Path]) -> Findings | None:
@@ -85,7 +94,8 @@ def _headline(runs: list[Run]) -> list[tuple[str, str]]:
     if not runs:
         return [("no runs yet", "")]
     if len(runs) == 1:
-        return [(runs[0].status, runs[0].status), (f"seed {runs[0].seed}", "")]
+        ratio = text(runs[0].total_ratio, ".4f")
+        return [(runs[0].status, runs[0].status), (f"seed {runs[0].seed}", ""), (f"total_ratio {ratio}", "")]
     statuses = [run.status for run in runs]
     counts = [(f"{statuses.count(status)} {status}", status) for status in dict.fromkeys(statuses)]
     return [(f"{len(runs)} runs", ""), *counts, (f"seeds {', '.join(dict.fromkeys(run.seed for run in runs))}", "")]

@@ -59,6 +59,12 @@ class Run:
         recorded = self.series("tick", "tick", recorded_as).values()
         return self.summary.get(name, next(reversed(recorded), None))
 
+    @property
+    def total_ratio(self) -> float | None:
+        """All bytes over all that a dense system sends, so far."""
+        value = self.last("comm/total_ratio", "comm/total_ratio")
+        return value if _is_number(value) else None
+
     def _identity(self, key: str, default: str) -> Any:
         return self.summary.get(key, self._section().get(key, default))
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from experiments.cells import Cell, Findings
+from experiments.frontier import FrontierTable, frontier, frontier_table
 from experiments.stats import CONFIDENCE, LEAST_SEEDS
-from experiments.verdict import Number, Sentence, Square, differences, ignited, interval, place, plain, square, verdict
+from experiments.verdict import Square, differences, ignited, square, verdict
+from experiments.words import Number, Sentence, interval, markdown_table, place, plain
 
 DIAGNOSED = (
     "cos_m_bar",
@@ -35,6 +37,7 @@ class SweepTables(NamedTuple):
 
     how: str
     verdict: list[Sentence]
+    frontier: FrontierTable | None  # where cells differ in their bytes
     squares: list[tuple[str, Square, list[tuple[str, str, str]]]]  # where, cells, (contrast, interval, seeds)
     headings: list[str]
     rows: list[CellRow]
@@ -43,12 +46,13 @@ class SweepTables(NamedTuple):
 
 
 def sweep_tables(findings: Findings) -> SweepTables:
-    points = findings.sweep.points()
-    squares = [(place(point), found) for point in points if (found := square(findings, point))]
+    points, found = findings.sweep.points(), frontier(findings)
+    squares = [(place(point), four) for point in points if (four := square(findings, point))]
     return SweepTables(
         _how(findings),
         verdict(findings),
-        [(where, found, _contrasts(found)) for where, found in squares],
+        frontier_table(found) if found else None,
+        [(where, four, _contrasts(four)) for where, four in squares],
         [
             "cell",
             *[key.rpartition(".")[2] for key in findings.sweep.axes],
@@ -131,23 +135,22 @@ def sweep_markdown(findings: Findings) -> str:
     found = sweep_tables(findings)
     lines = [f"## {findings.sweep.name}", "", found.how, ""]
     lines += ["- " + "".join(_link(part) for part in sentence.parts) for sentence in found.verdict] + [""]
+    if found.frontier:
+        rows = [[f"[{cell.arm}]({cell.name})", *values] for cell, values in found.frontier.rows]
+        lines += markdown_table(found.frontier.headings, rows)
     for where, the_square, contrasts in found.squares:
         cells = [f"[{cell.arm} {plain(cell.mean)}]({cell.name})" for cell in the_square.cells]
         first, second = the_square.factors
-        lines += _table([where, "low", second], [["low", cells[0], cells[2]], [first, cells[1], cells[3]]])
-        lines += _table(["contrast", "accuracy", "seeds"], [list(row) for row in contrasts])
-    lines += _table(found.headings, [[f"[{row.cell.arm}]({row.cell.name})", *row.values] for row in found.rows])
+        lines += markdown_table([where, "low", second], [["low", cells[0], cells[2]], [first, cells[1], cells[3]]])
+        lines += markdown_table(["contrast", "accuracy", "seeds"], [list(row) for row in contrasts])
+    lines += markdown_table(found.headings, [[f"[{row.cell.arm}]({row.cell.name})", *row.values] for row in found.rows])
     if found.diagnosed:
         rows = [[f"[{cell.arm}]({cell.name})", *values] for cell, values in found.diagnosed]
-        lines += _table(["diagnosis", *DIAGNOSED], rows)
+        lines += markdown_table(["diagnosis", *DIAGNOSED], rows)
     if found.compared:
-        lines += _table(["difference", "where", "accuracy", "seeds"], [list(row) for row in found.compared])
+        lines += markdown_table(["difference", "where", "accuracy", "seeds"], [list(row) for row in found.compared])
     return "\n".join(lines) + "\n"
 
 
 def _link(part: str | Number) -> str:
     return part if isinstance(part, str) else f"[{part.text}]({part.cell})"
-
-
-def _table(headings: list[str], rows: list[list[str]]) -> list[str]:
-    return [f"| {' | '.join(row)} |" for row in [headings, ["---"] * len(headings), *rows]] + [""]

@@ -1,32 +1,19 @@
-"""What a sweep says, in words. A sentence is text and numbers; every number names the cell whose runs gave it.
+"""What a sweep says, in words.
 
 Failures and differences that cannot be told from nothing come first: a "no" is a result.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 from experiments.cells import Cell, Findings
+from experiments.frontier import frontier_in_words
 from experiments.stats import Effects, Estimate, above_floor, factorial, near_base, paired
 from experiments.sweep import Gates, flat
+from experiments.words import Number, Sentence, cell_in_words, interval, place, plain
 
 TUNED = "each at its best"
-
-
-class Number(NamedTuple):
-    """A number and the cell it is about."""
-
-    text: str
-    cell: str
-
-
-class Sentence(NamedTuple):
-    """`good` sentences come last."""
-
-    parts: tuple[str | Number, ...]
-    good: bool
 
 
 class Difference(NamedTuple):
@@ -38,34 +25,9 @@ class Difference(NamedTuple):
     found: Estimate
 
 
-def signed(value: float) -> str:
-    return f"{value:+.3f}".replace("-", "−")
-
-
-def interval(found: Estimate) -> str:
-    """`+0.120 [+0.050, +0.190]`, or without an interval `+0.120 (one seed)`."""
-    if math.isnan(found.mean):
-        return "–"
-    if math.isnan(found.half):
-        return f"{signed(found.mean)} (one seed)"
-    return f"{signed(found.mean)} [{signed(found.low)}, {signed(found.high)}]"
-
-
-def plain(found: Estimate) -> str:
-    """`0.738 ± 0.012`, or as much of it as there is."""
-    if math.isnan(found.mean):
-        return "–"
-    return f"{found.mean:.3f}" + ("" if math.isnan(found.half) else f" ± {found.half:.3f}")
-
-
-def place(point: dict[str, Any]) -> str:
-    """`lr 1e-05`, of a point of the grid."""
-    return ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in point.items())
-
-
 def verdict(findings: Findings) -> list[Sentence]:
     """All sentences, those about what is missing, failed or not distinguishable first."""
-    found = [*_missing(findings), *_compared(findings), *_gates(findings)]
+    found = [*_missing(findings), *frontier_in_words(findings), *_compared(findings), *_gates(findings)]
     found += [s for point in findings.sweep.points() for s in _square(findings, point)]
     return sorted(found + _ignitions(findings) + _edges(findings), key=lambda sentence: sentence.good)
 
@@ -101,16 +63,16 @@ def differences(findings: Findings) -> list[Difference]:
 def _compared(findings: Findings) -> list[Sentence]:
     """With a grid, only where both are tuned."""
     found = [d for d in differences(findings) if not findings.sweep.grid or d.where == TUNED]
-    absent = ", ".join(f"{_name(d.a)} with {_name(d.b)}" for d in found if not d.found.n)
+    absent = ", ".join(f"{cell_in_words(d.a)} with {cell_in_words(d.b)}" for d in found if not d.found.n)
     without = Sentence((f"No seed has completed in both, so not compared: {absent}.",), False)
     return [without] * bool(absent) + [_difference(d) for d in found if d.found.n]
 
 
 def _difference(d: Difference) -> Sentence:
     names = (
-        f"{_name(d.a)} (",
+        f"{cell_in_words(d.a)} (",
         Number(plain(d.a.mean), d.a.name),
-        f") and {_name(d.b)} (",
+        f") and {cell_in_words(d.b)} (",
         Number(plain(d.b.mean), d.b.name),
     )
     number = Number(interval(d.found), d.a.name)
@@ -118,12 +80,8 @@ def _difference(d: Difference) -> Sentence:
         return Sentence((*names, ") are not distinguishable: ", number, _over(d.found)), False)
     better = d.found.mean > 0
     word = "better" if better else "worse"
-    parts = (*names[:2], f") is {word} than {_name(d.b)} (", names[3], ") by ", number, _over(d.found))
+    parts = (*names[:2], f") is {word} than {cell_in_words(d.b)} (", names[3], ") by ", number, _over(d.found))
     return Sentence(parts, better)
-
-
-def _name(cell: Cell) -> str:
-    return f"{cell.arm} at {place(cell.point)}" if cell.point else cell.arm
 
 
 def _over(found: Estimate) -> str:
@@ -146,8 +104,12 @@ def _gate(cell: Cell, base: Cell | None, floor: Cell | None, gates: Gates) -> Se
     if base and (gate := near_base(base.values_at(gates.step), cell.values_at(gates.step), gates.drop)).found.n:
         number = Number(interval(gate.found), cell.name)
         at = f" at step {gates.step}" if gates.step else ""
-        words = f"remains near {_name(base)}: drop " if gate.passed else f"fails the {gates.drop:g} gate by a drop of "
-        against = f"{at} (gate {gates.drop:g})" if gate.passed else f" against {_name(base)}{at}"
+        words = (
+            f"remains near {cell_in_words(base)}: drop "
+            if gate.passed
+            else f"fails the {gates.drop:g} gate by a drop of "
+        )
+        against = f"{at} (gate {gates.drop:g})" if gate.passed else f" against {cell_in_words(base)}{at}"
         said.append([words, number, against + ("" if gate.certain else ", not certain over these seeds")])
         good = gate.passed and gate.certain
     if floor and (gate := above_floor(cell.values, floor.values)).found.n:
@@ -157,7 +119,7 @@ def _gate(cell: Cell, base: Cell | None, floor: Cell | None, gates: Gates) -> Se
         good = good and gate.passed and gate.found.distinguishable
     if not said:
         return None
-    parts: list[str | Number] = [f"{_name(cell)} (", Number(plain(cell.mean), cell.name), ") "]
+    parts: list[str | Number] = [f"{cell_in_words(cell)} (", Number(plain(cell.mean), cell.name), ") "]
     return Sentence((*parts, *said[0], *(part for more in said[1:] for part in [" and ", *more]), "."), good)
 
 
@@ -245,7 +207,7 @@ def _ignitions(findings: Findings) -> list[Sentence]:
         return []
     parts: list[str | Number] = ["Response length or entropy left its baseline for good, first at step: "]
     for cell in cells:
-        parts += [f"{_name(cell)} ", Number(ignited(cell), cell.name), "; "]
+        parts += [f"{cell_in_words(cell)} ", Number(ignited(cell), cell.name), "; "]
     return [Sentence((*parts[:-1], "."), False)]
 
 

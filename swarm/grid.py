@@ -8,7 +8,7 @@ communicator can wait for each other.
 from __future__ import annotations
 
 import socket
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import cast
@@ -20,6 +20,7 @@ from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsa
 
 from anchor_service.errors import WaitTimeout
 from codec.ledger import Ledger
+from swarm.peers import Peers
 
 _HEADER = 16  # bytes: sequence number and payload size, int64 each
 
@@ -80,12 +81,18 @@ class Grid:
         self.timeout_s = timeout_s
         self._inflight: list[tuple[dist.Work, Tensor]] = []
         self._dp_group: dist.ProcessGroup | None = None
-        self._ends: dist.ProcessGroup | None = None
+        self._ends: dist.ProcessGroup | None = None  # of the first and the last stage, all replicas
         self._groups: dict[str, dist.ProcessGroup] = {}
         self._sent = {"fwd": 0, "bwd": 0}
         self._received = {"fwd": 0, "bwd": 0}
         if dp * pp > 1:
             self._connect(init)
+        across, both = range(self.p, dp * pp, pp), sorted({*range(0, dp * pp, pp), *range(pp - 1, dp * pp, pp)})
+        self.replicas = self._peers(self._dp_group, across, "grad_dp")
+        self.ends = self._peers(self._ends, both, "tied") if rank in both else None
+
+    def _peers(self, group: dist.ProcessGroup | None, ranks: Sequence[int], channel: str) -> Peers:
+        return Peers(group, ranks, self.rank, channel, self.device, self.ledger, self._waiting)
 
     @property
     def name(self) -> str:
@@ -112,13 +119,14 @@ class Grid:
         for d in range(self.dp):
             column = list(range(d * self.pp, (d + 1) * self.pp))
             ways = {way: _new_group(column, timeout) for way in ("fwd", "bwd")}
-            ends = _new_group([column[0], column[-1]], timeout) if self.pp > 1 else None
             if d == self.d:
-                self._groups, self._ends = ways, ends
+                self._groups = ways
         for p in range(self.pp):
             across = _new_group(list(range(p, world, self.pp)), timeout)
             if p == self.p:
                 self._dp_group = across
+        if self.pp > 1:
+            self._ends = _new_group([*range(0, world, self.pp), *range(self.pp - 1, world, self.pp)], timeout)
         with self._waiting("another rank", "its first word"):
             self._meet()
 
@@ -196,13 +204,6 @@ class Grid:
             for work, _ in self._inflight:
                 work.wait()
         self._inflight.clear()
-
-    def sum_ends(self, tensor: Tensor) -> None:
-        """Sum in place over the first and last stage of this pipeline; only those two call it."""
-        if self.pp > 1:
-            with self._waiting("the other end of the pipeline", "the tied gradient"):
-                dist.all_reduce(tensor, group=self._ends)
-            self.ledger.add("tied", tensor.nbytes, tensor.nbytes)
 
     def sum_pp(self, value: Tensor) -> Tensor:
         """Sum of a small tensor over the stages of this pipeline."""

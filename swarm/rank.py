@@ -16,7 +16,6 @@ from torch import Tensor
 from anchor_service.config import AnchorConfig
 from codec.boundary import Boundary
 from codec.config import CodecConfig
-from codec.gradient import GradientSum, gradient_sum
 from codec.state import prefixed, under
 from merger.config import MergerConfig
 from rl.config import GrpoConfig, ModelConfig
@@ -29,6 +28,7 @@ from swarm.config import SwarmConfig
 from swarm.grid import Grid
 from swarm.held import Held
 from swarm.pipeline import Pipeline
+from swarm.reducer import Reducer
 from swarm.replicas import Seal
 
 NORM_BLOCK = 1 << 22  # elements: a norm in float64 without a float64 copy of the gradient
@@ -65,7 +65,7 @@ class Rank:
         self.setup, self.stage, self.cuts, self.grid = setup, stage, cuts, grid
         self.pipeline = Pipeline(stage, cuts, grid)
         self.bases = Bases(self.pipeline, cuts, grid, setup.q_cadence)
-        self.reducer = _reducer(setup, stage, grid)
+        self.reducer = Reducer(setup.codec.gradient, setup.seed, stage, grid)
         self.held = Held(setup.anchor, setup.merger, setup.seed, stage.weights, grid)
         self.seal = Seal(grid)
         self.optimizer = _optimizer(setup.grpo, stage)
@@ -136,15 +136,6 @@ def build_rank(setup: RankSetup, grid: Grid) -> Rank:
         if span.lo <= layer <= span.hi
     }
     return Rank(setup, stage, cuts, grid)
-
-
-def _reducer(setup: RankSetup, stage: Stage, grid: Grid) -> GradientSum:
-    """How gradients are summed over replicas."""
-
-    def sum_dp(tensor: Tensor, dense_bytes: float) -> None:
-        grid.sum_dp(tensor, "grad_dp", dense_bytes)
-
-    return gradient_sum(setup.codec.gradient, stage.weights.shapes, grid.dp, setup.seed, sum_dp, grid.device)
 
 
 def _optimizer(grpo: GrpoConfig, stage: Stage) -> torch.optim.AdamW:

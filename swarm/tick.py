@@ -3,7 +3,7 @@
     coordinator ── plan ──▶ rank (d, p)                                       anchor
                             │ refresh Q if due      V summed over d, orth once, sent up the pipeline
                             │ forward / backward    Y ─▶ next stage, dY ◀─ next stage
-                            │ G_comp                summed over d (waits for the slowest replica)
+                            │ G_comp                summed over d (waits for the slowest replica), and over tied copies
                             │ correction            waits only in the tick that first merges it ◀── M̄
                             │ agree                 MIN of the versions held, over all ranks
                             │ G = merge(G_comp, correction, age)
@@ -26,7 +26,6 @@ from anchor_service.messages import Correction
 from rl import mismatch
 from rl.grpo import LossTerms
 from rl.objective import MicroBatch, loss_terms
-from rl.policy import EMBEDDING
 from swarm.messages import TickPlan, TickReport
 from swarm.nonfinite import first_seen
 from swarm.pipeline import Loss
@@ -46,7 +45,6 @@ def tick(rank: Rank, plan: TickPlan, mini: MiniBatch, fetch: Callable[[object], 
     values |= rank.bases.close()
     with rank.timed("reduce"):
         rank.reducer(weights.grad)
-        _sum_tied(rank)  # after the replicas: then both copies add the same two numbers, bit for bit
     if plan.record:
         rank.keep(before=weights.master, g_comp=weights.grad)
     if plan.correction is not None:
@@ -80,15 +78,6 @@ def _loss(rank: Rank, plan: TickPlan, mini: MiniBatch) -> Loss:
         return terms
 
     return loss
-
-
-def _sum_tied(rank: Rank) -> None:
-    """A tied embedding on two stages has two gradients; both copies take their sum."""
-    stage = rank.stage
-    if stage.tied_away:
-        rank.grid.sum_ends(stage.weights.grad[stage.weights.owned :])
-    elif stage.config.tie_word_embeddings and rank.grid.first and rank.grid.pp > 1:
-        rank.grid.sum_ends(stage.weights.grad[stage.weights.slice_of(EMBEDDING)])
 
 
 def _clip(rank: Rank, plan: TickPlan, mini: MiniBatch, loss: Loss) -> float:

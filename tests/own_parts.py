@@ -1,4 +1,4 @@
-"""A codec and a merger that a user might write: a file each, outside this repository."""
+"""A codec, a merger and a sum of gradients that a user might write: a file each, outside this repository."""
 
 from __future__ import annotations
 
@@ -71,11 +71,54 @@ class Veto(Merger):
         self.merges = int(state["merges"])
 '''
 
-NAMED = ("codec.kind=my_codec:half", "merger.kind=my_merger:Veto", "merger.age_decay=0.9")
+GRADIENT = '''
+"""Gradients summed in float16: half the bytes, and what rounding loses is lost."""
+
+from math import prod
+
+from codec.costs import GradientCost
+
+
+class HalfSum:
+    def __init__(self, replicas):
+        self.replicas = replicas
+
+    def __call__(self, grad):
+        half = grad.half()
+        self.replicas.sum(half, grad.nbytes)
+        grad.copy_(half)
+
+    def state(self):
+        return {}
+
+    def restore(self, state):
+        pass
+
+
+def halves(config, shapes, replicas, seed, device):
+    return HalfSum(replicas)
+
+
+def cost(config, shapes):
+    return GradientCost(sent=2 * sum(map(prod, shapes)), sums=1, kept=0)
+
+
+halves.cost = cost
+'''
+
+NAMED = (
+    "codec.kind=my_codec:half",
+    "merger.kind=my_merger:Veto",
+    "merger.age_decay=0.9",
+)
+
+
+BETWEEN_REPLICAS = "codec.gradient.kind=my_gradient:halves"
 
 
 def write_parts(folder: Path) -> None:
-    """Both files; a process that has `folder` on its path finds them by the names in NAMED."""
+    """The files; a process that has `folder` on its path finds them by their names above."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "my_codec.py").write_text(CODEC)
+    (folder / "my_gradient.py").write_text(GRADIENT)
     (folder / "my_merger.py").write_text(MERGER)

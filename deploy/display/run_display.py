@@ -23,8 +23,8 @@ FACTS = {  # of a step: its metric and its format
     "length": ("response_length/mean", ".1f"),
     "val": ("", ".3f"),
     "lag": ("", "g"),
+    "total": ("comm/total_ratio", ".4f"),
     "bytes": ("comm/bytes_ratio", ".4f"),
-    "total": ("comm/total_ratio", ".3f"),
 }
 
 
@@ -102,16 +102,11 @@ def print_summary(summary: dict[str, Any], folder: Path) -> None:
     accuracies = "  ".join(f"@{v['step']} {v['accuracy']:.3f}" for v in summary["validations"])
     table.add_row("validation accuracy", accuracies or "–")
     table.add_row("steps, ticks, anchor backwards", "{steps}, {ticks}, {anchor_backwards}".format_map(_zeros(summary)))
-    for channel in CHANNELS:
-        if channel in summary.get("bytes", {}):
-            entry = summary["bytes"][channel]
-            table.add_row(f"bytes {channel}", f"{_mb(entry['sent'])}  (dense {_mb(entry['dense'])})")
-    if summary.get("comm/total_ratio") is not None:
-        table.add_row("bytes_ratio (published definition)", f"{summary.get('comm/bytes_ratio') or 1:.4f}")
-        table.add_row("total_ratio (everything)", f"{summary['comm/total_ratio']:.4f}")
-    seconds = summary["seconds"]
-    phases = ("step", "gen", "old_log_prob", "ticks")
-    table.add_row("seconds by phase", "  ".join(f"{p} {seconds.get(f'timing_s/{p}', 0):.1f}" for p in phases))
+    for name, value in _bytes(summary):
+        table.add_row(name, value)
+    seconds = {name.removeprefix("timing_s/"): s for name, s in summary["seconds"].items()}
+    phases = dict.fromkeys(["step", *seconds])
+    table.add_row("seconds by phase", "  ".join(f"{phase} {seconds.get(phase, 0):.1f}" for phase in phases))
     peaks = summary.get("peak_memory_gb", {})
     table.add_row("peak memory of a process", "  ".join(f"{role} {gb:.2f} GB" for role, gb in peaks.items()) or "–")
     table.add_row("wall seconds with start-up", f"{summary['wall_s']:.1f}")
@@ -119,6 +114,22 @@ def print_summary(summary: dict[str, Any], folder: Path) -> None:
     console.print(f"run folder {folder}")
     if (folder / "checkpoints").is_dir():
         console.print(f"the policy as a Hugging Face folder: northstar export {folder} DIR", soft_wrap=True)
+
+
+def _bytes(summary: dict[str, Any]) -> Generator[tuple[str, str]]:
+    """Everything first, as that is what a user's links carry; then where it went."""
+    channels: dict[str, dict[str, float]] = summary.get("bytes", {})
+    if summary.get("comm/total_ratio") is not None:
+        whole = _of_dense(*(sum(entry[side] for entry in channels.values()) for side in ("sent", "dense")))
+        yield "total_ratio (everything)", f"{summary['comm/total_ratio']:.4f}  {whole}"
+        yield "bytes_ratio (published definition)", f"{summary.get('comm/bytes_ratio') or 1:.4f}"
+    for channel in CHANNELS:
+        if channel in channels:
+            yield f"bytes {channel}", _of_dense(channels[channel]["sent"], channels[channel]["dense"])
+
+
+def _of_dense(sent: float, dense: float) -> str:
+    return f"{sent / 1e6:,.2f} MB  (dense {dense / 1e6:,.2f} MB)"
 
 
 @contextmanager
@@ -136,7 +147,3 @@ def _figure(value: float | None, form: str) -> str:
 
 def _zeros(summary: dict[str, Any]) -> dict[str, Any]:
     return {"steps": 0, "ticks": 0, "anchor_backwards": 0} | summary
-
-
-def _mb(n: float) -> str:
-    return f"{n / 1e6:,.2f} MB"

@@ -6,6 +6,7 @@ all-reduce over n ranks is 2(n-1)/n of its bytes on each of them). What is appro
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from itertools import pairwise
 from math import prod
@@ -16,7 +17,7 @@ from anchor_service.config import correction_payload
 from codec.costs import FP32, BoundaryShape, CodecCost, Tokens, codec_cost, gradient_cost
 from codec.ledger import CHANNELS
 from deploy.estimate.delta_size import Course, Walk, walk
-from deploy.estimate.parameters import Params, parameters, stage_shapes
+from deploy.estimate.parameters import Params, own_shapes, parameters, stage_parameters, tied_copies
 from deploy.estimate.workload import (
     engine_nodes,
     evenly,
@@ -152,33 +153,42 @@ def tick_bytes(
     those of `expected_fires` for both. Exact up to frame headers but for: token counts (assumed means), deltas
     (measured on a sample), sign planes that repeat themselves, and fires that an old trace never merged.
     """
-    params, swarm = parameters(config), config.swarm
+    params = parameters(config)
     ticks = ticks or total_ticks(config)
     sources = [due.source_tick for due in expected_fires(config, ticks)] if fires is None else evenly(fires, ticks)
     fires = len(sources) / ticks if fires is None else fires
     merges = fires if merges is None else merges
-    shapes = stage_shapes(config, params)
-    stages = [sum(map(prod, s)) for s in shapes]
-    ring = 2 * (swarm.dp - 1)  # 2(n-1)/n on each of n replicas
-    tied = 2 * swarm.dp * FP32 * params.embedding if params.tied and swarm.pp > 1 else 0
+    stages = stage_parameters(config, params)
     syncs = (1 / config.grpo.ticks_per_step + 1 / ticks) * engine_nodes(config)
 
-    found = _boundaries(config, params.hidden, ticks) | {
-        "grad_dp": (
-            ring * sum(gradient_cost(config.codec.gradient, s).sent for s in shapes),
-            ring * FP32 * sum(stages),
-        ),
-        "tied": (tied, tied),
-        "snapshot": (_snapshots(config, params, ticks, sources), 0),
-        "replay": (fires * replay_bytes(config), 0),
-        "correction": (merges * replica_nodes(config) * sum(correction_bytes(config, stages)), 0),
-        "rollout_sync": (
-            engine_nodes(config) * _syncs(config, params, ticks),
-            syncs * config.model.itemsize * params.total,
-        ),
-        "control": _control_bytes(config, params, ticks, fires),
-    }
+    found = (
+        _boundaries(config, params.hidden, ticks)
+        | _gradients(config, params)
+        | {
+            "snapshot": (_snapshots(config, params, ticks, sources), 0),
+            "replay": (fires * replay_bytes(config), 0),
+            "correction": (merges * replica_nodes(config) * sum(correction_bytes(config, stages)), 0),
+            "rollout_sync": (
+                engine_nodes(config) * _syncs(config, params, ticks),
+                syncs * config.model.itemsize * params.total,
+            ),
+            "control": _control_bytes(config, params, ticks, fires),
+        }
+    )
     return {channel: (float(found[channel][0]), float(found[channel][1])) for channel in CHANNELS}
+
+
+def _gradients(config: RunConfig, params: Params) -> dict[str, tuple[float, float]]:
+    """Sums over all who hold a copy: 2(n-1)/n of what is summed on each of n ranks."""
+
+    def summed(shapes: Sequence[tuple[int, ...]], copies: int) -> tuple[float, float]:
+        ring = 2 * (copies - 1)
+        return ring * gradient_cost(config.codec.gradient, shapes).sent, ring * FP32 * sum(map(prod, shapes))
+
+    dp, copies = config.swarm.dp, tied_copies(config, params)
+    own = [summed(shapes, dp) for shapes in own_shapes(config, params)] if dp > 1 else []
+    tied = summed([(params.vocab, params.hidden)], copies) if copies else (0.0, 0.0)
+    return {"grad_dp": (sum(sent for sent, _ in own), sum(dense for _, dense in own)), "tied": tied}
 
 
 def _boundaries(config: RunConfig, hidden: int, ticks: int) -> dict[str, tuple[float, float]]:

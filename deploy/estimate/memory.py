@@ -12,7 +12,15 @@ from math import prod
 from anchor_service.config import correction_payload
 from codec.costs import FP32, gradient_cost
 from deploy.estimate.bytes import correction_bytes, full, snapshot_itemsize
-from deploy.estimate.parameters import Params, attention_widths, model_metadata, stage_parameters, stage_shapes
+from deploy.estimate.parameters import (
+    Params,
+    attention_widths,
+    model_metadata,
+    own_shapes,
+    stage_parameters,
+    stage_shapes,
+    tied_copies,
+)
 from deploy.estimate.workload import microbatch_count, prompt_tokens, response_tokens
 from merger import merger_class
 from rl.config import CPU_KV_CACHE_GB
@@ -53,6 +61,13 @@ def _model(config: RunConfig, role: str, n: int, trained: bool) -> list[Part]:
     return parts
 
 
+def _error_feedback(config: RunConfig, params: Params, p: int) -> int:
+    summed = [own_shapes(config, params)[p]] if config.swarm.dp > 1 else []
+    if tied_copies(config, params) and p in (0, config.swarm.pp - 1):
+        summed.append([(params.vocab, params.hidden)])
+    return sum(gradient_cost(config.codec.gradient, shapes).kept for shapes in summed)
+
+
 def worker(config: RunConfig, params: Params, p: int) -> list[Part]:
     span, shapes = spans(params.layers, config.swarm.boundaries, config.swarm.pp)[p], stage_shapes(config, params)[p]
     n, role = sum(map(prod, shapes)), f"worker stage {p}"
@@ -62,7 +77,7 @@ def worker(config: RunConfig, params: Params, p: int) -> list[Part]:
     alive = min(config.swarm.pp - p, microbatch_count(config))
     exact = config.anchor.workers if payload and config.anchor.weights == "swarm" else 0
     bases = (arriving_itemsize(config) + exact * snapshot_itemsize(config)) * owned
-    error = gradient_cost(config.codec.gradient, shapes).kept if config.swarm.dp > 1 else 0
+    error = _error_feedback(config, params, p)
     merger = merger_class(config.merger.kind)
     return [
         *_model(config, role, n, trained=True),

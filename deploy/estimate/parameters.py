@@ -108,3 +108,16 @@ def stage_shapes(config: RunConfig, params: Params) -> list[list[tuple[int, ...]
         shapes += [table] if span.last and not (params.tied and span.first) else []  # the head, or a copy of a tied one
         found.append(shapes)
     return found
+
+
+def own_shapes(config: RunConfig, params: Params) -> list[list[tuple[int, ...]]]:
+    """Of the parameters that a stage sums with its replicas alone: all but an embedding that two stages hold."""
+    found = stage_shapes(config, params)
+    if tied_copies(config, params):
+        found[0], found[-1] = found[0][1:], found[-1][:-1]
+    return found
+
+
+def tied_copies(config: RunConfig, params: Params) -> int:
+    """How many ranks sum the gradient of a tied embedding that two stages hold; 0 where it is on one."""
+    return 2 * config.swarm.dp if params.tied and config.swarm.pp > 1 else 0

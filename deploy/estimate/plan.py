@@ -25,9 +25,9 @@ OUTWEIGH = {  # channels that should not outweigh the boundary, and what to do a
     "correction": "the correction broadcast: leave anchor.payload at auto and use a merger that needs only signs, "
     "or raise anchor.cadence",
     "snapshot": "the snapshot: snapshot.dtype=bfloat16 with snapshot.encoding=delta, or anchor.weights=shared",
-    "tied": "the tied embedding's gradient, fp32 between first and last stage each tick, in no published ratio: "
-    "keep both ends on one stage (swarm.pp=1 with virtual boundaries), or take an untied model",
-    "grad_dp": "the gradient's sum over replicas: codec.gradient.kind=powersgd",
+    "tied": "the tied embedding's gradient, between first and last stage in each tick, in no published ratio: "
+    "codec.gradient.kind=powersgd sends factors",
+    "grad_dp": "the gradient's sum over replicas: codec.gradient.kind=powersgd, with codec.gradient.bits=4",
 }
 
 CURES = {

@@ -15,7 +15,7 @@ import numpy as np
 from anchor_service.config import correction_payload
 from codec.costs import FP32, CodecCost, GradientCost, gradient_cost
 from deploy.estimate.bytes import batch_bytes, correction_bytes, cost_of_codec, replay_bytes, snapshot_bytes, sync_bytes
-from deploy.estimate.parameters import check_fits, parameters, stage_parameters, stage_shapes
+from deploy.estimate.parameters import check_fits, own_shapes, parameters, stage_parameters, tied_copies
 from deploy.estimate.workload import (
     engine_nodes,
     microbatch_count,
@@ -183,9 +183,12 @@ class Durations:
         ring = self._reduce(self.jitter(self.rng, self.pp, self.dp).max(axis=1))
         reduced = ends.max(axis=1) + ring  # a stage's ring begins when all its replicas are there
         before = reduced.max()
-        if self.params.tied and self.pp > 1:
-            tied = FP32 * self.params.embedding / self.swarm_rate * self.jitter(self.rng, self.dp).max()
-            before = max(before, max(reduced[0], reduced[-1]) + tied + 2 * self.latency)
+        copies = tied_copies(self.config, self.params)
+        if copies:
+            cost = gradient_cost(self.config.codec.gradient, [(self.params.vocab, self.params.hidden)])
+            slowest = self.jitter(self.rng, copies).max()
+            tied = 2 * (copies - 1) * (cost.sent / copies / self.swarm_rate * slowest + cost.sums * self.latency)
+            before = max(before, max(reduced[0], reduced[-1]) + tied)
         before += self._refresh() if refresh and self.codec.ways else 0.0
         agreed = self._tree(self.dp * self.pp) if correction_payload(self.config.anchor, self.config.merger) else 0.0
         after = agreed + self._tree(self.pp) + self._tree(self.dp)  # version, norm, digests
@@ -212,7 +215,7 @@ class Durations:
     @cached_property
     def _gradients(self) -> list[GradientCost]:
         """By stage."""
-        return [gradient_cost(self.config.codec.gradient, s) for s in stage_shapes(self.config, self.params)]
+        return [gradient_cost(self.config.codec.gradient, s) for s in own_shapes(self.config, self.params)]
 
     def _reduce(self, factor: np.ndarray) -> np.ndarray:
         """Seconds of the gradient's sum over replicas, by stage [pp]; `factor` [pp] of its slowest link."""

@@ -10,9 +10,12 @@ import torch
 
 from anchor_service.config import AnchorConfig
 from anchor_service.messages import Correction
-from codec.config import CodecConfig
+from codec.config import CodecConfig, GradientConfig
+from codec.ledger import Ledger
 from merger.config import MergerConfig
 from rl.config import GrpoConfig
+from swarm.grid import Grid
+from swarm.peers import WrongSize
 from tests.conftest import make_batch, on_ranks
 from tests.contract.harness import make_rank, run_ticks
 
@@ -135,14 +138,57 @@ def test_virtual_and_wire_count_the_same_boundary_bytes(untied_model: Path):
         assert virtual[channel][0] > 0
 
 
-@pytest.mark.parametrize("dp, pp", [(2, 2), (3, 2)])
-def test_replicas_are_bit_identical_and_tied_copies_stay_equal(tied_model: Path, dp: int, pp: int):
-    ranks = _layout(tied_model, dp, pp, merger=MergerConfig(kind="signed_ema"))
+GRADIENTS = {
+    "dense": GradientConfig(),
+    "powersgd": GradientConfig(kind="powersgd", rank=2),
+    "powersgd, 4 bits": GradientConfig(kind="powersgd", rank=2, bits=4.0),
+    "sign": GradientConfig(kind="sign"),
+    "sparse": GradientConfig(kind="sparse", bits=0.5),
+}
+
+
+@pytest.mark.parametrize("dp, pp", [(1, 2), (2, 2), (3, 2)])
+@pytest.mark.parametrize("gradient", GRADIENTS.values(), ids=GRADIENTS)
+def test_replicas_are_bit_identical_and_tied_copies_stay_equal(
+    tied_model: Path, gradient: GradientConfig, dp: int, pp: int
+):
+    codec = CodecConfig(kind="powersgd", rank=8, gradient=gradient)
+    ranks = _layout(tied_model, dp, pp, codec=codec, merger=MergerConfig(kind="signed_ema"))
     for p in range(pp):
         for d in range(1, dp):
             np.testing.assert_array_equal(ranks[d * pp + p]["flat"], ranks[p]["flat"])
     name = "model.embed_tokens.weight"
     np.testing.assert_array_equal(ranks[0]["weights"][name], ranks[pp - 1]["weights"][name])
+    sent = [report.ledger.get("tied", (0.0, 0.0)) for rank in ranks for report in rank["reports"]]
+    (dense,) = {d for s, d in sent}
+    assert dense > 0 and all((s == d) == (gradient.kind == "none") for s, d in sent)
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS.values(), ids=GRADIENTS)
+def test_one_rank_alone_has_nothing_to_code(tied_model: Path, gradient: GradientConfig):
+    """Whatever the kind: one worker without replicas, and without a second stage, keeps its own gradient."""
+    one, other = (
+        _layout(tied_model, 1, 1, codec=CodecConfig(kind="powersgd", rank=8, gradient=g))[0]
+        for g in (gradient, GradientConfig())
+    )
+    np.testing.assert_array_equal(one["flat"], other["flat"])
+
+
+def _at_odds(rank: int, init: str) -> str:
+    grid = Grid(rank, 2, 1, torch.device("cpu"), Ledger(), 30, init)
+    payload = torch.zeros(100 if rank else 10, dtype=torch.uint8)
+    try:
+        grid.replicas.gather(payload, [(10, 20), (10, 20)])
+    except WrongSize as error:
+        return str(error)
+    except RuntimeError:  # the other one has left
+        return "left alone"
+    return "taken"
+
+
+def test_a_payload_of_a_size_that_none_can_have_is_refused_before_it_comes():
+    first, _ = on_ranks(2, _at_odds)
+    assert first == "rank 1 would send 100 bytes of a gradient, expected 10 to 20"
 
 
 def test_random_signs_do_not_depend_on_the_layout(tied_model: Path):

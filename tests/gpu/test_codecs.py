@@ -9,6 +9,7 @@ from codec.boundary import Boundary
 from codec.config import CodecConfig
 from codec.ledger import Ledger
 from codec.rows import Rows
+from codec.vector import EntropyVector, SignVector, VectorCoder
 from tests.unit.codec.test_codecs import CONFIGS, HIDDEN, Stream, refresh
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -46,3 +47,13 @@ def test_both_ends_agree_on_a_gpu_and_across_devices(coder: str):
         payload = gpu.encode(x.cuda(), on("cuda", rows), observe=True)
         here = gpu.decode(payload, on("cuda", rows), x.dtype).cpu()
         torch.testing.assert_close(cpu.decode(payload.cpu(), rows, x.dtype), here, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("coder", [SignVector(), EntropyVector(0.5), EntropyVector(4)], ids=["sign", "sparse", "fine"])
+def test_a_vector_coded_on_a_gpu_is_the_same_on_a_cpu_to_the_bit(coder: VectorCoder):
+    """What is decoded depends on the payload alone: replicas on other devices hold the same sum."""
+    x = torch.randn(100_000, generator=torch.Generator().manual_seed(0))
+    payload, decoded = coder.encode(x.cuda())
+    assert decoded.device.type == "cuda"
+    assert torch.equal(coder.decode(payload, len(x)), decoded)
+    assert torch.equal(coder.decode(payload.cpu(), len(x)), decoded.cpu())

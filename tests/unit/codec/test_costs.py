@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from math import prod
-from typing import get_args
+from typing import Any
 
 import pytest
 import torch
 
 from codec.boundary import CODECS, Boundary
-from codec.config import CodecConfig, GradientConfig
+from codec.config import GRADIENT_KINDS, CodecConfig, GradientConfig
 from codec.costs import COSTS, GRADIENTS, BoundaryShape, CodecCost, Tokens, codec_cost, gradient_cost
-from codec.gradient import DenseSum, PowerSGDSum
+from codec.gradient import GRADIENT_SUMS, gradient_sum
 from codec.ledger import Ledger
 from codec.rows import rows_of
+from tests.replicas import ByThreads, on_threads
 
 HIDDEN, SAMPLES, LENGTH = 32, 6, 10
 EXACT = {
@@ -30,7 +31,6 @@ def cost(config: CodecConfig, itemsize: int = 4) -> CodecCost:
 
 def test_every_codec_has_a_cost():
     assert set(COSTS) == set(CODECS)
-    assert set(GRADIENTS) == set(get_args(GradientConfig.model_fields["kind"].annotation))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -64,16 +64,34 @@ def test_a_transform_costs_its_rate_tables_included(coder: str):
 SHAPES = [(8, 12), (12,), (3, 4), (40, 20), (20,)]
 
 
-@pytest.mark.parametrize(("kind", "rank"), [("none", 4), ("powersgd", 1), ("powersgd", 2), ("powersgd", 30)])
-def test_a_gradient_costs_what_is_summed_and_kept(kind: str, rank: int):
-    sums: list[int] = []
-    n = sum(map(prod, SHAPES))
+GRADIENT_CASES = {
+    "none": {},
+    "r=1": {"kind": "powersgd", "rank": 1},
+    "r=2": {"kind": "powersgd", "rank": 2},
+    "r=30": {"kind": "powersgd", "rank": 30},
+    "r=2, 4 bits": {"kind": "powersgd", "rank": 2, "bits": 4.0},
+    "sign": {"kind": "sign"},
+    "sparse": {"kind": "sparse", "bits": 0.5},
+}
 
-    def summed(x: torch.Tensor, dense: float) -> None:
-        sums.append(x.nbytes)
 
-    codec = PowerSGDSum(SHAPES, rank, 2, 0, summed, "cpu") if kind == "powersgd" else DenseSum(summed)
-    codec(torch.randn(n, generator=torch.Generator().manual_seed(0)))
-    found = gradient_cost(GradientConfig(kind=kind, rank=rank), SHAPES)
-    assert sum(sums) == found.sent and len(sums) <= found.sums
-    assert sum(t.nbytes for name, t in codec.state().items() if name == "error") == found.kept
+@pytest.mark.parametrize("case", GRADIENT_CASES.values(), ids=GRADIENT_CASES)
+def test_a_gradient_costs_what_is_sent_and_kept(case: dict[str, Any]):
+    """Two replicas: each sends all of it once, by a ring or coded in two halves."""
+    config, shapes = GradientConfig(**case), [(12 * a, *b) for a, *b in SHAPES] if "bits" in case else SHAPES
+    n = sum(map(prod, shapes))
+
+    def work(replicas: ByThreads) -> tuple[float, int, int]:
+        reduce = gradient_sum(config, shapes, replicas, 0, torch.device("cpu"))
+        reduce(torch.randn(n, generator=torch.Generator().manual_seed(replicas.index)))
+        kept = sum(t.nbytes for name, t in reduce.state().items() if name == "error")
+        return replicas.sent, replicas.rounds, kept
+
+    found = gradient_cost(config, shapes)
+    for sent, rounds, kept in on_threads(2, work):
+        assert sent == pytest.approx(found.sent, rel=0.02, abs=32)  # digests
+        assert rounds <= found.sums and kept == found.kept
+
+
+def test_the_registries_have_the_kinds_of_the_config():
+    assert set(GRADIENTS) == set(GRADIENT_SUMS) == set(GRADIENT_KINDS)

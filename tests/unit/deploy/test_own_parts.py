@@ -13,14 +13,14 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from deploy.cli import app
-from tests.own_parts import NAMED, write_parts
+from tests.own_parts import BETWEEN_REPLICAS, NAMED, write_parts
 
-MODULES = ("my_codec", "my_merger")
+MODULES = ("my_codec", "my_gradient", "my_merger")
 
 
 @pytest.fixture(autouse=True)
 def parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Where the two files are, on the path of this process until the test is over."""
+    """Where the files are, on the path of this process until the test is over."""
     write_parts(tmp_path / "parts")
     monkeypatch.syspath_prepend(tmp_path / "parts")
     yield tmp_path / "parts"
@@ -35,12 +35,12 @@ def northstar(command: str, *overrides: str, options: tuple[str, ...] = ()) -> R
 
 def test_plan_counts_what_they_say_they_cost(tmp_path: Path):
     out = tmp_path / "plan.json"
-    result = northstar("plan", "swarm.dp=2", "swarm.pp=2", options=("--json", str(out)))
+    result = northstar("plan", "swarm.dp=2", "swarm.pp=2", BETWEEN_REPLICAS, options=("--json", str(out)))
     assert result.exit_code == 0, result.output
     assert "my_codec:half" in result.output and "my_merger:Veto" in result.output
     found = json.loads(out.read_text())
     channels = found["bytes_per_tick"]
-    for channel in ("boundary_fwd", "boundary_bwd"):
+    for channel in ("boundary_fwd", "boundary_bwd", "grad_dp", "tied"):
         assert channels[channel]["sent"] == channels[channel]["dense"] / 2  # fp16 of fp32
     assert channels["basis"]["sent"] == 0 < channels["correction"]["sent"]
     state = [part["bytes"] for part in found["memory"] if part["name"] == "merger's state"]

@@ -81,8 +81,8 @@ def test_bytes_of_a_tiny_config_by_hand(tiny: Path):
     assert found["boundary_bwd"] == (tokens * 2 * 4, tokens * 8 * 4)
     # Q [8, 2] before ticks 2, 4 and 8 of 10: V on 2 replicas, Q to the second, Q on by each of them
     assert found["basis"] == (pytest.approx(0.3 * 64 * (2 + 1 + 2)), 0)
-    assert found["grad_dp"] == (2 * 4 * (688 + 696),) * 2  # stage 1 has a copy of the embedding
-    assert found["tied"] == (2 * 2 * 80 * 4,) * 2
+    assert found["grad_dp"] == (2 * 4 * (608 + 616),) * 2
+    assert found["tied"] == (2 * 3 * 80 * 4,) * 2  # four copies of the embedding: both stages, both replicas
     # fires in ticks 4, 6, 8 and 10
     assert found["snapshot"] == (pytest.approx(0.4 * 1304 * 4), 0)
     assert found["correction"] == (pytest.approx(0.4 * 2 * (86 + 87)), 0)

@@ -87,11 +87,11 @@ def test_a_correction_on_its_way_is_not_merged_before_the_last_rank_holds_it():
 def test_lag_grows_with_the_time_that_the_anchor_needs():
     config = load("demo", ["anchor.clock=wall", "links.jitter=0.0", "val.size=1", "grpo.old_logprobs=rollout"])
     means = []
-    for tokens_s in (400.0, 200.0, 100.0, 50.0):
+    for tokens_s in (200.0, 100.0, 50.0, 25.0):
         links = config.links.model_copy(update={"anchor_tokens_s": tokens_s})
         means.append(np.mean(simulate(config.model_copy(update={"links": links}), 600).lags))
     grown = np.diff(means)
-    assert grown[1:] / grown[:-1] == pytest.approx(2, rel=0.15)
+    assert grown[1:] / grown[:-1] == pytest.approx(2, rel=0.2)
 
 
 @pytest.mark.parametrize("mean", [8.0, 16.0])

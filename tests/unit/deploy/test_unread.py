@@ -33,6 +33,7 @@ UNREAD = {  # a setting that does nothing: what was chosen beside it, and what r
     "codec.first_token=exact": ("swarm.boundaries=[]", "swarm.boundaries []", "set swarm.boundaries=[2]"),
     "codec.share_prefixes=true": ("swarm.boundaries=[]", "swarm.boundaries []", "set swarm.boundaries=[2]"),
     "codec.gradient.kind=powersgd": ("", "swarm.dp 1", "set swarm.dp=2"),
+    "codec.gradient.bits=4.0": ("swarm.dp=2", "codec.gradient.kind 'none'", "'powersgd' or 'sparse' reads it"),
     "codec.gradient.rank=2": ("swarm.dp=2", "codec.gradient.kind 'none'", "set codec.gradient.kind=powersgd"),
     "merger.alpha=0.5": ("merger.kind=delta", "merger.kind 'signed_ema' reads it", "set merger.kind=signed_ema"),
     "merger.dose=0.5": (NO_ANCHOR, "merger.kind 'none'", "'signed_ema' or 'delta' reads it"),

@@ -76,7 +76,7 @@ def test_every_run_is_in_the_tables(tmp_path: Path):
         write_run(tmp_path / "d", "floor", 2, "failed", steps=1, error="WorkerDied: worker d1p0"),
     ]
     html, table = page(folders, tmp_path), report_markdown(folders)
-    numbers = ["3", "0.0502", "0.7966", "39.3"]
+    numbers = ["3", "0.7966", "0.0502", "39.3"]
     expected = [
         ["k5", "0", "completed", "0.250 → 0.500", "4", *numbers],
         ["dense", "3", "completed", "0.250 → 0.800", "4", *numbers],
@@ -100,9 +100,9 @@ def test_a_page_about_one_run_has_every_figure(tmp_path: Path):
         "Entropy",
         "Lag and age",
         "Clipped share",
-        "k5, seed 0",  # bytes by channel
+        "Bytes by channel",
     ]
-    assert "<h1>k5</h1>" in html and "100 MB" in html and "snapshot" in html
+    assert "<h1>k5</h1>" in html and "5 MB of 100 MB" in html and "snapshot" in html and "total_ratio 0.7966" in html
 
 
 def test_what_was_not_recorded_is_not_drawn(tmp_path: Path):
@@ -194,7 +194,7 @@ def test_a_killed_run_is_read_from_what_it_recorded(tmp_path: Path):
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "tick", "st')
     html = page([folder], tmp_path)
-    assert rows(html) == [["k5", "0", "unfinished", "0.250 → 0.250", "3 of 4", "1", "–", "0.6000", "–"]]
+    assert rows(html) == [["k5", "0", "unfinished", "0.250 → 0.250", "3 of 4", "1", "0.6000", "–", "–"]]
     assert "no summary.json" in html and "cannot be read, left out: 1" in html
 
 
@@ -279,7 +279,7 @@ def test_no_two_lines_of_a_picture_have_one_colour(tmp_path: Path):
     keys = [
         re.findall(r'<i style="color: (#\w+)"', key) for key in re.findall(r'<ul class="key">(.*?)</ul>', html, re.S)
     ]
-    assert [len(key) for key in keys] == [4, 3]
+    assert [len(key) for key in keys] == [4, 3, 4, 3]  # lines, then bytes
     assert all(len(set(key)) == len(key) for key in keys)
     drawn = [part.count("Validation accuracy") for part in html.split('<ul class="key">')]
-    assert drawn == [0, 1, 1]
+    assert drawn == [0, 1, 1, 0, 0]
