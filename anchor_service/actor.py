@@ -73,13 +73,14 @@ class Anchor:
         report = report | {
             "digest": digest(*(content_digest(c).encode() for c in corrections)),
             "bytes": sum(c.nbytes for c in corrections),
+            "stage_bytes": [c.nbytes for c in corrections],
             "anchor/m_norm": new.norm().item(),
             "timing_s/anchor_publish": time.perf_counter() - start,
         }
         return [report, new.numpy(), *corrections]
 
     def follow(self, tick: int, *parts: np.ndarray) -> None:
-        """Weights that the engines get too (anchor.weights = "shared"): the next jobs are of this tick."""
+        """Weights before any job wants them: the first of all, or with anchor.weights = "shared" those of the engines."""
         self.dense.load(list(parts), tick)
 
     def _pull(self, job: FireJob) -> tuple[list[np.ndarray], np.ndarray]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import Any, cast
 
@@ -22,7 +22,7 @@ from ray.exceptions import (
 
 from anchor_service.errors import ActorLost, WaitTimeout
 
-__all__ = ["ActorHandle", "done_of", "failure", "gather", "several", "take"]
+__all__ = ["ActorHandle", "done_of", "failure", "gather", "nodes_of", "several", "take"]
 
 VERDICT_S = 30.0  # Ray takes up to 25 s to call a node dead that sends no heartbeat
 _WHERE = re.compile(r'^ +File "(.+)", line (\d+), in (.+)$', re.MULTILINE)
@@ -63,6 +63,16 @@ def gather(
     if echo:
         raise echo
     return [found[reference] for reference in names]
+
+
+def nodes_of(actors: Sequence[ActorHandle[Any]], seconds: float, knob: str) -> list[str]:
+    """Ray's id of the node that each actor is on."""
+    calls = [(f"actor {i}", actor.__ray_call__.remote(_node_of)) for i, actor in enumerate(actors)]
+    return gather(calls, "its node", seconds, knob)
+
+
+def _node_of(actor: object) -> str:
+    return ray.get_runtime_context().get_node_id()
 
 
 def several(returned: object) -> list[object]:

@@ -126,7 +126,8 @@ class AnchorConfig(Section):
     )
     weights: Literal["swarm", "shared"] = Field(
         default="swarm",
-        description="`shared`: snapshots are taken from the stream that feeds the engines, not sent again to a node that has an engine",
+        description="`shared`: snapshots are taken from the stream that feeds the engines, not sent again to a node that has "
+        "an engine; with `snapshot.rate` M is then the gradient at what that stream holds",
     )
     replay_fraction: float = Field(
         default=1.0, gt=0, le=1, description="share of each replay batch that the anchor uses"
@@ -151,7 +152,8 @@ class AnchorConfig(Section):
 
 def correction_payload(anchor: AnchorConfig, merger: MergerConfig) -> Payload | None:
     """What a correction carries: `sign`, `dense`, or None where nothing is merged. Raises ValueError if it is no merger."""
-    payload = merger_class(merger.kind).payload if anchor.enabled else None
+    found = merger_class(merger.kind)
+    payload = found.payload if anchor.enabled and found.merges(merger) else None
     return "dense" if payload and anchor.payload == "dense" else payload
 
 

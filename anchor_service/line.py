@@ -66,6 +66,11 @@ class FireLine:
         for worker in self.workers:
             worker.follow.remote(tick, *references)
 
+    def check(self, k: int, references: list[object]) -> None:
+        """Weights for worker `k`, before any job. Raises BaseLost if it does not hold what they are a delta against."""
+        call = self.workers[k].follow.remote(0, *references)
+        gather([(f"anchor {k}", call)], "its first weights", self.timeout_s, "anchor.timeout_s")
+
     def add(self, fire: Fire) -> None:
         self.under_way[fire.due.version] = fire
         self.m_bar = fire.m_bar

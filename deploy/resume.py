@@ -27,6 +27,8 @@ _MAY_CHANGE = {  # where a run goes on: what decides where and how long it runs,
     "swarm.activation_checkpointing",
 }
 
+_EXACT_AFTER = {"run.checkpoint_every", "val.every"}
+
 _MAY_RISE = {"grpo.max_prompt_length", "grpo.max_response_length"}  # a run that met its limit can go on
 
 
@@ -68,6 +70,8 @@ def check_resumes(stored: Path, config: RunConfig) -> None:
     """Raises ConfigError if `config` is another experiment than the one of a run folder's config.toml."""
     before, after = (flat(c.model_dump(mode="json")) for c in (load(str(stored), given=()), config))
     other = {key for key in before | after if before.get(key) != after.get(key)} - _MAY_CHANGE
+    if config.snapshot.rate is not None:  # where engines get exact weights is part of what they sample
+        other |= {key for key in _EXACT_AFTER if before[key] != after[key]}
     other = {key for key in other if not key.endswith(("timeout_s", ".resource")) and not key.startswith("links.")}
     other -= {key for key in _MAY_RISE if before[key] < after[key]}
     if other:

@@ -22,6 +22,10 @@ class Delta(Merger):
     def cost(cls, config: MergerSettings, n: int) -> MergerCost:
         return cost_of_dose(config)
 
+    @classmethod
+    def merges(cls, config: MergerSettings) -> bool:
+        return config.dose > 0
+
     def prepare(self, g_comp: Gradient, correction: Held, age: int, norm: Norm = local_norm) -> None:
         """Set the dose for this tick."""
         self.dose = dose_at(self.config, age, lambda: correction, g_comp, norm)

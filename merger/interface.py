@@ -68,6 +68,11 @@ class Merger(Protocol):
         """For a rank that holds `n` parameters."""
         return MergerCost()
 
+    @classmethod
+    def merges(cls, config: MergerSettings) -> bool:
+        """Whether a correction can change a gradient. If not, none is computed or sent."""
+        return True
+
     @abstractmethod
     def prepare(self, g_comp: Gradient, correction: Held, age: int, norm: Norm = local_norm) -> None:
         """Look at this tick's whole gradient and set the dose. `age`: ticks since the first merge of the correction."""

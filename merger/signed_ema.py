@@ -27,6 +27,10 @@ class SignedEMA(Merger):
     def cost(cls, config: MergerSettings, n: int) -> MergerCost:
         return cost_of_dose(config)
 
+    @classmethod
+    def merges(cls, config: MergerSettings) -> bool:
+        return config.dose > 0
+
     def prepare(self, g_comp: Gradient, correction: Held, age: int, norm: Norm = local_norm) -> None:
         """Set the dose for this tick; only the ratio gate looks at the tensors, which are whole here."""
         self.dose = dose_at(self.config, age, lambda: self._delta(g_comp, correction), g_comp, norm)

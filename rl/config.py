@@ -146,7 +146,17 @@ class SnapshotConfig(Section):
         default=None, description="default: `model.dtype`; bfloat16 rounds what engines and anchor compute with"
     )
     encoding: Literal["delta", "full"] = Field(
-        default="delta", description="`delta`: lossless against the last one sent, compressed"
+        default="delta", description="`delta`: against what was sent last, compressed; `full`: all of it each time"
+    )
+
+    rate: float | None = Field(
+        default=None,
+        ge=0.005,
+        le=0.25,
+        description="bytes of weights for the engines as a share of the model in bf16, 0.05 is 0.8 bits a weight: a coded "
+        "step, what it loses is in the next; exact again wherever a validation or a checkpoint follows, so `val.every` and "
+        "`run.checkpoint_every` decide what is sampled; default: every frame is exact. Anchors get exact weights, unless "
+        "`anchor.weights` is `shared`",
     )
 
     def is_bf16(self, model: ModelConfig) -> bool:
@@ -275,6 +285,7 @@ READING: Reading = {
     "task.params.train": ((When("task.name", ("hf:NAME",), lambda name: not name.startswith("jsonl:")),),),
     "task.reward_timeout_s": ((When("task.reward", ("MODULE:FUNCTION",), bool),),),
     "grpo.rollout_is_threshold": ((When("grpo.rollout_is", ("token",)),),),
+    "snapshot.rate": ((When("snapshot.encoding", ("delta",)),),),
     "rollout.gpu_memory": (_VLLM,),
     "rollout.kv_cache_gb": (_VLLM,),
 }

@@ -1,17 +1,24 @@
 """Weights on their way from a stage to whoever holds a copy: engines and anchor, by one codec.
 
-A stream is one group of consumers that get the same frames in the same order. Its frames are whole
-snapshots, or lossless deltas against the stream's previous frame.
+A stream is one group of consumers that get the same frames in the same order. It begins with the weights in the model's
+own files, which both ends have read. Then a frame is one of these:
+
+    exact   a lossless delta against what the receivers hold, in the dtype that weights travel in
+    coded   a step towards the weights, in `snapshot.rate`; what it loses is part of the next difference
+    whole   all that the receivers are to hold, for those that have lost it
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from codec import delta
+from codec import coded_delta, delta
 from codec.frames import FrameError, pack, unpack
+from codec.vector import EntropyVector
 from rl.config import SnapshotConfig
 
 
@@ -23,45 +30,67 @@ class BaseLost(RuntimeError):
         self.stage, self.base_tick, self.held_tick = stage, base_tick, held_tick
 
     def __str__(self) -> str:
-        return f"stage {self.stage} sent a delta against tick {self.base_tick}, held is {self.held_tick}"
+        if self.base_tick != self.held_tick:
+            return f"stage {self.stage} sent a delta against tick {self.base_tick}, held is {self.held_tick}"
+        cause = "" if self.base_tick else ", as the model's files have them: put the same on every node"
+        return f"stage {self.stage} sent a delta against weights of tick {self.base_tick}, others are held{cause}"
 
 
 class Sender:
-    """A stage's side of one stream; keeps what it last sent."""
+    """A stage's side of one stream; keeps what its receivers hold. `rate`: of coded frames; None: every frame is exact."""
 
-    def __init__(self, config: SnapshotConfig, bf16: bool):
+    def __init__(self, config: SnapshotConfig, bf16: bool, rate: float | None = None):
         self.encoding, self.bf16 = config.encoding, bf16
-        self.base: np.ndarray | None = None
-        self.tick: int | None = None
+        self.coder = None if rate is None else EntropyVector(16 * rate)
+        self.held = np.zeros(0, np.float32)  # [numel] as it travels; always fp32 where a coder adds to it
+        self.tick: int | None = None  # None: nothing was sent
 
-    def frame(self, flat: Tensor, tick: int, stage: int, whole: bool) -> np.ndarray:
-        """Weights frame of `flat` fp32 [numel] after `tick` ticks; `whole` sends no delta."""
+    def frame(self, flat: Tensor, tick: int, stage: int, whole: bool = False, exact: bool = True) -> np.ndarray:
+        """Weights frame of `flat` fp32 [numel] after `tick` ticks; without `exact` a stream that has a rate sends a coded one.
+
+        `whole`: all that the receivers would hold, had they lost nothing.
+        """
         new = flat.detach().cpu().numpy()
-        new = delta.to_bf16(new) if self.bf16 else new
-        header = {
-            "kind": "weights",
-            "tick": tick,
-            "stage": stage,
-            "encoding": self.encoding,
-            "base_tick": None,
-            "numel": len(new),
-        }
+        header: dict[str, Any] = {"kind": "weights", "tick": tick, "stage": stage, "numel": len(new), "base_tick": None}
         if self.encoding == "full":
-            return pack(header, {"weights": new})
-        if not whole and self.base is not None:
-            header["base_tick"] = self.tick
-        arrays = delta.encode(new, None if header["base_tick"] is None else self.base)
-        self.base, self.tick = new if self.bf16 else new.copy(), tick  # in fp32 `new` is the live buffer itself
-        return pack(header, arrays)
+            return pack(header | {"encoding": "full"}, {"weights": self._travelling(new)})
+        if self.tick is None:  # after 0 ticks the receivers hold these weights too, from the model's files
+            self._keep(self._travelling(new))
+            whole, exact = whole or tick > 0, True
+        before, self.tick = self.tick or 0, tick
+        header |= {"encoding": "delta", "bf16": self.bf16, "base_tick": None if whole else before}
+        if exact or self.coder is None:
+            return pack(header, self._exact(new, whole))
+        header |= {"encoding": "delta" if whole else "coded", "bf16": False}
+        arrays: dict[str, np.ndarray] = {}
+        if not whole or tick != before:  # else the step of this tick was made, and what it led to is asked for again
+            arrays = coded_delta.encode(new, self.held, self.coder)
+        return pack(header, delta.encode(self.held, None) if whole else arrays)
+
+    def _exact(self, new: np.ndarray, whole: bool) -> dict[str, np.ndarray]:
+        new = self._travelling(new)
+        base = self.held if self.coder is None else self._travelling(self.held)
+        arrays = delta.encode(new, None if whole else base)
+        self._keep(new)
+        return arrays
+
+    def _travelling(self, weights: np.ndarray) -> np.ndarray:
+        return delta.to_bf16(weights) if self.bf16 else weights
+
+    def _keep(self, weights: np.ndarray) -> None:
+        """`weights` as they travel; in fp32 they may be the live buffer itself."""
+        if self.bf16:
+            self.held = weights if self.coder is None else delta.from_bf16(weights)
+        else:
+            self.held = weights.copy()
 
 
 class Receiver:
-    """A consumer's side of one stream: the last weights of every stage, in the dtype they travel in."""
+    """A consumer's side of one stream. What it holds is what is loaded: nobody else writes there."""
 
     def __init__(self, config: SnapshotConfig):
-        self.keeps = config.encoding == "delta"
-        self.held: dict[int, np.ndarray] = {}
-        self.tick: int | None = None
+        self.coder = None if config.rate is None else EntropyVector(16 * config.rate)
+        self.tick: int | None = None  # None: nothing came, the weights are those of the model's files
 
     def load(self, parts: list[np.ndarray], tick: int, master: Tensor) -> None:
         """Frames of all stages after `tick` ticks, into `master` fp32 [numel of the model].
@@ -69,18 +98,20 @@ class Receiver:
         Raises FrameError for frames that are damaged or of another tick, stage or size, and BaseLost.
         Nothing is applied unless every part is right.
         """
-        found = [self._part(part, tick, stage, len(master)) for stage, part in enumerate(parts)]
-        total = sum(len(flat) for flat in found)
+        found: list[np.ndarray] = []
+        for stage, part in enumerate(parts):
+            found.append(self._part(part, tick, stage, master[sum(map(len, found)) :]))
+        total = sum(map(len, found))
         if total != len(master):
             raise FrameError("all stages", "weights", f"{total} parameters, the model has {len(master)}")
-        offset = 0
-        for flat in found:
+        for stage, flat in enumerate(found):
+            offset = sum(map(len, found[:stage]))
             values = delta.from_bf16(flat) if flat.dtype == np.uint16 else flat
             master[offset : offset + len(flat)].copy_(torch.from_numpy(values))
-            offset += len(flat)
-        self.held, self.tick = {stage: flat.copy() for stage, flat in enumerate(found)} if self.keeps else {}, tick
+        self.tick = tick
 
-    def _part(self, part: np.ndarray, tick: int, stage: int, most: int) -> np.ndarray:
+    def _part(self, part: np.ndarray, tick: int, stage: int, rest: Tensor) -> np.ndarray:
+        """One stage's weights as they travelled; `rest`: what is held of it and of the stages behind it."""
         sender = f"stage {stage}"
         header, arrays = unpack(part, sender)
         for field, expected in (("tick", tick), ("stage", stage)):
@@ -91,15 +122,24 @@ class Receiver:
             if flat is None or flat.ndim != 1 or flat.dtype not in (np.dtype(np.float32), np.dtype(np.uint16)):
                 raise FrameError(sender, "weights", "is missing or not a row of float32 or bf16")
             return flat
-        base_tick = header.get("base_tick")
-        if base_tick is not None and (base_tick != self.tick or stage not in self.held):
-            raise BaseLost(stage, base_tick, self.tick)
+        base_tick, held_tick = header.get("base_tick"), self.tick or 0
+        if base_tick is not None and base_tick != held_tick:
+            raise BaseLost(stage, base_tick, held_tick)
         numel = header.get("numel")
-        if type(numel) is not int or not 0 <= numel <= most:
-            raise FrameError(sender, "numel", f"is {numel!r}, the model has {most} parameters")
+        if type(numel) is not int or not 0 <= numel <= len(rest):
+            raise FrameError(sender, "numel", f"is {numel!r}, the model has {len(rest)} parameters from there on")
         try:
-            return delta.decode(arrays, self.held[stage] if base_tick is not None else None, numel)
+            return self._decoded(header, arrays, rest[:numel].detach().cpu().numpy())
         except delta.BaseMismatch as error:
-            raise BaseLost(stage, base_tick, self.tick) from error
+            raise BaseLost(stage, base_tick, held_tick) from error
         except ValueError as error:
             raise FrameError(sender, "weights", str(error)) from error
+
+    def _decoded(self, header: dict[str, Any], arrays: dict[str, np.ndarray], held: np.ndarray) -> np.ndarray:
+        if header.get("encoding") == "coded":
+            if self.coder is None:
+                raise ValueError("a coded step came, and snapshot.rate is not set here")
+            return coded_delta.decode(arrays, held, self.coder)
+        if header.get("base_tick") is None:
+            return delta.decode(arrays, None, len(held))
+        return delta.decode(arrays, delta.to_bf16(held) if header.get("bf16") else held)

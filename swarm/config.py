@@ -87,6 +87,12 @@ class LinksConfig(Section):
         default=100.0, gt=0, description="bandwidth between the swarm and an anchor worker or engine, Mbit/s"
     )
     anchor_latency_ms: float = Field(default=50.0, ge=0, description="one-way latency to the anchor or an engine")
+    engine_nodes: int = Field(
+        default=0, ge=0, description="nodes that the engines are on, a copy of the weights for each; 0: one each"
+    )
+    replica_nodes: int = Field(
+        default=0, ge=0, description="nodes that the replicas of a stage are on, a correction for each; 0: one each"
+    )
     jitter: float = Field(default=0.1, ge=0, le=2, description="standard deviation of a transfer's logarithm")
     worker_tokens_s: float = Field(
         default=2000.0, gt=0, description="tokens/s of one worker through the whole model, forward+backward"

@@ -53,18 +53,19 @@ class Coordinator:
 
     def run(self) -> None:
         """From the present step to the last."""
-        run, val, progress = self.config.run, self.config.val, self.progress
+        config, progress = self.config, self.progress
         problems = self.rollouts.begin()
         if problems.sources:  # what a resume compares with
             replace_text(self.run_folder / "data.json", problems.to_json())
         self.rollouts.sync()
+        self.corrections.begin()
         if progress.step == 0:
             self._validate()
-        while progress.step < run.steps:
+        while progress.step < config.run.steps:
             self._step()
-            if progress.step % val.every == 0 or progress.step == run.steps:
+            if config.validates_after(progress.step):
                 self._validate()
-            if run.checkpoint_every and (progress.step % run.checkpoint_every == 0 or progress.step == run.steps):
+            if config.saves_after(progress.step):
                 self.save()
         self.telemetry.final_digest(self._digests())
 

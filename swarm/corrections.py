@@ -53,6 +53,7 @@ class Corrections:
         self.anchor, self.swarm, self.seed = config.anchor, config.swarm, config.run.seed
         self.fleet, self.progress, self.line, self.clock = fleet, progress, line, clock
         self.store, self.resync = store, resync
+        self.whole_frames = config.snapshot.encoding == "full"
         self.sources = Sources(config.diagnostics.every, clock)
         self.fires = self.version = self.merged = 0
         self.merged_m_bar: object = None  # of the correction that is held: older than the last if that was refused
@@ -62,6 +63,18 @@ class Corrections:
         self._parameters = parameter_count(config.model.path)
 
     # --- before a tick --------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Before the first tick the anchor workers' streams begin with what both ends have from the model's files."""
+        if self.progress.tick or self.anchor.weights == "shared" or self.whole_frames:
+            return
+        for worker in range(len(self.line.workers)):
+            references, nbytes = self._snapshot(worker)
+            self.progress.ledger.add("snapshot", nbytes, 0)
+            try:
+                self.line.check(worker, references)
+            except BaseLost as lost:
+                self._lose(worker, lost)
 
     def offer(self, mini: MiniFrame) -> bool:
         """Hand θ_s and b_{s+1} to the anchor if a fire starts from them; waits for nothing. Whether one does."""
@@ -130,11 +143,14 @@ class Corrections:
 
     def _drop(self, fire: Fire, lost: BaseLost) -> None:
         """The anchor worker has lost the base of a delta: this fire is void, its next snapshot is a whole one."""
-        stream = f"anchor {fire.worker}"
-        self._lost.add(stream)
         self.line.drop(fire, self._last_m_bar)
         if self.anchor.weights == "shared":
             self.resync()
+        self._lose(fire.worker, lost)
+
+    def _lose(self, worker: int, lost: BaseLost) -> None:
+        stream = f"anchor {worker}"
+        self._lost.add(stream)
         self.progress.event("snapshot lost", stream=stream, reason=str(lost))
 
     # --- after a tick ---------------------------------------------------------------------------
@@ -158,7 +174,8 @@ class Corrections:
         if merged_now:
             self.merged_m_bar = fire.m_bar
         progress.remember("anchor", report["perf/max_memory_gb"])
-        progress.ledger.add("correction", report["bytes"] * self.swarm.dp, 0)
+        copies = [len(self.fleet.nodes(self.fleet.replicas_of(p))) for p in range(self.swarm.pp)]
+        progress.ledger.add("correction", sum(n * size for n, size in zip(copies, report["stage_bytes"])), 0)
         first_tick = progress.tick if merged_now else None
         progress.telemetry.fire(progress.step, progress.tick, report | {"first_tick": first_tick})
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from anchor_service.actor import Anchor
-from anchor_service.calls import ActorHandle, gather, several
+from anchor_service.calls import ActorHandle, gather, nodes_of, several
 from anchor_service.config import AnchorConfig
 from anchor_service.diagnosis import Diagnoser
 from rl.config import RolloutConfig
@@ -31,6 +31,7 @@ class Fleet:
     anchors: list[ActorHandle[Anchor]]
     diagnosers: list[ActorHandle[Diagnoser]]
     new_engines: Callable[[], list[ActorHandle[RolloutWorker]]]
+    _node: dict[object, str] = field(default_factory=dict, init=False)  # of each actor that was asked
 
     @property
     def swarm_limit(self) -> tuple[float, str]:
@@ -62,13 +63,23 @@ class Fleet:
         ]
         return gather(calls, what, *(limit or self.swarm_limit), settle=SETTLE_S)
 
-    def weights(self, tick: int, stream: str, whole: bool) -> tuple[list[object], int]:
+    def weights(self, tick: int, stream: str, whole: bool, exact: bool = True) -> tuple[list[object], int]:
         """References to the weights frames of all stages after `tick` ticks, for one stream of consumers; their bytes."""
         ranks = self._first_replica
-        pairs = [several(w.weights.options(num_returns=2).remote(tick, stream, whole)) for w in ranks]
+        pairs = [several(w.weights.options(num_returns=2).remote(tick, stream, whole, exact)) for w in ranks]
         calls = [(f"worker d0p{p}", size) for p, (_, size) in enumerate(pairs)]
         nbytes = sum(gather(calls, f"the weights of tick {tick}", *self.swarm_limit))
         return [frame for frame, _ in pairs], nbytes
+
+    def nodes(self, actors: Sequence[ActorHandle[Any]]) -> set[str]:
+        """Nodes that these actors are on: an object goes once to each. An actor is asked once, before it is busy."""
+        unknown = [actor for actor in actors if actor not in self._node]
+        self._node.update(zip(unknown, nodes_of(unknown, *self.swarm_limit), strict=True))
+        return {self._node[actor] for actor in actors}
+
+    def replicas_of(self, stage: int) -> list[ActorHandle[Worker]]:
+        """The ranks that hold it."""
+        return self.workers[stage :: self.swarm.pp]
 
     def records(self, tick: int) -> list[object]:
         """References to the weights of every stage, with what this tick kept; waits for nothing."""

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anchor_service.config import AnchorConfig
+from anchor_service.config import AnchorConfig, correction_payload
 from anchor_service.errors import ReplicaMismatch
 from anchor_service.inbox import Inbox
 from anchor_service.messages import Correction
@@ -36,6 +36,7 @@ class Held:
     def __init__(self, anchor: AnchorConfig, merger: MergerConfig, seed: int, weights: Weights, grid: Grid):
         self.anchor, self.grid, self.name = anchor, grid, merger.placebo or ""
         self.merger = make_merger(merger)
+        self.merging = bool(merger.placebo) or correction_payload(anchor, merger) is not None
         sizes = {name: math.prod(shape) for name, shape in zip(weights.names, weights.shapes)}
         self.placebo = PLACEBOS[merger.placebo](anchor.beta_anc, seed, sizes) if merger.placebo else None
         self.inbox = Inbox()
@@ -47,7 +48,7 @@ class Held:
 
     def merge(self, plan: TickPlan, g_comp: Tensor, norm: Callable[[Tensor], float]) -> MergeOutcome:
         """Merge the version that every rank holds, in place of the gradient [n]. All ranks decide alike."""
-        if self.merger.payload is None:
+        if not self.merging:
             return MergeOutcome()
         if self.merger.needs_source and plan.keep_source:
             self.sources[plan.tick - 1] = g_comp.clone()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+ENGINES_STREAM = "engines"  # of weights: whoever follows it gets the same frames
 Entries = dict[str, tuple[float, float]]  # channel -> bytes sent, and what a dense system would have sent
 
 

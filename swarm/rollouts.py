@@ -21,6 +21,7 @@ from rl.rollout import UNDECIDED
 from rl.snapshot import BaseLost
 from swarm.fleet import Fleet
 from swarm.lookahead import Asked, Calls, Lookahead, Result, Sent
+from swarm.messages import ENGINES_STREAM
 from swarm.progress import Progress
 from swarm.run_config import RunConfig
 
@@ -40,7 +41,7 @@ class Rollouts:
         self._lacking = 0  # steps ahead that the checkpoint lacks with which this run goes on
         self._unsettled: list[Sent] = []  # weights of which engines have not said yet what they hold; oldest first
         self._parameters = parameter_count(config.model.path)
-        self._resync = True  # the first frames of a run are whole ones
+        self._resync = False
         self._endless = False  # no answer of the last step came to an end
         self._validated = config.val.size
 
@@ -178,17 +179,21 @@ class Rollouts:
 
     def _weights(self) -> tuple[list[object], int]:
         whole, self._resync = self._resync, False
-        return self.fleet.weights(self.progress.tick, "engines", whole)
+        tick, config = self.progress.tick, self.config
+        return self.fleet.weights(
+            tick, ENGINES_STREAM, whole, exact=config.exact_after(tick // config.grpo.ticks_per_step)
+        )
 
     def _send(self, references: list[object], nbytes: int) -> None:
         """Weights of this moment, into the queue of every engine; waits for nothing."""
-        tick, engines, ledger = self.progress.tick, self.fleet.engines, self.progress.ledger
+        tick, fleet, engines, ledger = self.progress.tick, self.fleet, self.fleet.engines, self.progress.ledger
+        nodes = fleet.nodes(engines)
         calls: Calls = [(f"engine {i}", e.load_weights.remote(tick, *references)) for i, e in enumerate(engines)]
         self.line.follow(tick, references)
-        if self.line.workers and self.config.anchor.resource != self.config.rollout.resource:
-            ledger.add("snapshot", nbytes * len(self.line.workers), 0)  # the engines' copy is on other nodes
+        if apart := fleet.nodes(self.line.workers) - nodes:  # the engines' copies are elsewhere
+            ledger.add("snapshot", nbytes * len(apart), 0)
         dense = self._parameters * self.config.model.itemsize  # what a dense system sends
-        ledger.add("rollout_sync", nbytes * len(engines), dense * len(engines))
+        ledger.add("rollout_sync", nbytes * len(nodes), dense * len(nodes))
         self._newest = Sent(tick // self.config.grpo.ticks_per_step, tick, calls)
         self._unsettled.append(self._newest)
 

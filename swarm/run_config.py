@@ -66,6 +66,18 @@ class RunConfig(Section):
         """Q is refreshed with M unless told otherwise."""
         return self.codec.q_cadence or self.anchor.cadence
 
+    def validates_after(self, step: int) -> bool:
+        return step % self.val.every == 0 or step == self.run.steps
+
+    def saves_after(self, step: int) -> bool:
+        """Whether a checkpoint follows."""
+        every = self.run.checkpoint_every
+        return every > 0 and (step % every == 0 or step == self.run.steps)
+
+    def exact_after(self, step: int) -> bool:
+        """Whether the engines get the weights as they are, also where `snapshot.rate` codes them."""
+        return self.validates_after(step) or self.saves_after(step)
+
     @model_validator(mode="after")
     def _sections_fit(self) -> RunConfig:
         self._check_placebo()

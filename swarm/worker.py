@@ -24,7 +24,7 @@ from rl.snapshot import Sender
 from swarm import checkpoint
 from swarm.grid import Grid, meeting
 from swarm.manifest import Entry
-from swarm.messages import Report, TickPlan, TickReport
+from swarm.messages import ENGINES_STREAM, Report, TickPlan, TickReport
 from swarm.nonfinite import explained
 from swarm.rank import MiniBatch, RankSetup, build_rank
 from swarm.replicas import weights_digest
@@ -132,17 +132,18 @@ class Worker:
         (frame,) = gather([("the anchor", one)], what, self.rank.setup.anchor.timeout_s, "anchor.timeout_s")
         return unpack_correction(frame, self.rank.grid.p, self.rank.stage.weights.numel)
 
-    def weights(self, tick: int, stream: str, whole: bool) -> tuple[np.ndarray, int]:
+    def weights(self, tick: int, stream: str, whole: bool, exact: bool) -> tuple[np.ndarray, int]:
         """Frame of this stage's weights after `tick` ticks, and its size; a tied copy is left to its owner.
 
-        Each stream has its own base of deltas; `whole` sends none.
+        Each stream has a sender of its own, which knows what its receivers hold. The engines' alone may have a rate.
         """
         weights = self.rank.stage.weights
         if stream not in self.senders:
             snapshot = self.setup.snapshot
             bf16 = snapshot.is_bf16(self.setup.rank.model)
-            self.senders[stream] = Sender(snapshot, bf16)
-        frame = self.senders[stream].frame(weights.master[: weights.owned], tick, self.rank.grid.p, whole)
+            self.senders[stream] = Sender(snapshot, bf16, snapshot.rate if stream == ENGINES_STREAM else None)
+        sender, stage = self.senders[stream], self.rank.grid.p
+        frame = sender.frame(weights.master[: weights.owned], tick, stage, whole, exact)
         return frame, frame.nbytes
 
     def release_cache(self) -> None:

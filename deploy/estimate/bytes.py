@@ -17,6 +17,7 @@ from deploy.estimate.batches import Sizes, answers, dealt, replay_bytes
 from deploy.estimate.delta_size import Course, Walk, walk
 from deploy.estimate.parameters import Params, own_shapes, parameters, stage_parameters, tied_copies
 from deploy.estimate.workload import (
+    engine_nodes,
     evenly,
     expected_fires,
     forward_passes,
@@ -24,6 +25,7 @@ from deploy.estimate.workload import (
     microbatch_count,
     prompt_tokens,
     refresh_share,
+    replica_nodes,
     response_tokens,
     tokens_per_tick,
     total_ticks,
@@ -41,22 +43,34 @@ def cost_of_codec(config: RunConfig, hidden: int) -> CodecCost:
     return codec_cost(config.codec, BoundaryShape(hidden, config.model.itemsize), Tokens(tokens, sample))
 
 
-def snapshot_bytes(config: RunConfig, params: Params, apart: float | None = None) -> float:
-    """One snapshot on its way to an engine or the anchor, `apart` ticks after the last; None: the first of its stream."""
+def snapshot_bytes(config: RunConfig, params: Params, apart: float) -> float:
+    """One exact snapshot, `apart` ticks after what its receiver holds; 0 ticks: the same weights, which cost nothing."""
     if full(config):
         return params.total * snapshot_itemsize(config)
     ticks = total_ticks(config)
-    found = weights_walk(config, params, ticks)
-    each = found.whole if apart is None else found.between(ticks - min(ticks, max(1, round(apart))), ticks)
-    return params.total * each
+    return params.total * weights_walk(config, params, ticks).between(ticks - min(ticks, round(apart)), ticks)
 
 
-def stream_bytes(config: RunConfig, params: Params, ticks: int, sent: list[int]) -> float:
-    """All snapshots of one stream that sends the weights after the ticks `sent`, in a run of `ticks`."""
-    if full(config) or not sent:
-        return len(sent) * params.total * snapshot_itemsize(config)
+def stream_bytes(config: RunConfig, params: Params, ticks: int, sent: list[int]) -> list[float]:
+    """Each snapshot of an exact stream that sends the weights after the ticks `sent`, in a run of `ticks`.
+
+    It begins with the weights of the model's files, for which nothing is sent.
+    """
+    if full(config):
+        return [params.total * snapshot_itemsize(config)] * len(sent)
     found = weights_walk(config, params, ticks)
-    return params.total * (found.whole + sum(found.between(a, b) for a, b in pairwise(sent)))
+    return [params.total * found.between(a, b) for a, b in pairwise([0, *sent])]
+
+
+def sync_bytes(config: RunConfig, params: Params, ticks: int) -> list[float]:
+    """Each copy of the weights for the engines in a run of `ticks`: before the first step, then after every step."""
+    each, rate = config.grpo.ticks_per_step, config.snapshot.rate
+    sent = list(range(0, ticks + 1, each))
+    if full(config) or rate is None:
+        return stream_bytes(config, params, ticks, sent)
+    exact = [step * each for step in range(len(sent)) if config.exact_after(step)]
+    coded = weights_walk(config, params, ticks).coded(rate, tuple(sent), frozenset(exact))
+    return [params.total * share for share in coded]
 
 
 def full(config: RunConfig) -> bool:
@@ -109,13 +123,13 @@ def tick_bytes(
     those of `expected_fires` for both. Exact up to frame headers but for: token counts (assumed means), deltas
     (measured on a sample), sign planes that repeat themselves, and fires that an old trace never merged.
     """
-    params, swarm = parameters(config), config.swarm
+    params = parameters(config)
     ticks = ticks or total_ticks(config)
     sources = [due.source_tick for due in expected_fires(config, ticks)] if fires is None else evenly(fires, ticks)
     fires = len(sources) / ticks if fires is None else fires
     merges = fires if merges is None else merges
     stages = stage_parameters(config, params)
-    syncs = (1 / config.grpo.ticks_per_step + 1 / ticks) * config.rollout.replicas
+    syncs = (1 / config.grpo.ticks_per_step + 1 / ticks) * engine_nodes(config)
 
     found = (
         _boundaries(config, params.hidden, ticks)
@@ -123,8 +137,11 @@ def tick_bytes(
         | {
             "snapshot": (_snapshots(config, params, ticks, sources), 0),
             "replay": (fires * replay_bytes(config), 0),
-            "correction": (merges * swarm.dp * sum(correction_bytes(config, stages)), 0),
-            "rollout_sync": (_syncs(config, params, ticks), syncs * config.model.itemsize * params.total),
+            "correction": (merges * replica_nodes(config) * sum(correction_bytes(config, stages)), 0),
+            "rollout_sync": (
+                engine_nodes(config) * _syncs(config, params, ticks),
+                syncs * config.model.itemsize * params.total,
+            ),
             "control": _control_bytes(config, params, ticks, fires),
         }
     )
@@ -166,9 +183,8 @@ def _table_rate(config: RunConfig, each: CodecCost, ticks: int) -> float:
 
 
 def _syncs(config: RunConfig, params: Params, ticks: int) -> float:
-    """Weights to the engines: before the first step, then after every step."""
-    sent = list(range(0, ticks + 1, config.grpo.ticks_per_step))
-    return config.rollout.replicas * stream_bytes(config, params, ticks, sent) / ticks
+    """Weights to one node with engines."""
+    return sum(sync_bytes(config, params, ticks)) / ticks
 
 
 def _snapshots(config: RunConfig, params: Params, ticks: int, sources: list[int]) -> float:
@@ -177,8 +193,8 @@ def _snapshots(config: RunConfig, params: Params, ticks: int, sources: list[int]
     workers = config.anchor.workers
     if config.anchor.weights == "shared":
         apart = bool(sources) and config.anchor.resource != config.rollout.resource
-        return apart * workers * _syncs(config, params, ticks) / config.rollout.replicas
-    return sum(stream_bytes(config, params, ticks, sources[k::workers]) for k in range(workers)) / ticks
+        return apart * workers * _syncs(config, params, ticks)
+    return sum(sum(stream_bytes(config, params, ticks, sources[k::workers])) for k in range(workers)) / ticks
 
 
 def _control_bytes(config: RunConfig, params: Params, ticks: int, fires: float) -> tuple[float, float]:

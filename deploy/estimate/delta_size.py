@@ -32,7 +32,6 @@ from merger.config import MergerConfig
 from rl.config import GrpoConfig
 
 PIECES, PIECE = 128, 512  # what walks: short pieces of every part, so that it is as mixed as the model
-BLOCKS, BLOCK = 24, 1 << 17  # what is encoded whole: as long as zstd's own blocks
 LONGEST, SETTLED = 96, 40  # ticks of a walk; later ones are like its last SETTLED
 SPREAD = 2.5  # standard deviation of the logarithm of a token's probability (SmolLM2 on two tasks: 2.1 and 2.9)
 CHUNK = 64  # neighbours that are taken to share a token
@@ -72,14 +71,12 @@ class Walk:
         walked = _adam(course.grpo, part.weights, _gradients(course, Noise(course, part)))
         self.weights = np.stack([part.weights, *walked])
         self.delta = cache(self._delta)
-
-    @property
-    def whole(self) -> float:
-        """Of the first message of a stream."""
-        return _whole(self.course.path, self.course.params, self.course.bf16)
+        self.coded = cache(self._coded)  # see there
 
     def between(self, source: int, target: int) -> float:
         """Of the weights after `target` ticks for someone who has those after `source` ticks."""
+        if source == target:
+            return 0.0
         last = len(self.weights) - 1
         if target > last:
             window = min(SETTLED, last)
@@ -90,16 +87,40 @@ class Walk:
     def _delta(self, source: int, target: int) -> float:
         return _size(self.weights[target], self.weights[source], self.course.bf16)
 
+    def _coded(self, rate: float, sent: tuple[int, ...], exact: frozenset[int]) -> list[float]:
+        """Of each frame of a stream at a `rate`, after the ticks `sent`; after those of `exact` it is a lossless one.
 
-@lru_cache(maxsize=2)
-def _whole(path: str, params: Params, bf16: bool) -> float:
-    return _size(sample_weights(path, params, BLOCKS, BLOCK).weights, None, bf16)
+        By the run's own coder. A frame beyond the walk costs what the last of its kind did.
+        """
+        import torch
+
+        from codec.vector import EntropyVector
+
+        coder, held, sizes = EntropyVector(16 * rate), self._travelled(0), dict[bool, float]()
+        walked = [tick for tick in sent if tick < len(self.weights)]
+        found = []
+        for tick in walked:
+            new = self.weights[tick]
+            if tick in exact or tick == walked[-1]:  # the last may be the only exact one
+                sizes[True] = _size(new, held, self.course.bf16)
+            if tick in exact:
+                held = self._travelled(tick)
+            else:
+                payload, decoded = coder.encode(torch.from_numpy(new - held))
+                held, sizes[False] = held + decoded.numpy(), payload.numel() / len(new)
+            found.append(sizes[tick in exact] if tick else 0.0)
+        return found + [sizes[tick in exact] for tick in sent[len(walked) :]]
+
+    def _travelled(self, tick: int) -> np.ndarray:
+        """What a receiver of exact weights holds after `tick` ticks, fp32."""
+        weights = self.weights[tick]
+        return delta.from_bf16(delta.to_bf16(weights)) if self.course.bf16 else weights
 
 
-def _size(new: np.ndarray, base: np.ndarray | None, bf16: bool) -> float:
-    """Bytes a weight, encoded as `rl.snapshot` does."""
+def _size(new: np.ndarray, base: np.ndarray, bf16: bool) -> float:
+    """Bytes a weight of an exact delta, encoded as `rl.snapshot` does."""
     if bf16:
-        new, base = delta.to_bf16(new), None if base is None else delta.to_bf16(base)
+        new, base = delta.to_bf16(new), delta.to_bf16(base)
     return sum(array.nbytes for array in delta.encode(new, base).values()) / len(new)
 
 

@@ -11,7 +11,7 @@ from math import prod
 
 from anchor_service.config import correction_payload
 from codec.costs import FP32, gradient_cost
-from deploy.estimate.bytes import correction_bytes, snapshot_itemsize
+from deploy.estimate.bytes import correction_bytes, full, snapshot_itemsize
 from deploy.estimate.parameters import (
     Params,
     attention_widths,
@@ -75,8 +75,8 @@ def worker(config: RunConfig, params: Params, p: int) -> list[Part]:
     payload = correction_payload(config.anchor, config.merger)
     held = {"sign": n, "dense": FP32 * n, None: 0}[payload]
     alive = min(config.swarm.pp - p, microbatch_count(config))
-    streams = 1 + (config.anchor.workers if payload and config.anchor.weights == "swarm" else 0)
-    bases = streams * snapshot_itemsize(config) * owned if config.snapshot.encoding == "delta" else 0
+    exact = config.anchor.workers if payload and config.anchor.weights == "swarm" else 0
+    bases = (arriving_itemsize(config) + exact * snapshot_itemsize(config)) * owned
     error = _error_feedback(config, params, p)
     merger = merger_class(config.merger.kind)
     return [
@@ -85,11 +85,15 @@ def worker(config: RunConfig, params: Params, p: int) -> list[Part]:
         Part(role, "correction held", held),
         Part(role, "merger's state", merger.cost(config.merger, n).state),
         Part(role, "error feedback", error),
-        Part(role, "gradients of source ticks", FP32 * n * _fires_under_way(config) if merger.needs_source else 0),
+        Part(
+            role,
+            "gradients of source ticks",
+            FP32 * n * _fires_under_way(config) if payload and merger.needs_source else 0,
+        ),
         # `Rank.norm` and the merge go block by block; float64 squares of one block are the largest scratch
         Part(role, "scratch of norm and merge", 16 * min(owned, 1 << 22), rough=True, during="merge"),
         *activations(config, params, role, alive, span.hi - span.lo, config.swarm.micro_batch_size, span.last),
-        Part(role, "bases of deltas", bases, "host"),
+        Part(role, "bases of deltas", 0 if full(config) else bases, "host"),
         Part(role, "kept for a diagnosis", 3 * FP32 * owned if config.diagnostics.every else 0, "host"),
     ]
 
@@ -140,23 +144,25 @@ def engine(config: RunConfig, params: Params) -> list[Part]:
         Part(role, "KV cache", cache, rough=not gib),
         # a row of fp32 log-probs, then fp64 probabilities and their running sum
         Part(role, "scratch of a draw", rows * params.vocab * 24, rough=True),
-        Part(role, "weights held for deltas", _held(config, n), "host"),
+        Part(role, "weights as they arrive", 0 if full(config) else arriving_itemsize(config) * n, "host"),
     ]
 
 
-def _held(config: RunConfig, n: int) -> int:
-    return snapshot_itemsize(config) * n if config.snapshot.encoding == "delta" else 0
+def arriving_itemsize(config: RunConfig) -> int:
+    """Bytes of a weight that both ends of the engines' stream hold while one is sent: in fp32 where a coder adds to it."""
+    return FP32 if config.snapshot.rate else snapshot_itemsize(config)
 
 
 def anchor(config: RunConfig, params: Params) -> list[Part]:
     role, n = "anchor worker", params.total
     stages = stage_parameters(config, params)
+    arriving = arriving_itemsize(config) if config.anchor.weights == "shared" else snapshot_itemsize(config)
     return [
         *_model(config, role, n, trained=True),
         *activations(config, params, role, 1, params.layers, config.anchor.micro_batch_size, logits=True),
         Part(role, "M", FP32 * n, "host"),
         Part(role, "M̄, old and new", 2 * FP32 * n, "host"),
-        Part(role, "weights held for deltas", _held(config, n), "host"),
+        Part(role, "weights as they arrive", 0 if full(config) else arriving * n, "host"),
         Part(role, "corrections", sum(correction_bytes(config, stages)), "host"),
     ]
 

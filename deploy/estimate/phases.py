@@ -85,7 +85,10 @@ class Phases(Durations):
         so in that time all phases pass once; and a step is no shorter than its swarm's part, its samples or its sync.
         """
         grpo = self.config.grpo
-        rollouts, sync = self.rollout(grpo.train_batch_size, grpo.group_size), self.weight_sync(grpo.ticks_per_step)
+        rollouts, sync = (
+            self.rollout(grpo.train_batch_size, grpo.group_size),
+            self.weight_sync(float(np.mean(self.sync_bytes[1:]))),
+        )
         passes = forward_passes(self.config, self.has_tables) - 1
         deal, old = self.deal(), grpo.ticks_per_step * passes * self.old_logprobs().before
         ticks = grpo.ticks_per_step * tick.total

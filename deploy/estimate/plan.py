@@ -16,7 +16,7 @@ from deploy.estimate.bytes import tick_bytes
 from deploy.estimate.memory import EXPECTED, Part, largest, memory, peak
 from deploy.estimate.parameters import Params, check_fits, parameters, stage_parameters
 from deploy.estimate.phases import FireTime, Phases, StepTime, TickTime, first_lag, sustainable_cadence
-from deploy.estimate.workload import fires_per_tick, refresh_share, response_tokens, tokens_per_tick
+from deploy.estimate.workload import fires_per_tick, refresh_share, replica_nodes, response_tokens, tokens_per_tick
 from swarm.run_config import RunConfig
 
 BOUNDARY = ("boundary_fwd", "boundary_bwd", "basis")
@@ -159,14 +159,14 @@ def scheme(config: RunConfig, params: Params, delay_k: int, cadence: int, way: s
     changed = config.model_copy(
         update={
             "anchor": config.anchor.model_copy(update=anchor),
-            "merger": config.merger.model_copy(update={"kind": "signed_ema"}),
+            "merger": config.merger.model_copy(update={"kind": "signed_ema", "dose": config.merger.dose or 1.0}),
         }
     )
     channels = tick_bytes(changed)
     if way == "bf16 M":
         fires = fires_per_tick(changed)
         held = sum(stage_parameters(config, params))
-        channels["correction"] = (fires * config.swarm.dp * 2.0 * held, 0.0)
+        channels["correction"] = (fires * replica_nodes(config) * 2.0 * held, 0.0)
         channels["snapshot"] = (fires * 2.0 * params.total, 0.0)
     return Scheme(way, cadence, channels)
 

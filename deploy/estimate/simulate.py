@@ -91,7 +91,7 @@ class _Run:
         grpo, val, durations = self.config.grpo, self.config.val, self.durations
         steps = -(-self.last_tick // grpo.ticks_per_step)
         sampled: list[float] = []  # when the samples of a step are there
-        self._send_weights(None)
+        self._send_weights(0)
         yield self._engines_until(self._sample(val.size, 1))
         for step in range(1, steps + 1):
             start = self.env.now
@@ -107,7 +107,7 @@ class _Run:
                 yield self._spend("swarm links", old.before - old.compute)
             for tick in ticks:
                 yield from self._tick(tick)
-            self._send_weights(grpo.ticks_per_step)
+            self._send_weights(step)
             if not self.config.rollout.max_staleness:
                 yield self._engines_until(self.weights_at)
             seconds = (self.env.now - start) / len(ticks)
@@ -115,9 +115,11 @@ class _Run:
             if step % val.every == 0 or step == steps:
                 yield self._engines_until(self._sample(val.size, 1))
 
-    def _send_weights(self, apart: int | None) -> None:
-        """Beside whatever the engines do: they take them after what they were asked for before."""
-        self.weights_at = max(self.env.now, self.weights_at) + self.durations.weight_sync(apart)
+    def _send_weights(self, step: int) -> None:
+        """Of the end of a step, beside whatever the engines do: they take them after what they were asked for before."""
+        sent = self.durations.sync_bytes
+        seconds = self.durations.weight_sync(sent[min(step, len(sent) - 1)])
+        self.weights_at = max(self.env.now, self.weights_at) + seconds
         self.engines_at = max(self.engines_at, self.weights_at)
 
     def _sample(self, prompts: int, samples: int) -> float:
@@ -170,9 +172,9 @@ class _Run:
         with self.anchors[worker].request() as turn:
             yield turn
             start = env.now
-            last = self.sources.get(worker)
+            apart = max(0, source - self.sources.get(worker, 0))
             self.sources[worker] = source
-            yield env.timeout(self.durations.pull(rng, None if last is None else max(1, source - last)))
+            yield env.timeout(self.durations.pull(rng, apart))
             fire.pulled = env.now
             yield env.timeout(self.durations.anchor_compute)
             self.anchor_seconds += self.durations.anchor_compute

@@ -15,15 +15,18 @@ import numpy as np
 from anchor_service.config import correction_payload
 from codec.costs import FP32, CodecCost, GradientCost, gradient_cost
 from deploy.estimate.batches import answers, dealt, replay_bytes
-from deploy.estimate.bytes import correction_bytes, cost_of_codec, snapshot_bytes
+from deploy.estimate.bytes import correction_bytes, cost_of_codec, snapshot_bytes, sync_bytes
 from deploy.estimate.parameters import check_fits, own_shapes, parameters, stage_parameters, tied_copies
 from deploy.estimate.workload import (
+    engine_nodes,
     microbatch_count,
     prompt_tokens,
     recomputed,
+    replica_nodes,
     response_tokens,
     samples_per_tick,
     tokens_per_tick,
+    total_ticks,
 )
 from rl.spans import spans
 from swarm.run_config import RunConfig
@@ -254,15 +257,19 @@ class Durations:
         jitter = self.jitter(self.rng, self.dp * self.pp).max()
         return float(max(share.sent for share in dealt(self.config)) / self.swarm_rate * jitter + self.latency)
 
-    def weight_sync(self, apart: float | None) -> float:
-        """New weights to every engine."""
-        nbytes = self.snapshot_bytes(apart)
-        return self._to_anchor(self.rng, nbytes, self.config.rollout.replicas)
+    @cached_property
+    def sync_bytes(self) -> list[float]:
+        """Of each copy of the weights for the engines, by step."""
+        return sync_bytes(self.config, self.params, total_ticks(self.config))
+
+    def weight_sync(self, nbytes: float) -> float:
+        """New weights to every node that has engines."""
+        return self._to_anchor(self.rng, nbytes, engine_nodes(self.config))
 
     # --- the anchor ------------------------------------------------------------------------------
 
-    def pull(self, rng: np.random.Generator, apart: float | None) -> float:
-        """A snapshot, `apart` ticks after that worker's last one, and the batch to replay."""
+    def pull(self, rng: np.random.Generator, apart: float) -> float:
+        """A snapshot, `apart` ticks after what that worker holds, and the batch to replay."""
         shared = self.config.anchor.weights == "shared"
         snapshot = 0.0 if shared else self.snapshot_bytes(apart)
         return self._to_anchor(rng, snapshot + replay_bytes(self.config), 1)
@@ -283,7 +290,7 @@ class Durations:
     def deliver(self, rng: np.random.Generator) -> float:
         """A correction to all ranks: each its own stage's, the last to arrive counts."""
         nbytes = np.array(correction_bytes(self.config, self.stages))[:, None]
-        seconds = nbytes / self.anchor_rate * self.jitter(rng, self.pp, self.dp)
+        seconds = nbytes / self.anchor_rate * self.jitter(rng, self.pp, replica_nodes(self.config))
         return float(seconds.max()) + self.anchor_latency
 
     def _to_anchor(self, rng: np.random.Generator, nbytes: float, receivers: int) -> float:

@@ -59,6 +59,16 @@ def merging_share(config: RunConfig, ticks: int) -> float:
     return (ticks + 1 - min(firsts)) / ticks if firsts else 0.0
 
 
+def engine_nodes(config: RunConfig) -> int:
+    """Copies of the engines' weights that cross a link, as `links` assumes."""
+    return min(config.links.engine_nodes or config.rollout.replicas, config.rollout.replicas)
+
+
+def replica_nodes(config: RunConfig) -> int:
+    """Copies of a stage's correction that cross a link, as `links` assumes."""
+    return min(config.links.replica_nodes or config.swarm.dp, config.swarm.dp)
+
+
 def microbatch_count(config: RunConfig) -> int:
     """Microbatches of one replica in a tick."""
     return -(-(samples_per_tick(config) // config.swarm.dp) // config.swarm.micro_batch_size)

@@ -27,6 +27,8 @@ RUN = (
     "anchor.delay_k=2",
     "anchor.cadence=1",
     "codec.q_cadence=5",
+    "links.engine_nodes=1",  # as all nodes of these tests are
+    "links.replica_nodes=1",
 )
 
 
@@ -52,7 +54,10 @@ WHOLE = (  # snapshots; and everything that adds to control
 )
 
 
-@pytest.mark.parametrize("overrides", [(), WHOLE], ids=["deltas", "whole snapshots"])
+CODED = ("snapshot.rate=0.05", "snapshot.dtype=bfloat16", "run.steps=8", "val.every=4")
+
+
+@pytest.mark.parametrize("overrides", [(), WHOLE, CODED], ids=["deltas", "whole snapshots", "coded steps"])
 def test_the_planned_bytes_are_those_of_the_ledger(overrides: tuple[str, ...], tmp_path: Path):
     run = tmp_path / "run"
     summary = run_kept(small(*RUN, *overrides), run)

@@ -90,6 +90,21 @@ def test_so_does_one_whose_lag_varies(tmp_path: Path):
     assert lines(tmp_path / "parts", "corrections.jsonl") == lines(tmp_path / "whole", "corrections.jsonl")
 
 
+def test_so_does_one_whose_engines_follow_coded_steps(tmp_path: Path):
+    """Weights are exact at a checkpoint; every sample is of what the stream holds, so the weights are other ones."""
+    coded = "snapshot.rate=0.02", "run.checkpoint_every=3"
+    whole = run_kept(small(*coded), tmp_path / "whole")
+    run_kept(small(*coded, "run.steps=3"), tmp_path / "parts")
+    parts = run_kept(small(*coded, "rollout.replicas=2"), tmp_path / "parts", resume=True)
+    assert parts["weights_digests"] == whole["weights_digests"]
+    assert lines(tmp_path / "parts", "corrections.jsonl") == lines(tmp_path / "whole", "corrections.jsonl")
+    held = [[r["rollout/weights_digest"] for r in of_kind(tmp_path / run, "step")] for run in ("whole", "parts")]
+    assert held[0] == held[1]
+    exact = run_kept(small("run.checkpoint_every=3"), tmp_path / "exact")
+    sent = [run["bytes"]["rollout_sync"]["sent"] for run in (whole, exact)]
+    assert whole["weights_digests"] != exact["weights_digests"] and sent[0] < 0.6 * sent[1]
+
+
 def test_checkpoints_may_be_given_up_on_the_way(short: Path, long: dict[str, Any], tmp_path: Path):
     """Then no fire is started for a run that is longer still."""
     run = tmp_path / "run"

@@ -99,6 +99,14 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_did(first: Path, tmp_pat
             assert summary["bytes"][channel] == counted
 
 
+def test_a_dose_of_nothing_is_a_run_without_a_merger_for_which_nothing_is_sent(tmp_path: Path):
+    none = run_kept(small("merger.dose=0.0"), tmp_path / "none")
+    floor = run_kept(small("merger.kind=none", "codec.q_cadence=2"), tmp_path / "floor")
+    assert none["weights_digests"] == floor["weights_digests"] and none["bytes"] == floor["bytes"]
+    assert not {"snapshot", "replay", "correction"} & set(none["bytes"])
+    assert lines(tmp_path / "none", "corrections.jsonl") == []
+
+
 def test_a_grid_of_four_keeps_replicas_equal_and_names_a_flipped_bit(tmp_path: Path):
     grid = "swarm.dp=2", "swarm.pp=2", "anchor.enabled=false", "merger.kind=none"
     config = small(*grid, "run.steps=2")

@@ -92,7 +92,7 @@ def test_a_wall_run_goes_on_from_its_checkpoint(tmp_path: Path):
 
 
 def test_lost_bases_are_mended_with_whole_snapshots(tmp_path: Path):
-    """An engine and the anchor forget what they held; the run goes on, and says so."""
+    """An engine and the anchor no longer know what they hold; the run goes on, and says so."""
     import ray
 
     from deploy.cluster.kept_actors import new_actors
@@ -100,10 +100,10 @@ def test_lost_bases_are_mended_with_whole_snapshots(tmp_path: Path):
     from swarm.telemetry import Telemetry
 
     def forget_engine(worker) -> None:
-        worker.receiver.held.clear()
+        worker.receiver.tick = 999
 
     def forget_anchor(anchor) -> None:
-        anchor.dense.receiver.held.clear()
+        anchor.dense.receiver.tick = 999
 
     run = tmp_path / "lost"
     run.mkdir()

@@ -70,6 +70,26 @@ class Asked:
         return type("Method", (), {"remote": staticmethod(lambda *args: object())})
 
 
+def test_every_actor_is_asked_once_for_its_node(monkeypatch: pytest.MonkeyPatch):
+    asked: list[int] = []
+
+    def nodes_of(actors: list, seconds: float, knob: str) -> list[str]:
+        asked.append(len(actors))
+        return [f"node {i // 2}" for i, _ in enumerate(actors)]
+
+    monkeypatch.setattr(fleet, "nodes_of", nodes_of)
+    config = load("demo")
+    workers, new = [Asked() for _ in range(4)], Asked()
+    found = Fleet(config.swarm, config.anchor, config.rollout, workers, [Asked()], [], [], lambda: [new])
+    assert found.nodes(workers) == {"node 0", "node 1"}
+    assert found.replicas_of(1) == [workers[1], workers[3]] and found.nodes(found.replicas_of(1)) == {
+        "node 0",
+        "node 1",
+    }
+    assert found.nodes([workers[3], new]) == {"node 1", "node 0"} and found.nodes([]) == set()
+    assert [n for n in asked if n] == [4, 1]
+
+
 def test_every_wait_has_one_deadline(monkeypatch: pytest.MonkeyPatch):
     """With the defaults a worker that hangs outside a tick is named after 315 s, not after 1,200."""
     waited: list[tuple[float, str]] = []

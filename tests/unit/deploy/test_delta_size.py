@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from codec import delta
 from deploy.config import load
 from deploy.estimate import delta_size as walk
 from deploy.estimate import sample
@@ -19,7 +18,6 @@ from merger import MERGERS, make_merger, merger_class
 from merger.config import MergerConfig
 from merger.interface import Merger, local_norm
 from rl.config import GrpoConfig
-from rl.stored_weights import stored_weights
 from swarm.run_config import RunConfig
 
 
@@ -78,9 +76,8 @@ def test_a_sample_costs_what_all_weights_cost(dtype: str, monkeypatch: pytest.Mo
     assert everything.weights.shape[1] == few.course.params.total
     for source, target in [(0, 2), (4, 6), (10, 12), (0, 5), (2, 12)]:
         assert few.between(source, target) == pytest.approx(everything.between(source, target), rel=0.02)
-    flat = np.concatenate([tensor.read(0, tensor.size) for tensor in stored_weights("builtin:tiny")])
-    whole = delta.encode(delta.to_bf16(flat) if dtype == "bfloat16" else flat, None)
-    assert few.whole == pytest.approx(sum(a.nbytes for a in whole.values()) / len(flat), rel=1e-12)
+    sent, exact = tuple(range(0, 13, 2)), frozenset({0, 6, 12})
+    assert few.coded(0.05, sent, exact) == pytest.approx(everything.coded(0.05, sent, exact), rel=0.03)
 
 
 def test_the_first_tick_moves_every_weight_by_the_learning_rate():
@@ -95,7 +92,8 @@ def test_a_longer_way_costs_more():
     for near, far in pairwise(found):
         assert near.between(10, 12) < far.between(10, 12)
     for one in found:
-        assert one.between(10, 12) < one.between(10, 15) < one.between(10, 30) < one.whole
+        assert one.between(10, 12) < one.between(10, 15) < one.between(10, 30)
+        assert one.between(10, 10) == 0
 
 
 def test_a_held_sign_carries_weights_further():
@@ -119,6 +117,26 @@ def test_ticks_beyond_the_walk_cost_what_its_last_ones_do():
     within = [found.between(t - 2, t) for t in range(last - walk.SETTLED + 1, last + 1)]
     assert set(beyond) == set(within)
     assert found.between(0, 999) == found.between(0, 999) > max(within)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("rate", [0.025, 0.05])
+def test_coded_frames_cost_their_rate_and_exact_ones_what_the_coder_left(dtype: str, rate: float):
+    found = walked(f"snapshot.dtype={dtype}", "run.steps=200")
+    sent = tuple(range(0, 401, 2))
+    exact = frozenset({0, 50, 100, 150, 400})
+    sizes = dict(zip(sent, found.coded(rate, sent, exact)))
+    assert sizes.pop(0) == 0
+    for tick in exact - {0}:
+        assert found.between(tick - 2, tick) < sizes[tick] < (0.8 if dtype == "bfloat16" else 4)
+    assert sizes[100] == sizes[150] == sizes[400] == pytest.approx(sizes[50], rel=0.02)  # beyond the walk: as its last
+    assert [size for tick, size in sizes.items() if tick not in exact] == pytest.approx([2 * rate] * 196, rel=0.01)
+
+
+def test_a_stream_with_no_exact_frame_on_the_walk_has_one_tried_at_its_end():
+    found, sent = walked("run.steps=200"), tuple(range(0, 401, 2))
+    *_, last = found.coded(0.05, sent, frozenset({0, 400}))
+    assert 0.1 < last < 4
 
 
 def table(vocab: int, tied: bool) -> dict:

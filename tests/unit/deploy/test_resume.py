@@ -18,6 +18,19 @@ def test_a_run_goes_on_as_the_experiment_that_it_was(tmp_path: Path):
         check_resumes(stored, load("k5", ["grpo.lr=1e-2", "run.seed=9"]))
 
 
+@pytest.mark.parametrize("key", ["val.every", "run.checkpoint_every"])
+def test_where_weights_are_exact_is_part_of_an_experiment_with_a_rate(key: str, tmp_path: Path):
+    for rate in ("0.05", None):
+        stored, sets = tmp_path / "config.toml", [f"snapshot.rate={rate}"] if rate else []
+        stored.write_text(to_toml(load("k5", sets)))
+        changed = load("k5", [*sets, f"{key}=7"])
+        if rate is None:
+            check_resumes(stored, changed)
+            continue
+        with pytest.raises(ConfigError, match=f"this is another: {key}"):
+            check_resumes(stored, changed)
+
+
 def test_a_run_that_met_a_limit_goes_on_with_a_higher_one_and_not_with_a_lower(tmp_path: Path):
     stored = tmp_path / "config.toml"
     stored.write_text(to_toml(load("k5")))

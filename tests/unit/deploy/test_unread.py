@@ -57,6 +57,7 @@ UNREAD = {  # a setting that does nothing: what was chosen beside it, and what r
     "anchor.micro_batch_size=4": (NO_ANCHOR, "anchor.enabled false", "or diagnostics.every=7"),
     "anchor.slowdown=2.0": (NO_ANCHOR, "anchor.enabled false", "set anchor.enabled=true"),
     "anchor.timeout_s=9.0": (NO_ANCHOR, "anchor.enabled false", "or diagnostics.every=7"),
+    "snapshot.rate=0.05": ("snapshot.encoding=full", "snapshot.encoding 'full'", "set snapshot.encoding=delta"),
     "task.reward_timeout_s=3.0": ("", "task.reward", "set task.reward=MODULE:FUNCTION"),
     "grpo.rollout_is_threshold=3.0": ("", "grpo.rollout_is 'none'", "set grpo.rollout_is=token"),
     "rollout.gpu_memory=0.5": ("", "rollout.engine 'transformers'", "set rollout.engine=vllm"),
@@ -76,6 +77,7 @@ swarm.activation_checkpointing swarm.threads swarm.check_every swarm.timeout_s s
 codec.max_kl anchor.enabled anchor.resource merger.kind merger.placebo val.every val.size diagnostics.every
 links.swarm_mbit links.swarm_latency_ms links.anchor_mbit links.anchor_latency_ms links.jitter links.worker_tokens_s
 links.anchor_tokens_s links.engine_tokens_s links.response_tokens links.prompt_tokens links.blank_ticks
+links.engine_nodes links.replica_nodes
 """.split()
 
 
