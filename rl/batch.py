@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
 
 from codec import frames
+from rl.packing import OPTIONAL, PER_RESPONSE, pack_samples, unpack_samples
 
 _DTYPES = {
     "tokens": "int32",
@@ -30,13 +31,14 @@ class Prompts:
     indices: tuple[int, ...]
     n: int
     temperature: float
+    scores_only: bool = False  # what comes back: rewards, lengths, and which answers were cut
 
 
 @dataclass(frozen=True)
 class Batch:
-    """N samples; token arrays are flat, one sample after the other."""
+    """N samples; token arrays are flat, one sample after the other. All but the lengths may be empty: not sent."""
 
-    tokens: np.ndarray  # int32 [sum of total], prompt then response
+    tokens: np.ndarray  # int32 [sum of total], prompt then response, from 0 up
     prompt: np.ndarray  # int32 [N], prompt lengths
     total: np.ndarray  # int32 [N], prompt + response lengths
     rollout_logprobs: np.ndarray  # float32 [sum of responses], of the engine's sampling distribution
@@ -70,31 +72,56 @@ class Batch:
         """The given samples, in that order."""
         return concat([self.take(int(i), int(i) + 1) for i in samples])
 
+    def only(self, *names: str) -> Batch:
+        """The lengths and these fields; the others are empty, and are not sent."""
+        return replace(self, **{name: getattr(self, name)[:0] for name in OPTIONAL if name not in names})
+
+    @property
+    def nbytes(self) -> int:
+        """Of its arrays, as a dense system sends them."""
+        return sum(getattr(self, f.name).nbytes for f in fields(self))
+
     def to_frame(self, **header: Any) -> np.ndarray:
-        return frames.pack(header, {f.name: getattr(self, f.name) for f in fields(self)})
+        """Raises ValueError naming the field if it does not add up."""
+        self._check()
+        body, sent = pack_samples({f.name: getattr(self, f.name) for f in fields(self)})
+        return frames.pack(header | {"samples": len(self), "sent": sent}, {"body": body})
 
     @staticmethod
     def from_frame(frame: np.ndarray, sender: str) -> tuple[dict[str, Any], Batch]:
-        """Raises FrameError if an array is missing or the lengths do not add up."""
+        """The header, and the samples; what was not sent of them is empty. Raises FrameError."""
         header, arrays = frames.unpack(frame, sender)
-        if set(arrays) != {f.name for f in fields(Batch)}:
-            raise frames.FrameError(sender, "arrays", f"a batch does not have the arrays {sorted(arrays)}")
-        for name, array in arrays.items():
-            if array.ndim != 1 or array.dtype != _DTYPES[name]:
-                raise frames.FrameError(sender, name, f"is {array.dtype} {array.shape}, not a row of {_DTYPES[name]}")
-        batch = Batch(**arrays)
-        for name in ("total", "rewards", "advantages", "truncated"):
-            if len(arrays[name]) != len(batch):
-                raise frames.FrameError(sender, name, f"has {len(arrays[name])} entries for {len(batch)} samples")
-        if (batch.prompt < 1).any() or (batch.total < batch.prompt).any():
-            raise frames.FrameError(sender, "prompt", "a length is below 1 or above the total")
-        tokens, responses = len(batch.tokens), len(batch.rollout_logprobs)
-        if tokens != batch.total.sum() or responses != batch.response_tokens:
-            raise frames.FrameError(sender, "total", "token arrays and lengths do not add up")
-        if len(batch.ref_logprobs) not in (0, responses):
-            raise frames.FrameError(sender, "ref_logprobs", f"{len(batch.ref_logprobs)} for {responses} tokens")
-        return header, batch
+        body = arrays.get("body")
+        if set(arrays) != {"body"} or body is None or body.ndim != 1 or body.dtype != np.uint8:
+            raise frames.FrameError(sender, "arrays", f"a batch is one row of bytes, not {sorted(arrays)}")
+        samples, sent = header.pop("samples", None), header.pop("sent", None)
+        for field, value in (("samples", samples), ("sent", sent)):
+            if type(value) is not int or value < 0:
+                raise frames.FrameError(sender, field, f"is {value!r}, not a number from 0 up")
+        return header, Batch(**unpack_samples(body, samples, sent, sender))
+
+    def _check(self) -> None:
+        """Raises ValueError."""
+        for name, dtype in _DTYPES.items():
+            array = getattr(self, name)
+            if array.ndim != 1 or array.dtype != dtype:
+                raise ValueError(f"{name} is {array.dtype} {array.shape}, not a row of {dtype}")
+        n, total = len(self), len(self.total)
+        if total != n or (self.prompt < 1).any() or (self.total < self.prompt).any():
+            raise ValueError(f"prompt and total: {n} and {total} lengths, or one is below 1 or above its total")
+        whole = {"tokens": int(self.total.sum())} | dict.fromkeys(PER_RESPONSE, self.response_tokens)
+        for name in OPTIONAL:
+            there, full = len(getattr(self, name)), whole.get(name, n)
+            if there not in (0, full):
+                raise ValueError(f"{name}: {there} entries where there are {full}")
 
 
 def concat(batches: list[Batch]) -> Batch:
     return Batch(**{f.name: np.concatenate([getattr(b, f.name) for b in batches]) for f in fields(Batch)})
+
+
+def deal(batch: Batch, ranks: int, rank: int) -> np.ndarray:
+    """Samples of data-parallel `rank`, longest first: dealt back and forth so that ranks weigh the same."""
+    order = np.argsort(-batch.total, kind="stable")
+    position = np.arange(len(order)) % (2 * ranks)
+    return order[np.minimum(position, 2 * ranks - 1 - position) == rank]

@@ -96,9 +96,10 @@ class GrpoConfig(Section):
     max_response_length: int = Field(
         default=40, ge=1, description="longer answers are cut and score 0 (but see task.reward), in tokens"
     )
-    old_logprobs: Literal["trainer", "rollout"] = Field(
+    old_logprobs: Literal["trainer", "tick", "rollout"] = Field(
         default="trainer",
-        description="`trainer`: recomputed through the codec at the start of a step; `rollout`: the engine's",
+        description="`trainer`: through the codec as it is at the start of a step; `tick`: as it is in the tick, for a "
+        "step's first mini-batch; `rollout`: the engine's",
     )
     rollout_is: Literal["none", "token"] = Field(
         default="none",
@@ -127,6 +128,15 @@ class GrpoConfig(Section):
     @property
     def ticks_per_step(self) -> int:
         return self.train_batch_size // self.ppo_mini_batch_size
+
+    def recomputes(self, mini_batch: int, refreshed: bool) -> bool:
+        """Whether old log-probs of a step's mini-batch take a forward pass of their own.
+
+        The first one's tick computes the same numbers itself, from the same weights, unless its codec is `refreshed`.
+        """
+        if self.old_logprobs == "rollout":
+            return False
+        return mini_batch > 0 or (refreshed and self.old_logprobs == "trainer")
 
 
 class SnapshotConfig(Section):
@@ -177,6 +187,12 @@ class RolloutConfig(Section):
     val_temperature: float | None = Field(
         default=None, ge=0, description="temperature of validation; 0: greedy; default: `temperature`"
     )
+    max_staleness: int = Field(
+        default=0,
+        ge=0,
+        description="s: step t trains on samples of the weights after step max(0, t-1-s), t counted from 1; 0: of those "
+        "that it starts from; above 0 engines sample the next s steps and take new weights while this one trains",
+    )
     timeout_s: float = Field(default=600.0, gt=0, description="deadline of one batch of prompts")
     device: Literal["cpu", "cuda"] = Field(default="cpu", description="device of an engine")
     resource: str | None = Field(
@@ -213,6 +229,10 @@ class RolloutConfig(Section):
     def validation_temperature(self) -> float:
         return self.temperature if self.val_temperature is None else self.val_temperature
 
+    def ahead_of(self, step: int, steps: int) -> int:
+        """The last step whose samples are asked for when `step` of `steps` begins."""
+        return max(step, min(step + self.max_staleness, steps))
+
     def compares(self, step: int) -> bool:
         """Whether the engine is compared with a plain forward in this step."""
         every = {"vllm": 1, "transformers": 10}[self.engine] if self.mismatch_every is None else self.mismatch_every
@@ -234,6 +254,11 @@ class RolloutConfig(Section):
             raise ValueError(
                 f"resource {self.resource!r} places engines on nodes of their own, placement 'colocated' with the workers: "
                 f"set swarm.resource instead, or placement=separate"
+            )
+        if self.placement == "colocated" and self.max_staleness:
+            raise ValueError(
+                f"max_staleness {self.max_staleness} lets engines sample while the swarm trains, and with placement "
+                f"'colocated' they take turns on one GPU: set max_staleness=0, or placement=separate"
             )
         if self.max_mismatch_kl is not None and self.mismatch_every == 0:
             raise ValueError("max_mismatch_kl needs the measurement: set mismatch_every=1, or leave it out")

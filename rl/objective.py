@@ -18,7 +18,10 @@ from rl.policy import Stage
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """B samples, right-padded to their longest, of L tokens. R is the number of their response tokens."""
+    """B samples, right-padded to their longest, of L tokens. R is the number of their response tokens.
+
+    A stage that computes no loss is sent tokens alone: advantages and log-probs are empty there.
+    """
 
     ids: Int[Tensor, "b l"]
     real: Bool[Tensor, "b l"]  # False at padding
@@ -31,15 +34,8 @@ class MicroBatch:
     tokens: int  # real tokens
 
 
-def deal(batch: Batch, ranks: int, rank: int) -> np.ndarray:
-    """Samples of data-parallel `rank`, longest first: dealt back and forth so that ranks weigh the same."""
-    order = np.argsort(-batch.total, kind="stable")
-    position = np.arange(len(order)) % (2 * ranks)
-    return order[np.minimum(position, 2 * ranks - 1 - position) == rank]
-
-
 def microbatches(batch: Batch, samples: np.ndarray, size: int, device: torch.device) -> list[MicroBatch]:
-    """`samples` in the given order, `size` at a time."""
+    """`samples` in the given order, `size` at a time. What the batch does not have is empty in them."""
     return [_microbatch(batch, samples[i : i + size], device) for i in range(0, len(samples), size)]
 
 
@@ -53,6 +49,7 @@ def _microbatch(batch: Batch, samples: np.ndarray, device: torch.device) -> Micr
     columns = np.arange(ids.shape[1])
     response = (columns >= batch.prompt[samples][:, None]) & real
     row, position = np.nonzero(response)
+    advantages = np.repeat(batch.advantages, batch.response_lengths) if len(batch.advantages) else batch.advantages
 
     def per_token(flat: np.ndarray) -> Tensor:
         return torch.from_numpy(np.concatenate([flat[response_at[i] : response_at[i + 1]] for i in samples])).to(device)
@@ -62,7 +59,7 @@ def _microbatch(batch: Batch, samples: np.ndarray, device: torch.device) -> Micr
         real=torch.from_numpy(real).to(device),
         predicts=(torch.from_numpy(row).to(device), torch.from_numpy(position - 1).to(device)),
         targets=torch.from_numpy(ids[response]).to(device),
-        advantages=torch.from_numpy(np.repeat(batch.advantages[samples], batch.response_lengths[samples])).to(device),
+        advantages=per_token(advantages),
         rollout_logprobs=per_token(batch.rollout_logprobs),
         ref_logprobs=per_token(batch.ref_logprobs) if len(batch.ref_logprobs) else None,
         rows=rows_of(ids, real, device),
@@ -83,12 +80,16 @@ def loss_terms(
     stage: Stage,
     hidden: Float[Tensor, "b l h"],
     micro: MicroBatch,
-    old_logprobs: Float[Tensor, " r"],
+    old_logprobs: Float[Tensor, " r"] | None,
     denominator: float,
     config: GrpoConfig,
     temperature: float,
 ) -> LossTerms:
-    """Loss of one microbatch; `denominator` counts the response tokens of the global mini-batch."""
+    """Loss of one microbatch; `denominator` counts the response tokens of the global mini-batch.
+
+    `old_logprobs` None: this forward's own are the old ones, so every ratio is 1.
+    """
     new, entropy = logprobs(stage, hidden, micro, temperature)
+    old = new.detach() if old_logprobs is None else old_logprobs
     behaviour = micro.rollout_logprobs
-    return policy_loss(new, old_logprobs, micro.advantages, denominator, config, entropy, micro.ref_logprobs, behaviour)
+    return policy_loss(new, old, micro.advantages, denominator, config, entropy, micro.ref_logprobs, behaviour)

@@ -96,8 +96,7 @@ class RolloutWorker:
         compared = self._compare(ask, prompts, samples)
         prompts = [p for p in prompts for _ in range(ask.n)]
         examples = [e for e in examples for _ in range(ask.n)]
-        # of greedy validation at temperature 1: nothing reads it there
-        ref = self.reference.score(prompts, samples.tokens, ask.temperature or 1.0) if self.reference else []
+        ref = self._reference_logprobs(ask, prompts, samples)
         rewards = [
             self.reward(example, cast(str, self.tokenizer.decode(tokens, skip_special_tokens=True)), cut)
             for example, tokens, cut in zip(examples, samples.tokens, samples.truncated)
@@ -112,8 +111,15 @@ class RolloutWorker:
             advantages=self._advantages(rewards, ask.n),
             truncated=np.array(samples.truncated, bool),
         )
+        batch = batch.only("rewards", "truncated") if ask.scores_only else batch
         frame = batch.to_frame(split=ask.split, step=ask.step)
         return frame, peak_memory_gb(self.engine.device), compared | self._undecided()
+
+    def _reference_logprobs(self, ask: Prompts, prompts: list[list[int]], samples: Samples) -> list[np.ndarray]:
+        """Of the base policy, where a loss will read them; of greedy answers at temperature 1."""
+        if self.reference is None or ask.scores_only:
+            return []
+        return self.reference.score(prompts, samples.tokens, ask.temperature or 1.0)
 
     def _undecided(self) -> dict[str, float]:
         count = self.task.formulas.take_undecided() if isinstance(self.task, Table) else 0

@@ -27,9 +27,8 @@ class Bases:
     def refresh(self, tick: int) -> dict[str, float]:
         """Before a forward: new tables if they are due. Returns metrics."""
         grid, pipeline, found = self.grid, self.pipeline, Means()
-        refreshing = any(b.way(w).tables is not None for b in self.cuts.values() for w in ("fwd", "bwd"))
-        due = refreshing and q_should_refresh(tick, self.q_cadence)
-        if refreshing:
+        due = self.due(tick)
+        if self._has_tables():
             found.add({"codec/q_refreshed": float(due)})
         if due:
             for boundary, way in self._sent():
@@ -42,6 +41,13 @@ class Bases:
             boundary.begin_tick()
         grid.flush()
         return found.means()
+
+    def due(self, tick: int) -> bool:
+        """Whether tables are refreshed before the forward of `tick`; all ranks answer alike."""
+        return self._has_tables() and q_should_refresh(tick, self.q_cadence)
+
+    def _has_tables(self) -> bool:
+        return any(b.way(w).tables is not None for b in self.cuts.values() for w in ("fwd", "bwd"))
 
     def close(self) -> dict[str, float]:
         """After the last payload of a tick: what each way did, and its rate for the next. Returns metrics."""

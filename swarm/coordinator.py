@@ -32,6 +32,7 @@ from swarm.nonfinite import judge_loss
 from swarm.progress import Progress
 from swarm.rollouts import SAMPLED_S, Rollouts, sample_metrics
 from swarm.run_config import RunConfig
+from swarm.shares import shares
 from swarm.telemetry import Telemetry, combine, replace_text
 
 TICK_S, PAUSED_S = "timing_s/tick", "timing_s/diagnostics"  # the pace of a run is made of them
@@ -79,23 +80,24 @@ class Coordinator:
         metrics = self._begin(batch, minis)
         ticks = [self._tick(i, mini) for i, mini in enumerate(minis)]
         self.fleet.take_turns("release_cache", self.fleet.workers)
-        digest = self.rollouts.sync()
+        timing |= self.rollouts.sync()
         timing["timing_s/ticks"] = sum(tick[TICK_S] for tick in ticks)
         timing["timing_s/step"] = seconds = time.perf_counter() - start
         paused = sum(tick.get(PAUSED_S, 0.0) for tick in ticks)
         if paused:
             timing[PAUSED_S] = paused
         progress.paced((seconds - paused) / len(ticks))
-        totals = {"perf/throughput": float(batch.total.sum()) / seconds, "rollout/weights_digest": digest}
+        totals = {"perf/throughput": float(batch.total.sum()) / seconds}
         found = step_means(ticks) | metrics | sample_metrics(batch) | timing | totals | progress.ratios()
         self.telemetry.step(progress.step, progress.tick, found)
 
     def _begin(self, batch: Batch, minis: list[MiniFrame]) -> dict[str, float]:
-        """Give every rank the step's mini-batches."""
-        ranks = len(self.fleet.workers)
-        self.progress.control(sum(mini.size for mini in minis) * ranks)
-        references = [mini.reference for mini in minis]
-        reports = self.fleet.ask_workers("begin_step", [references] * ranks, "the start of a step")
+        """Give every rank its share of the step's mini-batches."""
+        swarm, arguments = self.config.swarm, []
+        for share in shares([mini.batch for mini in minis], swarm.dp, swarm.pp):
+            self.progress.control(share.ranks * share.frame.nbytes, share.ranks * share.dense)
+            arguments += [(self.progress.tick + 1, ray.put(share.frame))] * share.ranks
+        reports = self.fleet.ask_workers("begin_step", arguments, "the start of a step")
         metrics, ledger = combine(reports, batch.response_tokens)
         self.progress.ledger.merge(ledger)
         self.progress.remember("worker", metrics["perf/max_memory_gb"])
@@ -176,7 +178,7 @@ class Coordinator:
         self.telemetry.val(self.progress.step, self.progress.tick, metrics, accuracy)
 
     def _mini_batches(self, batch: Batch) -> list[MiniFrame]:
-        """The step's mini-batches, each packed once for workers and anchor."""
+        """The step's mini-batches, each packed for the anchor and the diagnoser."""
         grpo, found = self.config.grpo, []
         samples = grpo.ppo_mini_batch_size * grpo.group_size
         for i in range(grpo.ticks_per_step):
@@ -196,13 +198,14 @@ class Coordinator:
     # --- checkpoints ----------------------------------------------------------------------------
 
     def save(self) -> None:
-        """A checkpoint of the present step. In lockstep it waits for fires under way: their results are part of it."""
+        """A checkpoint of the present step, with what is under way: it waits for samples ahead, and in lockstep for fires."""
         start = time.perf_counter()
         step, ranks = self.progress.step, len(self.fleet.workers)
         writer = checkpoint.CheckpointWriter(self.run_folder, step)
         files = self.fleet.ask_workers("save", [(str(writer.path), step)] * ranks, "its checkpoint")
         state, frames = self.corrections.save()
-        writer.commit(self.progress.state() | state, frames, files)
+        samples, batches = self.rollouts.save()
+        writer.commit(self.progress.state() | state | samples, frames | batches, files)
         self.progress.event("checkpoint", seconds=time.perf_counter() - start)
 
     def restore(self, folder: Path) -> None:
@@ -212,6 +215,7 @@ class Coordinator:
         ranks = len(self.fleet.workers)
         self.fleet.ask_workers("restore", [(str(folder),)] * ranks, "loading its checkpoint")
         self.corrections.restore(folder, state)
+        self.rollouts.restore(folder, state)
         progress.restore(state)
 
 

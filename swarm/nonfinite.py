@@ -71,7 +71,7 @@ FIXES = {
 def first_seen(rank: Rank, what: str, mini: MiniBatch, loss: Loss) -> NotFinite:
     """The error to raise; every rank of the replica calls this. The gradient is lost by it."""
     with torch.no_grad():
-        found = held(rank, mini.micros, mini.old_logprobs)
+        found = held(rank, mini.micros, mini.old_logprobs or [])
     watch = Watch(rank)
     rank.stage.weights.grad.zero_()
     with suppress(Exception), watch:  # a codec may refuse what it is to encode: what was seen until then counts

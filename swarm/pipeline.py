@@ -50,7 +50,7 @@ class Pipeline:
         Returns the summed loss terms on the last stage, {} elsewhere.
         """
         alive: dict[int, tuple[Tensor | None, Tensor]] = {}
-        sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.grid.device))
+        sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64, device=self.grid.device))
         for step, i in schedule(self.grid.p, self.grid.pp, len(micros)):
             if step == "F":
                 entry, out = self._up(micros[i], observe=True)

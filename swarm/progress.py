@@ -29,8 +29,8 @@ class Progress:
         """A tick of the last step took so long."""
         self.tick_seconds = paced(self.tick_seconds, seconds)
 
-    def control(self, nbytes: int) -> None:
-        self.ledger.add("control", nbytes, nbytes)
+    def control(self, sent: int, dense: int) -> None:
+        self.ledger.add("control", sent, dense)
 
     def bytes_since_last_tick(self) -> dict[str, float]:
         """Bytes by channel since the last call, whoever counted them."""

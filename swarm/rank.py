@@ -54,7 +54,7 @@ class MiniBatch:
     """This rank's share of one tick's samples, and what all ranks divide by."""
 
     micros: list[MicroBatch]
-    old_logprobs: list[Tensor]  # one a microbatch, on the last stage
+    old_logprobs: list[Tensor] | None  # one a microbatch, on the last stage; None: those of the tick itself
     denominator: int  # response tokens of the global mini-batch
 
 

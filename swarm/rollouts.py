@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 
-from anchor_service.calls import gather
+from anchor_service.calls import done_of, gather
 from anchor_service.errors import ActorLost, described
 from anchor_service.line import FireLine, NoFires
 from rl import mismatch
@@ -17,11 +20,15 @@ from rl.problems import Problems
 from rl.rollout import UNDECIDED
 from rl.snapshot import BaseLost
 from swarm.fleet import Fleet
+from swarm.lookahead import Asked, Calls, Lookahead, Result, Sent
 from swarm.messages import ENGINES_STREAM
 from swarm.progress import Progress
 from swarm.run_config import RunConfig
 
+T = TypeVar("T")
+
 SAMPLED_S = "timing_s/gen"
+STALENESS, WEIGHTS = "training/staleness", "rollout/weights_digest"
 
 
 class Rollouts:
@@ -30,6 +37,9 @@ class Rollouts:
     def __init__(self, config: RunConfig, fleet: Fleet, progress: Progress, line: FireLine):
         self.config, self.fleet, self.progress = config, fleet, progress
         self.line = line if config.anchor.weights == "shared" else NoFires()
+        self.ahead = Lookahead(config.rollout, config.run.steps)
+        self._lacking = 0  # steps ahead that the checkpoint lacks with which this run goes on
+        self._unsettled: list[Sent] = []  # weights of which engines have not said yet what they hold; oldest first
         self._parameters = parameter_count(config.model.path)
         self._resync = False
         self._endless = False  # no answer of the last step came to an end
@@ -46,6 +56,9 @@ class Rollouts:
             self._renew(failure)
             found = self._problems()
         self._say_what_is_missing(found)
+        if self._lacking:
+            reason = f"the saved run was to end before: {self._lacking} steps ahead are sampled of newer weights"
+            self.progress.event("samples ahead not saved", reason=reason, steps=self._lacking)
         return found
 
     def _problems(self) -> Problems:
@@ -68,14 +81,35 @@ class Rollouts:
             self.progress.event("fewer validation problems", reason=reason, problems=there, asked=asked)
             self._validated = there
 
-    def train(self) -> tuple[Batch, dict[str, float]]:
-        """Samples of the present step, and metrics of it."""
-        size, step = self.config.grpo.train_batch_size, self.progress.step
-        indices = range((step - 1) * size, step * size)
-        grpo = self.config.grpo
-        batch, timing = self._samples("train", step, indices, grpo.group_size, self.config.rollout.temperature)
+    def train(self) -> tuple[Batch, dict[str, Any]]:
+        """Samples of the present step, and metrics of it. Those of steps ahead are asked for, and not waited for."""
+        start = time.perf_counter()
+        due = self._mended(self._due)
+        del self.ahead.asked[0]
+        batch, found = self._taken("train", due.results or [])
+        found |= {STALENESS: due.staleness, WEIGHTS: due.weights.digest}
         self._judge_ends(batch)
-        return batch, timing
+        return batch, found | {SAMPLED_S: time.perf_counter() - start}
+
+    def _due(self) -> Asked:
+        for step in self.ahead.missing(self.progress.step):
+            self.ahead.asked.append(self._ask_for(step))
+        return self._delivered(self.ahead.asked[0])
+
+    def _ask_for(self, step: int) -> Asked:
+        """Of the weights that were sent last."""
+        grpo = self.config.grpo
+        indices = range((step - 1) * grpo.train_batch_size, step * grpo.train_batch_size)
+        calls = self._ask("train", step, indices, grpo.group_size, self.config.rollout.temperature)
+        return Asked(step, self._newest, calls)
+
+    def _delivered(self, asked: Asked) -> Asked:
+        """Waits for it, and for the digests of the weights that sampled it."""
+        if asked.results is None:
+            self._agree(asked.weights)
+            what = f"train samples of step {asked.step}"
+            asked.results = gather(asked.calls, what, *self.fleet.engine_limit)
+        return asked
 
     def _judge_ends(self, batch: Batch) -> None:
         """Said once, until an answer ends again: a model whose end is not known never stops, and has no reward."""
@@ -87,54 +121,57 @@ class Rollouts:
         self._endless = endless
 
     def validation(self) -> tuple[Batch, dict[str, float]]:
-        """The same prompts and random numbers each time, so that runs are paired."""
-        return self._samples("val", 0, range(self._validated), 1, self.config.rollout.validation_temperature)
-
-    def _samples(
-        self, split: str, step: int, indices: range, n: int, temperature: float
-    ) -> tuple[Batch, dict[str, float]]:
-        """Batches of one number of samples, whatever the number of engines: so results do not depend on it."""
+        """The same prompts and random numbers each time, so that runs are paired. On the weights that were sent last."""
         start = time.perf_counter()
+        batch, found = self._taken("val", self._mended(self._validation))
+        return batch, found | {SAMPLED_S: time.perf_counter() - start}
+
+    def _validation(self) -> list[Result]:
+        calls = self._ask("val", 0, range(self._validated), 1, self.config.rollout.validation_temperature)
+        self._deliver_all()  # they stand before it in the queues
+        self._agree(self._newest)
+        return gather(calls, "val samples of step 0", *self.fleet.engine_limit)
+
+    def _deliver_all(self) -> None:
+        for asked in self.ahead.asked:
+            self._delivered(asked)
+
+    def _ask(self, split: str, step: int, indices: range, n: int, temperature: float) -> Calls:
+        """Batches of one number of samples, whatever the number of engines: so results do not depend on it."""
         size = self.config.rollout.batch_size * self.config.grpo.group_size // n
-        asks = [
-            Prompts(split, step, tuple(indices[i : i + size]), n, temperature) for i in range(0, len(indices), size)
-        ]
-        what = f"{split} samples of step {step}"
-        try:
-            results = self._ask(asks, what)
-        except (EngineFailed, ActorLost) as failure:
-            self._renew(failure)
-            self.sync()
-            results = self._ask(asks, what)
+        engines, calls = self.fleet.engines, Calls()
+        for i in range(0, len(indices), size):
+            k = i // size % len(engines)
+            chosen = tuple(indices[i : i + size])
+            ask = Prompts(split, step, chosen, n, temperature, scores_only=split == "val")
+            calls.append((f"engine {k}", engines[k].generate.remote(ask)))
+        return calls
+
+    def _taken(self, split: str, results: list[Result]) -> tuple[Batch, dict[str, Any]]:
+        """Samples as one batch, and what was measured of them; counted here, when they are used."""
         batch = concat([Batch.from_frame(frame, "an engine")[1] for frame, *_ in results])
-        self.progress.control(sum(frame.nbytes for frame, *_ in results))
+        self.progress.control(sum(frame.nbytes for frame, *_ in results), batch.nbytes)
         self.progress.remember("engine", max(peak for _, peak, _ in results))
         undecided = sum(sums.pop(UNDECIDED, 0) for *_, sums in results)
         if undecided:
             self.progress.event("answers undecided", split=split, count=undecided)
-        compared = mismatch.dense_metrics([sums for *_, sums in results])
-        return batch, {SAMPLED_S: time.perf_counter() - start} | compared
-
-    def _ask(self, asks: list[Prompts], what: str) -> list[tuple[np.ndarray, float, dict[str, float]]]:
-        engines, calls = self.fleet.engines, []
-        for i, ask in enumerate(asks):
-            k = i % len(engines)
-            calls.append((f"engine {k}", engines[k].generate.remote(ask)))
-        return gather(calls, what, *self.fleet.engine_limit)
+        return batch, mismatch.dense_metrics([sums for *_, sums in results])
 
     # --- weights --------------------------------------------------------------------------------
 
-    def sync(self) -> str:
-        """Give the engines, and an anchor that shares their stream, the newest weights. Returns their digest."""
+    def sync(self) -> dict[str, str]:
+        """Give the engines, and an anchor that shares their stream, the newest weights.
+
+        Waits until they hold them, and returns their digest as a metric, unless engines sample ahead.
+        """
+        at_once = self.config.rollout.max_staleness == 0
         weights = self._weights()
         try:
-            return self._load(*weights)
-        except BaseLost as lost:
-            self.progress.event("weights resynchronised", reason=str(lost))
-            self.resync()
-        except (EngineFailed, ActorLost) as failure:
-            self._renew(failure)
-        return self._load(*self._weights())
+            self._send(*weights)
+            self._settle(wait=at_once)
+        except (BaseLost, EngineFailed, ActorLost) as failure:
+            self._mend(failure)
+        return {WEIGHTS: self._newest.digest} if at_once else {}
 
     def resync(self) -> None:
         """The next weights are whole ones: somebody has lost the base of a delta."""
@@ -147,25 +184,80 @@ class Rollouts:
             tick, ENGINES_STREAM, whole, exact=config.exact_after(tick // config.grpo.ticks_per_step)
         )
 
-    def _load(self, references: list[object], nbytes: int) -> str:
+    def _send(self, references: list[object], nbytes: int) -> None:
+        """Weights of this moment, into the queue of every engine; waits for nothing."""
         tick, fleet, engines, ledger = self.progress.tick, self.fleet, self.fleet.engines, self.progress.ledger
-        calls = [(f"engine {i}", engine.load_weights.remote(tick, *references)) for i, engine in enumerate(engines)]
-        self.line.follow(tick, references)
-        digests = gather(calls, f"loading the weights of tick {tick}", *fleet.engine_limit)
         nodes = fleet.nodes(engines)
+        calls: Calls = [(f"engine {i}", e.load_weights.remote(tick, *references)) for i, e in enumerate(engines)]
+        self.line.follow(tick, references)
         if apart := fleet.nodes(self.line.workers) - nodes:  # the engines' copies are elsewhere
             ledger.add("snapshot", nbytes * len(apart), 0)
-        if len(set(digests)) > 1:
-            raise EngineFailed(f"the weights of tick {tick}", f"engines hold {digests}", "start the run anew")
         dense = self._parameters * self.config.model.itemsize  # what a dense system sends
         ledger.add("rollout_sync", nbytes * len(nodes), dense * len(nodes))
-        return digests[0]
+        self._newest = Sent(tick // self.config.grpo.ticks_per_step, tick, calls)
+        self._unsettled.append(self._newest)
+
+    def _agree(self, sent: Sent) -> None:
+        """Waits until every engine holds these weights. Raises EngineFailed if one holds others."""
+        if sent.digest:
+            return
+        digests = gather(sent.calls, f"loading the weights of tick {sent.tick}", *self.fleet.engine_limit)
+        if len(set(digests)) > 1:
+            raise EngineFailed(f"the weights of tick {sent.tick}", f"engines hold {digests}", "start the run anew")
+        sent.digest = digests[0]
+
+    def _settle(self, wait: bool) -> None:
+        """`_agree` on all weights that were sent, or on those that have arrived: a failure is found early."""
+        while self._unsettled and (wait or _over(self._unsettled[0].calls)):
+            self._agree(self._unsettled[0])
+            del self._unsettled[0]
+
+    # --- failures -------------------------------------------------------------------------------
+
+    def _mended(self, work: Callable[[], T]) -> T:
+        """What `work` returns; if engines fail in it once more, with engines that are whole."""
+        try:
+            return work()
+        except (BaseLost, EngineFailed, ActorLost) as failure:
+            self._mend(failure)
+        return work()
+
+    def _mend(self, failure: Exception) -> None:
+        """All engines get whole weights, of this moment, and what is in flight is asked of them again."""
+        if isinstance(failure, BaseLost) and not self.ahead.in_flight:
+            self.progress.event("weights resynchronised", reason=str(failure))
+            self.resync()
+        else:
+            self._renew(failure)
+        self._unsettled.clear()
+        self._send(*self._weights())
+        self._settle(wait=True)
+        self.ahead.asked = [a if a.results is not None else self._ask_for(a.step) for a in self.ahead.asked]
 
     def _renew(self, failure: Exception) -> None:
         """All of them: they follow one stream, and the new ones begin it with a whole snapshot."""
-        self.progress.event("engines started anew", reason=described(failure))
+        again = self.ahead.in_flight if self.config.rollout.max_staleness else []
+        self.progress.event(
+            "engines started anew", reason=described(failure), **({"asked_again": again} if again else {})
+        )
         self.fleet.engines[:] = self.fleet.new_engines()
         self.resync()
+
+    # --- checkpoints ----------------------------------------------------------------------------
+
+    def save(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """What a checkpoint keeps: samples of the steps ahead, which it waits for. Plain numbers, and frames."""
+        self._mended(self._deliver_all)
+        return self.ahead.save()
+
+    def restore(self, folder: Path, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint; the engines get whole weights in the next `sync`. Raises CheckpointError."""
+        self._lacking = self.ahead.restore(folder, state)
+
+
+def _over(calls: Calls) -> bool:
+    """Whether nothing of it is still to come; waits for nothing."""
+    return not done_of([reference for _, reference in calls])[1]
 
 
 def _names(problems: Problems) -> str:

@@ -92,6 +92,7 @@ class RunConfig(Section):
                 f"(grpo.ppo_mini_batch_size x grpo.group_size)"
             )
         self._check_shared_weights()
+        self._check_staleness()
         self._check_placement()
         self._check_attention()
         if self.anchor.lag.kind == "trace":
@@ -145,6 +146,16 @@ class RunConfig(Section):
             raise ValueError(
                 f"anchor.weights 'shared' in lockstep needs a fixed lag, with anchor.delay_k {anchor.delay_k} and "
                 f"anchor.cadence {anchor.cadence} multiples of the {ticks} ticks of a step: the engines get no other weights"
+            )
+
+    def _check_staleness(self) -> None:
+        """Samples of older weights are off-policy: something must weigh them by the policy that drew them."""
+        stale, grpo = self.rollout.max_staleness, self.grpo
+        if stale and grpo.rollout_is == "none" and grpo.old_logprobs != "rollout":
+            raise ValueError(
+                f"rollout.max_staleness {stale} trains on samples of older weights, and with grpo.rollout_is 'none' and "
+                f"grpo.old_logprobs {grpo.old_logprobs!r} nothing corrects for that: set grpo.rollout_is=token "
+                f"(truncated importance weights), or grpo.old_logprobs=rollout (ratio to the engine's log-probs)"
             )
 
     def _check_placement(self) -> None:

@@ -69,10 +69,11 @@ def tick(rank: Rank, plan: TickPlan, mini: MiniBatch, fetch: Callable[[object], 
 def _loss(rank: Rank, plan: TickPlan, mini: MiniBatch) -> Loss:
     """The step's first mini-batch still has the weights that sampled it: only the codec sets the two policies apart."""
     grpo, temperature = rank.setup.grpo, rank.setup.temperature
-    compares = grpo.old_logprobs == "rollout" and plan.mini_batch == 0
+    compares = plan.mini_batch == 0 and (mini.old_logprobs is None or grpo.old_logprobs == "rollout")
 
     def loss(hidden: Tensor, micro: MicroBatch, i: int) -> LossTerms:
-        terms = loss_terms(rank.stage, hidden, micro, mini.old_logprobs[i], mini.denominator, grpo, temperature)
+        old = None if mini.old_logprobs is None else mini.old_logprobs[i]
+        terms = loss_terms(rank.stage, hidden, micro, old, mini.denominator, grpo, temperature)
         if compares:
             terms.sums |= mismatch.sums(micro.rollout_logprobs, terms.logprobs)
         return terms

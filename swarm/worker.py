@@ -11,15 +11,15 @@ from typing import cast
 import numpy as np
 import ray
 import torch
+from torch import Tensor
 
 from anchor_service.calls import gather
 from anchor_service.messages import Correction, pack_record, unpack_correction
 from codec.ledger import Ledger
 from rl import mismatch
-from rl.batch import Batch
 from rl.config import SnapshotConfig
 from rl.device import peak_memory_gb, prefer_determinism
-from rl.objective import deal, microbatches
+from rl.objective import MicroBatch, microbatches
 from rl.snapshot import Sender
 from swarm import checkpoint
 from swarm.grid import Grid, meeting
@@ -28,6 +28,7 @@ from swarm.messages import ENGINES_STREAM, Report, TickPlan, TickReport
 from swarm.nonfinite import explained
 from swarm.rank import MiniBatch, RankSetup, build_rank
 from swarm.replicas import weights_digest
+from swarm.shares import mini_batches
 from swarm.tick import tick
 
 
@@ -55,6 +56,7 @@ class Worker:
         self.setup = setup
         torch.set_num_threads(setup.rank.swarm.threads)
         self.minis: list[MiniBatch] = []
+        self.compared: defaultdict[str, float] = defaultdict(float)
         self.senders: dict[str, Sender] = {}
 
     def address(self) -> str:
@@ -77,34 +79,48 @@ class Worker:
         grid = Grid(self.setup.index, swarm.dp, swarm.pp, device, Ledger(), swarm.timeout_s, init)
         self.rank = build_rank(setup, grid)
 
-    def begin_step(self, *frames: np.ndarray) -> Report:
-        """Take this rank's share of a step's mini-batches; recompute old log-probs if asked to."""
-        rank, grid = self.rank, self.rank.grid
-        self.minis = []
-        sums: dict[str, float] = defaultdict(float)
-        start = time.perf_counter()
-        for frame in frames:
-            _, batch = Batch.from_frame(frame, "the coordinator")
-            mine = deal(batch, grid.dp, grid.d)
-            micros = microbatches(batch, mine, rank.setup.swarm.micro_batch_size, grid.device)
-            old = [micro.rollout_logprobs for micro in micros]
-            if rank.setup.grpo.old_logprobs == "trainer":
-                with explained(rank, micros):
-                    old = rank.pipeline.logprobs(micros, rank.setup.temperature)
-                for trainer, micro in zip(old, micros):  # none but on the last stage
-                    for name, value in mismatch.sums(micro.rollout_logprobs, trainer).items():
-                        sums[name] += value.item()
-            self.minis.append(MiniBatch(micros, old, batch.response_tokens))
-        peaks = {
-            "timing_s/old_log_prob": time.perf_counter() - start,
-            "perf/max_memory_gb": peak_memory_gb(grid.device),
-        }
-        return Report(dict(sums), {}, peaks, grid.ledger.drain())
+    def begin_step(self, tick: int, frame: np.ndarray) -> Report:
+        """Take this rank's share of the mini-batches of the step whose first tick is `tick`.
+
+        Old log-probs are recomputed where asked for, and where the tick's own are not the same.
+        """
+        rank, device = self.rank, self.rank.grid.device
+        self.minis, self.compared = [], defaultdict(float)
+        start, refreshed = time.perf_counter(), rank.bases.due(tick)
+        for index, (batch, denominator) in enumerate(mini_batches(frame)):
+            micros = microbatches(batch, np.arange(len(batch)), rank.setup.swarm.micro_batch_size, device)
+            self.minis.append(MiniBatch(micros, self._old_logprobs(index, micros, refreshed), denominator))
+        peaks = {"timing_s/old_log_prob": time.perf_counter() - start, "perf/max_memory_gb": peak_memory_gb(device)}
+        sums = {} if self.minis[0].old_logprobs is None else self._take_compared()
+        return Report(sums, {}, peaks, rank.grid.ledger.drain())
+
+    def _old_logprobs(self, index: int, micros: list[MicroBatch], refreshed: bool) -> list[Tensor] | None:
+        """One a microbatch, on the last stage; None: those of the tick itself. Recomputed ones are compared."""
+        rank, grpo = self.rank, self.rank.setup.grpo
+        if grpo.old_logprobs == "rollout":
+            return [micro.rollout_logprobs for micro in micros]
+        if not grpo.recomputes(index, refreshed):
+            return None
+        with explained(rank, micros):
+            old = rank.pipeline.logprobs(micros, rank.setup.temperature)
+        for trainer, micro in zip(old, micros):  # none but on the last stage
+            for name, value in mismatch.sums(micro.rollout_logprobs, trainer).items():
+                self.compared[name] += value.item()
+        return old
+
+    def _take_compared(self) -> dict[str, float]:
+        """Sums of `mismatch` that nobody has been told yet."""
+        found, self.compared = dict(self.compared), defaultdict(float)
+        return found
 
     def tick(self, plan: TickPlan) -> TickReport:
+        """A step is compared once: what was before its first tick is told with what that tick compares."""
         mini = self.minis[plan.mini_batch]
         with explained(self.rank, mini.micros):
-            return tick(self.rank, plan, mini, self._fetch_correction)
+            report = tick(self.rank, plan, mini, self._fetch_correction)
+        for name, value in self._take_compared().items():
+            report.sums[name] = report.sums.get(name, 0.0) + value
+        return report
 
     def deliver(self, reference: list[object]) -> None:
         """Fetch a correction into the inbox, beside whatever tick is running; its rank merges it when all hold it."""

@@ -7,33 +7,30 @@ all-reduce over n ranks is 2(n-1)/n of its bytes on each of them). What is appro
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 from itertools import pairwise
 from math import prod
-
-import numpy as np
 
 from anchor_service.config import correction_payload
 from codec.costs import FP32, BoundaryShape, CodecCost, Tokens, codec_cost, gradient_cost
 from codec.ledger import CHANNELS
+from deploy.estimate.batches import Sizes, answers, dealt, replay_bytes
 from deploy.estimate.delta_size import Course, Walk, walk
 from deploy.estimate.parameters import Params, own_shapes, parameters, stage_parameters, tied_copies
 from deploy.estimate.workload import (
     engine_nodes,
     evenly,
     expected_fires,
+    forward_passes,
     merging_share,
     microbatch_count,
     prompt_tokens,
     refresh_share,
     replica_nodes,
     response_tokens,
-    samples_per_tick,
     tokens_per_tick,
     total_ticks,
 )
 from merger import merger_class
-from rl.batch import Batch
 from swarm.run_config import RunConfig
 
 # --- bytes of single messages --------------------------------------------------------------------
@@ -44,33 +41,6 @@ def cost_of_codec(config: RunConfig, hidden: int) -> CodecCost:
     tokens = max(1.0, total_ticks(config) * tokens_per_tick(config) / config.swarm.dp)
     sample = prompt_tokens(config) + response_tokens(config)
     return codec_cost(config.codec, BoundaryShape(hidden, config.model.itemsize), Tokens(tokens, sample))
-
-
-def batch_bytes(config: RunConfig, samples: int) -> int:
-    """A frame of that many samples of mean length."""
-    tokens, responses = prompt_tokens(config) + response_tokens(config), response_tokens(config)
-    return _batch_bytes(samples, round(samples * tokens), round(samples * responses), bool(config.grpo.kl_loss_coef))
-
-
-@cache
-def _batch_bytes(samples: int, tokens: int, responses: int, with_ref: bool) -> int:
-    each = np.zeros(samples, np.float32)
-    batch = Batch(
-        tokens=np.zeros(tokens, np.int32),
-        prompt=each.view(np.int32),
-        total=each.view(np.int32),
-        rollout_logprobs=np.zeros(responses, np.float32),
-        ref_logprobs=np.zeros(responses if with_ref else 0, np.float32),
-        rewards=each,
-        advantages=each,
-        truncated=np.zeros(samples, bool),
-    )
-    return batch.to_frame(step=1, index=1, denominator=responses).nbytes
-
-
-def replay_bytes(config: RunConfig) -> float:
-    """The batch that goes to the anchor with a snapshot."""
-    return batch_bytes(config, config.anchor.replayed(samples_per_tick(config)))
 
 
 def snapshot_bytes(config: RunConfig, params: Params, apart: float) -> float:
@@ -195,7 +165,7 @@ def _boundaries(config: RunConfig, hidden: int, ticks: int) -> dict[str, tuple[f
     """Rows up and down, and what both ends must agree on."""
     swarm, each = config.swarm, cost_of_codec(config, hidden)
     crossed = tokens_per_tick(config) * len(swarm.boundaries)
-    passes = 2 if config.grpo.old_logprobs == "trainer" else 1
+    passes = forward_passes(config, each.ways > 0, ticks)
     dense = crossed * hidden * config.model.itemsize
     tables = each.ways * len(swarm.boundaries) * _table_rate(config, each, ticks)
     ring = 2 * (swarm.dp - 1)
@@ -228,11 +198,12 @@ def _snapshots(config: RunConfig, params: Params, ticks: int, sources: list[int]
 
 
 def _control_bytes(config: RunConfig, params: Params, ticks: int, fires: float) -> tuple[float, float]:
-    """Batches from the engines and to every worker, headers of what crosses a wire, agreements, M̄ handed on."""
+    """Batches from the engines, shares of them to every worker, headers of what crosses a wire, agreements, M̄ handed on."""
     swarm, each = config.swarm, cost_of_codec(config, params.hidden)
     ranks, wires = swarm.dp * swarm.pp, swarm.dp * (swarm.pp - 1)
-    batches = ranks * batch_bytes(config, samples_per_tick(config)) + _sampled(config, ticks)
-    passes = 3 if config.grpo.old_logprobs == "trainer" else 2
+    shares = (sum(size) / config.grpo.ticks_per_step for size in zip(*dealt(config)))
+    batches, unpacked = (a + b for a, b in zip(shares, _sampled(config, ticks)))
+    passes = 1 + forward_passes(config, each.ways > 0, ticks)
     headers = 16 * wires * (passes * microbatch_count(config) + each.ways * refresh_share(config, ticks))
     ways = each.ways * len(config.swarm.boundaries)
     tables = 8 * (swarm.dp - 1) * ways * _table_rate(config, each, ticks)  # how long they are
@@ -242,20 +213,22 @@ def _control_bytes(config: RunConfig, params: Params, ticks: int, fires: float) 
     digests = 8 * (swarm.dp - 1) * ranks * (ticks // swarm.check_every) / ticks if swarm.check_every else 0
     agreements = 2 * 8 * (ranks - 1) if correction_payload(config.anchor, config.merger) else 0
     m_bar = FP32 * params.total * fires if config.anchor.workers > 1 else 0
-    dense = batches + headers + norms
-    return dense + digests + agreements + m_bar + tables + books, dense
+    either = headers + norms
+    return batches + either + digests + agreements + m_bar + tables + books, unpacked + either
 
 
-def _sampled(config: RunConfig, ticks: int) -> float:
-    """Frames from the engines, a tick: a step's prompts, and those of validations, `rollout.batch_size` in each."""
-    grpo, steps = config.grpo, ticks // config.grpo.ticks_per_step
+def _sampled(config: RunConfig, ticks: int) -> Sizes:
+    """Frames from the engines, a tick: a step's samples, and what validations are told."""
+    grpo, steps, prompts = config.grpo, ticks // config.grpo.ticks_per_step, config.rollout.batch_size
     validations = 1 + -(-steps // config.val.every)  # before the first step, on schedule, after the last
-    asked = steps * _answers(config, grpo.train_batch_size, grpo.group_size)
-    return (asked + validations * _answers(config, config.val.size, 1)) / ticks
+    asked = _frames(config, grpo.train_batch_size, prompts, grpo.group_size)
+    told = _frames(config, config.val.size, prompts * grpo.group_size, 1, scores_only=True)
+    return Sizes(*((steps * a + validations * t) / ticks for a, t in zip(asked, told)))
 
 
-def _answers(config: RunConfig, prompts: int, samples: int) -> int:
-    """Frames with `samples` answers to each of `prompts` prompts."""
-    whole, rest = divmod(prompts, config.rollout.batch_size)
-    last = batch_bytes(config, rest * samples) if rest else 0
-    return whole * batch_bytes(config, config.rollout.batch_size * samples) + last
+def _frames(config: RunConfig, prompts: int, most: int, samples: int, scores_only: bool = False) -> Sizes:
+    """With `samples` answers to each of `prompts` prompts, `most` prompts in a frame."""
+    whole, rest = divmod(prompts, most)
+    sizes = [answers(config, most, samples, scores_only)] * whole
+    sizes += [answers(config, rest, samples, scores_only)] if rest else []
+    return Sizes(*(sum(size) for size in zip(*sizes)))

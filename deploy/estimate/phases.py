@@ -1,7 +1,7 @@
 """A tick, a step and a fire by phase, over the config's `links` without jitter: what `plan` prints.
 
     tick    1F1B pipeline (compute, then what its links add) + reduce over replicas + tied + basis + agreements
-    step    rollouts + dealing samples + old log-probs + its ticks + weights to the engines
+    step    rollouts + dealing samples + old log-probs + its ticks + weights to the engines, less what overlaps
     fire    pull snapshot and replay + forward and backward + M̄ handed on + publish to every rank
 
 Not counted: optimizer, merge, encoding, scoring, validation, and links that are shared at the same time.
@@ -14,8 +14,9 @@ from math import ceil
 
 import numpy as np
 
+from deploy.estimate.bytes import sync_bytes
 from deploy.estimate.timing import Durations
-from deploy.estimate.workload import fires_per_tick
+from deploy.estimate.workload import fires_per_tick, forward_passes, total_ticks
 from swarm.run_config import RunConfig
 
 
@@ -46,6 +47,7 @@ class StepTime(_Total):
     old_logprobs: float
     ticks: float
     sync: float
+    overlap: float  # negative: what of rollouts and sync passes beside the rest, with `rollout.max_staleness`
 
 
 @dataclass(frozen=True)
@@ -80,14 +82,19 @@ class Phases(Durations):
         )
 
     def step_time(self, tick: TickTime) -> StepTime:
+        """Of a run under way. With samples s steps ahead the weights of a step come back as samples s+1 steps later,
+        so in that time all phases pass once; and a step is no shorter than its swarm's part, its samples or its sync.
+        """
         grpo = self.config.grpo
-        return StepTime(
-            rollouts=self.rollout(grpo.train_batch_size, grpo.group_size),
-            deal=self.deal(),
-            old_logprobs=grpo.ticks_per_step * self.old_logprobs().before,
-            ticks=grpo.ticks_per_step * tick.total,
-            sync=self.weight_sync(float(np.mean(self.sync_bytes[1:]))),
-        )
+        rollouts = self.rollout(grpo.train_batch_size, grpo.group_size)
+        sizes = sync_bytes(self.config, self.params, total_ticks(self.config))
+        sync = self.weight_sync(float(np.mean(sizes[-(len(sizes) // 2) :])))
+        passes = forward_passes(self.config, self.has_tables) - 1
+        deal, old = self.deal(), grpo.ticks_per_step * passes * self.old_logprobs().before
+        ticks = grpo.ticks_per_step * tick.total
+        swarm, whole = deal + old + ticks, rollouts + deal + old + ticks + sync
+        seconds = max(whole / (1 + self.config.rollout.max_staleness), swarm, rollouts, sync)
+        return StepTime(rollouts, deal, old, ticks, sync, overlap=seconds - whole)
 
     def fire_time(self) -> FireTime:
         """`anchor.slowdown` stretches pull and compute, as the anchor itself does."""

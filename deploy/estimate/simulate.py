@@ -1,6 +1,8 @@
 """`northstar simulate`: a run's schedule on a virtual clock. No tensors, no Ray, no torch.
 
-    driver   rollout ─▶ old log-probs ─▶ [dispatch what is done ─▶ offer θ_s ─▶ tick] × ticks a step ─▶ weights
+    engines  [load ─▶ sample] one after the other, `rollout.max_staleness` steps ahead
+                          ▼
+    driver   wait for samples ─▶ old log-probs ─▶ [dispatch what is done ─▶ offer θ_s ─▶ tick] × ticks a step ─▶ weights
                                              │             ▲                      ▲ merge: newest version that all hold
     anchor                                   └─ wait for a worker, pull, compute, publish in order of versions
 
@@ -21,10 +23,10 @@ from anchor_service.clock import Lockstep, make_clock, next_worker, paced
 from anchor_service.config import correction_payload
 from anchor_service.lag import Due
 from codec.schedule import q_should_refresh
-from deploy.estimate.bytes import tick_bytes
+from deploy.estimate.bytes import sync_bytes, tick_bytes
 from deploy.estimate.simulation import Simulation
 from deploy.estimate.timing import Durations
-from deploy.estimate.workload import total_ticks
+from deploy.estimate.workload import forward_passes, total_ticks
 from swarm.run_config import RunConfig
 
 
@@ -50,6 +52,7 @@ class _Run:
     def __init__(self, config: RunConfig, ticks: int):
         self.config, self.last_tick = config, ticks
         self.durations = Durations(config, np.random.default_rng([config.run.seed, 0x51A]))
+        self.syncs = sync_bytes(config, self.durations.params, ticks)  # bytes after each step
         corrects = correction_payload(config.anchor, config.merger) is not None
         each = config.grpo.ticks_per_step
         self.clock = make_clock(config.anchor, config.run.seed, ticks, each) if corrects else Lockstep([])
@@ -62,6 +65,9 @@ class _Run:
         self.seen = 0
         self.held: Due | None = None
         self.tick_seconds = 0.0  # a running mean, as the coordinator's
+        self.weights_at = self.engines_at = (
+            0.0  # when the newest weights are with the engines; when those have nothing to do
+        )
         self.anchor_seconds = 0.0
         swarm = config.swarm
         self.found = Simulation(config.run.name, swarm.dp * swarm.pp, ticks)
@@ -70,8 +76,8 @@ class _Run:
         self.env.run(self.env.process(self._steps()))
         found, config = self.found, self.config
         found.seconds = self.env.now
-        # each worker computes its own stage of its replica's samples, three parts a tick, one more for old log-probs
-        parts = 4 if config.grpo.old_logprobs == "trainer" else 3
+        # each worker computes its own stage of its replica's samples: forward one part, backward two
+        parts = 2 + forward_passes(config, self.durations.has_tables, self.last_tick)
         busy = self.durations.computing.sum() / self.durations.pp * parts / 3 * self.last_tick
         found.swarm_utilisation = float(busy / found.seconds)
         found.anchor_utilisation = self.anchor_seconds / (config.anchor.workers * found.seconds)
@@ -85,26 +91,44 @@ class _Run:
     def _steps(self) -> ProcessGenerator:
         grpo, val, durations = self.config.grpo, self.config.val, self.durations
         steps = -(-self.last_tick // grpo.ticks_per_step)
-        yield self._spend("engines", durations.weight_sync(durations.sync_bytes[0]))
-        yield self._spend("engines", durations.rollout(val.size, 1))
+        sampled: list[float] = []  # when the samples of a step are there
+        self._send_weights(0)
+        yield self._engines_until(self._sample(val.size, 1))
         for step in range(1, steps + 1):
             start = self.env.now
-            yield self._spend("engines", durations.rollout(grpo.train_batch_size, grpo.group_size))
+            while len(sampled) < self.config.rollout.ahead_of(step, steps):
+                sampled.append(self._sample(grpo.train_batch_size, grpo.group_size))
+            yield self._engines_until(sampled[step - 1])
             yield self._spend("swarm links", durations.deal())
             first = (step - 1) * grpo.ticks_per_step + 1
             ticks = range(first, min(first + grpo.ticks_per_step, self.last_tick + 1))
-            for _ in ticks:
+            for _ in range(min(durations.recomputed(first), len(ticks))):
                 old = durations.old_logprobs()
                 yield self._spend("swarm compute", old.compute)
                 yield self._spend("swarm links", old.before - old.compute)
             for tick in ticks:
                 yield from self._tick(tick)
-            sent = durations.sync_bytes
-            yield self._spend("engines", durations.weight_sync(sent[min(step, len(sent) - 1)]))
+            self._send_weights(step)
+            if not self.config.rollout.max_staleness:
+                yield self._engines_until(self.weights_at)
             seconds = (self.env.now - start) / len(ticks)
             self.tick_seconds = paced(self.tick_seconds, seconds)
             if step % val.every == 0 or step == steps:
-                yield self._spend("engines", durations.rollout(val.size, 1))
+                yield self._engines_until(self._sample(val.size, 1))
+
+    def _send_weights(self, step: int) -> None:
+        """Those after `step`, beside whatever the engines do: they take them after what they were asked for before."""
+        seconds = self.durations.weight_sync(self.syncs[min(step, len(self.syncs) - 1)])
+        self.weights_at = max(self.env.now, self.weights_at) + seconds
+        self.engines_at = max(self.engines_at, self.weights_at)
+
+    def _sample(self, prompts: int, samples: int) -> float:
+        """When the engines are done with it, after all that they were asked for before."""
+        self.engines_at = max(self.env.now, self.engines_at) + self.durations.rollout(prompts, samples)
+        return self.engines_at
+
+    def _engines_until(self, when: float) -> simpy.Event:
+        return self._spend("engines", max(0.0, when - self.env.now))
 
     def _tick(self, tick: int) -> ProcessGenerator:
         """In the coordinator's order: dispatch, offer, work, merge, the rest."""

@@ -14,17 +14,18 @@ import numpy as np
 
 from anchor_service.config import correction_payload
 from codec.costs import FP32, CodecCost, GradientCost, gradient_cost
-from deploy.estimate.bytes import batch_bytes, correction_bytes, cost_of_codec, replay_bytes, snapshot_bytes, sync_bytes
+from deploy.estimate.batches import answers, dealt, replay_bytes
+from deploy.estimate.bytes import correction_bytes, cost_of_codec, snapshot_bytes
 from deploy.estimate.parameters import check_fits, own_shapes, parameters, stage_parameters, tied_copies
 from deploy.estimate.workload import (
     engine_nodes,
     microbatch_count,
     prompt_tokens,
+    recomputed,
     replica_nodes,
     response_tokens,
     samples_per_tick,
     tokens_per_tick,
-    total_ticks,
 )
 from rl.spans import spans
 from swarm.run_config import RunConfig
@@ -194,10 +195,17 @@ class Durations:
         after = agreed + self._tree(self.pp) + self._tree(self.dp)  # version, norm, digests
         return Work(float(before), after, self.bare_tick)
 
+    def recomputed(self, first: int) -> int:
+        """Passes for old log-probs before tick `first`, a step's first."""
+        return recomputed(self.config, first, self.has_tables)
+
+    @property
+    def has_tables(self) -> bool:
+        """Whether anything is refreshed between ticks."""
+        return self.codec.ways > 0 and bool(self.config.swarm.boundaries)
+
     def old_logprobs(self) -> Work:
-        """The forward pass of one tick's samples before a step's first tick."""
-        if self.config.grpo.old_logprobs != "trainer":
-            return Work(0.0, 0.0, 0.0)
+        """The forward pass of one tick's samples before a step's first tick, where there is one."""
         seconds = self._pipeline(self.forward_order, ways=1).max()
         return Work(float(seconds), 0.0, self.bare_old_logprobs)
 
@@ -241,18 +249,12 @@ class Durations:
         chunks = [min(size, prompts - i) for i in range(0, prompts, size)]
         most = max(sum(chunks[k::engines]) for k in range(min(engines, len(chunks))))
         answered = most * samples * response_tokens(self.config) / self.links.engine_tokens_s
-        return answered + self._to_anchor(self.rng, batch_bytes(self.config, most * samples), 1)
+        return answered + self._to_anchor(self.rng, answers(self.config, most, samples, samples == 1).sent, 1)
 
     def deal(self) -> float:
-        """A step's samples on their way to every worker."""
-        grpo, dp, pp = self.config.grpo, self.dp, self.pp
-        nbytes = batch_bytes(self.config, grpo.train_batch_size * grpo.group_size)
-        return float(nbytes / self.swarm_rate * self.jitter(self.rng, dp * pp).max() + self.latency)
-
-    @cached_property
-    def sync_bytes(self) -> list[float]:
-        """Of each copy of the weights for the engines, by step."""
-        return sync_bytes(self.config, self.params, total_ticks(self.config))
+        """A step's samples on their way to every worker, each its share."""
+        jitter = self.jitter(self.rng, self.dp * self.pp).max()
+        return float(max(share.sent for share in dealt(self.config)) / self.swarm_rate * jitter + self.latency)
 
     def weight_sync(self, nbytes: float) -> float:
         """New weights to every node that has engines."""

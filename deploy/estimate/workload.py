@@ -74,6 +74,21 @@ def microbatch_count(config: RunConfig) -> int:
     return -(-(samples_per_tick(config) // config.swarm.dp) // config.swarm.micro_batch_size)
 
 
+def recomputed(config: RunConfig, first: int, tables: bool) -> int:
+    """Mini-batches of the step that begins with tick `first` whose old log-probs take a pass of their own.
+
+    `tables`: whether the codec has any that are refreshed.
+    """
+    refreshed = tables and q_should_refresh(first, config.q_cadence)
+    return sum(config.grpo.recomputes(i, refreshed) for i in range(config.grpo.ticks_per_step))
+
+
+def forward_passes(config: RunConfig, tables: bool, ticks: int | None = None) -> float:
+    """In a mean tick of the first `ticks` (default: all): its own, and that for old log-probs where there is one."""
+    ticks, each = ticks or total_ticks(config), config.grpo.ticks_per_step
+    return 1 + sum(recomputed(config, first, tables) for first in range(1, ticks + 1, each)) / ticks
+
+
 def refresh_share(config: RunConfig, ticks: int | None = None) -> float:
     """Share of the first `ticks` ticks (default: all) that refresh Q."""
     ticks = ticks or total_ticks(config)

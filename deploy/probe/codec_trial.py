@@ -108,7 +108,7 @@ class Head:
             q = self.logprobs(leaf)
             new = q.gather(1, targets).squeeze(1)
             if gradient is not None:
-                old = new.detach() if self.grpo.old_logprobs == "trainer" else micro.rollout_logprobs[block]
+                old = micro.rollout_logprobs[block] if self.grpo.old_logprobs == "rollout" else new.detach()
                 policy_loss(new, old, micro.advantages[block], self.denominator, self.grpo).loss.backward()
                 assert leaf.grad is not None
                 gradient[block] = leaf.grad

@@ -20,7 +20,7 @@ from codec.config import CodecConfig
 from codec.costs import CodecCost
 from deploy.config import ConfigError
 from deploy.estimate.bytes import cost_of_codec, tick_bytes
-from deploy.estimate.workload import samples_per_tick, total_ticks
+from deploy.estimate.workload import forward_passes, samples_per_tick, total_ticks
 from deploy.preflight import preflight
 from deploy.probe.codec_trial import Calibration, Halves, Head, Trial
 from rl import mismatch
@@ -188,9 +188,9 @@ def calibrate(halves: Halves, trials: list[Trial], batch: Batch, config: RunConf
         with torch.no_grad():
             hidden = halves.lower(micro.ids, micro.real, {})
         halves.dense(hidden, micro, head, {i: lambda x, i=i: tap(i, x) for i in halves.boundaries})
-    dense = _dense_of_run(config, halves.hidden, float(batch.total.mean()))
     for trial in trials:
-        trial.calibrate(calibrations, dense)
+        cost = _cost(config, trial.codec, halves.hidden)
+        trial.calibrate(calibrations, _dense_of_run(config, cost, halves.hidden, float(batch.total.mean())))
     say(f"calibrated {len(trials)} codecs on {int(batch.total.sum()):,} tokens, prompts included")
 
 
@@ -232,7 +232,7 @@ def _score(trial: Trial, reference: Tensor, config: RunConfig, mean_length: floa
         config.model.itemsize * trial.halves.hidden * ledger.sent[channel] / ledger.dense[channel]
         for channel in ("boundary_fwd", "boundary_bwd")
     )
-    passes = _forwards(config)
+    passes = forward_passes(config, cost.ways > 0)
     side = _side_bytes(trial, cost, config, mean_length)
     return Score(
         name=cost.name,
@@ -255,15 +255,10 @@ def _score(trial: Trial, reference: Tensor, config: RunConfig, mean_length: floa
     )
 
 
-def _forwards(config: RunConfig) -> int:
-    """In a tick: log-probs first if the trainer recomputes them, then training."""
-    return 2 if config.grpo.old_logprobs == "trainer" else 1
-
-
-def _dense_of_run(config: RunConfig, hidden: int, mean_length: float) -> dict[str, float]:
+def _dense_of_run(config: RunConfig, cost: CodecCost, hidden: int, mean_length: float) -> dict[str, float]:
     """Bytes of one boundary over the whole run, dense in bf16, by way."""
     dense = 2 * hidden * total_ticks(config) * samples_per_tick(config) * mean_length
-    return {"fwd": _forwards(config) * dense, "bwd": dense}
+    return {"fwd": forward_passes(config, cost.ways > 0) * dense, "bwd": dense}
 
 
 def _side_bytes(trial: Trial, cost: CodecCost, config: RunConfig, mean_length: float) -> float:

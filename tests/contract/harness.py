@@ -13,9 +13,9 @@ from anchor_service.messages import Correction
 from codec.config import CodecConfig
 from codec.ledger import Ledger
 from merger.config import MergerConfig
-from rl.batch import Batch
+from rl.batch import Batch, deal
 from rl.config import GrpoConfig, ModelConfig
-from rl.objective import deal, microbatches
+from rl.objective import microbatches
 from swarm.config import SwarmConfig
 from swarm.grid import Grid
 from swarm.messages import TickPlan

@@ -205,6 +205,5 @@ def test_answers_that_were_not_decided_are_counted_and_become_an_event(tmp_path:
     rollouts, events = Rollouts.__new__(Rollouts), []
     rollouts.config, rollouts.progress = load("k5"), Progress(None)
     monkeypatch.setattr(rollouts.progress, "event", lambda name, **fields: events.append((name, fields)))
-    monkeypatch.setattr(rollouts, "_ask", lambda asks, what: [found], raising=False)
-    rollouts._samples("train", 2, range(2), 4, 1.0)
+    rollouts._taken("train", [found])
     assert events == [("answers undecided", {"split": "train", "count": 2})]

@@ -17,10 +17,15 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 ALONE = ("anchor.enabled=false", "merger.kind=none", "run.steps=3", "val.every=9")
 
 
-@pytest.mark.parametrize(("old", "ticks"), [("trainer", 2), ("rollout", 3)])
-def test_a_codec_that_changes_the_policy_stops_the_run_at_its_second_step(tmp_path: Path, old: str, ticks: int):
-    """With recomputed log-probs before the step's first tick, else as soon as that tick has measured it."""
-    config = small(*ALONE, "codec.max_kl=0.001", f"grpo.old_logprobs={old}")
+# tables are refreshed before tick 2 and every `cadence` ticks; the second step begins with tick 3
+@pytest.mark.parametrize(
+    ("old", "cadence", "ticks"), [("trainer", 2, 3), ("trainer", 3, 2), ("tick", 3, 3), ("rollout", 3, 3)]
+)
+def test_a_codec_that_changes_the_policy_stops_the_run_at_its_second_step(
+    tmp_path: Path, old: str, cadence: int, ticks: int
+):
+    """Before the step's first tick where log-probs are recomputed, else as soon as that tick has measured it."""
+    config = small(*ALONE, "codec.max_kl=0.001", f"codec.q_cadence={cadence}", f"grpo.old_logprobs={old}")
     with pytest.raises(PolicyChanged, match=r"codec\.max_kl 0\.001.*northstar probe") as caught:
         drive(config, tmp_path / "run", ignore)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
@@ -29,7 +34,7 @@ def test_a_codec_that_changes_the_policy_stops_the_run_at_its_second_step(tmp_pa
     assert caught.value.kl > 0.001
 
 
-@pytest.mark.parametrize("old", ["trainer", "rollout"])
+@pytest.mark.parametrize("old", ["trainer", "tick", "rollout"])
 def test_without_a_limit_the_run_goes_on_and_says_so_once(tmp_path: Path, old: str):
     run_kept(small(*ALONE, f"grpo.old_logprobs={old}"), tmp_path / "run")
     (event,) = [e for e in of_kind(tmp_path / "run", "event") if e["event"] == "codec changes the policy"]

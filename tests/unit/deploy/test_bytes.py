@@ -19,7 +19,7 @@ from transformers import (
 from deploy.config import load
 from deploy.estimate.bytes import tick_bytes
 from deploy.estimate.parameters import count_parameters, parameters, stage_parameters
-from deploy.estimate.workload import prompt_tokens, response_tokens, samples_per_tick, tokens_per_tick
+from deploy.estimate.workload import prompt_tokens, response_tokens, samples_per_tick, tokens_per_tick, total_ticks
 from rl.config import SnapshotConfig
 from rl.model_files import BUILTIN
 from rl.policy import Stage
@@ -121,3 +121,22 @@ def test_a_rate_is_what_the_engines_cost_and_nothing_else_changes():
     a_step = 2 * 2 * 0.05 * parameters(config).total  # to two nodes
     last = coded["rollout_sync"][0] * 200 - 99 * a_step
     assert 0 < last < 2 * 4 * parameters(config).total
+
+
+@pytest.mark.parametrize(
+    ("overrides", "passes"),
+    [
+        ([], 150 + 75 + 15),  # the second of each step, and 15 of 75 steps begin with a tick that refreshes Q
+        (["codec.kind=none"], 150 + 75),
+        (["grpo.old_logprobs=tick"], 150 + 75),
+        (["grpo.old_logprobs=tick", "grpo.ppo_mini_batch_size=16"], 75),
+        (["grpo.old_logprobs=rollout"], 150),
+    ],
+)
+def test_a_forward_crosses_a_boundary_once_a_tick_and_once_for_each_pass_that_old_log_probs_take(
+    overrides: list[str], passes: int
+):
+    config = load("k5", overrides, given=())
+    found, ticks = tick_bytes(config), total_ticks(config)
+    forward, backward = (found[f"boundary_{way}"][1] for way in ("fwd", "bwd"))
+    assert forward * ticks == pytest.approx(passes * backward)

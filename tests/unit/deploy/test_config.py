@@ -142,6 +142,14 @@ BAD = {
         ["placement 'colocated'", "kv_cache_gb"],
         ["rollout.engine=vllm", "rollout.device=cuda", "rollout.placement=colocated", "swarm.device=cuda"],
     ),
+    "colocated engines that sample ahead": Bad(
+        ["rollout", "max_staleness 1", "placement 'colocated'", "placement=separate"],
+        ["rollout.engine=vllm", "rollout.device=cuda", "rollout.placement=colocated", "rollout.kv_cache_gb=1", "swarm.device=cuda", "rollout.max_staleness=1", "grpo.rollout_is=token"],
+    ),
+    "samples of older weights that nothing corrects for": Bad(
+        ["rollout.max_staleness 2", "grpo.rollout_is=token", "grpo.old_logprobs=rollout"], ["rollout.max_staleness=2"]
+    ),
+    "samples of weights to come": Bad(["rollout.max_staleness", "-1", "greater than or equal to 0"], ["rollout.max_staleness=-1"]),
     "more colocated engines than workers": Bad(
         ["2 engines", "1 workers", "'cuda'"],
         ["rollout.engine=vllm", "rollout.device=cuda", "rollout.placement=colocated", "rollout.kv_cache_gb=1", "rollout.replicas=2", "swarm.device=cuda"],

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from anchor_service.lag import agenda, read_trace
 from deploy.cli import app
 from deploy.config import load
+from deploy.estimate.phases import Phases
 from deploy.estimate.simulate import simulate
 from deploy.estimate.simulation import Simulation, simulation_table, write_simulation
 from deploy.estimate.timing import Durations, pipeline_ends, rounds
@@ -186,6 +187,46 @@ def test_a_ring_of_two_moves_its_bytes_once():
     config = load("demo", ["links.jitter=0.0", "links.swarm_mbit=8.0", "links.swarm_latency_ms=0.0"])
     durations = Durations(config, np.random.default_rng(0))
     np.testing.assert_allclose(durations._ring(np.array([1e6]), np.ones(1), 1), [1.0])  # 2·(2-1)/2 · 1 MB at 1 MB/s
+
+
+# --- engines that sample ahead -----------------------------------------------------------------
+
+AHEAD = ["grpo.rollout_is=token", "links.jitter=0.0", "val.every=1000"]
+SPEEDS = {  # tokens of an engine a second: samples take much less, as much, and much more time than the rest of a step
+    "fast": "links.engine_tokens_s=20000.0",
+    "even": "links.engine_tokens_s=1000.0",
+    "slow": "links.engine_tokens_s=200.0",
+    "thin": "links.anchor_mbit=0.5",
+}
+
+
+@pytest.mark.parametrize("speed", SPEEDS)
+@pytest.mark.parametrize("staleness", [0, 1, 2, 6])
+def test_a_step_of_the_plan_is_one_of_the_simulator_whatever_overlaps(staleness: int, speed: str):
+    """Two models of the same queue: a closed formula, and events on a clock, in the long run."""
+    config = load("dense", [*AHEAD, SPEEDS[speed], f"rollout.max_staleness={staleness}"])
+    phases = Phases(config)
+    planned = phases.step_time(phases.tick_time(refreshes=0.0))
+    short, long = (simulate(config, ticks).seconds for ticks in (100, 340))
+    assert (long - short) / 120 == pytest.approx(planned.total, rel=1e-3)
+    assert planned.overlap <= 0 and (staleness > 0 or planned.overlap == 0)
+
+
+@pytest.mark.parametrize("clock", ["lockstep", "wall"])
+@pytest.mark.parametrize("speed", SPEEDS)
+def test_engines_that_sample_ahead_never_make_a_run_slower(speed: str, clock: str):
+    sets = [*AHEAD, SPEEDS[speed], f"anchor.clock={clock}"]
+    seconds = [sim(*sets, f"rollout.max_staleness={s}", ticks=60).seconds for s in (0, 1, 2, 4, 100)]
+    assert seconds == sorted(seconds, reverse=True) and seconds[1] < seconds[0]
+    found = sim(*sets, "rollout.max_staleness=2", ticks=60)
+    assert sum(found.critical.values()) == pytest.approx(found.seconds)
+
+
+def test_samples_that_are_there_in_time_are_not_waited_for():
+    sets = [*AHEAD, SPEEDS["even"], "val.size=1"]
+    today, ahead = sim(*sets), sim(*sets, "rollout.max_staleness=3")
+    assert ahead.critical["engines"] < 0.05 * today.critical["engines"]
+    assert ahead.critical["swarm compute"] == pytest.approx(today.critical["swarm compute"])
 
 
 # --- what comes out ----------------------------------------------------------------------------

@@ -70,7 +70,7 @@ grpo.train_batch_size grpo.ppo_mini_batch_size grpo.group_size grpo.clip_ratio g
 grpo.weight_decay grpo.grad_clip grpo.max_prompt_length grpo.max_response_length grpo.old_logprobs grpo.rollout_is
 grpo.kl_loss_coef grpo.entropy_coeff
 rollout.engine rollout.replicas rollout.temperature rollout.batch_size rollout.val_temperature rollout.timeout_s
-rollout.device rollout.resource rollout.placement rollout.mismatch_every rollout.max_mismatch_kl
+rollout.device rollout.resource rollout.placement rollout.mismatch_every rollout.max_mismatch_kl rollout.max_staleness
 snapshot.dtype snapshot.encoding
 swarm.dp swarm.pp swarm.boundaries swarm.device swarm.placement swarm.resource swarm.micro_batch_size
 swarm.activation_checkpointing swarm.threads swarm.check_every swarm.timeout_s swarm.start_timeout_s

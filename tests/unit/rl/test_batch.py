@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from codec.frames import FrameError, pack
-from rl.batch import Batch, concat
-from rl.objective import MicroBatch, deal, microbatches
+from rl.batch import Batch, concat, deal
+from rl.objective import MicroBatch, microbatches
+from rl.packing import OPTIONAL, PER_RESPONSE
 
 LAW = settings(deadline=None, derandomize=True, max_examples=100)
 CPU = torch.device("cpu")
@@ -111,10 +112,8 @@ def test_a_batch_comes_back_from_its_frame_with_the_fields_it_was_sent_with(batc
 GOOD = random_batch(4, ref=True, shortest=1)
 N = len(GOOD)
 BAD = {
+    "rollout_logprobs": {"a log-prob too few": replace(GOOD, rollout_logprobs=GOOD.rollout_logprobs[:-1])},
     "total": {
-        "a token too many": replace(GOOD, tokens=np.append(GOOD.tokens, np.int32(1))),
-        "a token too few": replace(GOOD, tokens=GOOD.tokens[:-1]),
-        "a log-prob too few": replace(GOOD, rollout_logprobs=GOOD.rollout_logprobs[:-1]),
         "a length too many": replace(GOOD, total=np.append(GOOD.total, np.int32(1))),
         "lengths in two dimensions": replace(GOOD, total=GOOD.total.reshape(2, 2)),
         "lengths in 64 bits": replace(GOOD, total=GOOD.total.astype(np.int64)),
@@ -144,25 +143,52 @@ BAD = {
         "a base log-prob too few": replace(GOOD, ref_logprobs=GOOD.ref_logprobs[:-1]),
         "a single base log-prob": replace(GOOD, ref_logprobs=GOOD.ref_logprobs[:1]),
     },
-    "tokens": {"tokens in 64 bits": replace(GOOD, tokens=GOOD.tokens.astype(np.int64))},
+    "tokens": {
+        "a token too many": replace(GOOD, tokens=np.append(GOOD.tokens, np.int32(1))),
+        "a token too few": replace(GOOD, tokens=GOOD.tokens[:-1]),
+        "tokens in 64 bits": replace(GOOD, tokens=GOOD.tokens.astype(np.int64)),
+    },
 }
 CASES = [pytest.param(field, batch, id=what) for field, found in BAD.items() for what, batch in found.items()]
 
 
 @pytest.mark.parametrize(("field", "batch"), CASES)
-def test_a_batch_that_does_not_add_up_is_refused_by_naming_the_sender_and_the_field(field: str, batch: Batch):
-    with pytest.raises(FrameError) as caught:
-        Batch.from_frame(batch.to_frame(), "engine 1")
-    assert caught.value.sender == "engine 1" and caught.value.field == field
+def test_a_batch_that_does_not_add_up_is_not_sent_and_the_field_is_named(field: str, batch: Batch):
+    with pytest.raises(ValueError, match=field):
+        batch.to_frame()
 
 
-@pytest.mark.parametrize("name", [f.name for f in fields(Batch)])
-def test_a_batch_with_an_array_missing_or_renamed_is_refused(name: str):
-    arrays = {f.name: getattr(GOOD, f.name) for f in fields(Batch)}
-    del arrays[name]
-    for wrong in (arrays, arrays | {"extra": np.zeros(1)}):
-        with pytest.raises(FrameError, match="arrays"):
-            Batch.from_frame(pack({}, wrong), "engine 1")
+@LAW
+@given(BATCHES, st.sets(st.sampled_from(OPTIONAL)))
+def test_of_a_batch_only_what_is_asked_for_travels(batch: Batch, names: set[str]):
+    names = names | {"tokens"} if names & set(PER_RESPONSE) else names
+    sent = batch.only(*names)
+    found = Batch.from_frame(sent.to_frame(), "engine 1")[1]
+    for field in fields(Batch):
+        whole, arrived = getattr(batch, field.name), getattr(found, field.name)
+        assert arrived.dtype == whole.dtype
+        assert arrived.tobytes() == (whole.tobytes() if field.name in (*names, "prompt", "total") else b"")
+    assert found.nbytes == sent.nbytes == sum(getattr(sent, field.name).nbytes for field in fields(Batch))
+
+
+def test_a_frame_that_is_no_batch_is_refused_by_naming_the_sender_and_the_field():
+    body = np.zeros(9, np.uint8)
+    wrong = {
+        "arrays": [
+            ({}, {}),
+            ({}, {"tokens": body}),
+            ({}, {"body": body.view(bool)}),
+            ({}, {"body": body, "more": body}),
+        ],
+        "samples": [({}, {"body": body}), ({"samples": -1, "sent": 0}, {"body": body})],
+        "sent": [({"samples": 1, "sent": None}, {"body": body}), ({"samples": 1, "sent": 1 << 6}, {"body": body})],
+        "prompt": [({"samples": 1 << 40, "sent": 0}, {"body": body + 1})],
+    }
+    for field, found in wrong.items():
+        for header, arrays in found:
+            with pytest.raises(FrameError) as caught:
+                Batch.from_frame(pack(header, arrays), "engine 1")
+            assert (caught.value.sender, caught.value.field) == ("engine 1", field)
 
 
 def test_the_good_batch_of_these_cases_is_accepted_with_and_without_base_log_probs():

@@ -1,0 +1,113 @@
+"""Bytes of samples on their way: packed by the code that a run packs them with, their numbers made up.
+
+Lengths lie around the means that `links` assumes, tokens anywhere in the vocabulary. What is approximate: the longest
+response and the highest token of a real batch may need a bit more or less.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import NamedTuple
+
+import numpy as np
+
+from deploy.estimate.parameters import parameters
+from deploy.estimate.workload import prompt_tokens, response_tokens
+from rl.batch import Batch
+from swarm.run_config import RunConfig
+from swarm.shares import shares
+
+EXPONENTS = 17.0  # powers of two that log-probs of made-up tokens lie between: 2^-14 to 2^3
+
+
+class Sizes(NamedTuple):
+    """Bytes of frames, and of the numbers in them as a dense system sends them."""
+
+    sent: float
+    dense: float
+
+
+class _Kind(NamedTuple):
+    """What the size of a batch depends on: prompts, samples of each, mean lengths, the vocabulary, base log-probs."""
+
+    prompts: int
+    samples: int
+    prompt: float
+    response: float
+    vocab: int
+    with_ref: bool
+
+
+def answers(config: RunConfig, prompts: int, samples: int, scores_only: bool = False) -> Sizes:
+    """One frame from an engine: `samples` answers to each of `prompts` prompts, or what validation is told of them."""
+    return _answers(_kind(config, prompts, samples), scores_only)
+
+
+def replay_bytes(config: RunConfig) -> float:
+    """The mini-batch that goes to the anchor with a snapshot, or the share of it that is replayed."""
+    grpo = config.grpo
+    prompts, samples = grpo.ppo_mini_batch_size, grpo.group_size
+    return _replay(_kind(config, prompts, samples), config.anchor.replayed(prompts * samples))
+
+
+def dealt(config: RunConfig) -> list[Sizes]:
+    """Each rank's share of a step."""
+    grpo, swarm = config.grpo, config.swarm
+    return _dealt(_kind(config, grpo.train_batch_size, grpo.group_size), grpo.ticks_per_step, swarm.dp, swarm.pp)
+
+
+def _kind(config: RunConfig, prompts: int, samples: int) -> _Kind:
+    with_ref = config.grpo.kl_loss_coef > 0
+    vocab = parameters(config).vocab
+    return _Kind(prompts, samples, prompt_tokens(config), response_tokens(config), vocab, with_ref)
+
+
+@cache
+def _answers(kind: _Kind, scores_only: bool) -> Sizes:
+    batch = _made_up(kind)
+    batch = batch.only("rewards", "truncated") if scores_only else batch
+    return Sizes(batch.to_frame(split="train", step=100).nbytes, batch.nbytes)
+
+
+@cache
+def _replay(kind: _Kind, count: int) -> float:
+    batch = _made_up(kind)
+    batch = batch if count == len(batch) else batch.pick(np.arange(count) * len(batch) // count)
+    return batch.to_frame(step=100, index=1, denominator=batch.response_tokens).nbytes
+
+
+@cache
+def _dealt(kind: _Kind, ticks: int, dp: int, pp: int) -> list[Sizes]:
+    batch = _made_up(kind)
+    each = len(batch) // ticks
+    minis = [batch.take(i * each, (i + 1) * each) for i in range(ticks)]
+    return [Sizes(share.frame.nbytes, share.dense) for share in shares(minis, dp, pp) for _ in range(share.ranks)]
+
+
+@cache
+def _made_up(kind: _Kind) -> Batch:
+    rng, count = np.random.default_rng(0), kind.prompts * kind.samples
+    heads, lengths = _lengths(kind.prompts, kind.prompt), _lengths(count, kind.response, spread=0.5)
+    shared = np.split(rng.integers(0, kind.vocab, int(heads.sum()), np.int32), np.cumsum(heads)[:-1])
+    own = np.split(rng.integers(0, kind.vocab, int(lengths.sum()), np.int32), np.cumsum(lengths)[:-1])
+    logprobs = -np.exp2(rng.uniform(3 - EXPONENTS, 3, int(lengths.sum()))).astype(np.float32)
+    rewards = rng.integers(0, 2, (kind.prompts, kind.samples)).astype(np.float32)
+    from_mean = rewards - rewards.mean(1, keepdims=True)
+    prompt = np.repeat(heads, kind.samples)
+    return Batch(
+        tokens=np.concatenate([part for i, tokens in enumerate(own) for part in (shared[i // kind.samples], tokens)]),
+        prompt=prompt.astype(np.int32),
+        total=(prompt + lengths).astype(np.int32),
+        rollout_logprobs=logprobs,
+        ref_logprobs=logprobs if kind.with_ref else logprobs[:0],
+        rewards=rewards.reshape(-1),
+        advantages=(from_mean / (from_mean.std(1, keepdims=True) + 1e-6)).reshape(-1),
+        truncated=np.zeros(count, bool),
+    )
+
+
+def _lengths(count: int, mean: float, spread: float = 0.0) -> np.ndarray:
+    """Whole numbers that come to round(count * mean), from (1 - spread) to (1 + spread) times the mean."""
+    share = 1 + spread * np.linspace(-1, 1, count)[np.random.default_rng(count).permutation(count)]
+    ends = np.round(np.cumsum(share / share.sum()) * round(count * mean)).astype(np.int64)
+    return np.diff(ends, prepend=0)
