@@ -154,7 +154,7 @@ class SnapshotConfig(Section):
         ge=0.005,
         le=0.25,
         description="bytes of weights for the engines as a share of the model in bf16, 0.05 is 0.8 bits a weight: a coded "
-        "step, what it loses is in the next; exact again wherever a validation or a checkpoint follows, so `val.every` and "
+        "step, what it loses is in the next, unless a lossless delta is smaller; exact again wherever a validation or a checkpoint follows, so `val.every` and "
         "`run.checkpoint_every` decide what is sampled; default: every frame is exact. Anchors get exact weights, unless "
         "`anchor.weights` is `shared`",
     )

@@ -4,7 +4,7 @@ A stream is one group of consumers that get the same frames in the same order. I
 own files, which both ends have read. Then a frame is one of these:
 
     exact   a lossless delta against what the receivers hold, in the dtype that weights travel in
-    coded   a step towards the weights, in `snapshot.rate`; what it loses is part of the next difference
+    coded   a step towards the weights, in `snapshot.rate`, if an exact one is larger; what it loses is part of the next
     whole   all that the receivers are to hold, for those that have lost it
 """
 
@@ -58,21 +58,25 @@ class Sender:
             self._keep(self._travelling(new))
             whole, exact = whole or tick > 0, True
         before, self.tick = self.tick or 0, tick
-        header |= {"encoding": "delta", "bf16": self.bf16, "base_tick": None if whole else before}
-        if exact or self.coder is None:
-            return pack(header, self._exact(new, whole))
-        header |= {"encoding": "delta" if whole else "coded", "bf16": False}
-        arrays: dict[str, np.ndarray] = {}
+        kind, arrays, base_tick = "delta", dict[str, np.ndarray](), before
         if not whole or tick != before:  # else the step of this tick was made, and what it led to is asked for again
-            arrays = coded_delta.encode(new, self.held, self.coder)
-        return pack(header, delta.encode(self.held, None) if whole else arrays)
+            kind, arrays = self._step(new, exact)
+        if whole:
+            kind, arrays, base_tick = "delta", delta.encode(self.held, None), None
+        return pack(header | {"encoding": kind, "bf16": self.bf16, "base_tick": base_tick}, arrays)
 
-    def _exact(self, new: np.ndarray, whole: bool) -> dict[str, np.ndarray]:
-        new = self._travelling(new)
-        base = self.held if self.coder is None else self._travelling(self.held)
-        arrays = delta.encode(new, None if whole else base)
-        self._keep(new)
-        return arrays
+    def _step(self, new: np.ndarray, exact: bool) -> tuple[str, dict[str, np.ndarray]]:
+        """Bring what receivers hold to `new` fp32 [numel], or nearer: the kind of the frame, and its arrays.
+
+        Where few weights move, at a low learning rate, a lossless delta is within the rate and takes the coded one's place.
+        """
+        travelling = self._travelling(new)
+        arrays = delta.encode(travelling, self.held if self.coder is None else self._travelling(self.held))
+        size = sum(array.nbytes for array in arrays.values())
+        if exact or self.coder is None or size <= self.coder.bits / 8 * len(new):
+            self._keep(travelling)
+            return "delta", arrays
+        return "coded", coded_delta.encode(new, self.held, self.coder)
 
     def _travelling(self, weights: np.ndarray) -> np.ndarray:
         return delta.to_bf16(weights) if self.bf16 else weights

@@ -88,7 +88,7 @@ class Walk:
         return _size(self.weights[target], self.weights[source], self.course.bf16)
 
     def _coded(self, rate: float, sent: tuple[int, ...], exact: frozenset[int]) -> list[float]:
-        """Of each frame of a stream at a `rate`, after the ticks `sent`; after those of `exact` it is a lossless one.
+        """Of each frame of a stream at a `rate`, after the ticks `sent`; after those of `exact`, or if smaller, a lossless one.
 
         By the run's own coder. A frame beyond the walk costs what the last of its kind did.
         """
@@ -101,10 +101,9 @@ class Walk:
         found = []
         for tick in walked:
             new = self.weights[tick]
-            if tick in exact or tick == walked[-1]:  # the last may be the only exact one
-                sizes[True] = _size(new, held, self.course.bf16)
-            if tick in exact:
-                held = self._travelled(tick)
+            sizes[True] = _size(new, held, self.course.bf16)
+            if tick in exact or sizes[True] <= 2 * rate:
+                held, sizes[tick in exact] = self._travelled(tick), sizes[True]
             else:
                 payload, decoded = coder.encode(torch.from_numpy(new - held))
                 held, sizes[False] = held + decoded.numpy(), payload.numel() / len(new)

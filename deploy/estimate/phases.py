@@ -14,8 +14,9 @@ from math import ceil
 
 import numpy as np
 
+from deploy.estimate.bytes import sync_bytes
 from deploy.estimate.timing import Durations
-from deploy.estimate.workload import fires_per_tick, forward_passes
+from deploy.estimate.workload import fires_per_tick, forward_passes, total_ticks
 from swarm.run_config import RunConfig
 
 
@@ -85,10 +86,9 @@ class Phases(Durations):
         so in that time all phases pass once; and a step is no shorter than its swarm's part, its samples or its sync.
         """
         grpo = self.config.grpo
-        rollouts, sync = (
-            self.rollout(grpo.train_batch_size, grpo.group_size),
-            self.weight_sync(float(np.mean(self.sync_bytes[1:]))),
-        )
+        rollouts = self.rollout(grpo.train_batch_size, grpo.group_size)
+        sizes = sync_bytes(self.config, self.params, total_ticks(self.config))
+        sync = self.weight_sync(float(np.mean(sizes[-(len(sizes) // 2) :])))
         passes = forward_passes(self.config, self.has_tables) - 1
         deal, old = self.deal(), grpo.ticks_per_step * passes * self.old_logprobs().before
         ticks = grpo.ticks_per_step * tick.total

@@ -23,7 +23,7 @@ from anchor_service.clock import Lockstep, make_clock, next_worker, paced
 from anchor_service.config import correction_payload
 from anchor_service.lag import Due
 from codec.schedule import q_should_refresh
-from deploy.estimate.bytes import tick_bytes
+from deploy.estimate.bytes import sync_bytes, tick_bytes
 from deploy.estimate.simulation import Simulation
 from deploy.estimate.timing import Durations
 from deploy.estimate.workload import forward_passes, total_ticks
@@ -52,6 +52,7 @@ class _Run:
     def __init__(self, config: RunConfig, ticks: int):
         self.config, self.last_tick = config, ticks
         self.durations = Durations(config, np.random.default_rng([config.run.seed, 0x51A]))
+        self.syncs = sync_bytes(config, self.durations.params, ticks)  # bytes after each step
         corrects = correction_payload(config.anchor, config.merger) is not None
         each = config.grpo.ticks_per_step
         self.clock = make_clock(config.anchor, config.run.seed, ticks, each) if corrects else Lockstep([])
@@ -116,9 +117,8 @@ class _Run:
                 yield self._engines_until(self._sample(val.size, 1))
 
     def _send_weights(self, step: int) -> None:
-        """Of the end of a step, beside whatever the engines do: they take them after what they were asked for before."""
-        sent = self.durations.sync_bytes
-        seconds = self.durations.weight_sync(sent[min(step, len(sent) - 1)])
+        """Those after `step`, beside whatever the engines do: they take them after what they were asked for before."""
+        seconds = self.durations.weight_sync(self.syncs[min(step, len(self.syncs) - 1)])
         self.weights_at = max(self.env.now, self.weights_at) + seconds
         self.engines_at = max(self.engines_at, self.weights_at)
 

@@ -15,7 +15,7 @@ import numpy as np
 from anchor_service.config import correction_payload
 from codec.costs import FP32, CodecCost, GradientCost, gradient_cost
 from deploy.estimate.batches import answers, dealt, replay_bytes
-from deploy.estimate.bytes import correction_bytes, cost_of_codec, snapshot_bytes, sync_bytes
+from deploy.estimate.bytes import correction_bytes, cost_of_codec, snapshot_bytes
 from deploy.estimate.parameters import check_fits, own_shapes, parameters, stage_parameters, tied_copies
 from deploy.estimate.workload import (
     engine_nodes,
@@ -26,7 +26,6 @@ from deploy.estimate.workload import (
     response_tokens,
     samples_per_tick,
     tokens_per_tick,
-    total_ticks,
 )
 from rl.spans import spans
 from swarm.run_config import RunConfig
@@ -256,11 +255,6 @@ class Durations:
         """A step's samples on their way to every worker, each its share."""
         jitter = self.jitter(self.rng, self.dp * self.pp).max()
         return float(max(share.sent for share in dealt(self.config)) / self.swarm_rate * jitter + self.latency)
-
-    @cached_property
-    def sync_bytes(self) -> list[float]:
-        """Of each copy of the weights for the engines, by step."""
-        return sync_bytes(self.config, self.params, total_ticks(self.config))
 
     def weight_sync(self, nbytes: float) -> float:
         """New weights to every node that has engines."""

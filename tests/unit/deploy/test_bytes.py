@@ -106,6 +106,23 @@ def test_a_config_that_merges_nothing_asks_the_anchor_for_nothing(config: RunCon
     assert found["control"] == tick_bytes(load("floor"))["control"]
 
 
+def test_weights_and_corrections_go_once_to_each_node():
+    each, one = tick_bytes(load("demo")), tick_bytes(load("demo", ["links.engine_nodes=1", "links.replica_nodes=1"]))
+    for channel in each:
+        shared = 2 if channel in ("rollout_sync", "correction") else 1
+        assert each[channel] == pytest.approx([shared * n for n in one[channel]])
+
+
+def test_a_rate_is_what_the_engines_cost_and_nothing_else_changes():
+    config = load("demo", ["run.steps=100", "val.every=100"])
+    rated = config.model_copy(update={"snapshot": SnapshotConfig(rate=0.05)})
+    exact, coded = tick_bytes(config), tick_bytes(rated)
+    assert {c for c in exact if exact[c] != coded[c]} == {"rollout_sync"}
+    a_step = 2 * 2 * 0.05 * parameters(config).total  # to two nodes
+    last = coded["rollout_sync"][0] * 200 - 99 * a_step
+    assert 0 < last < 2 * 4 * parameters(config).total
+
+
 @pytest.mark.parametrize(
     ("overrides", "passes"),
     [
@@ -123,20 +140,3 @@ def test_a_forward_crosses_a_boundary_once_a_tick_and_once_for_each_pass_that_ol
     found, ticks = tick_bytes(config), total_ticks(config)
     forward, backward = (found[f"boundary_{way}"][1] for way in ("fwd", "bwd"))
     assert forward * ticks == pytest.approx(passes * backward)
-
-
-def test_weights_and_corrections_go_once_to_each_node():
-    each, one = tick_bytes(load("demo")), tick_bytes(load("demo", ["links.engine_nodes=1", "links.replica_nodes=1"]))
-    for channel in each:
-        shared = 2 if channel in ("rollout_sync", "correction") else 1
-        assert each[channel] == pytest.approx([shared * n for n in one[channel]])
-
-
-def test_a_rate_is_what_the_engines_cost_and_nothing_else_changes():
-    config = load("demo", ["run.steps=100", "val.every=100"])
-    rated = config.model_copy(update={"snapshot": SnapshotConfig(rate=0.05)})
-    exact, coded = tick_bytes(config), tick_bytes(rated)
-    assert {c for c in exact if exact[c] != coded[c]} == {"rollout_sync"}
-    a_step = 2 * 2 * 0.05 * parameters(config).total  # to two nodes
-    last = coded["rollout_sync"][0] * 200 - 99 * a_step
-    assert 0 < last < 2 * 4 * parameters(config).total

@@ -15,7 +15,7 @@ from rl.config import SnapshotConfig
 from rl.snapshot import BaseLost, Receiver, Sender
 
 SIZES = (1500, 701)
-LR = 1e-5
+LR = 1e-4  # so large that a lossless delta in bf16 is beyond the rate
 RATED = SnapshotConfig(rate=0.05)
 
 
@@ -92,7 +92,7 @@ def test_a_delta_is_smaller_than_a_whole_snapshot():
     sender, sizes = Sender(SnapshotConfig(), bf16=True), []
     for tick, stages in trained(4):
         sizes.append(sender.frame(stages[0], tick, 0, whole=tick in (0, 2)).nbytes)
-    assert sizes[1] < 0.5 * sizes[0] and sizes[3] < 0.5 * sizes[2]
+    assert sizes[1] < 0.6 * sizes[0] and sizes[3] < 0.6 * sizes[2]
 
 
 def test_a_lost_base_is_noticed_and_a_whole_snapshot_mends_it():
@@ -160,8 +160,7 @@ def test_coded_frames_keep_their_rate_and_what_they_lose_does_not_add_up(bf16: b
         else:
             assert unpack(part, "test")[0]["encoding"] == "coded"
             assert part.nbytes == pytest.approx(RATED.rate * 2 * len(flat), rel=0.05)
-    rounding = 3.5 if bf16 else 0  # of bf16, in steps: what an exact frame leaves for the coded ones
-    assert max(errors) < 1.5 + rounding
+    assert max(errors) < 1.5
     assert 0.3 < np.mean(errors[10:20]) < 1.2  # of one step: a stream without feedback is at 0.7 √10 by then
 
 
@@ -172,6 +171,17 @@ def test_an_exact_frame_of_a_stream_at_a_rate_is_a_small_delta():
         exact = sender.frame(flat, tick, 0, exact=tick in (0, 10)).nbytes
     assert unpack(sender.frame(flat, 10, 0), "test")[0]["bf16"]
     assert exact < 0.3 * 2 * len(flat)
+
+
+def test_where_few_weights_move_a_lossless_delta_within_the_rate_is_sent():
+    sender, receiver, master = Sender(RATED, True, RATED.rate), Receiver(RATED), files()[0]
+    flat = master.clone()
+    for tick in range(5):
+        part = sender.frame(flat, tick, 0, exact=False)
+        receiver.load([part], tick, master)
+        assert torch.equal(master, as_sent([flat], True)) and unpack(part, "test")[0]["encoding"] == "delta"
+        flat[tick * 7 : tick * 7 + 4] += 1e-2
+    assert len(flat) == 1500 and part.nbytes < 1500
 
 
 @pytest.mark.parametrize("bf16", [False, True])

@@ -33,7 +33,7 @@ class Lazy:
     """An engine: calls queue up, and are done up to the one that is waited for. Call number `fails` fails."""
 
     def __init__(self, fails: int = -1, failure: str = ""):
-        self.held, self.base, self.failure = -1, -1, failure  # the files of the model
+        self.held, self.base, self.failure = -1, None, failure
         self.queue: list[tuple[str, Any]] = []
         self.done: dict[int, Any] = {}
         self.fails = fails
@@ -77,14 +77,13 @@ class Run:
         self.config = load("k5", [*sets, "grpo.rollout_is=token"])
         self.events: list[str] = []
         self.progress = Progress(SimpleNamespace(event=lambda step, tick, name, **more: self.events.append(name)))
-        self.base: int | None = -1  # as an engine has it
-        self.engines = engines
+        self.base, self.engines = None, engines  # both ends begin with the model's files
         new = lambda: [Lazy() for _ in self.engines]  # noqa: E731
         self.fleet = SimpleNamespace(
             engines=engines,
             new_engines=new,
             weights=self._weights,
-            nodes=lambda actors: set(map(id, actors)),
+            nodes=lambda actors: {"the node"} if actors else set(),
             engine_limit=(5.0, "rollout.timeout_s"),
         )
         monkeypatch.setattr(rollouts, "gather", lambda calls, *_: [engine.until(i) for _, (engine, i) in calls])
@@ -95,9 +94,9 @@ class Run:
         self.rollouts = Rollouts(self.config, self.fleet, self.progress, NoFires())
         self.used: list[tuple[int, int, int]] = []  # step, ticks of the weights that sampled it, staleness recorded
 
-    def _weights(self, tick: int, stream: str, whole: bool, exact: bool = True) -> tuple[list[object], int]:
+    def _weights(self, tick: int, stream: str, whole: bool, exact: bool) -> tuple[list[object], int]:
         base, self.base = self.base, tick
-        return [(whole or base is None, base)], 10
+        return [(whole, base)], 10
 
     def begin(self) -> None:
         self.rollouts.begin()
@@ -226,7 +225,6 @@ def _resumed(monkeypatch: pytest.MonkeyPatch, staleness: int, steps: int, folder
     run = Run(monkeypatch, staleness, steps, [Lazy()], swift=False)
     run.progress.step, run.progress.tick = state["step"], TICKS * state["step"]
     run.rollouts.restore(folder, state)
-    run.base = None  # ranks that were restored have no files' weights to make a delta of
     run.begin()
     for _ in range(state["step"], steps):
         run.step()
