@@ -1,4 +1,4 @@
-"""Bytes of a config, by arithmetic: shared by `plan` and `simulate`. No torch, no Ray, no weights.
+"""Bytes of a config, by arithmetic: shared by `plan` and `simulate`. No Ray; torch for a `snapshot.rate` alone.
 
 Every channel is counted as the code counts it when it runs (`codec/ledger.py`: a sender counts, a ring
 all-reduce over n ranks is 2(n-1)/n of its bytes on each of them). What is approximate says so.

@@ -1,4 +1,4 @@
-"""`northstar plan`: what a config will send, hold and wait for, before anything is started. No torch, no Ray.
+"""`northstar plan`: what a config will send, hold and wait for, before anything is started. No Ray; torch for a `snapshot.rate` alone.
 
 Bytes are those of the ledger (`deploy/estimate/bytes.py`), times are first-order over `links` (`deploy/estimate/phases.py`),
 memory is what the code allocates (`deploy/estimate/memory.py`).

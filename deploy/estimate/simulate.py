@@ -1,4 +1,4 @@
-"""`northstar simulate`: a run's schedule on a virtual clock. No tensors, no Ray, no torch.
+"""`northstar simulate`: a run's schedule on a virtual clock. No tensors, no Ray; torch for the coder of a `snapshot.rate` alone.
 
     engines  [load ─▶ sample] one after the other, `rollout.max_staleness` steps ahead
                           ▼

@@ -114,8 +114,8 @@ def test_weights_and_corrections_go_once_to_each_node():
 
 
 def test_a_rate_is_what_the_engines_cost_and_nothing_else_changes():
-    config = load("demo", ["run.steps=100", "val.every=100"])
-    rated = config.model_copy(update={"snapshot": SnapshotConfig(rate=0.05)})
+    config = load("demo", ["run.steps=100", "val.every=100", "snapshot.dtype=float32", "snapshot.encoding=delta"])
+    rated, config = config, config.model_copy(update={"snapshot": SnapshotConfig(dtype="float32")})
     exact, coded = tick_bytes(config), tick_bytes(rated)
     assert {c for c in exact if exact[c] != coded[c]} == {"rollout_sync"}
     a_step = 2 * 2 * 0.05 * parameters(config).total  # to two nodes

@@ -107,7 +107,12 @@ def test_the_published_surface_has_the_published_ratio():
 
 
 def test_on_the_tokens_of_the_field_notes_the_uncounted_broadcast_outweighs_the_dense_boundary():
-    lengths = ("links.prompt_tokens=25", "links.response_tokens=50", "grpo.old_logprobs=rollout")
+    lengths = (
+        "links.prompt_tokens=25",
+        "links.response_tokens=50",
+        "grpo.old_logprobs=rollout",
+        "grpo.rollout_is=none",
+    )
     schemes = {(s.name, s.cadence): s for s in plan(QWEN, *lengths).schemes}
     assert sum(schemes["bf16 M", 5].channels[c][1] for c in ("boundary_fwd", "boundary_bwd")) == pytest.approx(
         236e6, 1e-3
@@ -165,7 +170,8 @@ def test_phases_add_up_to_the_tick_of_the_simulator(tiny: Path):
 
 
 def test_slower_links_cost_time_where_bytes_cross_them():
-    fast, slow = plan(QWEN, "links.swarm_mbit=1e4"), plan(QWEN, "links.swarm_mbit=10.0")
+    dense = "codec.gradient.kind=none"
+    fast, slow = plan(QWEN, dense, "links.swarm_mbit=1e4"), plan(QWEN, dense, "links.swarm_mbit=10.0")
     assert fast.tick.compute == slow.tick.compute
     assert slow.tick.tied > 100 * fast.tick.tied and slow.tick.boundary > fast.tick.boundary
     assert slow.anchor.fire == fast.anchor.fire and slow.anchor.cadence <= fast.anchor.cadence
@@ -242,10 +248,10 @@ def test_a_config_with_nothing_to_warn_of_gets_no_warning():
 @pytest.mark.parametrize(
     ("first", "overrides"),
     [
-        ("tied", ("swarm.pp=2", "links.response_tokens=100")),
+        ("tied", ("swarm.pp=2", "links.response_tokens=100", "codec.gradient.kind=none")),
         ("correction", ("anchor.payload=dense", "anchor.cadence=1")),
         ("snapshot", ("snapshot.encoding=full", "snapshot.dtype=float32", "anchor.cadence=1")),
-        ("grad_dp", ("swarm.dp=2",)),
+        ("grad_dp", ("swarm.dp=2", "codec.gradient.kind=none")),
         ("anchor.cadence", ("links.anchor_tokens_s=10.0",)),
         ("anchor.delay_k", ("anchor.delay_k=1",)),
         ("2", ("anchor.workers=2",)),
@@ -266,16 +272,35 @@ def test_on_the_wall_clock_nothing_waits_so_nothing_is_said_of_waiting():
     assert not warned(found) & {"anchor.cadence", "anchor.delay_k"} and found.anchor.delay_k > 5
 
 
+@pytest.mark.parametrize(
+    ("layout", "most"),
+    [
+        ((), 0.05),
+        (("swarm.dp=2",), 0.025),
+        (("swarm.dp=8", "swarm.pp=4", "swarm.boundaries=[7, 14, 21]"), 0.02),
+    ],
+    ids=["1x2", "2x2", "8x4"],
+)
+def test_the_published_surface_sends_a_small_share_of_everything(layout: tuple[str, ...], most: float):
+    """As the preset ships: everything over everything, each channel counted."""
+    found = plan(QWEN, *layout).configured
+    assert found.total_ratio < most
+    assert {c for c, (sent, _) in found.channels.items() if not sent} <= {
+        "grad_dp"
+    }  # one replica has nobody to sum with
+
+
 # --- the command ---------------------------------------------------------------------------------
 
 
 def test_the_command_prints_every_table_and_writes_the_numbers(tmp_path: Path):
     out = tmp_path / "plan.json"
-    result = CliRunner().invoke(app, ["plan", QWEN, "--set", "links.swarm_mbit=1000", "--json", str(out)])
+    sets = "links.swarm_mbit=1000", "codec.gradient.kind=none"
+    result = CliRunner().invoke(app, ["plan", QWEN, *(w for s in sets for w in ("--set", s)), "--json", str(out)])
     assert result.exit_code == 0, result.output
     for expected in ("boundary_fwd", "total_ratio", "signs", "anchor worker", "sustainable", "warning tied"):
         assert expected in result.output
-    assert json.loads(out.read_text()) == json.loads(json.dumps(plan(QWEN, "links.swarm_mbit=1000").numbers()))
+    assert json.loads(out.read_text()) == json.loads(json.dumps(plan(QWEN, *sets).numbers()))
 
 
 @pytest.mark.parametrize(
