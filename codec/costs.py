@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import prod
+from math import ceil, log, prod, sqrt
 from typing import cast
 
 from codec.config import CodecConfig, GradientConfig
@@ -131,45 +131,61 @@ class GradientCost:
     sent: float  # bytes that are summed, before the ring's factor
     sums: int  # one after the other
     kept: int  # bytes kept from tick to tick: error feedback
+    coded: int = 0  # how many of the sums are coded: sizes travel before their payloads
 
 
-GradientCosts = Callable[[GradientConfig, Shapes], GradientCost]
+GradientCosts = Callable[[GradientConfig, Shapes, int], GradientCost]
 
 
-def gradient_cost(config: GradientConfig, shapes: Shapes) -> GradientCost:
-    """Raises ValueError for a kind that cannot be imported, or does not say what it costs."""
+def gradient_cost(config: GradientConfig, shapes: Shapes, copies: int) -> GradientCost:
+    """Of parameters of these shapes that so many ranks sum. Raises ValueError for a kind that cannot be imported, or does not say what it costs."""
     if config.kind in GRADIENTS:
-        return GRADIENTS[config.kind](config, shapes)
+        return GRADIENTS[config.kind](config, shapes, copies)
     cost = cast("GradientCosts | None", getattr(imported(config.kind, "codec.gradient.kind"), "cost", None))
     if cost is None:
         raise ValueError(
             f"codec.gradient.kind {config.kind!r} does not say what it costs: give it an attribute `cost`, a function "
-            f"(config, shapes) -> codec.costs.GradientCost"
+            f"(config, shapes, copies) -> codec.costs.GradientCost"
         )
-    return cost(config, shapes)
+    return cost(config, shapes, copies)
 
 
-def _dense_sum(config: GradientConfig, shapes: Shapes) -> GradientCost:
+def _dense_sum(config: GradientConfig, shapes: Shapes, copies: int) -> GradientCost:
     return GradientCost(FP32 * sum(map(prod, shapes)), sums=1, kept=0)
 
 
-def _powersgd_sum(config: GradientConfig, shapes: Shapes) -> GradientCost:
-    numbers = sum(
-        min(config.rank, *shape) * sum(shape) if is_factored(shape, config.rank) else prod(shape) for shape in shapes
-    )
-    bits = 8 * FP32 if config.bits is None else config.bits
-    return GradientCost(bits / 8 * numbers, sums=2, kept=FP32 * sum(map(prod, shapes)))
+def _powersgd_sum(config: GradientConfig, shapes: Shapes, copies: int) -> GradientCost:
+    factored = [shape for shape in shapes if is_factored(shape, config.rank)]
+    ranks = [min(config.rank, *shape) for shape in factored]
+    whole = sum(prod(shape) for shape in shapes if not is_factored(shape, config.rank))
+    first = whole + sum(r * rows for r, (rows, _) in zip(ranks, factored))  # P, with what is not factored beside it
+    second = sum(r * columns for r, (_, columns) in zip(ranks, factored))
+    kept = FP32 * sum(map(prod, shapes))
+    if config.bits is None:
+        return GradientCost(FP32 * (first + second), sums=2, kept=kept)
+    sent = sum(_entropy_coded(n, config.bits, copies) for n in (first, second) if n)
+    return GradientCost(sent, sums=2, kept=kept, coded=bool(first) + bool(second))
 
 
-def _sign_sum(config: GradientConfig, shapes: Shapes) -> GradientCost:
+def _sign_sum(config: GradientConfig, shapes: Shapes, copies: int) -> GradientCost:
     n = sum(map(prod, shapes))
-    return GradientCost((1 + 16 / SCALED) / 8 * n, sums=1, kept=FP32 * n)
+    chunk = ceil(n / copies)
+    return GradientCost(copies * (8 + 2 * ceil(chunk / SCALED) + ceil(chunk / 8)), sums=1, kept=FP32 * n, coded=1)
 
 
-def _sparse_sum(config: GradientConfig, shapes: Shapes) -> GradientCost:
+def _sparse_sum(config: GradientConfig, shapes: Shapes, copies: int) -> GradientCost:
     assert config.bits is not None  # the config asks for it
     n = sum(map(prod, shapes))
-    return GradientCost(config.bits / 8 * n, sums=1, kept=FP32 * n)
+    return GradientCost(_entropy_coded(n, config.bits, copies), sums=1, kept=FP32 * n, coded=1)
+
+
+def _entropy_coded(n: int, bits: float, copies: int) -> float:
+    """Bytes of n values in a chunk for each of the copies: at their bits, and what a payload of `codec.vector` has once.
+
+    Of normal values: at 2 bits and more in steps of about 4·2^-bits of their deviation, the largest of m at √(2 ln m) of it.
+    """
+    step, farthest = min(2.5, 4 * 2**-bits), sqrt(2 * log(max(2, n / copies)))
+    return bits / 8 * n + copies * (22 + 2 * (2 + farthest / step))
 
 
 def is_factored(shape: tuple[int, ...], rank: int) -> bool:

@@ -30,7 +30,8 @@ from codec.delta import from_bf16, to_bf16
 from codec.transform.ans import WordReader, WordWriter
 
 BLOCK = SCALED
-LEVELS = 127  # largest |q|: what lies beyond is sent with the next vector, as all that is lost
+LEVELS = 127  # largest |q|, whatever the step
+FARTHEST = 8.0  # rms of its block: what lies beyond is sent with the next vector, as all that is lost
 TRIED = 128  # blocks on which a step is tried
 HALVINGS = 24  # of an interval of 14 octaves: the step is right to 1e-6
 _DIGEST, _HEAD = 8, struct.Struct("<fI")
@@ -131,7 +132,8 @@ class EntropyVector:
         return least, least + 2 * (LEVELS - 1) + 4 * n + n // 8 + 64  # a symbol of least probability: below 32 bits
 
     def _whole(self, magnitude: Tensor, step: float) -> Tensor:
-        return (magnitude / step + self.offset).floor_().clamp_(max=LEVELS).to(torch.int32)
+        most = min(LEVELS, math.ceil(FARTHEST / step))
+        return (magnitude / step + self.offset).floor_().clamp_(max=most).to(torch.int32)
 
     def _step(self, relative: Tensor) -> float:
         """Of the values in units of their block's rms [n]: the smallest step that asks for no more than `bits`."""
@@ -148,11 +150,13 @@ class EntropyVector:
 
 
 def _bits(magnitude: Tensor, n: int) -> float:
-    """Bits a value of a payload of n values whose magnitudes are like these [m]: at -log2 p, with signs and all else."""
+    """Bits a value of n values whose magnitudes are like these [m]: at -log2 p, with signs and scales.
+
+    Without what a payload has once: few values must get their bits too.
+    """
     share = torch.bincount(magnitude, minlength=1).double() / max(1, magnitude.numel())
     entropy = -float((share * share.clamp_min(1e-300).log2()).sum()) + 1 - float(share[0])
-    beside = _DIGEST + _HEAD.size + 2 * share.numel() + 4 + 2 * _blocks(n)
-    return entropy + 8 * beside / n
+    return entropy + 16 * _blocks(n) / n
 
 
 def _blocks(n: int) -> int:

@@ -44,6 +44,7 @@ class Peers:
         self.group, self.ranks, self.channel, self.device = group, list(ranks), channel, device
         self.ledger, self.waiting = ledger, waiting
         self.count, self.index = len(self.ranks), self.ranks.index(rank)
+        self.others = [k for k in range(self.count) if k != self.index]
 
     def sum(self, tensor: Tensor, dense_bytes: float) -> None:
         """Sum in place over the peers; bit-identical on all of them."""
@@ -54,38 +55,35 @@ class Peers:
 
     def scatter(self, payloads: list[Tensor], least: int, most: int, dense_bytes: float) -> list[Tensor]:
         """Payload k to peer k -> what came from each. Raises WrongSize before anything is allocated for it."""
-        sizes = self._sizes([payload.numel() for payload in payloads])
-        self._add(sum(p.numel() for k, p in enumerate(payloads) if k != self.index), dense_bytes)
-        return self._exchange(payloads, sizes[:, self.index].tolist(), [(least, most)] * self.count)
+        self._add(0.0, dense_bytes)
+        return self._exchange(payloads, [(least, most)] * self.count)
 
     def gather(self, payload: Tensor, limits: list[tuple[int, int]]) -> list[Tensor]:
         """One payload to all peers -> those of all. Raises WrongSize before anything is allocated for it."""
-        sizes = self._sizes([payload.numel()] * self.count)
-        self._add((self.count - 1) * payload.numel(), 0.0)
-        return self._exchange([payload] * self.count, sizes[:, self.index].tolist(), limits)
+        return self._exchange([payload] * self.count, limits)
 
-    def _sizes(self, mine: list[int]) -> Tensor:
-        """[from, to], int64."""
-        row = torch.tensor(mine, dtype=torch.int64, device=self.device)
-        rows = [torch.empty_like(row) for _ in range(self.count)]
-        with self.waiting(f"those who hold a copy ({self.channel})", "sizes of gradients"):
-            dist.all_gather(rows, row, group=self.group)
-        self.ledger.add("control", (self.count - 1) * row.nbytes, 0)
-        return torch.stack(rows)
+    def _exchange(self, payloads: list[Tensor], limits: list[tuple[int, int]]) -> list[Tensor]:
+        """Sizes first: raw messages between two ranks report neither a short one nor a stale one."""
+        mine = [torch.tensor([payload.numel()], dtype=torch.int64, device=self.device) for payload in payloads]
+        sizes = [torch.empty_like(size) for size in mine]
+        self._pass(mine, sizes, "sizes of gradients", "control")
+        came = [payloads[self.index]] * self.count
+        for k in self.others:
+            size = int(sizes[k].item())
+            if not limits[k][0] <= size <= limits[k][1]:
+                raise WrongSize(self.ranks[k], size, *limits[k])
+            came[k] = torch.empty(size, dtype=torch.uint8, device=self.device)
+        self._pass(payloads, came, "gradients", self.channel)
+        return came
 
-    def _exchange(self, payloads: list[Tensor], sizes: list[int], limits: list[tuple[int, int]]) -> list[Tensor]:
-        others = [k for k in range(self.count) if k != self.index]
-        for k in others:
-            if not limits[k][0] <= sizes[k] <= limits[k][1]:
-                raise WrongSize(self.ranks[k], sizes[k], *limits[k])
-        came = [torch.empty(size, dtype=torch.uint8, device=self.device) for size in sizes]
-        came[self.index] = payloads[self.index]
-        calls = [dist.P2POp(dist.irecv, came[k], self.ranks[k], self.group) for k in others]
-        calls += [dist.P2POp(dist.isend, payloads[k].contiguous(), self.ranks[k], self.group) for k in others]
-        with self.waiting(f"those who hold a copy ({self.channel})", "gradients"):
+    def _pass(self, mine: list[Tensor], theirs: list[Tensor], what: str, channel: str) -> None:
+        """Tensor k of `mine` to peer k, and its own into tensor k of `theirs`."""
+        calls = [dist.P2POp(dist.irecv, theirs[k], self.ranks[k], self.group) for k in self.others]
+        calls += [dist.P2POp(dist.isend, mine[k].contiguous(), self.ranks[k], self.group) for k in self.others]
+        with self.waiting(f"those who hold a copy ({self.channel})", what):
             for work in dist.batch_isend_irecv(calls):
                 work.wait()
-        return came
+        self.ledger.add(channel, sum(mine[k].nbytes for k in self.others), 0.0)
 
     @property
     def _ring(self) -> float:

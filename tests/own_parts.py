@@ -99,7 +99,7 @@ def halves(config, shapes, replicas, seed, device):
     return HalfSum(replicas)
 
 
-def cost(config, shapes):
+def cost(config, shapes, copies):
     return GradientCost(sent=2 * sum(map(prod, shapes)), sums=1, kept=0)
 
 

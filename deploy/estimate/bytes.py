@@ -33,6 +33,8 @@ from deploy.estimate.workload import (
 from merger import merger_class
 from swarm.run_config import RunConfig
 
+Group = tuple[Sequence[tuple[int, ...]], int]  # shapes that are summed, by how many ranks
+
 # --- bytes of single messages --------------------------------------------------------------------
 
 
@@ -151,14 +153,26 @@ def tick_bytes(
 def _gradients(config: RunConfig, params: Params) -> dict[str, tuple[float, float]]:
     """Sums over all who hold a copy: 2(n-1)/n of what is summed on each of n ranks."""
 
-    def summed(shapes: Sequence[tuple[int, ...]], copies: int) -> tuple[float, float]:
-        ring = 2 * (copies - 1)
-        return ring * gradient_cost(config.codec.gradient, shapes).sent, ring * FP32 * sum(map(prod, shapes))
+    def summed(groups: list[Group]) -> tuple[float, float]:
+        sent = [2 * (n - 1) * gradient_cost(config.codec.gradient, shapes, n).sent for shapes, n in groups]
+        return sum(sent), sum(2 * (n - 1) * FP32 * sum(map(prod, shapes)) for shapes, n in groups)
 
+    own, tied = _groups(config, params)
+    return {"grad_dp": summed(own), "tied": summed(tied)}
+
+
+def _groups(config: RunConfig, params: Params) -> tuple[list[Group], list[Group]]:
+    """Who sums what: replicas of each stage, and the copies of a tied embedding."""
     dp, copies = config.swarm.dp, tied_copies(config, params)
-    own = [summed(shapes, dp) for shapes in own_shapes(config, params)] if dp > 1 else []
-    tied = summed([(params.vocab, params.hidden)], copies) if copies else (0.0, 0.0)
-    return {"grad_dp": (sum(sent for sent, _ in own), sum(dense for _, dense in own)), "tied": tied}
+    own: list[Group] = [(shapes, dp) for shapes in own_shapes(config, params)] if dp > 1 else []
+    return own, [([(params.vocab, params.hidden)], copies)] if copies else []
+
+
+def _payload_sizes(config: RunConfig, params: Params) -> int:
+    """Before every coded payload, to every other who holds a copy: chunks to their owners, and sums from them."""
+    own, tied = _groups(config, params)
+    coded = [(gradient_cost(config.codec.gradient, shapes, n).coded, n) for shapes, n in own + tied]
+    return sum(count * 2 * 8 * n * (n - 1) for count, n in coded)
 
 
 def _boundaries(config: RunConfig, hidden: int, ticks: int) -> dict[str, tuple[float, float]]:
@@ -214,7 +228,8 @@ def _control_bytes(config: RunConfig, params: Params, ticks: int, fires: float) 
     agreements = 2 * 8 * (ranks - 1) if correction_payload(config.anchor, config.merger) else 0
     m_bar = FP32 * params.total * fires if config.anchor.workers > 1 else 0
     either = headers + norms
-    return batches + either + digests + agreements + m_bar + tables + books, unpacked + either
+    sizes = _payload_sizes(config, params)
+    return batches + either + digests + agreements + m_bar + tables + books + sizes, unpacked + either
 
 
 def _sampled(config: RunConfig, ticks: int) -> Sizes:

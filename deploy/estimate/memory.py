@@ -62,10 +62,11 @@ def _model(config: RunConfig, role: str, n: int, trained: bool) -> list[Part]:
 
 
 def _error_feedback(config: RunConfig, params: Params, p: int) -> int:
-    summed = [own_shapes(config, params)[p]] if config.swarm.dp > 1 else []
-    if tied_copies(config, params) and p in (0, config.swarm.pp - 1):
-        summed.append([(params.vocab, params.hidden)])
-    return sum(gradient_cost(config.codec.gradient, shapes).kept for shapes in summed)
+    dp, copies = config.swarm.dp, tied_copies(config, params)
+    summed = [(own_shapes(config, params)[p], dp)] if dp > 1 else []
+    if copies and p in (0, config.swarm.pp - 1):
+        summed.append(([(params.vocab, params.hidden)], copies))
+    return sum(gradient_cost(config.codec.gradient, shapes, ranks).kept for shapes, ranks in summed)
 
 
 def worker(config: RunConfig, params: Params, p: int) -> list[Part]:

@@ -186,7 +186,7 @@ class Durations:
         before = reduced.max()
         copies = tied_copies(self.config, self.params)
         if copies:
-            cost = gradient_cost(self.config.codec.gradient, [(self.params.vocab, self.params.hidden)])
+            cost = gradient_cost(self.config.codec.gradient, [(self.params.vocab, self.params.hidden)], copies)
             slowest = self.jitter(self.rng, copies).max()
             tied = 2 * (copies - 1) * (cost.sent / copies / self.swarm_rate * slowest + cost.sums * self.latency)
             before = max(before, max(reduced[0], reduced[-1]) + tied)
@@ -223,7 +223,7 @@ class Durations:
     @cached_property
     def _gradients(self) -> list[GradientCost]:
         """By stage."""
-        return [gradient_cost(self.config.codec.gradient, s) for s in own_shapes(self.config, self.params)]
+        return [gradient_cost(self.config.codec.gradient, s, self.dp) for s in own_shapes(self.config, self.params)]
 
     def _reduce(self, factor: np.ndarray) -> np.ndarray:
         """Seconds of the gradient's sum over replicas, by stage [pp]; `factor` [pp] of its slowest link."""

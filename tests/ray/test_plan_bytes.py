@@ -54,10 +54,22 @@ WHOLE = (  # snapshots; and everything that adds to control
 )
 
 
-CODED = ("snapshot.rate=0.05", "snapshot.dtype=bfloat16", "run.steps=8", "val.every=4")
+CODED = (  # all that the demo has on
+    "snapshot.rate=0.05",
+    "snapshot.dtype=bfloat16",
+    "codec.gradient.kind=powersgd",
+    "codec.gradient.rank=4",
+    "codec.gradient.bits=4.0",
+    "grpo.old_logprobs=tick",
+    "grpo.rollout_is=token",
+    "rollout.max_staleness=1",
+    "run.steps=8",
+    "val.every=4",
+)
+SIGNS = ("codec.gradient.kind=sign", "grpo.old_logprobs=rollout")
 
 
-@pytest.mark.parametrize("overrides", [(), WHOLE, CODED], ids=["deltas", "whole snapshots", "coded steps"])
+@pytest.mark.parametrize("overrides", [(), WHOLE, CODED, SIGNS], ids=["deltas", "whole snapshots", "coded", "signs"])
 def test_the_planned_bytes_are_those_of_the_ledger(overrides: tuple[str, ...], tmp_path: Path):
     run = tmp_path / "run"
     summary = run_kept(small(*RUN, *overrides), run)
@@ -70,6 +82,7 @@ def test_the_planned_bytes_are_those_of_the_ledger(overrides: tuple[str, ...], t
     print("\n".join(f"{c:14} planned {planned[c][0]:12.0f} counted {counted[c][0]:12.0f}" for c in planned))
     assert set(counted) == set(CHANNELS)
     for channel in CHANNELS:
-        assert planned[channel] == pytest.approx(counted[channel], rel=0.02), channel
+        near = 0.04 if channel == "snapshot" and overrides == CODED else 0.02  # lossless bf16 deltas: see delta_size
+        assert planned[channel] == pytest.approx(counted[channel], rel=near), channel
     assert plan.configured.bytes_ratio == pytest.approx(summary["comm/bytes_ratio"], rel=1e-3)
     assert plan.configured.total_ratio == pytest.approx(summary["comm/total_ratio"], rel=0.02)

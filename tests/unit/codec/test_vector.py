@@ -37,7 +37,8 @@ def test_the_receiver_gets_what_the_sender_thinks(coder: VectorCoder, n: int):
 def test_a_value_costs_the_bits_that_were_asked_for(bits: float, n: int):
     x = torch.randn(n, generator=torch.Generator().manual_seed(1))
     payload, decoded = EntropyVector(bits).encode(x)
-    assert 8 * payload.numel() / n == pytest.approx(bits, rel=0.03, abs=100 / n)
+    once = 8 + 8 + 2 * 20 + 4  # digest, head, counts, how many words
+    assert 0.97 * bits * n / 8 < payload.numel() < 1.03 * bits * n / 8 + once
     # not far from the Gaussian bound 4^-bits, where a table of counts is little beside the values
     assert 4.0**-bits < (x - decoded).square().mean() < (1.7 if n > 10_000 else 2.0) * 4.0**-bits
 
@@ -51,7 +52,7 @@ def test_a_sign_is_a_bit_and_its_scale_the_mean():
 @pytest.mark.parametrize("coder", CODERS.values(), ids=CODERS)
 def test_what_is_owed_stays_bounded(coder: VectorCoder):
     """Of a constant vector, with the error added to the next; also where one value lies far out of its block."""
-    x = torch.randn(32 * BLOCK, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(8 * BLOCK, generator=torch.Generator().manual_seed(0))
     x[-3] = 10.0
     error, owed = torch.zeros_like(x), []
     for _ in range(300):
