@@ -1,7 +1,7 @@
 """What links of 16 Mbit/s between nodes cost, over the same work on fast links. `make bench-links`.
 
 First the ticks of k5 in two stages, a node each, for each codec; then the demo as it is, a replica on each of two nodes,
-and with gradients as PowerSGD.
+and with gradients summed dense.
 
 Three network namespaces on a bridge, each with a raylet of its own: the swarm on the first two, engines and anchor on
 the third. What leaves and what reaches a node is shaped by a token bucket. Linux, as root. Nothing of it is left when it
@@ -44,7 +44,7 @@ COMPARED = {
     "powersgd r=4": ["codec.kind=powersgd", "codec.rank=4"],
     "transform 5 %": ["codec.kind=transform", "codec.total_rate=0.05"],
 }
-DEMOS = {"demo": [], "demo, gradient r=4": ["codec.gradient.kind=powersgd", "codec.gradient.rank=4"]}
+DEMOS = {"demo": [], "demo, gradients dense": ["codec.gradient.kind=none"]}
 
 
 def sh(command: str) -> None:

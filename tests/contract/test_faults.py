@@ -117,6 +117,27 @@ def test_every_group_of_a_grid_has_its_deadline():
     assert found == [[], ["the replicas of a stage", "swarm.timeout_s"], ["worker d1p1", "swarm.timeout_s"], []]
 
 
+def _silent_copy(rank: int, init: str, way: str) -> list[str]:
+    grid = Grid(rank, 2, 1, torch.device("cpu"), Ledger(), timeout_s=1.5, init=init)
+    if rank == 0:
+        time.sleep(4)  # alive, but sends nothing
+        return []
+    payload = torch.zeros(8, dtype=torch.uint8)
+    call = {
+        "sum": lambda: grid.replicas.sum(torch.ones(3), 12.0),
+        "scatter": lambda: grid.replicas.scatter([payload, payload], 8, 8, 0.0),
+        "gather": lambda: grid.replicas.gather(payload, [(8, 8), (8, 8)]),
+    }
+    with pytest.raises(WaitTimeout) as caught:
+        call[way]()
+    return [caught.value.who, caught.value.knob]
+
+
+@pytest.mark.parametrize("way", ["sum", "scatter", "gather"])
+def test_a_silent_replica_ends_every_kind_of_sum_at_the_deadline(way: str):
+    assert on_ranks(2, _silent_copy, way)[1] == ["those who hold a copy (grad_dp)", "swarm.timeout_s"]
+
+
 def _too_much(rank: int, init: str) -> str:
     grid = Grid(rank, 2, 1, torch.device("cpu"), Ledger(), timeout_s=5, init=init)
     given = torch.zeros(100, dtype=torch.uint8) if rank == 0 else None
