@@ -54,8 +54,8 @@ def bytes_table(plan: Plan) -> Table:
 def ratios(plan: Plan) -> str:
     s = plan.configured
     return (
-        f"comm/bytes_ratio [bold]{_ratio(s.bytes_ratio)}[/] (published: boundary and Q alone), "
-        f"comm/total_ratio [bold]{_ratio(s.total_ratio)}[/] (everything)"
+        f"comm/total_ratio [bold]{_ratio(s.total_ratio)}[/] (everything), "
+        f"comm/bytes_ratio [bold]{_ratio(s.bytes_ratio)}[/] (published: boundary and Q alone)"
     )
 
 
