@@ -153,7 +153,7 @@ class AnchorConfig(Section):
 def correction_payload(anchor: AnchorConfig, merger: MergerConfig) -> Payload | None:
     """What a correction carries: `sign`, `dense`, or None where nothing is merged. Raises ValueError if it is no merger."""
     found = merger_class(merger.kind)
-    payload = found.payload if anchor.enabled and found.merges(merger) else None
+    payload = found.payload if anchor.enabled and found.has_effect(merger) else None
     return "dense" if payload and anchor.payload == "dense" else payload
 
 

@@ -69,7 +69,7 @@ class Merger(Protocol):
         return MergerCost()
 
     @classmethod
-    def merges(cls, config: MergerSettings) -> bool:
+    def has_effect(cls, config: MergerSettings) -> bool:
         """Whether a correction can change a gradient. If not, none is computed or sent."""
         return True
 

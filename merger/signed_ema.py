@@ -28,7 +28,7 @@ class SignedEMA(Merger):
         return cost_of_dose(config)
 
     @classmethod
-    def merges(cls, config: MergerSettings) -> bool:
+    def has_effect(cls, config: MergerSettings) -> bool:
         return config.dose > 0
 
     def prepare(self, g_comp: Gradient, correction: Held, age: int, norm: Norm = local_norm) -> None:
