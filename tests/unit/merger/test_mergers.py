@@ -281,7 +281,10 @@ class Doseless(Half):
         ("no.such.module:Half", "cannot be imported here: ModuleNotFoundError: No module named 'no'"),
         (f"{HERE}:Hlaf", "cannot be imported here: AttributeError: .*Hlaf"),
         (f"{HERE}:Unfinished", "is no merger: it lacks apply; derive it from merger.interface.Merger"),
-        (f"{HERE}:pair", "is no merger: it lacks apply, cost, has_effect, needs_source, payload, prepare, restore, state"),
+        (
+            f"{HERE}:pair",
+            "is no merger: it lacks apply, cost, has_effect, needs_source, payload, prepare, restore, state",
+        ),
         (f"{HERE}:Confused", "needs_source True: .* needs 'dense'"),
         (f"{HERE}:Whole", "payload 'all of it' .*: payload is 'sign', 'dense' or None"),
         (f"{HERE}:Doseless", "is no merger: it lacks dose"),
