@@ -27,7 +27,11 @@ FILES = {  # blocks that are files, under the names by which the pages call them
     "docs/experiments.md": {"toml": ["mine.toml"]},
     "docs/models.md": {"toml": ["data.toml", "reward.toml"], "python": ["my_rewards.py"]},
 }
-TEXTS = {"docs/architecture.md", "docs/simulate.md"}  # pages with blocks that are pictures or the grammar of a command
+TEXTS = {
+    "docs/architecture.md",
+    "docs/engines.md",
+    "docs/simulate.md",
+}  # pages with blocks that are pictures or the grammar of a command
 CHECKED = {  # what is not run, and why
     "make test": "would run itself",
     "make setup": "installs packages",
