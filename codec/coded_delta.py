@@ -16,8 +16,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from codec.delta import BaseMismatch
-from codec.frames import digest
+from codec.delta import BaseMismatch, digest_row
 from codec.vector import VectorCoder
 
 PIECE = 1 << 22  # weights that are coded at a time: their temporaries are ten times as large
@@ -29,14 +28,14 @@ def encode(new: np.ndarray, held: np.ndarray, coder: VectorCoder) -> dict[str, n
 
     Raises ValueError if a weight is not finite.
     """
-    arrays, payloads = {"base": _digest(held)}, [np.zeros(0, np.uint8)]
+    arrays, payloads = {"base": digest_row(held)}, [np.zeros(0, np.uint8)]
     for start in range(0, len(held), PIECE):
         part = held[start : start + PIECE]
         payload, decoded = coder.encode(torch.from_numpy(new[start : start + PIECE] - part))
         payloads.append(payload.numpy())
         part += decoded.numpy()
     sizes = np.array([payload.size for payload in payloads[1:]], np.int64)
-    return arrays | {"result": _digest(held), "sizes": sizes, "coded": np.concatenate(payloads)}
+    return arrays | {"result": digest_row(held), "sizes": sizes, "coded": np.concatenate(payloads)}
 
 
 def decode(arrays: dict[str, np.ndarray], held: np.ndarray, coder: VectorCoder) -> np.ndarray:
@@ -48,9 +47,9 @@ def decode(arrays: dict[str, np.ndarray], held: np.ndarray, coder: VectorCoder) 
     sizes, coded, starts = arrays["sizes"], arrays["coded"], range(0, len(held), PIECE)
     if len(sizes) != len(starts) or (sizes < 0).any() or sum(sizes.tolist()) != coded.size:
         raise _bad("sizes", f"{len(sizes)} pieces in {coded.size} bytes, {len(held)} weights are {len(starts)}")
-    if not np.array_equal(arrays["base"], _digest(held)):
+    if not np.array_equal(arrays["base"], digest_row(held)):
         raise BaseMismatch(
-            f"a step from {arrays['base'].tobytes().hex()} came, held is {_digest(held).tobytes().hex()}"
+            f"a step from {arrays['base'].tobytes().hex()} came, held is {digest_row(held).tobytes().hex()}"
         )
     found, end = held.copy(), 0
     for start, size in zip(starts, sizes.tolist()):
@@ -59,8 +58,8 @@ def decode(arrays: dict[str, np.ndarray], held: np.ndarray, coder: VectorCoder) 
             part += coder.decode(torch.from_numpy(coded[end - size : end].copy()), len(part)).numpy()
         except ValueError as error:
             raise _bad("coded", str(error)) from error
-    if not np.array_equal(arrays["result"], _digest(found)):
-        sent, here = arrays["result"].tobytes().hex(), _digest(found).tobytes().hex()
+    if not np.array_equal(arrays["result"], digest_row(found)):
+        sent, here = arrays["result"].tobytes().hex(), digest_row(found).tobytes().hex()
         raise _bad("result", f"{sent} was sent, what was decoded has {here}")
     return found
 
@@ -74,10 +73,6 @@ def _check(arrays: dict[str, np.ndarray]) -> None:
         shape = (16,) if name in ("base", "result") else (array.size,)
         if array.dtype != _DTYPES[name] or array.shape != shape:
             raise _bad(name, f"is {array.dtype} {array.shape}, not {np.dtype(_DTYPES[name])} {shape}")
-
-
-def _digest(weights: np.ndarray) -> np.ndarray:
-    return np.frombuffer(bytes.fromhex(digest(weights)), np.uint8)
 
 
 def _bad(field: str, reason: str) -> ValueError:

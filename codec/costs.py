@@ -69,14 +69,18 @@ def codec_cost(config: CodecConfig, shape: BoundaryShape, tokens: Tokens) -> Cod
     """Raises ValueError for a codec that cannot be imported, does not say what it costs, or does not fit the shape."""
     if config.kind in COSTS:
         return COSTS[config.kind](config, shape, tokens)
-    make = imported(config.kind, "codec.kind")
-    cost = cast("Cost | None", getattr(make, "cost", None))
+    own = _own_cost(config.kind, "codec.kind", "(config, shape, tokens) -> codec.costs.CodecCost")
+    return cast(Cost, own)(config, shape, tokens)
+
+
+def _own_cost(kind: str, setting: str, signature: str) -> object:
+    """The function that a user's kind has for its cost. Raises ValueError."""
+    cost = getattr(imported(kind, setting), "cost", None)
     if cost is None:
         raise ValueError(
-            f"codec.kind {config.kind!r} does not say what it costs: give it an attribute `cost`, a function "
-            f"(config, shape, tokens) -> codec.costs.CodecCost"
+            f"{setting} {kind!r} does not say what it costs: give it an attribute `cost`, a function {signature}"
         )
-    return cost(config, shape, tokens)
+    return cost
 
 
 def _none(config: CodecConfig, shape: BoundaryShape, tokens: Tokens) -> CodecCost:
@@ -138,16 +142,14 @@ GradientCosts = Callable[[GradientConfig, Shapes, int], GradientCost]
 
 
 def gradient_cost(config: GradientConfig, shapes: Shapes, copies: int) -> GradientCost:
-    """Of parameters of these shapes that so many ranks sum. Raises ValueError for a kind that cannot be imported, or does not say what it costs."""
+    """Of parameters of these shapes that so many ranks sum.
+
+    Raises ValueError for a kind that cannot be imported, or does not say what it costs.
+    """
     if config.kind in GRADIENTS:
         return GRADIENTS[config.kind](config, shapes, copies)
-    cost = cast("GradientCosts | None", getattr(imported(config.kind, "codec.gradient.kind"), "cost", None))
-    if cost is None:
-        raise ValueError(
-            f"codec.gradient.kind {config.kind!r} does not say what it costs: give it an attribute `cost`, a function "
-            f"(config, shapes, copies) -> codec.costs.GradientCost"
-        )
-    return cost(config, shapes, copies)
+    signature = "(config, shapes, copies) -> codec.costs.GradientCost"
+    return cast(GradientCosts, _own_cost(config.kind, "codec.gradient.kind", signature))(config, shapes, copies)
 
 
 def _dense_sum(config: GradientConfig, shapes: Shapes, copies: int) -> GradientCost:

@@ -103,6 +103,11 @@ def gradient_sum(
     """
     if replicas.count == 1:
         return DenseSum(replicas)
-    own = ":" in config.kind
-    make = cast(Maker, imported(config.kind, "codec.gradient.kind")) if own else GRADIENT_SUMS[config.kind]
-    return make(config, shapes, replicas, seed, device)
+    return gradient_maker(config)(config, shapes, replicas, seed, device)
+
+
+def gradient_maker(config: GradientConfig) -> Maker:
+    """What `codec.gradient.kind` names. Raises ValueError if it cannot be imported."""
+    if config.kind in GRADIENT_SUMS:
+        return GRADIENT_SUMS[config.kind]
+    return cast(Maker, imported(config.kind, "codec.gradient.kind"))

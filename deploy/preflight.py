@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from codec.boundary import make_codec
-from codec.named import imported
+from codec.gradient import gradient_maker
 from deploy.packages import IN_ACTORS, check_packages
 from merger import make_merger
 from rl.model_check import check_model
@@ -28,9 +28,7 @@ def preflight(config: RunConfig) -> Problems:
     assert shape is not None  # a folder has one
     config.check_fits(shape)
     make_merger(config.merger)  # these may be anybody's
-    gradient = config.codec.gradient.kind
-    if ":" in gradient:
-        imported(gradient, "codec.gradient.kind")
+    gradient_maker(config.codec.gradient)
     if config.swarm.boundaries:
         make_codec(config.codec, shape.hidden, config.run.seed)
     tokenizer = check_model(folder)  # loaded once: a second for a large vocabulary

@@ -6,7 +6,6 @@ all-reduce over n ranks is 2(n-1)/n of its bytes on each of them). What is appro
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import pairwise
 from math import prod
 
@@ -15,7 +14,7 @@ from codec.costs import FP32, BoundaryShape, CodecCost, Tokens, codec_cost, grad
 from codec.ledger import CHANNELS
 from deploy.estimate.batches import Sizes, answers, dealt, replay_bytes
 from deploy.estimate.delta_size import Course, Walk, walk
-from deploy.estimate.parameters import Params, own_shapes, parameters, stage_parameters, tied_copies
+from deploy.estimate.parameters import Group, Params, copy_groups, parameters, stage_parameters
 from deploy.estimate.workload import (
     engine_nodes,
     evenly,
@@ -32,8 +31,6 @@ from deploy.estimate.workload import (
 )
 from merger import merger_class
 from swarm.run_config import RunConfig
-
-Group = tuple[Sequence[tuple[int, ...]], int]  # shapes that are summed, by how many ranks
 
 # --- bytes of single messages --------------------------------------------------------------------
 
@@ -157,20 +154,13 @@ def _gradients(config: RunConfig, params: Params) -> dict[str, tuple[float, floa
         sent = [2 * (n - 1) * gradient_cost(config.codec.gradient, shapes, n).sent for shapes, n in groups]
         return sum(sent), sum(2 * (n - 1) * FP32 * sum(map(prod, shapes)) for shapes, n in groups)
 
-    own, tied = _groups(config, params)
+    own, tied = copy_groups(config, params)
     return {"grad_dp": summed(own), "tied": summed(tied)}
-
-
-def _groups(config: RunConfig, params: Params) -> tuple[list[Group], list[Group]]:
-    """Who sums what: replicas of each stage, and the copies of a tied embedding."""
-    dp, copies = config.swarm.dp, tied_copies(config, params)
-    own: list[Group] = [(shapes, dp) for shapes in own_shapes(config, params)] if dp > 1 else []
-    return own, [([(params.vocab, params.hidden)], copies)] if copies else []
 
 
 def _payload_sizes(config: RunConfig, params: Params) -> int:
     """Before every coded payload, to every other who holds a copy: chunks to their owners, and sums from them."""
-    own, tied = _groups(config, params)
+    own, tied = copy_groups(config, params)
     coded = [(gradient_cost(config.codec.gradient, shapes, n).coded, n) for shapes, n in own + tied]
     return sum(count * 2 * 8 * n * (n - 1) for count, n in coded)
 

@@ -15,11 +15,10 @@ from deploy.estimate.bytes import correction_bytes, full, snapshot_itemsize
 from deploy.estimate.parameters import (
     Params,
     attention_widths,
+    copy_groups,
     model_metadata,
-    own_shapes,
     stage_parameters,
     stage_shapes,
-    tied_copies,
 )
 from deploy.estimate.workload import microbatch_count, prompt_tokens, response_tokens
 from merger import merger_class
@@ -62,11 +61,9 @@ def _model(config: RunConfig, role: str, n: int, trained: bool) -> list[Part]:
 
 
 def _error_feedback(config: RunConfig, params: Params, p: int) -> int:
-    dp, copies = config.swarm.dp, tied_copies(config, params)
-    summed = [(own_shapes(config, params)[p], dp)] if dp > 1 else []
-    if copies and p in (0, config.swarm.pp - 1):
-        summed.append(([(params.vocab, params.hidden)], copies))
-    return sum(gradient_cost(config.codec.gradient, shapes, ranks).kept for shapes, ranks in summed)
+    own, tied = copy_groups(config, params)
+    summed = own[p : p + 1] + (tied if p in (0, config.swarm.pp - 1) else [])
+    return sum(gradient_cost(config.codec.gradient, shapes, copies).kept for shapes, copies in summed)
 
 
 def worker(config: RunConfig, params: Params, p: int) -> list[Part]:

@@ -121,3 +121,13 @@ def own_shapes(config: RunConfig, params: Params) -> list[list[tuple[int, ...]]]
 def tied_copies(config: RunConfig, params: Params) -> int:
     """How many ranks sum the gradient of a tied embedding that two stages hold; 0 where it is on one."""
     return 2 * config.swarm.dp if params.tied and config.swarm.pp > 1 else 0
+
+
+Group = tuple[list[tuple[int, ...]], int]  # shapes that are summed, by how many ranks
+
+
+def copy_groups(config: RunConfig, params: Params) -> tuple[list[Group], list[Group]]:
+    """Who sums what: the replicas of each stage, if there are several, and the copies of a tied embedding, if there are."""
+    dp, copies = config.swarm.dp, tied_copies(config, params)
+    own = [(shapes, dp) for shapes in own_shapes(config, params)] if dp > 1 else []
+    return own, [([(params.vocab, params.hidden)], copies)] if copies else []
