@@ -16,7 +16,7 @@ from anchor_service.config import correction_payload
 from codec.costs import FP32, CodecCost, GradientCost, gradient_cost
 from deploy.estimate.batches import answers, dealt, replay_bytes
 from deploy.estimate.bytes import correction_bytes, cost_of_codec, snapshot_bytes
-from deploy.estimate.parameters import check_fits, own_shapes, parameters, stage_parameters, tied_copies
+from deploy.estimate.parameters import check_fits, copy_groups, own_shapes, parameters, stage_parameters
 from deploy.estimate.workload import (
     engine_nodes,
     microbatch_count,
@@ -184,9 +184,8 @@ class Durations:
         ring = self._reduce(self.jitter(self.rng, self.pp, self.dp).max(axis=1))
         reduced = ends.max(axis=1) + ring  # a stage's ring begins when all its replicas are there
         before = reduced.max()
-        copies = tied_copies(self.config, self.params)
-        if copies:
-            cost = gradient_cost(self.config.codec.gradient, [(self.params.vocab, self.params.hidden)], copies)
+        for shapes, copies in copy_groups(self.config, self.params)[1]:
+            cost = gradient_cost(self.config.codec.gradient, shapes, copies)
             slowest = self.jitter(self.rng, copies).max()
             tied = 2 * (copies - 1) * (cost.sent / copies / self.swarm_rate * slowest + cost.sums * self.latency)
             before = max(before, max(reduced[0], reduced[-1]) + tied)

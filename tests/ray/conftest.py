@@ -13,11 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 
 from deploy.cluster.kept_actors import KeptActors
 from deploy.cluster.launch import cluster, drive
 from deploy.config import load
 from deploy.resume import plan_resume
+from rl.batch import Batch
+from swarm.coordinator import Coordinator
+from swarm.corrections import MiniFrame
 from swarm.run_config import RunConfig
 
 SIZES = (
@@ -79,3 +83,15 @@ def lines(run: Path, name: str) -> list[dict[str, Any]]:
 
 def of_kind(run: Path, kind: str) -> list[dict[str, Any]]:
     return [record for record in lines(run, "metrics.jsonl") if record["kind"] == kind]
+
+
+def kill_engine_in(step: int, coordinator: Coordinator) -> None:
+    """The first engine dies when the samples of that step are there, before its ticks."""
+    mini_batches = coordinator._mini_batches
+
+    def kill(batch: Batch) -> list[MiniFrame]:
+        if coordinator.progress.step == step:
+            ray.kill(coordinator.fleet.engines[0])
+        return mini_batches(batch)
+
+    coordinator._mini_batches = kill

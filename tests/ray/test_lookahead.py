@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 
 from deploy.cluster.kept_actors import new_actors
 from swarm.coordinator import Coordinator
 from swarm.run_config import RunConfig
 from swarm.telemetry import Telemetry
-from tests.ray.conftest import as_if_killed, ignore, lines, of_kind, run_kept, small
+from tests.ray.conftest import as_if_killed, ignore, kill_engine_in, lines, of_kind, run_kept, small
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 
@@ -99,14 +98,7 @@ def test_engines_that_are_killed_are_mended_and_the_record_tells_the_true_stalen
     with new_actors(config) as actors:
         telemetry = Telemetry(folder, ignore)
         coordinator = Coordinator(config, actors, telemetry, folder)
-        mini_batches = coordinator._mini_batches
-
-        def kill_in_step_3(batch):
-            if coordinator.progress.step == 3:
-                ray.kill(actors.engines[0])
-            return mini_batches(batch)
-
-        coordinator._mini_batches = kill_in_step_3
+        kill_engine_in(3, coordinator)
         coordinator.run()
         telemetry.finish("completed", {})
     (event,) = [e for e in of_kind(folder, "event") if e["event"] == "engines started anew"]

@@ -14,7 +14,7 @@ from deploy.cluster.kept_actors import new_actors
 from deploy.config import load
 from swarm.coordinator import Coordinator
 from swarm.telemetry import Telemetry
-from tests.ray.conftest import as_if_killed, ignore, lines, of_kind, run_kept, small
+from tests.ray.conftest import as_if_killed, ignore, kill_engine_in, lines, of_kind, run_kept, small
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 
@@ -138,14 +138,7 @@ def test_a_dead_engine_is_started_anew_as_if_nothing_had_happened_and_a_dead_wor
         telemetry = Telemetry(folder, ignore)
         coordinator = Coordinator(config, actors, telemetry, folder)
         ray.kill(actors.engines[0])
-        mini_batches = coordinator._mini_batches
-
-        def kill_in_step_2(batch):
-            if coordinator.progress.step == 2:
-                ray.kill(actors.engines[0])
-            return mini_batches(batch)
-
-        coordinator._mini_batches = kill_in_step_2
+        kill_engine_in(2, coordinator)
         coordinator.run()
         assert telemetry.digests == calm["weights_digests"]
         ray.kill(actors.workers[0])  # no new engine can mend this
