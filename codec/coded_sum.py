@@ -5,7 +5,8 @@
 
 Each replica sends 2(n-1)/n of a coded vector, as a ring does of a dense one; an all-gather of coded vectors would send (n-1), and
 would not gain on a dense ring beyond 64 / bits replicas. What a replica has lost of its own, and the owner of a chunk on its sum,
-comes back to whoever must send it again: over all replicas what is lost and what arrived is what was put in.
+comes back to whoever must send it again: over all replicas what is lost and what arrived is what was put in. Few values have fewer
+owners: coding them takes a time that is the same for any number of values.
 
 Reference: Tang et al. 2021, "1-bit Adam", arXiv:2102.02888, section 4.3 (compressed_allreduce, with errors of worker and server).
 """
@@ -18,6 +19,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from codec.costs import owners
 from codec.vector import VectorCoder
 
 
@@ -51,24 +53,29 @@ def coded_sum(x: Tensor, coder: VectorCoder, replicas: Replicas, dense_bytes: fl
     chunks, k = _chunks(x.numel(), replicas.count), replicas.index
     lengths = [chunk.stop - chunk.start for chunk in chunks]
     total, lost = torch.empty_like(x), torch.zeros_like(x)
-    payloads = []
+    nothing, payloads = x.new_empty(0, dtype=torch.uint8), []
     for j, chunk in enumerate(chunks):
-        payload, decoded = coder.encode(x[chunk]) if j != k else (x.new_empty(0, dtype=torch.uint8), x[chunk])
+        payload, decoded = coder.encode(x[chunk]) if j != k and lengths[j] else (nothing, x[chunk])
         payloads.append(payload)
         lost[chunk] = x[chunk] - decoded
-    came = replicas.scatter(payloads, *coder.limits(lengths[k]), dense_bytes)
-    parts = [x[chunks[k]] if j == k else coder.decode(payload, lengths[k]) for j, payload in enumerate(came)]
-    mine = parts[0].clone()
-    for part in parts[1:]:
-        mine += part
-    payload, decoded = coder.encode(mine)
-    lost[chunks[k]] = mine - decoded
-    for j, raw in enumerate(replicas.gather(payload, [coder.limits(n) for n in lengths])):
-        total[chunks[j]] = decoded if j == k else coder.decode(raw, lengths[j])
+    limits = [coder.limits(n) if n else (0, 0) for n in lengths]
+    came = replicas.scatter(payloads, *limits[k], dense_bytes)
+    payload, decoded = nothing, x[chunks[k]]
+    if lengths[k]:
+        parts = [x[chunks[k]] if j == k else coder.decode(payload, lengths[k]) for j, payload in enumerate(came)]
+        mine = parts[0].clone()
+        for part in parts[1:]:
+            mine += part
+        payload, decoded = coder.encode(mine)
+        lost[chunks[k]] = mine - decoded
+    for j, raw in enumerate(replicas.gather(payload, limits)):
+        if lengths[j]:
+            total[chunks[j]] = decoded if j == k else coder.decode(raw, lengths[j])
     return total, lost
 
 
 def _chunks(n: int, count: int) -> list[slice]:
-    """Who owns what: n values in `count` runs whose lengths differ by at most one."""
-    ends = [n * j // count for j in range(count + 1)]
+    """Who owns what: n values in runs of nearly equal length for the first `owners`, and nothing for the others."""
+    among = owners(n, count)
+    ends = [min(n, n * j // among) for j in range(count + 1)]
     return [slice(a, b) for a, b in pairwise(ends)]

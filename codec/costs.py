@@ -23,6 +23,7 @@ from codec.named import imported
 FP32, BF16 = 4, 2
 DIRECTIONS = 0.6  # share of the directions that a transform's tables hold: 0.4 to 0.85 were seen at 5 % of two models
 SCALED = 512  # values that share a scale of two bytes: `codec.vector`
+SMALLEST = 8 * SCALED  # values of a chunk of a coded sum, where there is more than one: `codec.coded_sum`
 BOOKS = 5 * 8  # bytes of what a way with a held rate sent in a tick, float64: `codec.transform.rate`
 
 
@@ -171,8 +172,9 @@ def _powersgd_sum(config: GradientConfig, shapes: Shapes, copies: int) -> Gradie
 
 def _sign_sum(config: GradientConfig, shapes: Shapes, copies: int) -> GradientCost:
     n = sum(map(prod, shapes))
-    chunk = ceil(n / copies)
-    return GradientCost(copies * (8 + 2 * ceil(chunk / SCALED) + ceil(chunk / 8)), sums=1, kept=FP32 * n, coded=1)
+    chunks = owners(n, copies)
+    chunk = ceil(n / chunks)
+    return GradientCost(chunks * (8 + 2 * ceil(chunk / SCALED) + ceil(chunk / 8)), sums=1, kept=FP32 * n, coded=1)
 
 
 def _sparse_sum(config: GradientConfig, shapes: Shapes, copies: int) -> GradientCost:
@@ -182,12 +184,18 @@ def _sparse_sum(config: GradientConfig, shapes: Shapes, copies: int) -> Gradient
 
 
 def _entropy_coded(n: int, bits: float, copies: int) -> float:
-    """Bytes of n values in a chunk for each of the copies: at their bits, and what a payload of `codec.vector` has once.
+    """Bytes of n values, a chunk for each owner: at their bits, and what a payload of `codec.vector` has once.
 
     Of normal values: at 2 bits and more in steps of about 4·2^-bits of their deviation, the largest of m at √(2 ln m) of it.
     """
-    step, farthest = min(2.5, 4 * 2**-bits), sqrt(2 * log(max(2, n / copies)))
-    return bits / 8 * n + copies * (22 + 2 * (2 + farthest / step))
+    chunks = owners(n, copies)
+    step, farthest = min(2.5, 4 * 2**-bits), sqrt(2 * log(max(2, n / chunks)))
+    return bits / 8 * n + chunks * (22 + 2 * (2 + farthest / step))
+
+
+def owners(n: int, copies: int) -> int:
+    """Of so many replicas, how many sum a chunk of n coded values: a chunk below SMALLEST costs more time than it saves."""
+    return min(copies, max(1, n // SMALLEST))
 
 
 def is_factored(shape: tuple[int, ...], rank: int) -> bool:

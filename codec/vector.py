@@ -33,7 +33,7 @@ BLOCK = SCALED
 LEVELS = 127  # largest |q|, whatever the step
 FARTHEST = 8.0  # rms of its block: what lies beyond is sent with the next vector, as all that is lost
 TRIED = 128  # blocks on which a step is tried
-HALVINGS = 24  # of an interval of 14 octaves: the step is right to 1e-6
+HALVINGS = 12  # of an interval of 14 octaves: the step is right to a quarter of a percent
 _DIGEST, _HEAD = 8, struct.Struct("<fI")
 
 
@@ -84,10 +84,10 @@ class EntropyVector:
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         scales = _means(x.square()).sqrt_().bfloat16().float()
-        unit = scales.repeat_interleave(BLOCK)[: x.numel()]
-        relative = torch.where(unit > 0, x / unit, 0.0)
+        inverse = torch.where(scales > 0, 1 / scales, 0.0)
+        relative = x.abs() * inverse.repeat_interleave(BLOCK)[: x.numel()]
         step = self._step(relative)
-        q = self._whole(relative.abs(), step)
+        q = self._whole(relative, step)
         magnitude = q.cpu().numpy()
         sent, writer = magnitude[_sent(scales, x.numel())], WordWriter()
         counts = _counts(sent)
@@ -119,11 +119,13 @@ class EntropyVector:
         if sent.any():
             magnitude[sent] = reader.take(int(sent.sum()), counts.astype(np.int64))
         reader.finish()
-        nonzero, signs = np.flatnonzero(magnitude), raw[2 * blocks :]
-        if signs.size != -(-nonzero.size // 8):
-            raise ValueError(f"signs: {signs.size} bytes for {nonzero.size} values: the payload is damaged")
-        negative = np.unpackbits(signs, count=nonzero.size, bitorder="little").view(bool)
-        magnitude[nonzero[negative]] *= -1
+        nonzero, signs = magnitude > 0, raw[2 * blocks :]
+        count = int(nonzero.sum())
+        if signs.size != -(-count // 8):
+            raise ValueError(f"signs: {signs.size} bytes for {count} values: the payload is damaged")
+        negative = np.unpackbits(signs, count=count, bitorder="little").view(bool)
+        values = magnitude[nonzero]
+        magnitude[nonzero] = np.where(negative, -values, values)
         q = torch.from_numpy(magnitude).to(payload.device).float()
         return _stepped(q, scales.to(payload.device), step)
 
@@ -132,31 +134,44 @@ class EntropyVector:
         return least, least + 2 * (LEVELS - 1) + 4 * n + n // 8 + 64  # a symbol of least probability: below 32 bits
 
     def _whole(self, magnitude: Tensor, step: float) -> Tensor:
-        most = min(LEVELS, math.ceil(FARTHEST / step))
-        return (magnitude / step + self.offset).floor_().clamp_(max=most).to(torch.int32)
+        return (magnitude / step + self.offset).floor_().clamp_(max=self._most(step)).to(torch.int32)
+
+    def _most(self, step: float) -> int:
+        return min(LEVELS, math.ceil(FARTHEST / step))
 
     def _step(self, relative: Tensor) -> float:
         """Of the values in units of their block's rms [n]: the smallest step that asks for no more than `bits`."""
         blocks = _blocks(relative.numel())
         chosen = torch.linspace(0, max(0, blocks - 1), min(blocks, TRIED)).long().tolist()
         tried = torch.cat([relative[b * BLOCK : (b + 1) * BLOCK] for b in chosen]) if chosen else relative
-        a, n = tried.abs().cpu(), max(1, relative.numel())
+        sorted_, n = np.sort(_patterns(tried.abs().cpu().numpy()), kind="stable"), max(1, relative.numel())
         low, high = -7.0, 7.0
         for _ in range(HALVINGS):
             middle = (low + high) / 2
-            fits = _bits(self._whole(a, 2.0**middle), n) <= self.bits
+            fits = _bits(self._histogram(sorted_, 2.0**middle), n) <= self.bits
             low, high = (low, middle) if fits else (middle, high)
         return float(np.float32(2.0**high))
 
+    def _histogram(self, patterns: np.ndarray, step: float) -> np.ndarray:
+        """How many of the sorted magnitudes become 0, 1, 2 … steps: what counting `_whole` gives, but for their last bits."""
+        edges = (np.arange(1, self._most(step) + 1) - self.offset) * (step * (1 + 2.0**-9))  # to the nearest pattern
+        ends = np.searchsorted(patterns, _patterns(edges.astype(np.float32)))
+        return np.append(ends, patterns.size) - np.append(0, ends)
 
-def _bits(magnitude: Tensor, n: int) -> float:
-    """Bits a value of n values whose magnitudes are like these [m]: at -log2 p, with signs and scales.
+
+def _bits(counts: np.ndarray, n: int) -> float:
+    """Bits a value of n values whose magnitudes 0, 1, 2 … are as frequent as these: at -log2 p, with signs and scales.
 
     Without what a payload has once: few values must get their bits too.
     """
-    share = torch.bincount(magnitude, minlength=1).double() / max(1, magnitude.numel())
-    entropy = -float((share * share.clamp_min(1e-300).log2()).sum()) + 1 - float(share[0])
+    share = counts / max(1, counts.sum())
+    entropy = -float((share * np.log2(np.maximum(share, 1e-300))).sum()) + 1 - float(share[0])
     return entropy + 16 * _blocks(n) / n
+
+
+def _patterns(magnitude: np.ndarray) -> np.ndarray:
+    """The upper half of float32 magnitudes: whole numbers in the same order, sorted in a tenth of the time."""
+    return (magnitude.view(np.int32) >> 16).astype(np.int16)
 
 
 def _blocks(n: int) -> int:
@@ -227,6 +242,8 @@ def _taken(raw: np.ndarray, count: int, dtype: str, field: str) -> tuple[np.ndar
 
 def _counts(magnitude: np.ndarray) -> np.ndarray:
     """How often each magnitude occurs, in 65,535ths, u16: what occurs at all has one."""
-    counts = np.bincount(magnitude, minlength=2)
+    nonzero = magnitude[magnitude > 0]
+    counts = np.bincount(nonzero, minlength=2)
+    counts[0] = magnitude.size - nonzero.size
     share = np.round(counts * (65_535 / max(1, magnitude.size)))
     return np.where(counts > 0, np.clip(share, 1, 65_535), 0).astype("<u2")

@@ -78,10 +78,11 @@ class Peers:
 
     def _pass(self, mine: list[Tensor], theirs: list[Tensor], what: str, channel: str) -> None:
         """Tensor k of `mine` to peer k, and its own into tensor k of `theirs`."""
-        calls = [dist.P2POp(dist.irecv, theirs[k], self.ranks[k], self.group) for k in self.others]
-        calls += [dist.P2POp(dist.isend, mine[k].contiguous(), self.ranks[k], self.group) for k in self.others]
+        calls = [(dist.irecv, theirs[k], self.ranks[k]) for k in self.others]
+        calls += [(dist.isend, mine[k].contiguous(), self.ranks[k]) for k in self.others]
+        filled = [dist.P2POp(call, tensor, peer, self.group) for call, tensor, peer in calls if tensor.numel()]
         with self.waiting(f"those who hold a copy ({self.channel})", what):
-            for work in dist.batch_isend_irecv(calls):
+            for work in dist.batch_isend_irecv(filled) if filled else []:
                 work.wait()
         self.ledger.add(channel, sum(mine[k].nbytes for k in self.others), 0.0)
 

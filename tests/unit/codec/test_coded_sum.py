@@ -12,6 +12,7 @@ import torch
 
 from codec.coded_sum import coded_sum
 from codec.config import GradientConfig
+from codec.costs import SMALLEST, owners
 from codec.gradient import GradientSum, gradient_sum
 from codec.vector import EntropyVector, SignVector, VectorCoder
 from tests.own_parts import write_parts
@@ -151,11 +152,12 @@ def test_an_own_kind_is_imported_and_a_wrong_one_named(tmp_path: Path, monkeypat
         on_threads(2, lambda r: gradient_sum(GradientConfig(kind="my_gradient:no"), SHAPES, r, 0, CPU))
 
 
-def test_numbers_of_chunks_are_shared_evenly():
+def test_chunks_are_nearly_equal_and_few_where_there_is_little_to_sum():
     from codec.coded_sum import _chunks
 
-    for n in (0, 1, 5, 1000):
+    for n in (0, 1, 4095, 8192, 12_289, 100_000):
         for count in (1, 2, 3, 8):
-            chunks = _chunks(n, count)
-            lengths = np.array([c.stop - c.start for c in chunks])
-            assert lengths.sum() == n and np.ptp(lengths) <= 1 and len(chunks) == count
+            lengths = np.array([c.stop - c.start for c in _chunks(n, count)])
+            filled = lengths[: owners(n, count)]
+            assert lengths.sum() == filled.sum() == n and np.ptp(filled) <= 1 and len(lengths) == count
+            assert len(filled) == 1 or filled.min() >= SMALLEST
