@@ -21,9 +21,10 @@ from rl.snapshot import BaseLost
 class Anchor:
     """One anchor worker. Nothing but its copy of the model stays between fires."""
 
-    def __init__(self, setup: DenseSetup, payload: str):
+    def __init__(self, setup: DenseSetup, payload: str, stride: int | None = None):
+        """`stride`: of the coordinates at which the merger looks, `merger.look`; None: it does not."""
         torch.set_num_threads(setup.threads)
-        self.config, self.payload = setup.anchor, payload
+        self.config, self.payload, self.stride = setup.anchor, payload, stride
         self.dense = DenseGradient.beside(setup)
 
     def gradient(self, job: FireJob) -> tuple[dict[str, Any], np.ndarray]:
@@ -62,14 +63,14 @@ class Anchor:
         workers enter it in the order of their versions, whoever computed them.
         """
         start = time.perf_counter()
-        new = torch.from_numpy(m.copy())
+        alone = new = torch.from_numpy(m.copy())
         if m_bar is not None:
-            new = torch.from_numpy(m_bar.copy()).lerp_(new, 1 - self.config.beta_anc)
+            new = torch.from_numpy(m_bar.copy()).lerp_(alone, 1 - self.config.beta_anc)
         version, source, first = (report[k] for k in ("version", "source_tick", "first_tick"))
-        corrections = [
-            pack_correction(self.dense.shard(new, p), self.payload, version, source, first, p)
-            for p in range(len(self.dense.stages))
-        ]
+        corrections = []
+        for p in range(len(self.dense.stages)):
+            look = None if self.stride is None else self.dense.look(alone, p, self.stride)
+            corrections.append(pack_correction(self.dense.shard(new, p), self.payload, version, source, first, p, look))
         report = report | {
             "digest": digest(*(content_digest(c).encode() for c in corrections)),
             "bytes": sum(c.nbytes for c in corrections),

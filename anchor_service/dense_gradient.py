@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from anchor_service.config import AnchorConfig
 from anchor_service.errors import NotFinite
+from merger.look import looked_at
 from rl.batch import Batch
 from rl.config import GrpoConfig, ModelConfig, SnapshotConfig
 from rl.device import prefer_determinism
@@ -110,13 +112,22 @@ class DenseGradient:
 
     def shard(self, m: Tensor, stage: int) -> Tensor:
         """The part of flat `m` that stage `stage` holds; its tied embedding, if any, comes last."""
-        weights, span = self.model.weights, self.stages[stage]
-        names = [n for n in weights.names if self._owner(n) == stage]
-        start, stop = weights.slice_of(names[0]).start, weights.slice_of(names[-1]).stop
-        part = m[start:stop]
+        span, part = self.stages[stage], self._own(m, stage)
         if self.tied and span.last and not span.first:
-            part = torch.cat([part, m[weights.slice_of(EMBEDDING)]])
+            part = torch.cat([part, m[self.model.weights.slice_of(EMBEDDING)]])
         return part
+
+    def look(self, m: Tensor, stage: int, stride: int) -> Tensor:
+        """Flat `m` at the coordinates of stage `stage` at which a merger looks."""
+        weights = self.model.weights
+        sizes = [math.prod(s) for n, s in zip(weights.names, weights.shapes) if self._owner(n) == stage]
+        return self._own(m, stage)[torch.from_numpy(looked_at(sizes, stride))]
+
+    def _own(self, m: Tensor, stage: int) -> Tensor:
+        """What stage `stage` alone trains."""
+        weights = self.model.weights
+        names = [n for n in weights.names if self._owner(n) == stage]
+        return m[weights.slice_of(names[0]).start : weights.slice_of(names[-1]).stop]
 
     def _owner(self, name: str) -> int:
         """Which stage trains the parameter `name`."""

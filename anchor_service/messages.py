@@ -11,6 +11,8 @@ from torch import Tensor
 
 from codec import frames, signs
 
+LOOK = "look_"
+
 
 @dataclass(frozen=True)
 class FireJob:
@@ -33,13 +35,22 @@ class Correction:
     first_tick: int | None  # None on the wall clock: in the first tick in which all ranks hold it
     values: Tensor  # int8 signs or float32 M̄, [numel of the stage]
     digest: str
+    look: Tensor | None = None  # int8 signs of M alone, at the coordinates of `merger.look`, for a merger that looks
 
 
 def pack_correction(
-    m: Tensor, payload: str, version: int, source_tick: int, first_tick: int | None, stage: int
+    m: Tensor,
+    payload: str,
+    version: int,
+    source_tick: int,
+    first_tick: int | None,
+    stage: int,
+    look: Tensor | None = None,
 ) -> np.ndarray:
-    """Correction frame of one stage. `m` is M̄ [numel]; `payload` is `sign` or `dense`."""
+    """Correction frame of one stage. `m` is M̄ [numel]; `payload` is `sign` or `dense`; `look`: M at some coordinates."""
     arrays = signs.encode(m, f"stage {stage}") if payload == "sign" else {"dense": m.cpu().numpy()}
+    if look is not None:
+        arrays |= {LOOK + name: plane for name, plane in signs.encode(look, f"stage {stage}").items()}
     header = {
         "kind": "correction",
         "payload": payload,
@@ -48,14 +59,16 @@ def pack_correction(
         "first_tick": first_tick,
         "stage": stage,
         "numel": m.numel(),
+        "look": None if look is None else look.numel(),
     }
     return frames.pack(header, arrays)
 
 
-def unpack_correction(frame: np.ndarray, stage: int, numel: int) -> Correction:
-    """Raises FrameError if the frame is damaged or meant for another stage or model."""
+def unpack_correction(frame: np.ndarray, stage: int, numel: int, look: int | None = None) -> Correction:
+    """`look`: at how many coordinates M's signs must be there. Raises FrameError if the frame is damaged or meant for
+    another stage, model or merger."""
     header, arrays = frames.unpack(frame, "the anchor")
-    for field, expected in (("kind", "correction"), ("stage", stage), ("numel", numel)):
+    for field, expected in (("kind", "correction"), ("stage", stage), ("numel", numel), ("look", look)):
         if header.get(field) != expected:
             raise frames.FrameError("the anchor", field, f"is {header.get(field)!r}, this rank needs {expected!r}")
     for field in ("version", "source_tick"):
@@ -64,6 +77,8 @@ def unpack_correction(frame: np.ndarray, stage: int, numel: int) -> Correction:
     if type(header.get("first_tick")) not in (int, type(None)):
         raise frames.FrameError("the anchor", "first_tick", f"is {header['first_tick']!r}, not a number")
     try:
+        planes = {name.removeprefix(LOOK): arrays.pop(name) for name in sorted(arrays) if name.startswith(LOOK)}
+        seen = None if look is None else signs.decode(planes, look)
         values = signs.decode(arrays, numel) if header.get("payload") == "sign" else _dense(arrays, numel)
     except ValueError as error:
         raise frames.FrameError("the anchor", "arrays", str(error)) from error
@@ -73,6 +88,7 @@ def unpack_correction(frame: np.ndarray, stage: int, numel: int) -> Correction:
         first_tick=header.get("first_tick"),
         values=values,
         digest=frames.digest_of(frame),
+        look=seen,
     )
 
 

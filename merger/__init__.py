@@ -8,13 +8,21 @@ from __future__ import annotations
 from typing import cast
 
 from codec.named import imported
+from merger.calibrated import Calibrated
 from merger.delta import Delta
 from merger.interface import Merger
 from merger.none import NoMerger
+from merger.replace import Replace
 from merger.settings import MergerSettings
 from merger.signed_ema import SignedEMA
 
-MERGERS: dict[str, type[Merger]] = {"none": NoMerger, "signed_ema": SignedEMA, "delta": Delta}
+MERGERS: dict[str, type[Merger]] = {
+    "none": NoMerger,
+    "signed_ema": SignedEMA,
+    "calibrated": Calibrated,
+    "delta": Delta,
+    "replace": Replace,
+}
 _FACE = sorted({"payload", "__call__", *(name for name in vars(Merger) if not name.startswith("_"))})  # of the class
 
 

@@ -18,6 +18,7 @@ def _own(kind: str) -> bool:
 
 
 MERGING = When("merger.kind", tuple(kind for kind, merger in MERGERS.items() if merger.payload), _own)
+_DOSED = When("merger.kind", ("signed_ema", "delta"), _own)
 TAKES_SIGNS = When("merger.kind", tuple(kind for kind, merger in MERGERS.items() if merger.payload == "sign"), _own)
 
 
@@ -26,7 +27,7 @@ class MergerConfig(MergerSettings):
 
     placebo: Literal["own", "random"] | None = Field(
         default=None,
-        description="signed_ema without an anchor, on its schedule: the signs of the average of G_comp, or random ones",
+        description="a merger of signs without an anchor, on its schedule: the signs of the average of G_comp, or random ones",
     )
 
     @field_validator("kind")
@@ -42,15 +43,21 @@ class MergerConfig(MergerSettings):
 
     @model_validator(mode="after")
     def _needs_signs(self) -> MergerConfig:
-        if self.placebo and self.kind != "signed_ema":
-            raise ValueError(f"placebo {self.placebo!r} stands in for the signs of signed_ema, not for {self.kind!r}")
+        if self.placebo and self.kind not in ("signed_ema", "calibrated"):
+            raise ValueError(
+                f"placebo {self.placebo!r} stands in for the signs of signed_ema or calibrated, not for {self.kind!r}"
+            )
         return self
 
 
 READING: Reading = {
     "merger.alpha": ((When("merger.kind", ("signed_ema",), _own),),),
-    "merger.dose": ((MERGING,),),
-    "merger.age_decay": ((MERGING,),),
-    "merger.adaptive_lambda_mode": ((MERGING,),),
-    "merger.lambda_cap": ((When("merger.adaptive_lambda_mode", ("ratio",)), MERGING),),
+    "merger.dose": ((_DOSED,),),
+    "merger.age_decay": ((_DOSED,),),
+    "merger.adaptive_lambda_mode": ((_DOSED,),),
+    "merger.lambda_cap": ((When("merger.adaptive_lambda_mode", ("ratio",)), _DOSED),),
+    "merger.spend": ((When("merger.kind", ("delta",), _own),),),
+    "merger.hold_cap": ((When("merger.kind", ("signed_ema",), _own),),),
+    "merger.cap": ((When("merger.kind", ("calibrated",), _own),), (When("merger.hold_cap", (True,)),)),
+    "merger.prior": ((When("merger.kind", ("calibrated",), _own),),),
 }

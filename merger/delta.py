@@ -1,4 +1,4 @@
-"""delta: add what the codec lost at the source tick, δ = M̄ - G_comp(source), held from the fire."""
+"""delta: add what the codec lost at the source tick, δ = M̄ - G_comp(source), from the fire on."""
 
 from __future__ import annotations
 
@@ -29,6 +29,10 @@ class Delta(Merger):
     def prepare(self, g_comp: Gradient, correction: Held, age: int, norm: Norm = local_norm) -> None:
         """Set the dose for this tick."""
         self.dose = dose_at(self.config, age, lambda: correction, g_comp, norm)
+        if self.config.spend == "spread":
+            self.dose /= self.holds.mean(age)
+        elif self.config.spend == "once" and age > 0:
+            self.dose = 0.0
 
     def apply(self, g_comp: Gradient, correction: Held) -> Gradient:
         """`g_comp` and `correction` δ, whole or any block of both -> merged, fp32."""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
 import numpy as np
 
+from merger.holds import Holds
 from merger.settings import MergerSettings
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 Payload = Literal["sign", "dense"]
 Norm = Callable[["Tensor"], float]
+Total = Callable[[list[float]], list[float]]  # sums of numbers over the stages of a replica
 
 
 @dataclass(frozen=True)
@@ -56,12 +58,17 @@ class Merger(Protocol):
 
     payload: ClassVar[Payload | None]  # what the anchor must publish for it; None: nothing, it never merges
     needs_source: ClassVar[bool] = False  # whether the correction held is M̄ - G_comp(source), of a dense M̄
+    looks: ClassVar[bool] = (
+        False  # whether it is shown gradients at the coordinates of `merger.look`, and learns from them
+    )
     config: MergerSettings
     dose: float  # of the last `prepare`
+    holds: Holds  # how long corrections have been held; whoever holds them counts
 
     def __init__(self, config: MergerSettings):
         self.config = config
         self.dose = 0.0
+        self.holds = Holds()
 
     @classmethod
     def cost(cls, config: MergerSettings, n: int) -> MergerCost:
@@ -81,6 +88,16 @@ class Merger(Protocol):
     def apply(self, g_comp: Gradient, correction: Held) -> Gradient:
         """The merged gradient of all parameters, or of any block of them; neither argument is written to."""
         ...
+
+    def watch(self, g_comp: Tensor, source: int | None, held: Tensor | None) -> None:
+        """In each tick, if it `looks`: G_comp before it is merged, and what is held until now. `source`: if a fire starts here."""
+
+    def learn(self, source: int, m: Tensor, total: Total) -> None:
+        """At each fire, if it `looks`: signs of M alone, int8, of the fire that started at `source`."""
+
+    def metrics(self) -> dict[str, float]:
+        """Of the last `prepare`, for the record of a tick."""
+        return {}
 
     def __call__(self, g_comp: Gradient, correction: Held, age: int, norm: Norm = local_norm) -> Gradient:
         """Both at once, of a gradient that is all there is."""

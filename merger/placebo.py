@@ -33,11 +33,12 @@ class OwnAverage:
         """G_comp of the tick that starts from the weights after `source` ticks, for a fire to come."""
         self.sources[source] = g_comp.clone()
 
-    def fire(self, source: int, g_comp: Tensor) -> Tensor:
-        """Signs of the average, int8 [n], with the gradient of `source` in it."""
+    def fire(self, source: int, g_comp: Tensor) -> tuple[Tensor, Tensor]:
+        """Signs of the average with the gradient of `source` in it, and of that gradient alone, int8 [n] each."""
         g = self.sources.pop(source)
+        alone = g.sign().char()
         self.average = g if self.average is None else self.average.lerp_(g, 1 - self.beta)
-        return self.average.sign().char()
+        return self.average.sign().char(), alone
 
     def state(self) -> dict[str, Tensor]:
         held = {} if self.average is None else {"average": self.average}
@@ -57,10 +58,11 @@ class RandomSigns:
 
     def keep(self, source: int, g_comp: Tensor) -> None: ...
 
-    def fire(self, source: int, g_comp: Tensor) -> Tensor:
-        """Signs, int8 [n], of the parameters in the order of `sizes`."""
+    def fire(self, source: int, g_comp: Tensor) -> tuple[Tensor, Tensor]:
+        """Signs, int8 [n], of the parameters in the order of `sizes`; an average and a gradient are the same here."""
         coins = [self._coins(source, name, count) for name, count in self.sizes.items()]
-        return g_comp.new_tensor(np.concatenate(coins)).char()
+        signs = g_comp.new_tensor(np.concatenate(coins)).char()
+        return signs, signs
 
     def _coins(self, source: int, name: str, count: int) -> np.ndarray:
         key = np.random.SeedSequence([self.seed, 0x51D, source, zlib.crc32(name.encode())])
@@ -78,7 +80,9 @@ class Placebo(Protocol):
 
     def keep(self, source: int, g_comp: Tensor) -> None: ...
 
-    def fire(self, source: int, g_comp: Tensor) -> Tensor: ...
+    def fire(self, source: int, g_comp: Tensor) -> tuple[Tensor, Tensor]:
+        """What takes the place of sign(M̄), and of sign(M)."""
+        ...
 
     def state(self) -> dict[str, Tensor]: ...
 

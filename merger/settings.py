@@ -14,8 +14,9 @@ class MergerSettings(Section):
 
     kind: str = Field(
         default="signed_ema",
-        description="`none` leaves G_comp as it is; `signed_ema`: the magnitude of G_comp, the sign of M̄; `delta`: what "
-        "the codec lost is added; `package.module:name`: your own",
+        description="`none` leaves G_comp as it is; `signed_ema`: the magnitude of G_comp, the sign of M̄; `calibrated`: the "
+        "same with a share that is measured; `delta`: what the codec lost is added; `replace`: M̄ alone; "
+        "`package.module:name`: your own",
     )
     alpha: float = Field(
         default=0.25, ge=0, le=1, description="share of G_comp that signed_ema keeps whatever the signs say"
@@ -28,3 +29,16 @@ class MergerSettings(Section):
         default="none", description="`ratio`: λ = min(lambda_cap, 1/c)"
     )
     lambda_cap: float = Field(default=1.0, gt=0, description="largest λ of the ratio gate")
+    spend: Literal["held", "once", "spread"] = Field(
+        default="held",
+        description="`delta` in every tick in which it is held, in the first alone, or in equal shares of the mean hold",
+    )
+    cap: float = Field(
+        default=2.0,
+        gt=0,
+        description="a correction's share of a step is at most cap / √τ, τ = C(1+beta_anc)/(1-beta_anc), C the mean hold",
+    )
+    hold_cap: bool = Field(default=False, description="`cap` for signed_ema too")
+    prior: float = Field(
+        default=0.05, ge=-1, le=1, description="sign(M)·sign(M̄) as if it had been the mean of 20 fires before the first"
+    )

@@ -34,6 +34,9 @@ class SignedEMA(Merger):
     def prepare(self, g_comp: Gradient, correction: Held, age: int, norm: Norm = local_norm) -> None:
         """Set the dose for this tick; only the ratio gate looks at the tensors, which are whole here."""
         self.dose = dose_at(self.config, age, lambda: self._delta(g_comp, correction), g_comp, norm)
+        share = 1 - self.config.alpha
+        if self.config.hold_cap and share:
+            self.dose = min(self.dose, self.holds.bound(self.config.cap, age) / share)
 
     def apply(self, g_comp: Gradient, correction: Held) -> Gradient:
         """`g_comp` fp32, `correction` M̄ or its sign, whole or any block of both -> merged, fp32."""

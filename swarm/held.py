@@ -22,6 +22,8 @@ from anchor_service.ring import anchor_should_fire
 from codec.state import prefixed, under
 from merger import make_merger
 from merger.config import MergerConfig
+from merger.holds import Holds
+from merger.look import looked_at
 from merger.placebo import PLACEBOS, Placebo
 from rl.policy import Weights
 from swarm.grid import Grid
@@ -33,10 +35,20 @@ CACHED, WIDE = 1 << 16, 1 << 22  # elements of a block: on a CPU temporaries of 
 class Held:
     """One rank's part in merging: what it holds, since when, and what it needs for what is to come."""
 
-    def __init__(self, anchor: AnchorConfig, merger: MergerConfig, seed: int, weights: Weights, grid: Grid):
+    def __init__(
+        self,
+        anchor: AnchorConfig,
+        merger: MergerConfig,
+        seed: int,
+        weights: Weights,
+        grid: Grid,
+        stride: int | None = None,
+    ):
         self.anchor, self.grid, self.name = anchor, grid, merger.placebo or ""
         self.merger = make_merger(merger)
+        self.merger.holds = Holds(anchor.cadence, anchor.beta_anc)
         self.merging = bool(merger.placebo) or correction_payload(anchor, merger) is not None
+        self.at = self._looks_at(weights, stride)
         sizes = {name: math.prod(shape) for name, shape in zip(weights.names, weights.shapes)}
         self.placebo = PLACEBOS[merger.placebo](anchor.beta_anc, seed, sizes) if merger.placebo else None
         self.inbox = Inbox()
@@ -46,12 +58,27 @@ class Held:
         # G_comp of the ticks that started a fire still under way, by source tick, where the merger needs them
         self.sources: dict[int, Tensor] = {}
 
+    def _looks_at(self, weights: Weights, stride: int | None) -> Tensor | None:
+        """Coordinates [n] that a merger which looks is shown; the copy of another stage's embedding is not among them."""
+        if stride is None or not self.merging:
+            return None
+        owned = [math.prod(s) for s, start in zip(weights.shapes, weights.offsets) if start < weights.owned]
+        return torch.from_numpy(looked_at(owned, stride)).to(self.grid.device)
+
+    @property
+    def looked(self) -> int | None:
+        return None if self.at is None else self.at.numel()
+
     def merge(self, plan: TickPlan, g_comp: Tensor, norm: Callable[[Tensor], float]) -> MergeOutcome:
         """Merge the version that every rank holds, in place of the gradient [n]. All ranks decide alike."""
         if not self.merging:
             return MergeOutcome()
-        if self.merger.needs_source and plan.keep_source:
+        starts = self._starts(plan)
+        if self.merger.needs_source and starts:
             self.sources[plan.tick - 1] = g_comp.clone()
+        if self.at is not None:
+            held = None if self.correction is None else self.correction.values[self.at]
+            self.merger.watch(g_comp[self.at], plan.tick - 1 if starts else None, held)
         refused = self._adopt(plan) if self.placebo is None else self._stand_in(self.placebo, plan, g_comp)
         held, age = self.correction, plan.tick - self.first_tick
         if held is None:
@@ -62,7 +89,8 @@ class Held:
         self.merger.prepare(g_comp, held.values, age, norm)
         agree, flips = self._in_place(g_comp, held.values)
         n = g_comp.numel()
-        return replace(outcome, merged=True, dose=self.merger.dose, sign_agreement=agree / n, flip_fraction=flips / n)
+        outcome = replace(outcome, sign_agreement=agree / n, flip_fraction=flips / n, merger=self.merger.metrics())
+        return replace(outcome, merged=True, dose=self.merger.dose)
 
     def _in_place(self, g_comp: Tensor, correction: Tensor) -> tuple[int, int]:
         """One sweep over the gradient: merge, and count agreeing and flipped signs, while a block is in the cache."""
@@ -97,18 +125,37 @@ class Held:
         if self.merger.needs_source:
             assert source is not None  # the tick that started this fire has kept it
             values = values - source
-        self.correction, self.first_tick = replace(held, values=values), plan.tick
+        self._take(replace(held, values=values), plan)
         return None
 
+    def _take(self, correction: Correction, plan: TickPlan) -> None:
+        """From this tick on it is merged."""
+        self.correction, self.first_tick = correction, plan.tick
+        self.merger.holds.fire(plan.tick)
+        if correction.look is not None:
+            self.merger.learn(correction.source_tick, correction.look.to(self.grid.device), self._total)
+
+    def _total(self, numbers: list[float]) -> list[float]:
+        return self.grid.sum_pp(torch.tensor(numbers, dtype=torch.float64, device=self.grid.device)).tolist()
+
+    def _starts(self, plan: TickPlan) -> bool:
+        """Whether a fire starts from the weights before this tick; for a placebo the tick alone decides."""
+        if self.placebo is None:
+            return plan.keep_source
+        anchor = self.anchor
+        return anchor_should_fire(plan.tick - 1 + anchor.delay_k, anchor.cadence, anchor.delay_k)
+
     def _stand_in(self, placebo: Placebo, plan: TickPlan, g_comp: Tensor) -> None:
-        """Take over the placebo's correction in the ticks in which an anchor's would come; the tick alone decides."""
-        anchor, before = self.anchor, plan.tick - 1
-        if anchor_should_fire(before + anchor.delay_k, anchor.cadence, anchor.delay_k):
-            placebo.keep(before, g_comp)
+        """Take over the placebo's correction in the ticks in which an anchor's would come."""
+        anchor = self.anchor
+        if self._starts(plan):
+            placebo.keep(plan.tick - 1, g_comp)
         if anchor_should_fire(plan.tick, anchor.cadence, anchor.delay_k):
             source = plan.tick - anchor.delay_k
-            self.seen, self.first_tick = self.seen + 1, plan.tick
-            self.correction = Correction(self.seen, source, plan.tick, placebo.fire(source, g_comp), self.name)
+            self.seen += 1
+            signs, alone = placebo.fire(source, g_comp)
+            look = None if self.at is None else alone[self.at]
+            self._take(Correction(self.seen, source, plan.tick, signs, self.name, look), plan)
 
     def stand_in(self) -> dict[str, Tensor]:
         """What a diagnosis cannot get from an anchor, as there is none: the placebo's correction."""
@@ -120,7 +167,7 @@ class Held:
         tensors |= prefixed("merger", self.merger.state())
         if self.placebo:
             tensors |= prefixed("placebo", self.placebo.state())
-        fields: dict[str, Any] = {"seen": self.seen, "first_tick": self.first_tick}
+        fields: dict[str, Any] = {"seen": self.seen, "first_tick": self.first_tick, "holds": self.merger.holds.fields()}
         if self.correction is not None:
             held = self.correction
             tensors["correction"] = held.values
@@ -135,5 +182,6 @@ class Held:
         if self.placebo:
             self.placebo.restore(under("placebo", here))
         self.seen, self.first_tick = fields["seen"], fields["first_tick"]
+        self.merger.holds.restore(fields["holds"])
         if "correction" in fields:
             self.correction = Correction(values=here["correction"], **fields["correction"])

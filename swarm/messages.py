@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 ENGINES_STREAM = "engines"  # of weights: whoever follows it gets the same frames
 Entries = dict[str, tuple[float, float]]  # channel -> bytes sent, and what a dense system would have sent
@@ -34,6 +34,7 @@ class MergeOutcome:
     dose: float = 0.0  # with which it was merged
     sign_agreement: float = 0.0  # share of coordinates in which its sign is that of G_comp
     flip_fraction: float = 0.0  # share of coordinates whose sign the merge has turned
+    merger: dict[str, float] = field(default_factory=dict)  # what the merger has to say of itself
 
     @property
     def newest(self) -> int:
@@ -54,7 +55,7 @@ class MergeOutcome:
                 "anchor/sign_agreement": self.sign_agreement,
                 "merger/dose": self.dose,
                 "merger/flip_fraction": self.flip_fraction,
-            }
+            } | self.merger
         return found
 
 

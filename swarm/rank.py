@@ -44,6 +44,7 @@ class RankSetup:
     grpo: GrpoConfig
     anchor: AnchorConfig
     merger: MergerConfig
+    stride: int | None  # of the coordinates at which the merger looks, `merger.look`; None: it does not
     q_cadence: int
     temperature: float
     seed: int  # of the first Q, and of what a rank draws itself
@@ -66,7 +67,7 @@ class Rank:
         self.pipeline = Pipeline(stage, cuts, grid)
         self.bases = Bases(self.pipeline, cuts, grid, setup.q_cadence)
         self.reducer = Reducer(setup.codec.gradient, setup.seed, stage, grid)
-        self.held = Held(setup.anchor, setup.merger, setup.seed, stage.weights, grid)
+        self.held = Held(setup.anchor, setup.merger, setup.seed, stage.weights, grid, setup.stride)
         self.seal = Seal(grid)
         self.optimizer = _optimizer(setup.grpo, stage)
         self.kept: dict[str, np.ndarray] = {}  # of a tick that is diagnosed, until `Worker.record` takes it away

@@ -130,7 +130,7 @@ class Worker:
         what = f"a correction that is due to {self.rank.grid.name}"
         (one,) = cast("list[object]", reference)  # in a list Ray leaves it a reference: it is waited for here
         (frame,) = gather([("the anchor", one)], what, self.rank.setup.anchor.timeout_s, "anchor.timeout_s")
-        return unpack_correction(frame, self.rank.grid.p, self.rank.stage.weights.numel)
+        return unpack_correction(frame, self.rank.grid.p, self.rank.stage.weights.numel, self.rank.held.looked)
 
     def weights(self, tick: int, stream: str, whole: bool, exact: bool) -> tuple[np.ndarray, int]:
         """Frame of this stage's weights after `tick` ticks, and its size; a tied copy is left to its owner.

@@ -9,7 +9,9 @@ from anchor_service.config import correction_payload
 from anchor_service.dense_gradient import DenseSetup
 from anchor_service.diagnosis import Diagnoser
 from deploy.cluster.placement import counts
-from rl.model_files import model_shape, resolve
+from merger import merger_class
+from merger.look import stride_of
+from rl.model_files import model_shape, parameter_count, resolve
 from rl.rollout import RolloutWorker
 from rl.spans import spans
 from rl.tasks import located
@@ -29,13 +31,18 @@ class ActorPlan:
 def actor_plans(config: RunConfig) -> dict[str, list[ActorPlan]]:
     """By role, in the order of ROLES."""
     _, engines, anchors, diagnosers = counts(config)
-    dense = _dense(config)
+    dense, payload = _dense(config), correction_payload(config.anchor, config.merger) or "sign"
     return {
         "worker": _workers(config),
         "engine": [_engine(config)] * engines,
-        "anchor": [ActorPlan(Anchor, (dense, correction_payload(config.anchor, config.merger) or "sign"))] * anchors,
+        "anchor": [ActorPlan(Anchor, (dense, payload, _stride(config)))] * anchors,
         "diagnoser": [ActorPlan(Diagnoser, (dense,))] * diagnosers,
     }
+
+
+def _stride(config: RunConfig) -> int | None:
+    """Of the coordinates at which the merger looks, if it does."""
+    return stride_of(parameter_count(config.model.path)) if merger_class(config.merger.kind).looks else None
 
 
 def _workers(config: RunConfig) -> list[ActorPlan]:
@@ -46,6 +53,7 @@ def _workers(config: RunConfig) -> list[ActorPlan]:
         grpo=config.grpo,
         anchor=config.anchor,
         merger=config.merger,
+        stride=_stride(config),
         q_cadence=config.q_cadence,
         temperature=config.rollout.temperature,
         seed=config.run.seed,

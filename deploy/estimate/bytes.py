@@ -30,6 +30,7 @@ from deploy.estimate.workload import (
     total_ticks,
 )
 from merger import merger_class
+from merger.look import stride_of
 from swarm.run_config import RunConfig
 
 # --- bytes of single messages --------------------------------------------------------------------
@@ -107,7 +108,10 @@ def correction_bytes(config: RunConfig, stages: list[int]) -> list[int]:
     the signs of one hidden state (SmolLM2, 8 samples a tick: 3 to 12 % off the whole).
     """
     payload = correction_payload(config.anchor, config.merger)
-    return [0 if payload is None else FP32 * n if payload == "dense" else -(-n // 8) for n in stages]
+    if payload is None:
+        return [0 for _ in stages]
+    looked = stride_of(sum(stages)) if merger_class(config.merger.kind).looks else 0
+    return [(FP32 * n if payload == "dense" else -(-n // 8)) + (-(-n // looked // 8) if looked else 0) for n in stages]
 
 
 # --- bytes of a tick -----------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from anchor_service.config import AnchorConfig
 from anchor_service.messages import Correction
 from codec.config import CodecConfig
 from codec.ledger import Ledger
+from merger import merger_class
 from merger.config import MergerConfig
 from rl.batch import Batch, deal
 from rl.config import GrpoConfig, ModelConfig
@@ -53,6 +54,7 @@ def make_rank(
         swarm=swarm,
         grpo=grpo or GrpoConfig(lr=1e-3),
         anchor=anchor or AnchorConfig(),
+        stride=1 if merger and merger_class(merger.kind).looks else None,
         merger=merger or MergerConfig(kind="none"),
         q_cadence=q_cadence,
         temperature=1.0,

@@ -44,6 +44,7 @@ class Counting(Merger):
 KINDS = {
     "signed_ema, powersgd": (MergerConfig(), CodecConfig(kind="powersgd", rank=8)),
     "delta, transform": (MergerConfig(kind="delta"), CodecConfig(total_rate=0.3)),
+    "calibrated": (MergerConfig(kind="calibrated"), CodecConfig(kind="none")),
     "a placebo": (MergerConfig(placebo="own"), CodecConfig(kind="none")),
     "a merger that counts": (MergerConfig(kind=f"{__name__}:Counting"), CodecConfig(kind="none")),
 }
@@ -51,7 +52,9 @@ KINDS = {
 
 def _correction(rank: Rank, version: int, source: int) -> Correction:
     values = torch.randn(rank.stage.weights.numel, generator=torch.Generator().manual_seed(version))
-    return Correction(version, source, None, values if rank.held.merger.payload == "dense" else values.sign(), "")
+    look = None if rank.held.at is None else values.sign().char()[rank.held.at]
+    values = values if rank.held.merger.payload == "dense" else values.sign()
+    return Correction(version, source, None, values, "", look)
 
 
 def _go(rank: Rank, ticks: range) -> None:

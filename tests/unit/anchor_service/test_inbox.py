@@ -129,6 +129,16 @@ def test_a_correction_for_another_stage_or_model_is_refused(stage: int, numel: i
         unpack_correction(frame, stage, numel)
 
 
+def test_signs_of_m_alone_arrive_beside_those_of_the_average_and_are_asked_for():
+    m_bar, m = torch.tensor([1.0, 0.0, -2.0, 3.0]), torch.tensor([-1.0, 0.0])
+    frame = pack_correction(m_bar, "sign", 3, 5, 8, 0, look=m)
+    found = unpack_correction(frame, 0, 4, look=2)
+    assert found.values.tolist() == [1, 0, -1, 1] and found.look is not None and found.look.tolist() == [-1, 0]
+    for expected, given in ((None, frame), (3, frame), (2, pack_correction(m_bar, "sign", 3, 5, 8, 0))):
+        with pytest.raises(FrameError, match="look"):
+            unpack_correction(given, 0, 4, look=expected)
+
+
 def test_a_damaged_correction_is_refused():
     frame = pack_correction(M, "sign", 1, 0, 5, stage=1)
     frame[-1] ^= 1

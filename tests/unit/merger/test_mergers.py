@@ -206,7 +206,9 @@ def test_stages_that_sum_their_norms_apply_the_dose_of_the_whole_model(kind: str
 
 
 def test_a_merger_says_what_the_anchor_must_publish_for_it():
-    assert {kind: MERGERS[kind].payload for kind in MERGERS} == {"none": None, "signed_ema": "sign", "delta": "dense"}
+    expected = {"none": None, "signed_ema": "sign", "calibrated": "sign", "delta": "dense", "replace": "dense"}
+    assert {kind: MERGERS[kind].payload for kind in MERGERS} == expected
+    assert [kind for kind in MERGERS if MERGERS[kind].looks] == ["calibrated"]
     assert [kind for kind in MERGERS if MERGERS[kind].needs_source] == ["delta"]
 
 
@@ -217,7 +219,10 @@ def test_the_config_allows_the_kinds_of_the_registry_and_anybodys_own():
 
 @pytest.mark.parametrize("kind", ["singed_ema", "", "mine", "mine:", ":Half", "my module:Half", "mine:Half()"])
 def test_another_kind_is_refused_with_those_that_there_are(kind: str):
-    with pytest.raises(ValueError, match=r"must be one of 'none', 'signed_ema', 'delta', or 'package.module:name'"):
+    with pytest.raises(
+        ValueError,
+        match=r"must be one of 'none', 'signed_ema', 'calibrated', 'delta', 'replace', or 'package.module:name'",
+    ):
         MergerConfig(kind=kind)
 
 
@@ -283,7 +288,8 @@ class Doseless(Half):
         (f"{HERE}:Unfinished", "is no merger: it lacks apply; derive it from merger.interface.Merger"),
         (
             f"{HERE}:pair",
-            "is no merger: it lacks apply, cost, has_effect, needs_source, payload, prepare, restore, state",
+            "is no merger: it lacks apply, cost, has_effect, learn, looks, metrics, needs_source, payload, prepare, restore, "
+            "state, watch",
         ),
         (f"{HERE}:Confused", "needs_source True: .* needs 'dense'"),
         (f"{HERE}:Whole", "payload 'all of it' .*: payload is 'sign', 'dense' or None"),
@@ -350,7 +356,8 @@ def test_the_own_placebo_is_the_sign_of_the_average_of_the_gradients_it_kept():
     for source, g in enumerate(gradients):
         tool.keep(source, g)
         average = g.double() if average is None else 0.7 * average + 0.3 * g.double()
-        found = tool.fire(source, normal(400, 99))
+        found, alone = tool.fire(source, normal(400, 99))
+        assert torch.equal(alone, g.sign().char())
         assert found.dtype == torch.int8 and torch.equal(found.double(), average.sign())
 
 
@@ -360,19 +367,19 @@ def test_the_own_placebo_keeps_a_gradient_as_it_was_until_its_fire():
     tool.keep(4, g)
     g.zero_()
     tool.keep(6, normal(50, 2))
-    assert torch.equal(tool.fire(4, g), kept.sign().char()) and list(tool.sources) == [6]
+    assert torch.equal(tool.fire(4, g)[0], kept.sign().char()) and list(tool.sources) == [6]
 
 
 def test_the_own_placebo_without_delay_and_memory_leaves_the_gradient_as_it_is():
     g, tool = normal(400, 1), placebo("own", beta=0.0)
     tool.keep(0, g)
-    assert torch.equal(merger()(g, tool.fire(0, g), age=0), g)
+    assert torch.equal(merger()(g, tool.fire(0, g)[0], age=0), g)
 
 
 def test_random_signs_are_fair_and_differ_by_fire_seed_and_parameter():
     n = 20_000
     draws = [
-        placebo("random", seed=seed, **{name: n}).fire(source, normal(2, 0))
+        placebo("random", seed=seed, **{name: n}).fire(source, normal(2, 0))[0]
         for seed, name, source in [(3, "a", 5), (4, "a", 5), (3, "b", 5), (3, "a", 10)]
     ]
     for i, x in enumerate(draws):
@@ -382,17 +389,17 @@ def test_random_signs_are_fair_and_differ_by_fire_seed_and_parameter():
 
 
 def test_random_signs_depend_on_the_name_of_a_parameter_and_not_on_who_holds_it():
-    whole = placebo("random", a=30, b=50, c=20).fire(5, normal(2, 0))
+    whole = placebo("random", a=30, b=50, c=20).fire(5, normal(2, 0))[0]
     head, tail = placebo("random", a=30, b=50), placebo("random", c=20, a=30)  # a is tied: on both stages
-    assert torch.equal(torch.cat([head.fire(5, normal(2, 0)), tail.fire(5, normal(2, 0))[:20]]), whole)
-    assert torch.equal(tail.fire(5, normal(2, 0))[20:], whole[:30])
+    assert torch.equal(torch.cat([head.fire(5, normal(2, 0))[0], tail.fire(5, normal(2, 0))[0][:20]]), whole)
+    assert torch.equal(tail.fire(5, normal(2, 0))[0][20:], whole[:30])
 
 
 @pytest.mark.parametrize("kind", PLACEBOS)
 def test_a_placebo_goes_on_from_its_state(kind: str):
     def step(tool, source: int) -> torch.Tensor:
         tool.keep(source + 1, normal(400, source + 1))
-        return tool.fire(source, normal(400, 0))
+        return tool.fire(source, normal(400, 0))[0]
 
     first, again = placebo(kind), placebo(kind)
     first.keep(0, normal(400, 0))

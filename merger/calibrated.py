@@ -1,0 +1,185 @@
+"""calibrated: signed_ema whose share of the step is set by how well signs agree, on coordinates that stand for all.
+
+    G = (1-w)·G_comp + w·|G_comp|·sign(M̄)
+
+At each fire, M_s being the gradient at the weights after s ticks, with means over fires:
+
+    a_G    mean of sign(M_s)·sign(m_G)    m_G: average of G_comp before s, so of no batch that M_s has
+    a_M    mean of sign(M_s)·sign(M̄_old)  M̄_old: the correction that was held when s was trained
+    h      ‖m_G‖ / ‖G_comp‖
+    r    = N h a_M / (a_G τ)              N: ticks that m_G averages; τ: how long a sign is felt, `merger.holds`
+    w    = min(0.75, cap/√τ, r/(1+r))     0 while nothing has been seen, or where a_M ≤ 0
+
+a_M is what a correction is worth by the time that it is used, a_G·N/h what as many compressed gradients are: r weighs the one, a
+τth of which is new in a tick, against the other. Both start from a prior: a_M is `prior` as if seen at 20 fires, and a_G has half
+its own standard error on top, so that a codec whose gradient cannot be told from noise gets the share that the hold allows.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar
+
+from merger.interface import Merger, Norm, Payload, Total, local_norm, sign
+from merger.settings import MergerSettings
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from merger.interface import Gradient, Held
+
+MEMORY = 0.9  # of m_G
+AVERAGED = (1 + MEMORY) / (1 - MEMORY)  # ticks of noise that it averages away
+PRIOR_FIRES = 20
+SPREAD = 0.03  # of a_G from one fire to the next
+LARGEST = 0.75  # signed_ema's own share at a full dose
+
+
+@dataclass
+class Mean:
+    """Of one number a fire."""
+
+    n: int = 0
+    sum: float = 0.0
+    squares: float = 0.0
+
+    def add(self, x: float) -> None:
+        self.n, self.sum, self.squares = self.n + 1, self.sum + x, self.squares + x * x
+
+    @property
+    def value(self) -> float:
+        return self.sum / self.n if self.n else 0.0
+
+    @property
+    def error(self) -> float:
+        """Standard error; 0 before the second."""
+        if self.n < 2:
+            return 0.0
+        return math.sqrt(max(0.0, self.squares / self.n - self.value**2) / (self.n - 1))
+
+
+@dataclass
+class Started:
+    """What a rank had when a fire started, at the coordinates looked at."""
+
+    signs: Tensor | None  # of m_G, int8; None before the second tick
+    held: Tensor | None  # of the correction held, int8; None before the first
+    squares: tuple[float, float]  # of m_G and of that tick's G_comp, of this stage
+
+
+@dataclass
+class Seen:
+    """Over all fires."""
+
+    compressed: Mean = field(default_factory=Mean)  # a_G
+    anchor: Mean = field(default_factory=Mean)  # a_M, without its prior
+    average: float = 0.0  # sum of ‖m_G‖²
+    single: float = 0.0  # sum of ‖G_comp‖²
+
+
+class Calibrated(Merger):
+    """Needs sign(M̄), and of each M the signs at the coordinates that it looks at."""
+
+    payload: ClassVar[Payload | None] = "sign"
+    looks: ClassVar[bool] = True
+
+    def __init__(self, config: MergerSettings):
+        super().__init__(config)
+        self.seen = Seen()
+        self.average: Tensor | None = None  # m_G
+        self.sources: dict[int, Started] = {}
+
+    def watch(self, g_comp: Tensor, source: int | None, held: Tensor | None) -> None:
+        if source is not None:
+            signs, squares = None, (0.0, 0.0)
+            if self.average is not None:
+                signs, squares = self.average.sign().char(), (_square(self.average), _square(g_comp))
+            self.sources[source] = Started(signs, None if held is None else held.sign().char(), squares)
+        self.average = g_comp.clone() if self.average is None else self.average.lerp_(g_comp, 1 - MEMORY)
+
+    def learn(self, source: int, m: Tensor, total: Total) -> None:
+        then = self.sources.get(source)
+        self.sources = {s: kept for s, kept in self.sources.items() if s > source}
+        if then is None:  # the run was resumed since, on the wall clock
+            return
+        own, old = _agreement(m, then.signs), _agreement(m, then.held)
+        own_sum, own_n, old_sum, old_n, average, single = total([*own, *old, *then.squares])
+        if own_n:
+            self.seen.compressed.add(own_sum / own_n)
+            self.seen.average += average
+            self.seen.single += single
+        if old_n:
+            self.seen.anchor.add(old_sum / old_n)
+
+    @property
+    def a_g(self) -> float:
+        mean = self.seen.compressed
+        return max(0.0, mean.value) + 0.5 * SPREAD / math.sqrt(mean.n)
+
+    @property
+    def a_m(self) -> float:
+        mean = self.seen.anchor
+        return (PRIOR_FIRES * self.config.prior + mean.sum) / (PRIOR_FIRES + mean.n)
+
+    def share(self, age: int) -> float:
+        """w, of a correction that has been merged for `age` ticks."""
+        if not self.seen.compressed.n or self.a_m <= 0 or not self.seen.single:
+            return 0.0
+        h = math.sqrt(self.seen.average / self.seen.single)
+        r = AVERAGED * h * self.a_m / (self.a_g * self.holds.tau(age))
+        return min(LARGEST, self.holds.bound(self.config.cap, age), r / (1 + r))
+
+    def prepare(self, g_comp: Gradient, correction: Held, age: int, norm: Norm = local_norm) -> None:
+        self.dose = self.share(age)
+
+    def apply(self, g_comp: Gradient, correction: Held) -> Gradient:
+        """`g_comp` fp32, `correction` M̄ or its sign, whole or any block of both -> merged, fp32."""
+        if not self.dose:
+            return g_comp
+        merged = abs(g_comp)
+        merged *= sign(correction)
+        merged -= g_comp
+        merged *= self.dose
+        merged += g_comp
+        return merged
+
+    def metrics(self) -> dict[str, float]:
+        found = {"merger/w": self.dose, "merger/hold": self.holds.mean(), "merger/tau": self.holds.tau()}
+        if self.seen.compressed.n:
+            found |= {"merger/a_g": self.a_g, "merger/a_g_error": self.seen.compressed.error}
+        return found | {"merger/a_m": self.a_m, "merger/a_m_error": self.seen.anchor.error}
+
+    def state(self) -> dict[str, Tensor]:
+        if self.average is None:
+            return {}
+        seen, double = self.seen, self.average.double()
+        means = [value for mean in (seen.compressed, seen.anchor) for value in (mean.n, mean.sum, mean.squares)]
+        found = {"average": self.average, "seen": double.new_tensor([*means, seen.average, seen.single])}
+        for s, then in self.sources.items():
+            kept = {"signs": then.signs, "held": then.held, "squares": double.new_tensor(then.squares)}
+            found |= {f"{s}.{name}": tensor for name, tensor in kept.items() if tensor is not None}
+        return found
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        if "average" not in state:
+            return
+        self.average = state["average"]
+        numbers = state["seen"].tolist()
+        own, old = (Mean(int(n), total, squares) for n, total, squares in (numbers[:3], numbers[3:6]))
+        self.seen = Seen(own, old, *numbers[6:])
+        for s in {name.partition(".")[0] for name in state if "." in name}:
+            average, single = state[f"{s}.squares"].tolist()
+            self.sources[int(s)] = Started(state.get(f"{s}.signs"), state.get(f"{s}.held"), (average, single))
+
+
+def _square(x: Tensor) -> float:
+    return x.double().square().sum().item()
+
+
+def _agreement(m: Tensor, other: Tensor | None) -> tuple[float, float]:
+    """Sum of the products of signs, and how many of them are not 0."""
+    if other is None:
+        return 0.0, 0.0
+    product = m * other
+    return float(product.long().sum().item()), float(product.count_nonzero().item())
