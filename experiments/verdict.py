@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from experiments.anchor_worth import worth_in_words
 from experiments.cells import Cell, Findings
 from experiments.frontier import frontier_in_words
 from experiments.stats import Effects, Estimate, above_floor, factorial, near_base, paired
@@ -27,7 +28,8 @@ class Difference(NamedTuple):
 
 def verdict(findings: Findings) -> list[Sentence]:
     """All sentences, those about what is missing, failed or not distinguishable first."""
-    found = [*_missing(findings), *frontier_in_words(findings), *_compared(findings), *_gates(findings)]
+    found = [*_missing(findings), *worth_in_words(findings), *frontier_in_words(findings)]
+    found += [*_compared(findings), *_gates(findings)]
     found += [s for point in findings.sweep.points() for s in _square(findings, point)]
     return sorted(
         found + _ignitions(findings) + _edges(findings) + _extended(findings), key=lambda sentence: sentence.good
