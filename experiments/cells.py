@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -132,9 +132,18 @@ class Findings:
         return _best(self.cells) | {cell.arm: cell for cell in self.cells if set(cell.seeds) == later}
 
     def at_the_edge(self, cell: Cell) -> bool:
-        """Whether a tuned cell sits at an end of an axis, so that its optimum may lie outside of the grid."""
-        axes = {key: sorted(values) for key, values in self.sweep.axes.items() if len(values) > 1}
-        return any(cell.point[key] in (values[0], values[-1]) for key, values in axes.items())
+        """Whether a tuned cell sits at an end of an axis, so that its optimum may lie outside of what its arm ran."""
+        axes = [(key, {other.point[key] for other in self.cells if other.arm == cell.arm}) for key in self.sweep.axes]
+        return any(len(v) > 1 and cell.point[key] in (min(v), max(v)) for key, v in axes)
+
+    @cached_property
+    def extended(self) -> dict[str, list[Cell]]:
+        """By arm, its cells beyond the grid."""
+        points, found = self.sweep.points(), dict[str, list[Cell]]()
+        for cell in self.cells:
+            if cell.point not in points:
+                found.setdefault(cell.arm, []).append(cell)
+        return found
 
 
 def is_sweep(folder: Path) -> bool:
@@ -145,18 +154,35 @@ def load_sweep(folder: Path) -> Findings:
     """Raises SweepError if the folder's sweep file cannot be read."""
     sweep = read_sweep(folder / FILE)
     every = tuple(map(str, sweep.seeds))
-    cells = [_cell(folder, sweep, arm, point, every) for point in sweep.points() for arm in sweep.cells]
     if not sweep.tuning:
-        return Findings(sweep, cells)
-    tuning = [Cell(c.arm, c.point, c.runs, every[: sweep.tuning]) for c in cells]
+        return Findings(sweep, [_cell(folder, sweep, arm, p, every) for p in sweep.points() for arm in sweep.cells])
+    arms = [_tuning(folder, sweep, arm, every[: sweep.tuning]) for arm in sweep.cells]
+    tuning = [cells[i] for i in range(max(map(len, arms))) for cells in arms if i < len(cells)]
     waiting = {cell.arm for cell in tuning if cell.absent}
     best = {arm: c for arm, c in _best(tuning).items() if arm not in waiting and c.mean.n}
-    later = every[sweep.tuning :]
-    return Findings(sweep, [Cell(c.arm, c.point, c.runs, later) if c is best.get(c.arm) else c for c in tuning])
+    return Findings(sweep, [replace(c, seeds=sweep.later) if c is best.get(c.arm) else c for c in tuning])
+
+
+def _tuning(folder: Path, sweep: Sweep, arm: str, seeds: tuple[str, ...]) -> list[Cell]:
+    """The arm on the grid and beyond: while its best is at an end, one point more, which may not have been run yet."""
+    found = [_cell(folder, sweep, arm, point, seeds) for point in sweep.points()]
+    for _ in range(sweep.extend):
+        best = _best(found)[arm]
+        if any(cell.absent for cell in found) or not best.mean.n:
+            break
+        if not (point := sweep.beyond([cell.point for cell in found], best.point)):
+            break
+        found.append(_cell(folder, sweep, arm, point, seeds))
+    return found
+
+
+def beyond_grid(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """By arm, the points beyond the grid that it has run or, the last one, is to run next."""
+    return {arm: [cell.point for cell in cells] for arm, cells in load_sweep(folder).extended.items()}
 
 
 def chosen(folder: Path) -> dict[str, dict[str, Any]]:
-    """The point of the grid at which each arm did best over the seeds that tune, of arms that have run on all of it."""
+    """The point at which each arm did best over the seeds that tune, of arms that have run on all of their points."""
     findings = load_sweep(folder)
     return {arm: cell.point for arm, cell in findings.tuned.items() if cell.seeds == findings.sweep.later}
 

@@ -43,6 +43,10 @@ ERRORS = (
     "M of the source against the dense gradient, relative to it: all, from old weights, from other samples, and what "
     "two independent batches at equal weights would differ by."
 )
+SHARES = (
+    "w: of the correction in the step. a_g, a_m: by how much the signs of the swarm's own momentum, and of the correction "
+    "held then, agreed with those of fresh M, of other samples."
+)
 GAINS = "First-order change of mean reward and of mean length by the tick's update, judged on the tick's own samples."
 PLOTS = (
     Plot("Validation accuracy", "val", "step", (("accuracy", "accuracy"),)),
@@ -50,6 +54,13 @@ PLOTS = (
     Plot("Response length", "step", "step", (("tokens", "response_length/mean"),), SAMPLES, ignites=True),
     Plot("Entropy", "step", "step", (("nats a token", "actor/entropy"),), ignites=True),
     Plot("Lag and age", "tick", "tick", (("lag", "anchor/lag"), ("age", "anchor/age")), CORRECTION),
+    Plot(
+        "Share of the correction",
+        "tick",
+        "tick",
+        (("w", "merger/w"), ("a_g", "merger/a_g"), ("a_m", "merger/a_m")),
+        SHARES,
+    ),
     Plot("Clipped share", "tick", "tick", (("pg_clipfrac", "actor/pg_clipfrac"),), REFRESHED, "codec/q_refreshed"),
     Plot(
         "Agreement with the true gradient",

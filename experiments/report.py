@@ -13,6 +13,7 @@ from pathlib import Path
 import jinja2
 
 from experiments import plots, spending, sweep_report
+from experiments.anchor_worth import anchor_in_words
 from experiments.cells import Findings, is_sweep, load_sweep
 from experiments.frontier import frontier, frontier_picture
 from experiments.runs import Run, load_runs, text
@@ -45,6 +46,7 @@ def write_html(folders: list[Path], out: Path) -> None:
     page = _template().render(
         title=findings.sweep.name if findings else ", ".join(dict.fromkeys(run.name for run in runs)),
         headline=_headline(runs),
+        anchor=None if findings else _anchor(runs),
         sweep=sweep_report.sweep_tables(findings) if findings else None,
         frontier=frontier_picture(cost) if cost else None,
         plain=plain,
@@ -66,11 +68,12 @@ def write_html(folders: list[Path], out: Path) -> None:
 
 def report_markdown(folders: list[Path]) -> str:
     """The table of runs, for a terminal or a results file; notes on single runs follow it, then, of runs that are no
-    sweep, where their bytes and seconds went."""
+    sweep, where their bytes and seconds went. One run alone also says whether its anchor was worth its bytes."""
     findings = _findings(folders)
     runs = findings.runs if findings else load_runs(folders)
     rows = [[_cell(cell(run)) for _, cell in COLUMNS] for run in runs]
     notes = [f"- {_cell(run.name)}, seed {_cell(run.seed)}: {_cell(note)}" for run in runs for note in run.notes]
+    notes += [f"- anchor: {anchor}"] if not findings and (anchor := _anchor(runs)) else []
     lines = markdown_table([heading for heading, _ in COLUMNS], rows) + [*notes, ""] * bool(notes)
     for group in [] if findings else plots.together(plots.curves(runs)):
         for table in _tables(group):
@@ -99,6 +102,11 @@ def _headline(runs: list[Run]) -> list[tuple[str, str]]:
     statuses = [run.status for run in runs]
     counts = [(f"{statuses.count(status)} {status}", status) for status in dict.fromkeys(statuses)]
     return [(f"{len(runs)} runs", ""), *counts, (f"seeds {', '.join(dict.fromkeys(run.seed for run in runs))}", "")]
+
+
+def _anchor(runs: list[Run]) -> str | None:
+    """What a page about one run says of its anchor."""
+    return anchor_in_words(runs[0]) if len(runs) == 1 else None
 
 
 def _cell(written: str) -> str:

@@ -4,6 +4,7 @@
     base = "k5"                                    a preset or a TOML file
     seeds = [0, 1, 2]
     tuning = 1                                     with a grid: the first seed chooses each arm's point
+    extend = 3                                     an arm whose best point is at an end gets up to so many beyond
 
     [cells]                                        what a cell changes: the keys of --set, or tables
     A = {}
@@ -69,6 +70,12 @@ class Sweep(Section):
         description="so many of the first seeds run the whole grid and choose each arm's point; the others run only "
         "there, and only they are judged. 0: all seeds run the whole grid",
     )
+    extend: int = Field(
+        0,
+        ge=0,
+        description="so many points more at most for an arm, one by one while its best is at an end of the grid, in the "
+        "ratio of the last two there",
+    )
     gates: Gates = Gates()
     two_by_two: list[str] = Field(
         [], description="four cells: neither, the first factor raised, the second raised, both (delay, cadence)"
@@ -109,6 +116,16 @@ class Sweep(Section):
                 raise ValueError(f"grid.{axis} = {values!r}: must be a list of different values")
         return self
 
+    @model_validator(mode="after")
+    def _can_extend(self) -> Sweep:
+        grids = [values for values in self.axes.values() if all(isinstance(v, float) and v > 0 for v in values)]
+        if self.extend and not (self.tuning and len(self.axes) == len(grids) == 1 and len(grids[0]) > 1):
+            raise ValueError(
+                f"extend = {self.extend}: needs tuning, and a [grid] of one axis with two or more values above 0, written "
+                "with a point or an exponent"
+            )
+        return self
+
     @property
     def axes(self) -> dict[str, Any]:
         """The grid with dotted keys."""
@@ -117,6 +134,14 @@ class Sweep(Section):
     def points(self) -> list[dict[str, Any]]:
         """Every combination of the grid's values; one empty point without a grid."""
         return [dict(zip(self.axes, values)) for values in itertools.product(*self.axes.values())]
+
+    def beyond(self, points: list[dict[str, Any]], best: dict[str, Any]) -> dict[str, Any] | None:
+        """The next point past that end of `points` at which `best` is, in the ratio of the last two; None inside."""
+        ((axis, here),) = best.items()
+        low, *_, high = values = sorted(point[axis] for point in points)
+        if low < here < high:
+            return None
+        return {axis: float(f"{here * here / values[1 if here == low else -2]:.6g}")}  # as a name: no 0.00048000000001
 
     def select(self, names: list[str]) -> set[str]:
         """Those of the cells. Raises SweepError for a name that is none."""
@@ -145,6 +170,15 @@ class Sweep(Section):
         """Every run, or those that tune. Seeds on the outside: an early look has all cells."""
         runs = itertools.product(self.seeds[: self.tuning or None], self.points(), self.cells)
         return [Job(cell, point, seed, self.cells[cell]) for seed, point, cell in runs]
+
+    def jobs_beyond(self, points: dict[str, list[dict[str, Any]]]) -> list[Job]:
+        """The runs that tune, at points of each arm beyond the grid."""
+        return [
+            Job(cell, point, seed, self.cells[cell])
+            for seed in self.seeds[: self.tuning]
+            for cell, found in points.items()
+            for point in found
+        ]
 
     def jobs_at(self, chosen: dict[str, dict[str, Any]]) -> list[Job]:
         """The runs of the other seeds, each arm at its chosen point."""

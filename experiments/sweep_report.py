@@ -89,6 +89,8 @@ def _how(findings: Findings) -> str:
             f" The first {findings.sweep.tuning} of the seeds chose each arm's point of the grid; arms are judged "
             "by the others alone, so that the choice favours none. Points that were not chosen show the seeds that tuned."
         )
+    if findings.sweep.extend:
+        text += f" An arm whose best was at an end of the grid got points beyond it, {findings.sweep.extend} at most."
     elif findings.sweep.grid:
         text += (
             " Each arm is shown at its best point of the grid, chosen by the same seeds that are reported: "

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from experiments.anchor_worth import worth_in_words
 from experiments.cells import Cell, Findings
 from experiments.frontier import frontier_in_words
 from experiments.stats import Effects, Estimate, above_floor, factorial, near_base, paired
@@ -27,9 +28,12 @@ class Difference(NamedTuple):
 
 def verdict(findings: Findings) -> list[Sentence]:
     """All sentences, those about what is missing, failed or not distinguishable first."""
-    found = [*_missing(findings), *frontier_in_words(findings), *_compared(findings), *_gates(findings)]
+    found = [*_missing(findings), *worth_in_words(findings), *frontier_in_words(findings)]
+    found += [*_compared(findings), *_gates(findings)]
     found += [s for point in findings.sweep.points() for s in _square(findings, point)]
-    return sorted(found + _ignitions(findings) + _edges(findings), key=lambda sentence: sentence.good)
+    return sorted(
+        found + _ignitions(findings) + _edges(findings) + _extended(findings), key=lambda sentence: sentence.good
+    )
 
 
 def _missing(findings: Findings) -> list[Sentence]:
@@ -215,7 +219,18 @@ def _edges(findings: Findings) -> list[Sentence]:
     cells = [cell for cell in findings.tuned.values() if cell.values and findings.at_the_edge(cell)]
     if not cells:
         return []
-    parts: list[str | Number] = ["At their best at an end of the grid, so that better values may lie outside: "]
+    far = ", also after its extension" if findings.sweep.extend else ""
+    parts: list[str | Number] = [f"At their best at an end of the grid{far}, so that better values may lie outside: "]
     for cell in cells:
         parts += [f"{cell.arm} ", Number(place(cell.point), cell.name), "; "]
     return [Sentence((*parts[:-1], "."), False)]
+
+
+def _extended(findings: Findings) -> list[Sentence]:
+    parts: list[str | Number] = []
+    for arm, cells in findings.extended.items():
+        best, ran = findings.tuned[arm], [cell for cell in cells if cell.runs]
+        if ran:
+            parts += [f"{arm} to {place(ran[-1].point)}, best at ", Number(place(best.point), best.name), "; "]
+    first = "Given points beyond the grid, as their best was at its end: "
+    return [Sentence((first, *parts[:-1], "."), True)] * bool(parts)

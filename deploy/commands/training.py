@@ -189,7 +189,8 @@ def _called(
 def _run_all(
     call: _SweepCall, first: list[SweepRun], address: str | None, lanes: int | None
 ) -> tuple[bool, list[SweepRun]]:
-    """The runs planned first and, where they tune, those at the points that they chose; whether none was interrupted."""
+    """The runs planned first and, where they tune, those beyond the grid and at the points that were chosen; whether
+    none was interrupted."""
     from deploy.cluster.sweep_lanes import execute_sweep
     from deploy.display.sweep_display import SweepDisplay
     from experiments.cells import chosen
@@ -200,8 +201,21 @@ def _run_all(
             return execute_sweep(runs, display, address, lanes)
 
     keep_sweep(call.sweep, call.folder)
-    finished = ran(first)
-    if not (finished and call.sweep.tuning):
-        return finished, first
-    judging = call.runs(call.sweep.jobs_at(chosen(call.folder)))
-    return ran(judging), first + judging
+    runs, finished = list(first), ran(first)
+    if call.sweep.tuning:
+        known: set[Path] = set()
+        while finished and (more := _not_known(call, known)):
+            finished, runs = ran(more), runs + more
+        if finished:
+            judging = call.runs(call.sweep.jobs_at(chosen(call.folder)))
+            finished, runs = ran(judging), runs + judging
+    return finished, runs
+
+
+def _not_known(call: _SweepCall, known: set[Path]) -> list[SweepRun]:
+    """The runs beyond the grid that this call has not looked at yet. One that fails is an answer, and not asked twice."""
+    from experiments.cells import beyond_grid
+
+    found = [run for run in call.runs(call.sweep.jobs_beyond(beyond_grid(call.folder))) if run.folder not in known]
+    known.update(run.folder for run in found)
+    return found

@@ -98,12 +98,17 @@ class RunDisplay:
 
 def print_summary(summary: dict[str, Any], folder: Path) -> None:
     """The table at the end of a run."""
+    from experiments.anchor_worth import anchor_in_words  # with matplotlib, which takes a second to import
+    from experiments.runs import load_run
+
     table = Table(title=f"{summary['name']}: {summary['status']}", show_header=False)
     accuracies = "  ".join(f"@{v['step']} {v['accuracy']:.3f}" for v in summary["validations"])
     table.add_row("validation accuracy", accuracies or "–")
     table.add_row("steps, ticks, anchor backwards", "{steps}, {ticks}, {anchor_backwards}".format_map(_zeros(summary)))
     for name, value in _bytes(summary):
         table.add_row(name, value)
+    if anchor := anchor_in_words(load_run(folder)):
+        table.add_row("anchor", anchor)
     seconds = {name.removeprefix("timing_s/"): s for name, s in summary["seconds"].items()}
     phases = dict.fromkeys(["step", *seconds])
     table.add_row("seconds by phase", "  ".join(f"{phase} {seconds.get(phase, 0):.1f}" for phase in phases))

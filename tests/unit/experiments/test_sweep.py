@@ -167,6 +167,35 @@ def test_seeds_that_tune_run_the_grid_and_the_others_the_chosen_points():
         Sweep(name="t", base="k5", seeds=[4, 5], tuning=2, cells={"A": {}}, grid={"grpo.lr": [1e-5]})
 
 
+GRID = {"name": "t", "base": "k5", "seeds": [4, 5], "tuning": 1, "cells": {"A": {}}}
+
+
+def test_a_point_beyond_the_grid_keeps_the_ratio_of_the_last_two():
+    sweep = Sweep.model_validate(GRID | {"grid": {"grpo.lr": [6e-5, 3e-5, 1.8e-4]}, "extend": 2})
+    points = sweep.points()
+    assert sweep.beyond(points, {"grpo.lr": 6e-5}) is None
+    assert sweep.beyond(points, {"grpo.lr": 1.8e-4}) == {"grpo.lr": 5.4e-4}
+    assert sweep.beyond(points, {"grpo.lr": 3e-5}) == {"grpo.lr": 1.5e-5}
+    beyond = sweep.jobs_beyond({"A": [{"grpo.lr": 5.4e-4}]})
+    assert [(job.name, job.seed) for job in beyond] == [("A-lr_0.00054", 4)]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"grid": {"grpo.lr": [1e-5]}},
+        {"grid": {"codec.rank": [4, 8]}},
+        {"grid": {"grpo.lr": [0.0, 1e-5]}},
+        {"grid": {"grpo.lr": [1e-5, 2e-5], "merger.dose": [0.5, 1.0]}},
+        {"grid": {"grpo.lr": [1e-5, 2e-5]}, "tuning": 0},
+    ],
+)
+def test_a_grid_that_has_no_ratio_is_not_extended(more: dict):
+    assert Sweep.model_validate(GRID | more)
+    with pytest.raises(ValueError, match=r"extend = 2: needs tuning, and a \[grid\] of one axis"):
+        Sweep.model_validate(GRID | more | {"extend": 2})
+
+
 def test_the_shipped_2x2_raises_delay_and_cadence_and_nothing_else(tmp_path: Path):
     runs = planned_runs(read_sweep(find_sweep("decouple")), tmp_path, [])
     cells = {run.job.cell: flat(run.config.model_dump()) for run in runs if run.job.seed == 0}
