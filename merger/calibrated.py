@@ -21,7 +21,7 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
-from merger.interface import Merger, Norm, Payload, Total, local_norm, sign
+from merger.interface import Merger, MergerCost, Norm, Payload, Total, local_norm, sign
 from merger.settings import MergerSettings
 
 if TYPE_CHECKING:
@@ -89,6 +89,10 @@ class Calibrated(Merger):
         self.seen = Seen()
         self.average: Tensor | None = None  # m_G
         self.sources: dict[int, Started] = {}
+
+    @classmethod
+    def cost(cls, config: MergerSettings, n: int) -> MergerCost:
+        return MergerCost(learns=6)
 
     def watch(self, g_comp: Tensor, source: int | None, held: Tensor | None) -> None:
         if source is not None:

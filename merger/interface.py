@@ -36,6 +36,7 @@ class MergerCost:
 
     state: float = 0.0  # bytes that it keeps from tick to tick
     norms: int = 0  # that all stages sum up each time it merges
+    learns: int = 0  # numbers that they sum up at each fire
 
 
 def local_norm(x: Tensor) -> float:

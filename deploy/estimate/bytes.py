@@ -216,8 +216,9 @@ def _control_bytes(config: RunConfig, params: Params, ticks: int, fires: float) 
     ways = each.ways * len(config.swarm.boundaries)
     tables = 8 * (swarm.dp - 1) * ways * _table_rate(config, each, ticks)  # how long they are
     books = 2 * (swarm.dp - 1) * each.books * ways
-    gate = merger_class(config.merger.kind).cost(config.merger, params.total).norms * merging_share(config, ticks)
-    norms = 2 * 8 * wires * (1 + gate)  # of the gradient, to clip it; of what the merger asks for
+    merger = merger_class(config.merger.kind).cost(config.merger, params.total)
+    asked = merger.norms * merging_share(config, ticks) + merger.learns * fires
+    norms = 2 * 8 * wires * (1 + asked)  # of the gradient, to clip it; of what the merger asks for
     digests = 8 * (swarm.dp - 1) * ranks * (ticks // swarm.check_every) / ticks if swarm.check_every else 0
     agreements = 2 * 8 * (ranks - 1) if correction_payload(config.anchor, config.merger) else 0
     m_bar = FP32 * params.total * fires if config.anchor.workers > 1 else 0

@@ -66,7 +66,7 @@ CODED = (  # all that the demo has on
     "run.steps=8",
     "val.every=4",
 )
-SIGNS = ("codec.gradient.kind=sign", "grpo.old_logprobs=rollout")
+SIGNS = ("codec.gradient.kind=sign", "grpo.old_logprobs=rollout", "merger.kind=calibrated")
 
 
 @pytest.mark.parametrize("overrides", [(), WHOLE, CODED, SIGNS], ids=["deltas", "whole snapshots", "coded", "signs"])

@@ -86,7 +86,8 @@ def test_a_correction_on_its_way_is_not_merged_before_the_last_rank_holds_it():
 
 
 def test_lag_grows_with_the_time_that_the_anchor_needs():
-    config = load("demo", ["anchor.clock=wall", "links.jitter=0.0", "val.size=1", "grpo.old_logprobs=trainer"])
+    passes = ["grpo.old_logprobs=trainer", "grpo.rollout_is=token"]
+    config = load("demo", ["anchor.clock=wall", "links.jitter=0.0", "val.size=1", *passes])
     means = []
     for tokens_s in (200.0, 100.0, 50.0, 25.0):
         links = config.links.model_copy(update={"anchor_tokens_s": tokens_s})
@@ -191,7 +192,7 @@ def test_a_ring_of_two_moves_its_bytes_once():
 
 # --- engines that sample ahead -----------------------------------------------------------------
 
-AHEAD = ["grpo.rollout_is=token", "links.jitter=0.0", "val.every=1000"]
+AHEAD = ["grpo.old_logprobs=tick", "grpo.rollout_is=token", "links.jitter=0.0", "val.every=1000"]
 SPEEDS = {  # tokens of an engine a second: samples take much less, as much, and much more time than the rest of a step
     "fast": "links.engine_tokens_s=20000.0",
     "even": "links.engine_tokens_s=1000.0",
