@@ -135,7 +135,7 @@ def tick_bytes(
         | _gradients(config, params)
         | {
             "snapshot": (_snapshots(config, params, ticks, sources), 0),
-            "replay": (fires * replay_bytes(config), 0),
+            "replay": (_replays(config, ticks, sources), 0),
             "correction": (merges * replica_nodes(config) * sum(correction_bytes(config, stages)), 0),
             "rollout_sync": (
                 engine_nodes(config) * _syncs(config, params, ticks),
@@ -199,6 +199,11 @@ def _snapshots(config: RunConfig, params: Params, ticks: int, sources: list[int]
         apart = bool(sources) and config.anchor.resource != config.rollout.resource
         return apart * workers * _syncs(config, params, ticks)
     return sum(sum(stream_bytes(config, params, ticks, sources[k::workers])) for k in range(workers)) / ticks
+
+
+def _replays(config: RunConfig, ticks: int, sources: list[int]) -> float:
+    """Samples to the anchor workers; a window reaches back to the fire before."""
+    return sum(replay_bytes(config, b - a) for a, b in pairwise([-1, *sources])) / ticks
 
 
 def _control_bytes(config: RunConfig, params: Params, ticks: int, fires: float) -> tuple[float, float]:
