@@ -77,8 +77,9 @@ def _replay(kind: _Kind, count: int, ticks: int) -> float:
     choice = (Window if ticks else OwnTick)(count, 0, lambda frame: None)
     for i in range(ticks or 1):
         batch = _made_up(kind, i)
-        frame = batch.to_frame(step=100, index=1, denominator=batch.response_tokens)
-        choice.see(i, MiniFrame(batch, None, frame.nbytes))
+        whole = ticks <= 1 and count == len(batch)
+        header = {"step": 100, "index": 1, "denominator": batch.response_tokens}
+        choice.see(i, MiniFrame(batch, None, batch.to_frame(**header).nbytes if whole else 0))
     return choice.take(1).size
 
 
