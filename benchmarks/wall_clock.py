@@ -37,7 +37,8 @@ BESIDE = {
 
 
 class Seen(NamedTuple):
-    """Ticks a second, the first step left out as warm-up; corrections merged, their mean lag and hold in ticks."""
+    """Ticks a second, the first step left out as warm-up; corrections merged, and of those of the run's second half the
+    mean lag and hold in ticks: the first fires start before it is known how long a tick takes."""
 
     rate: float
     merged: int
@@ -50,9 +51,9 @@ def drive_one(overrides: list[str], folder: Path) -> Seen:
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     seconds = [r["timing_s/tick"] for r in records if r["kind"] == "tick" and r["step"] > 1]
     fires = [r for r in records if r["kind"] == "fire" and r["first_tick"] is not None]
-    firsts = [r["first_tick"] for r in fires]
-    held = [b - a for a, b in pairwise(firsts)]
-    lags = [r["first_tick"] - r["source_tick"] for r in fires]
+    late = [r for r in fires if r["first_tick"] > len(seconds) // 2]
+    lags = [r["first_tick"] - r["source_tick"] for r in late]
+    held = [b["first_tick"] - a["first_tick"] for a, b in pairwise(late)]
     return Seen(1 / statistics.mean(seconds), len(fires), *(statistics.mean(x or [math.nan]) for x in (lags, held)))
 
 

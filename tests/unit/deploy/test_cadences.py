@@ -30,7 +30,7 @@ def best(*overrides: str, budget: float | None = None) -> Affordable:
 
 
 def keeps(workers: int, cadence: int) -> bool:
-    fire = Phases(config(SLOW, f"anchor.workers={workers}", f"anchor.cadence={cadence}")).fire_time()
+    fire = Phases(config(SLOW, f"anchor.workers={workers}", "anchor.replay=window")).fire_time(cadence)
     return sustainable_cadence(fire.total, fire.handover, TICK_S, workers) <= cadence
 
 
@@ -46,10 +46,17 @@ def test_where_m_bar_takes_too_long_from_one_to_the_next_no_number_of_workers_he
 
 @pytest.mark.parametrize("sustainable", [1, 3])
 def test_the_best_cadence_is_the_smallest_that_workers_keep_and_the_budget_pays_for(sustainable: int):
-    sent = {c: anchor_bytes(config(f"anchor.cadence={c}", "anchor.replay=window")) for c in range(1, 41)}
+    sent = {c: anchor_bytes(config(), c) for c in range(1, 41)}
     for budget in (1e4, 1e5, 3e5, 1e6, 1e8):
         found = affordable(config(), TICK_S, sustainable, budget).best
         assert found.cadence == min(c for c in sent if c >= sustainable and (sent[c] <= KNOWN * budget or c == 40))
+
+
+@pytest.mark.parametrize("cadence", [1, 2, 5, 20])
+def test_the_bytes_of_a_cadence_are_those_of_a_run_that_has_it(cadence: int):
+    """But for weights that other corrections moved otherwise."""
+    run = tick_bytes(config(f"anchor.cadence={cadence}", f"anchor.replay={'window' if cadence > 1 else 'tick'}"))
+    assert anchor_bytes(config(), cadence) == pytest.approx(sum(run[channel][0] for channel in ANCHOR), rel=0.05)
 
 
 def test_by_default_the_budget_is_what_is_sent_now():
