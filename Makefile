@@ -57,7 +57,7 @@ constraints: setup  ## write constraints.txt anew: the versions that are install
 bench: setup  ## time the hot paths against their baselines
 	$(BIN)/python -m benchmarks.hot_paths
 
-bench-wall: setup  ## tick rate beside an anchor slowed 100 times, in pairs of runs
+bench-wall: setup  ## tick rate beside an anchor slowed 100 times, and beside one at {20, 2}, in pairs of runs
 	$(BIN)/python -m benchmarks.wall_clock
 
 bench-links: setup  ## ticks of each codec, and the demo, between nodes over links of 16 Mbit/s; Linux, as root

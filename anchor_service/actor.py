@@ -12,8 +12,8 @@ import torch
 from anchor_service.calls import gather
 from anchor_service.dense_gradient import DenseGradient, DenseSetup
 from anchor_service.messages import FireJob, content_digest, pack_correction
+from anchor_service.replay import unpack_replay
 from codec.frames import digest
-from rl.batch import Batch
 from rl.device import peak_memory_gb
 from rl.snapshot import BaseLost
 
@@ -36,8 +36,8 @@ class Anchor:
             self.dense.load(snapshot, job.source_tick)
         elif self.dense.receiver.tick != job.source_tick:
             raise BaseLost(0, job.source_tick, self.dense.receiver.tick)
-        header, batch = Batch.from_frame(replay, f"replay of tick {job.source_tick + 1}")
-        m = self.dense.gradient(batch, header["denominator"])
+        batch, denominator = unpack_replay(replay, f"replay of tick {job.source_tick + 1}")
+        m = self.dense.gradient(batch, denominator)
         norm = m.norm().item()
         if not math.isfinite(norm):
             self.dense.check(m, batch, job.source_tick)

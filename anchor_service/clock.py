@@ -99,7 +99,11 @@ class Lockstep:
 
 
 class Wall:
-    """Starts a fire whenever a worker is free and the lag model has an anchor at all."""
+    """Starts a fire whenever a worker is free and the lag model has an anchor at all; several workers take even turns.
+
+    Of W workers whose fires take F ticks one starts every ⌊F/W⌋ ticks at the soonest. Else all that became free
+    together would start in ticks in a row, and the last of their corrections be held until they are free again.
+    """
 
     waits = False
 
@@ -109,16 +113,27 @@ class Wall:
         """`draw`: the lag model; `slows`: whether it slows the real anchor down, or only says where it has an outage."""
         self.workers, self.draw, self.usable, self.slows = workers, draw, usable, slows
         self.version = 0
-        self._running: set[int] = set()
+        self._running: dict[int, int] = {}  # version -> its source tick
+        self._offered = self._started = 0  # source ticks: of the last offer, of the last fire
+        self._takes: float | None = None  # ticks of the fire that was done last
 
     def to_start(self, source_tick: int) -> list[Due]:
         """At most one fire a tick; nothing is queued, so what is offered while all are busy is let go."""
-        busy = len(self._running) >= self.workers
+        self._offered = source_tick
+        busy = len(self._running) >= self.workers or self._early(source_tick)
         if busy or not self.usable(source_tick) or self.lag_of(self.version, source_tick) is None:
             return []
         self.version += 1
-        self._running.add(self.version)
+        self._running[self.version] = self._started = source_tick
         return [Due(self.version, source_tick, None)]
+
+    def _early(self, source_tick: int) -> bool:
+        """Whether its turn is still to come; before any fire is done, as the lag model says."""
+        if not self._running:
+            return False
+        newest = Due(self.version, self._started, None)
+        takes = self.least_ticks(newest) if self._takes is None else self._takes
+        return source_tick - self._started < takes // self.workers
 
     def lag_of(self, fire: int, tick: int) -> float | None:
         """How many tick times fire number `fire` (from 0) is slowed to; None in an outage."""
@@ -131,7 +146,10 @@ class Wall:
         return None
 
     def finished(self, version: int) -> None:
-        self._running.discard(version)
+        """A fire is done, before the next offer."""
+        source = self._running.pop(version, None)
+        if source is not None:
+            self._takes = self._offered + 1 - source
 
     def merged_at_multiple(self, due: Due, every: int) -> bool:
         """Nobody knows yet in which ticks it will be merged."""

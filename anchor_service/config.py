@@ -130,7 +130,12 @@ class AnchorConfig(Section):
         "an engine; with `snapshot.rate` M is then the gradient at what that stream holds",
     )
     replay_fraction: float = Field(
-        default=1.0, gt=0, le=1, description="share of each replay batch that the anchor uses"
+        default=1.0, gt=0, le=1, description="samples that a fire replays, as a share of a mini-batch's"
+    )
+    replay: Literal["tick", "window"] = Field(
+        default="tick",
+        description="what a fire replays: `tick`, the mini-batch that its weights were trained on; `window`, as many samples "
+        "of all mini-batches since the last fire's, for the mean of their gradients",
     )
     payload: Literal["auto", "dense"] = Field(
         default="auto", description="`auto`: sign planes where the merger needs no more; `dense`: fp32 M̄ always"
@@ -146,13 +151,22 @@ class AnchorConfig(Section):
     timeout_s: float = Field(default=600.0, gt=0, description="deadline of a correction that is due")
 
     def replayed(self, samples: int) -> int:
-        """How many of a mini-batch's samples the anchor uses."""
+        """How many samples a fire replays, where a mini-batch has `samples`."""
         return max(1, round(self.replay_fraction * samples))
 
 
 def correction_payload(anchor: AnchorConfig, merger: MergerConfig) -> Payload | None:
-    """What a correction carries: `sign`, `dense`, or None where nothing is merged. Raises ValueError if it is no merger."""
+    """What a correction carries: `sign`, `dense`, or None where nothing is merged.
+
+    Raises ValueError if it is no merger, or if it takes M and the source tick's gradient for two of one mini-batch and
+    they are not.
+    """
     found = merger_class(merger.kind)
+    if anchor.replay == "window" and found.needs_source:
+        raise ValueError(
+            f"anchor.replay 'window' is of several mini-batches, and merger.kind {merger.kind!r} subtracts the gradient "
+            f"of the source tick's alone: set anchor.replay=tick"
+        )
     payload = found.payload if anchor.enabled and found.has_effect(merger) else None
     return "dense" if payload and anchor.payload == "dense" else payload
 
@@ -176,6 +190,7 @@ READING: Reading = {  # not here: resource, which says where actors go, and whic
     "anchor.workers": ((_ENABLED,),),
     "anchor.weights": (_FIRES,),
     "anchor.replay_fraction": (_FIRES,),
+    "anchor.replay": (_FIRES,),
     "anchor.payload": ((_ENABLED, TAKES_SIGNS),),
     "anchor.device": ((_ENABLED,), _DIAGNOSER),
     "anchor.micro_batch_size": ((_ENABLED,), _DIAGNOSER),

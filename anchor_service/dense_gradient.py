@@ -77,23 +77,32 @@ class DenseGradient:
         self.receiver.load(parts, tick, self.model.weights.master)
         self.model.weights.publish()
 
-    def gradient(self, batch: Batch, denominator: float, grpo: GrpoConfig | None = None) -> Tensor:
-        """∇L at the loaded weights on `batch`, fp32 [numel], divided by `denominator`.
+    def gradient(self, batch: Batch, denominator: float | np.ndarray, grpo: GrpoConfig | None = None) -> Tensor:
+        """∇L at the loaded weights on `batch`, fp32 [numel], divided by `denominator`: one number, or one a sample [N].
 
         For a whole mini-batch that is its response tokens, so that M is normalised as the swarm's
-        gradient is; for a share f of its samples f times that, which keeps M unbiased.
+        gradient is; for a share f of its samples f times that, which keeps M unbiased; for samples of n
+        mini-batches n times that of each (`anchor_service/replay.py`).
         The ratio is taken to the log-probs that the rollout engine recorded: its model is the
         uncompressed one too. `grpo` asks for another objective than the run's. The result is
         overwritten by the next call.
         """
         weights, grpo = self.model.weights, grpo or self.grpo
         weights.grad.zero_()
-        for micro in microbatches(batch, np.argsort(-batch.total, kind="stable"), self.size, self.device):
+        order = np.argsort(-batch.total, kind="stable")
+        for i, micro in enumerate(microbatches(batch, order, self.size, self.device)):
             hidden = self.model(micro.ids, micro.real, cuts={})
-            terms = loss_terms(self.model, hidden, micro, micro.rollout_logprobs, denominator, grpo, self.temperature)
+            over = self._of_tokens(denominator, batch, order[i * self.size : (i + 1) * self.size])
+            terms = loss_terms(self.model, hidden, micro, micro.rollout_logprobs, over, grpo, self.temperature)
             terms.loss.backward()
             weights.collect()
         return weights.grad
+
+    def _of_tokens(self, denominator: float | np.ndarray, batch: Batch, samples: np.ndarray) -> float | Tensor:
+        """One number as it is; else that of each response token of `samples`."""
+        if not isinstance(denominator, np.ndarray):
+            return denominator
+        return torch.from_numpy(np.repeat(denominator[samples], batch.response_lengths[samples])).to(self.device)
 
     def check(self, m: Tensor, batch: Batch, tick: int) -> None:
         """Raises NotFinite if M holds a NaN or an infinity, naming what brought it: all that follows would hide it."""

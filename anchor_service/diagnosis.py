@@ -9,6 +9,7 @@ Tick T took θ_{T-1} to θ_T on b_T. With ∇L(θ; b) the dense gradient as the 
 
 The shift holds sampling noise: two batches of one distribution differ too. With the halves g = g_A + g_B of b_T,
 ‖g_A - g_B‖² estimates E‖g - E g‖², and two independent batches differ by √2 times its root: `error_noise`.
+With `anchor.replay = "window"` M_s is of what the anchor replayed, samples of several mini-batches.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from anchor_service.dense_gradient import DenseGradient, DenseSetup
 from anchor_service.messages import unpack_records
+from anchor_service.replay import unpack_replay
 from rl.batch import Batch
 from rl.config import GrpoConfig
 from rl.device import peak_memory_gb
@@ -120,7 +122,7 @@ class Diagnoser:
         source_replay: np.ndarray | None,
         *records: np.ndarray,
     ) -> dict[str, float]:
-        """Metrics of one tick. `replay` and `source_replay` are the frames of b_T and b_{s+1}; `m_bar` fp32 [numel].
+        """Metrics of one tick. `replay` and `source_replay` are the frames of b_T and b_{s+1} (or a window); `m_bar` fp32 [numel].
 
         `records` are those of the tick, one a stage, then those of θ_s if there is a source. A metric that is not
         defined is left out. Raises FrameError.
@@ -147,7 +149,9 @@ class Diagnoser:
         metrics = {f"diagnostics/{name}": value for name, value in found.items() if value is not None}
         return metrics | {"perf/max_memory_gb": peak_memory_gb(self.dense.device)}
 
-    def gradient(self, weights: Tensor, batch: Batch, denominator: float, grpo: GrpoConfig | None = None) -> Tensor:
+    def gradient(
+        self, weights: Tensor, batch: Batch, denominator: float | np.ndarray, grpo: GrpoConfig | None = None
+    ) -> Tensor:
         """∇L(weights; batch) as the anchor computes it, fp32 [numel] on the host."""
         own = self.dense.model.weights
         own.master.copy_(weights)
@@ -163,7 +167,7 @@ class Diagnoser:
         scored = replace(batch, advantages=leave_one_out(values, self.grpo.group_size))
         return self.gradient(weights, scored, len(batch), unclipped(self.grpo)).neg_()
 
-    def _noise(self, g: Tensor, weights: Tensor, batch: Batch, denominator: float) -> Found:
+    def _noise(self, g: Tensor, weights: Tensor, batch: Batch, denominator: float | np.ndarray) -> Found:
         """Halves by whole groups; nothing can be said of a batch of one group."""
         groups = len(batch) // self.grpo.group_size
         if groups < 2:
@@ -184,6 +188,6 @@ class Diagnoser:
         return found
 
 
-def _batch(frame: np.ndarray, tick: int) -> tuple[float, Batch]:
-    header, batch = Batch.from_frame(frame, f"the mini-batch of tick {tick}")
-    return header["denominator"], batch
+def _batch(frame: np.ndarray, tick: int) -> tuple[float | np.ndarray, Batch]:
+    batch, denominator = unpack_replay(frame, f"the mini-batch of tick {tick}")
+    return denominator, batch

@@ -1,7 +1,12 @@
-"""Does the swarm ever wait for the anchor? Tick rate beside an anchor slowed 100 times, over that without one.
+"""Does the swarm ever wait for the anchor? Tick rate beside one on the wall clock, over that without one.
+
+    slow        one worker, slowed 100 times: its weights are pulled, it is never there
+    {20, 2}     ten workers of 20 ticks each: a correction of a lag of 20 ticks every 2 ticks
 
 Pairs of runs in turn on one Ray cluster, so that drift of the machine hits both: `make bench-wall`.
-The anchor is slowed by sleeping: it shares two cores with the swarm here, as it would not on a cluster.
+Anchors are slowed by sleeping, so what they compute takes cores from the swarm here, as it would not on a cluster:
+{20, 2} is measured with all samples of a tick in each fire, and with a sixteenth of them, which leaves what the swarm
+itself does for a fire.
 """
 
 from __future__ import annotations
@@ -9,27 +14,47 @@ from __future__ import annotations
 import json
 import math
 import statistics
+import sys
 import tempfile
+from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 from scipy.stats import t
 
 from deploy.cluster.launch import cluster, drive
 from deploy.config import load
 
-REPETITIONS, STEPS = 12, 20
+REPETITIONS, STEPS = 12, 30
 COMMON = [f"run.steps={STEPS}", "val.size=8", f"val.every={STEPS}", "swarm.pp=2"]
 WITHOUT = ["anchor.enabled=false", "merger.kind=none"]
-SLOWED = ["anchor.clock=wall", "anchor.slowdown=100.0"]
+OFTEN = ["anchor.clock=wall", "anchor.workers=10", 'anchor.lag={kind="uniform", low=20.0, high=20.0}']
+BESIDE = {
+    "slow": ["anchor.clock=wall", "anchor.slowdown=100.0"],
+    "{20, 2}": OFTEN,
+    "{20, 2}, a sixteenth": [*OFTEN, "anchor.replay_fraction=0.0625", "anchor.replay=window"],
+}
 
 
-def tick_rate(name: str, overrides: list[str], folder: Path) -> tuple[float, int]:
-    """Ticks a second, the first step left out as warm-up, and corrections merged."""
-    drive(load("k5", COMMON + overrides), folder / name, lambda record: None)
-    records = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+class Seen(NamedTuple):
+    """Ticks a second, the first step left out as warm-up; corrections merged, and of those of the run's second half the
+    mean lag and hold in ticks: the first fires start before it is known how long a tick takes."""
+
+    rate: float
+    merged: int
+    lag: float
+    hold: float
+
+
+def drive_one(overrides: list[str], folder: Path) -> Seen:
+    drive(load("k5", COMMON + overrides), folder, lambda record: None)
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     seconds = [r["timing_s/tick"] for r in records if r["kind"] == "tick" and r["step"] > 1]
-    merged = sum(r["kind"] == "fire" for r in records)
-    return 1 / statistics.mean(seconds), merged
+    fires = [r for r in records if r["kind"] == "fire" and r["first_tick"] is not None]
+    late = [r for r in fires if r["first_tick"] > len(seconds) // 2]
+    lags = [r["first_tick"] - r["source_tick"] for r in late]
+    held = [b["first_tick"] - a["first_tick"] for a, b in pairwise(late)]
+    return Seen(1 / statistics.mean(seconds), len(fires), *(statistics.mean(x or [math.nan]) for x in (lags, held)))
 
 
 def ratio_interval(ratios: list[float]) -> tuple[float, float]:
@@ -40,24 +65,34 @@ def ratio_interval(ratios: list[float]) -> tuple[float, float]:
     return math.exp(mean - half), math.exp(mean + half)
 
 
-def main() -> None:
-    with tempfile.TemporaryDirectory() as temporary, cluster(load("k5", COMMON), address=None):
-        ratios = []
-        for i in range(REPETITIONS):
-            pair = {"without": WITHOUT, "slowed": SLOWED}
-            order = pair if i % 2 == 0 else reversed(pair)  # each goes first in turn: what drifts cancels
-            seen = {name: tick_rate(f"{name}-{i}", pair[name], Path(temporary)) for name in order}
-            (rate, _), (slowed, merged) = seen["without"], seen["slowed"]
-            ratios.append(slowed / rate)
-            print(
-                f"pair {i}: {rate:.2f} ticks/s without, {slowed:.2f} beside a slow anchor ({merged} merged): {ratios[-1]:.3f} x",
-                flush=True,
-            )
-        low, high = ratio_interval(ratios)
+def compare_rates(name: str, beside: list[str], folder: Path, pairs: int) -> None:
+    ratios: list[float] = []
+    for i in range(pairs):
+        pair = {"without": WITHOUT, "beside": beside}
+        order = pair if i % 2 == 0 else reversed(pair)  # each goes first in turn: what drifts cancels
+        seen = {which: drive_one(pair[which], folder / f"{which}-{i}") for which in order}
+        (rate, *_), found = seen["without"], seen["beside"]
+        ratios.append(found.rate / rate)
         print(
-            f"{statistics.geometric_mean(ratios):.3f} x of the tick rate without an anchor, "
-            f"95 % interval {low:.3f} to {high:.3f}, median {statistics.median(ratios):.3f}"
+            f"{name}, pair {i}: {rate:.2f} ticks/s without, {found.rate:.2f} beside ({found.merged} merged, "
+            f"lag {found.lag:.1f}, hold {found.hold:.1f}): {ratios[-1]:.3f} x",
+            flush=True,
         )
+    low, high = ratio_interval(ratios)
+    print(
+        f"{name}: {statistics.geometric_mean(ratios):.3f} x of the tick rate without an anchor, "
+        f"95 % interval {low:.3f} to {high:.3f}, median {statistics.median(ratios):.3f}",
+        flush=True,
+    )
+
+
+def main() -> None:
+    """Of the names in the command line, or all; a number there: so many pairs."""
+    numbers = [int(word) for word in sys.argv[1:] if word.isdigit()]
+    names = [word for word in sys.argv[1:] if not word.isdigit()] or list(BESIDE)
+    with tempfile.TemporaryDirectory() as temporary, cluster(load("k5", COMMON + OFTEN), address=None):
+        for name in names:
+            compare_rates(name, BESIDE[name], Path(temporary) / name.replace(" ", "-"), *numbers or [REPETITIONS])
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ class AnchorBytes(NamedTuple):
         return f"{in_bytes(self.anchor)} of {in_bytes(self.everything)} ({share:.0f}\N{NO-BREAK SPACE}%)"
 
 
-def anchor_bytes(runs: Collection[Run]) -> AnchorBytes | None:
+def spent_on_anchor(runs: Collection[Run]) -> AnchorBytes | None:
     """Means over the runs; None if no anchor was sent anything."""
     found = [traffic for run in runs if (traffic := traffic_of(run))]
     spent = [sum(t[channel].sent for channel in ANCHORS if channel in t) for t in found]
@@ -50,7 +50,7 @@ def anchor_bytes(runs: Collection[Run]) -> AnchorBytes | None:
 
 def anchor_in_words(run: Run) -> str | None:
     """`4 MB of 13.4 MB (30 %); a share of 0.05 of the step, within the bound 0.26 …`; None for a run without an anchor."""
-    spent = anchor_bytes([run])
+    spent = spent_on_anchor([run])
     if spent is None:
         return None
     if not (merged := _series(run, "merger/w") or _series(run, "merger/dose")):
@@ -124,7 +124,7 @@ class Gain(NamedTuple):
 def anchor_gains(findings: Findings) -> list[Gain]:
     """Of the arms with an anchor that have one without to be compared with, each at its own best point."""
     cells = [cell for cell in findings.tuned.values() if cell.completed]
-    spent = {cell.arm: anchor_bytes(cell.completed) for cell in cells}
+    spent = {cell.arm: spent_on_anchor(cell.completed) for cell in cells}
     without = [cell for cell in cells if spent[cell.arm] is None and _kind(cell) == "none"]
     base = {_same(findings, cell, "anchor."): cell for cell in reversed(without)}  # of several the first
     gains = [

@@ -69,7 +69,7 @@ class Started:
 
 
 @dataclass
-class Seen:
+class Agreements:
     """Over all fires."""
 
     compressed: Mean = field(default_factory=Mean)  # a_G
@@ -86,9 +86,10 @@ class Calibrated(Merger):
 
     def __init__(self, config: MergerSettings):
         super().__init__(config)
-        self.seen = Seen()
+        self.seen = Agreements()
         self.average: Tensor | None = None  # m_G
         self.sources: dict[int, Started] = {}
+        self.before: tuple[Tensor | None, tuple[float, float]] = (None, (0.0, 0.0))  # what the last fire started with
 
     @classmethod
     def cost(cls, config: MergerSettings, n: int) -> MergerCost:
@@ -99,6 +100,8 @@ class Calibrated(Merger):
             signs, squares = None, (0.0, 0.0)
             if self.average is not None:
                 signs, squares = self.average.sign().char(), (_square(self.average), _square(g_comp))
+            if self.windows:  # M has samples of every tick since the last fire
+                (signs, squares), self.before = self.before, (signs, squares)
             self.sources[source] = Started(signs, None if held is None else held.sign().char(), squares)
         self.average = g_comp.clone() if self.average is None else self.average.lerp_(g_comp, 1 - MEMORY)
 
@@ -160,6 +163,8 @@ class Calibrated(Merger):
         seen, double = self.seen, self.average.double()
         means = [value for mean in (seen.compressed, seen.anchor) for value in (mean.n, mean.sum, mean.squares)]
         found = {"average": self.average, "seen": double.new_tensor([*means, seen.average, seen.single])}
+        signs, squares = self.before
+        found |= {"before.squares": double.new_tensor(squares)} | ({} if signs is None else {"before.signs": signs})
         for s, then in self.sources.items():
             kept = {"signs": then.signs, "held": then.held, "squares": double.new_tensor(then.squares)}
             found |= {f"{s}.{name}": tensor for name, tensor in kept.items() if tensor is not None}
@@ -171,8 +176,10 @@ class Calibrated(Merger):
         self.average = state["average"]
         numbers = state["seen"].tolist()
         own, old = (Mean(int(n), total, squares) for n, total, squares in (numbers[:3], numbers[3:6]))
-        self.seen = Seen(own, old, *numbers[6:])
-        for s in {name.partition(".")[0] for name in state if "." in name}:
+        self.seen = Agreements(own, old, *numbers[6:])
+        average, single = state["before.squares"].tolist()
+        self.before = state.get("before.signs"), (average, single)
+        for s in {name.partition(".")[0] for name in state if name[0].isdigit()}:
             average, single = state[f"{s}.squares"].tolist()
             self.sources[int(s)] = Started(state.get(f"{s}.signs"), state.get(f"{s}.held"), (average, single))
 

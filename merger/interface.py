@@ -65,6 +65,9 @@ class Merger(Protocol):
     config: MergerSettings
     dose: float  # of the last `prepare`
     holds: Holds  # how long corrections have been held; whoever holds them counts
+    windows: bool = (
+        False  # whether an M has samples of all ticks since the last fire; whoever holds corrections says so
+    )
 
     def __init__(self, config: MergerSettings):
         self.config = config

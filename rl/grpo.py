@@ -84,7 +84,7 @@ def low_var_kl(logprobs: Float[Tensor, " n"], ref_logprobs: Float[Tensor, " n"])
 class LossTerms:
     """Sums over tokens, so that microbatches and ranks add up; divide by the token count for means."""
 
-    loss: Float[Tensor, ""]  # already divided by the global denominator
+    loss: Float[Tensor, ""]  # already divided by the denominator
     sums: dict[str, Tensor]
     logprobs: Float[Tensor, " n"]  # of this forward, detached
 
@@ -93,7 +93,7 @@ def policy_loss(
     logprobs: Float[Tensor, " n"],
     old_logprobs: Float[Tensor, " n"],
     advantages: Float[Tensor, " n"],
-    denominator: float,
+    denominator: float | Float[Tensor, " n"],
     config: GrpoConfig,
     entropy: Float[Tensor, " n"] | None = None,
     ref_logprobs: Float[Tensor, " n"] | None = None,
@@ -101,7 +101,8 @@ def policy_loss(
 ) -> LossTerms:
     """Clipped-ratio loss of response tokens, divided by one `denominator` for all ranks.
 
-    `denominator` is the number of response tokens in the global mini-batch (token-mean).
+    `denominator` is the number of response tokens in the global mini-batch (token-mean); one a token where they
+    are of several mini-batches.
     With `rollout_is` the policy loss of a token, and nothing else, is multiplied by `rollout_weights`.
     KL is `low_var_kl` against `ref_logprobs`.
     """
@@ -121,7 +122,9 @@ def policy_loss(
         kl = low_var_kl(logprobs, ref_logprobs)
         sums["actor/kl_loss"] = kl.detach().sum()
         per_token = per_token + config.kl_loss_coef * kl
-    return LossTerms(per_token.sum() / denominator, sums, logprobs.detach())
+    one = not isinstance(denominator, Tensor)
+    loss = per_token.sum() / denominator if one else (per_token / denominator).sum()
+    return LossTerms(loss, sums, logprobs.detach())
 
 
 def _clipped(

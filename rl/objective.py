@@ -81,11 +81,11 @@ def loss_terms(
     hidden: Float[Tensor, "b l h"],
     micro: MicroBatch,
     old_logprobs: Float[Tensor, " r"] | None,
-    denominator: float,
+    denominator: float | Float[Tensor, " r"],
     config: GrpoConfig,
     temperature: float,
 ) -> LossTerms:
-    """Loss of one microbatch; `denominator` counts the response tokens of the global mini-batch.
+    """Loss of one microbatch; `denominator` counts the response tokens of the global mini-batch, or of each token's own.
 
     `old_logprobs` None: this forward's own are the old ones, so every ratio is 1.
     """

@@ -24,12 +24,13 @@ from rl import mismatch
 from rl.batch import Batch
 from rl.grpo import PG_LOSS
 from swarm import checkpoint
-from swarm.corrections import Corrections, MiniFrame
+from swarm.corrections import Corrections
 from swarm.fleet import Fleet
 from swarm.gate import EngineGate, LaunchGate
 from swarm.messages import MergeOutcome, TickPlan, TickReport
 from swarm.nonfinite import judge_loss
 from swarm.progress import Progress
+from swarm.replay_choice import MiniFrame
 from swarm.rollouts import SAMPLED_S, Rollouts, sample_metrics
 from swarm.run_config import RunConfig
 from swarm.shares import shares

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ from anchor_service.calls import gather
 from anchor_service.clock import Clock
 from anchor_service.lag import Due
 from anchor_service.line import Fire, FireLine
-from rl.batch import Batch
 from rl.model_files import parameter_count
 from rl.snapshot import BaseLost
 from swarm import checkpoint
@@ -21,16 +20,8 @@ from swarm.diagnosis_sources import Sources
 from swarm.fleet import Fleet
 from swarm.messages import MergeOutcome
 from swarm.progress import Progress
+from swarm.replay_choice import FRAME, MiniFrame, make_choice
 from swarm.run_config import RunConfig
-
-
-@dataclass(frozen=True)
-class MiniFrame:
-    """One tick's samples, and a reference to them as a frame."""
-
-    batch: Batch
-    reference: object
-    size: int
 
 
 class Corrections:
@@ -50,7 +41,9 @@ class Corrections:
         store: Callable[[np.ndarray | dict[str, Any]], object],
         resync: Callable[[], None],
     ):
-        self.anchor, self.swarm, self.seed = config.anchor, config.swarm, config.run.seed
+        self.anchor, self.swarm, grpo = config.anchor, config.swarm, config.grpo
+        samples = grpo.ppo_mini_batch_size * grpo.group_size
+        self.choice = make_choice(config.anchor, samples, config.run.seed, store)
         self.fleet, self.progress, self.line, self.clock = fleet, progress, line, clock
         self.store, self.resync = store, resync
         self.whole_frames = config.snapshot.encoding == "full"
@@ -80,15 +73,18 @@ class Corrections:
         """Hand θ_s and b_{s+1} to the anchor if a fire starts from them; waits for nothing. Whether one does."""
         dues = self.clock.to_start(self.progress.tick)
         ledger = self.progress.ledger
+        self.choice.see(self.progress.tick + 1, mini)
         for due in dues:
             worker = self.line.free_worker(due.version)
             references, nbytes = self._snapshot(worker)
-            replay, size = self._replay(mini, due.version)
-            self.line.start(due, worker, references, replay, self._least_seconds(due))
+            replay = self.choice.take(due.version)
+            if self.clock.waits:  # a fire that fails ends the run
+                self.choice.release(due.version)
+            self.line.start(due, worker, references, replay.reference, self._least_seconds(due))
             ledger.add("snapshot", nbytes, 0)
-            ledger.add("replay", size, 0)
+            ledger.add("replay", replay.size, 0)
             if self.sources.wants(due):
-                self.sources.keep(due, self.fleet.records(self.progress.tick), mini.reference)
+                self.sources.keep(due, self.fleet.records(self.progress.tick), replay.diagnosed)
             if self.anchor.workers > 1:  # M̄ goes from one anchor worker to the next, in fp32
                 ledger.add("control", 4 * self._parameters, 0)
         return bool(dues)
@@ -101,17 +97,6 @@ class Corrections:
         whole = stream in self._lost
         self._lost.discard(stream)
         return self.fleet.weights(self.progress.tick, stream, whole)
-
-    def _replay(self, mini: MiniFrame, version: int) -> tuple[object, int]:
-        """The mini-batch, or a seeded share of its samples with the denominator that keeps M unbiased."""
-        if self.anchor.replay_fraction == 1:
-            return mini.reference, mini.size
-        count = self.anchor.replayed(len(mini.batch))
-        rng = np.random.default_rng([self.seed, 0x5A3, version])
-        chosen = np.sort(rng.choice(len(mini.batch), count, replace=False))
-        denominator = mini.batch.response_tokens * count / len(mini.batch)
-        frame = mini.batch.pick(chosen).to_frame(denominator=denominator)
-        return self.store(frame), frame.nbytes
 
     def _least_seconds(self, due: Due) -> float:
         """On the wall clock a lag model slows the real anchor down by that many tick times."""
@@ -138,12 +123,14 @@ class Corrections:
             except BaseLost as lost:
                 self._drop(fire, lost)
                 continue
+            self.choice.release(fire.due.version)
             self.line.deliver(fire, self.fleet.workers)
         self.line.check_deliveries()
 
     def _drop(self, fire: Fire, lost: BaseLost) -> None:
         """The anchor worker has lost the base of a delta: this fire is void, its next snapshot is a whole one."""
         self.line.drop(fire, self._last_m_bar)
+        self.choice.give_back(fire.due.version)
         if self.anchor.weights == "shared":
             self.resync()
         self._lose(fire.worker, lost)
@@ -196,6 +183,7 @@ class Corrections:
         pending = [{"due": asdict(fire.due), "report": frames.pop(_report(fire.due))} for fire in fires]
         if m_bar is not None:
             frames["m_bar"] = frames["m_bar"].view(np.uint8)
+        frames |= self.choice.save(set(self.line.under_way) - {fire.due.version for fire in fires})
         return counters | {"pending": pending}, frames
 
     def _unmerged(self) -> list[Fire]:
@@ -211,6 +199,7 @@ class Corrections:
         self.fires, self.version, self.merged = (state[name] for name in ("fires", "version", "merged"))
         m_bar = checkpoint.read_frame(folder, "m_bar")
         self.line.m_bar = None if m_bar is None else self.store(m_bar.view(np.float32))
+        self.choice.restore(checkpoint.read_frame(folder, FRAME))
         newest = max([self.merged, *(saved["due"]["version"] for saved in state["pending"])])
         wanted = self.clock.resume(self.progress.tick, newest)
         for saved in state["pending"]:

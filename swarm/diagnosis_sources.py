@@ -11,11 +11,11 @@ from swarm.messages import MergeOutcome
 
 @dataclass(frozen=True)
 class Source:
-    """θ_s and b_{s+1} of one fire."""
+    """θ_s of one fire, and b_{s+1} or the window that it replays."""
 
     due: Due
     records: list[object]  # reference to a record with the weights, one a stage
-    replay: object  # reference to the batch frame: the whole mini-batch, whatever share of it the anchor uses
+    replay: object  # reference to the frame: of one mini-batch the whole, whatever share of it the anchor uses
 
 
 class Sources:

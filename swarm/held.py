@@ -47,6 +47,7 @@ class Held:
         self.anchor, self.grid, self.name = anchor, grid, merger.placebo or ""
         self.merger = make_merger(merger)
         self.merger.holds = Holds(anchor.cadence, anchor.beta_anc)
+        self.merger.windows = anchor.replay == "window"
         self.merging = bool(merger.placebo) or correction_payload(anchor, merger) is not None
         self.at = self._looks_at(weights, stride)
         sizes = {name: math.prod(shape) for name, shape in zip(weights.names, weights.shapes)}

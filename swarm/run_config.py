@@ -10,9 +10,10 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from anchor_service.config import AnchorConfig
+from anchor_service.config import AnchorConfig, correction_payload
 from anchor_service.lag import read_trace
 from codec.config import CodecConfig, Section
+from merger import MERGERS
 from merger.config import MergerConfig
 from rl.config import GrpoConfig, ModelConfig, RolloutConfig, SnapshotConfig, TaskConfig, ValConfig
 from rl.model_files import model_shape
@@ -91,6 +92,8 @@ class RunConfig(Section):
                 f"swarm.dp {self.swarm.dp} does not divide the {samples} samples of a tick "
                 f"(grpo.ppo_mini_batch_size x grpo.group_size)"
             )
+        if self.merger.kind in MERGERS:  # one of the user's own is looked at where it merges
+            correction_payload(self.anchor, self.merger)
         self._check_shared_weights()
         self._check_staleness()
         self._check_placement()

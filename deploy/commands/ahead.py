@@ -13,6 +13,10 @@ from deploy.commands.options import Address, ConfigSource, JsonFile, checked_con
 def plan_command(
     source: ConfigSource,
     set_: Annotated[list[str] | None, set_option("override a key, for example links.swarm_mbit=1000")] = None,
+    anchor_mb: Annotated[
+        float | None,
+        typer.Option("--anchor-bytes", min=0, help="MB a tick that the anchor may send; default: what it sends now"),
+    ] = None,
     json_file: JsonFile = None,
 ) -> None:
     """Say what a config will send, hold and wait for: bytes, memory, time, the cadence its anchor can keep."""
@@ -21,7 +25,8 @@ def plan_command(
     from deploy.estimate.tables import show_plan
 
     try:
-        found = make_plan(load_for_planning(source, set_ or []))
+        budget = None if anchor_mb is None else anchor_mb * 1e6
+        found = make_plan(load_for_planning(source, set_ or []), budget)
     except ValueError as error:
         raise refused(error) from error
     show_plan(found, console)

@@ -14,6 +14,7 @@ import numpy as np
 from deploy.estimate.parameters import parameters
 from deploy.estimate.workload import prompt_tokens, response_tokens
 from rl.batch import Batch
+from swarm.replay_choice import MiniFrame, OwnTick, Window
 from swarm.run_config import RunConfig
 from swarm.shares import shares
 
@@ -43,11 +44,12 @@ def answers(config: RunConfig, prompts: int, samples: int, scores_only: bool = F
     return _answers(_kind(config, prompts, samples), scores_only)
 
 
-def replay_bytes(config: RunConfig) -> float:
-    """The mini-batch that goes to the anchor with a snapshot, or the share of it that is replayed."""
-    grpo = config.grpo
+def replay_bytes(config: RunConfig, ticks: int) -> float:
+    """What goes to the anchor with a snapshot: of one mini-batch, or with `anchor.replay` = "window" of `ticks` of them."""
+    grpo, anchor = config.grpo, config.anchor
     prompts, samples = grpo.ppo_mini_batch_size, grpo.group_size
-    return _replay(_kind(config, prompts, samples), config.anchor.replayed(prompts * samples))
+    count, window = anchor.replayed(prompts * samples), anchor.replay == "window"
+    return _replay(_kind(config, prompts, samples), count, min(ticks, count) if window else 0)
 
 
 def dealt(config: RunConfig) -> list[Sizes]:
@@ -70,10 +72,15 @@ def _answers(kind: _Kind, scores_only: bool) -> Sizes:
 
 
 @cache
-def _replay(kind: _Kind, count: int) -> float:
-    batch = _made_up(kind)
-    batch = batch if count == len(batch) else batch.pick(np.arange(count) * len(batch) // count)
-    return batch.to_frame(step=100, index=1, denominator=batch.response_tokens).nbytes
+def _replay(kind: _Kind, count: int, ticks: int) -> float:
+    """`count` samples of a window of `ticks` ticks; 0 ticks: of one mini-batch."""
+    choice = (Window if ticks else OwnTick)(count, 0, lambda frame: None)
+    for i in range(ticks or 1):
+        batch = _made_up(kind, i)
+        whole = ticks <= 1 and count == len(batch)
+        header = {"step": 100, "index": 1, "denominator": batch.response_tokens}
+        choice.see(i, MiniFrame(batch, None, batch.to_frame(**header).nbytes if whole else 0))
+    return choice.take(1).size
 
 
 @cache
@@ -85,8 +92,8 @@ def _dealt(kind: _Kind, ticks: int, dp: int, pp: int) -> list[Sizes]:
 
 
 @cache
-def _made_up(kind: _Kind) -> Batch:
-    rng, count = np.random.default_rng(0), kind.prompts * kind.samples
+def _made_up(kind: _Kind, seed: int = 0) -> Batch:
+    rng, count = np.random.default_rng(seed), kind.prompts * kind.samples
     heads, lengths = _lengths(kind.prompts, kind.prompt), _lengths(count, kind.response, spread=0.5)
     shared = np.split(rng.integers(0, kind.vocab, int(heads.sum()), np.int32), np.cumsum(heads)[:-1])
     own = np.split(rng.integers(0, kind.vocab, int(lengths.sum()), np.int32), np.cumsum(lengths)[:-1])

@@ -131,16 +131,13 @@ def tick_bytes(
     sources = [due.source_tick for due in expected_fires(config, ticks)] if fires is None else evenly(fires, ticks)
     fires = len(sources) / ticks if fires is None else fires
     merges = fires if merges is None else merges
-    stages = stage_parameters(config, params)
     syncs = (1 / config.grpo.ticks_per_step + 1 / ticks) * engine_nodes(config)
 
     found = (
         _boundaries(config, params.hidden, ticks)
         | _gradients(config, params)
+        | {name: (sent, 0.0) for name, sent in anchor_channels(config, ticks, sources, merges).items()}
         | {
-            "snapshot": (_snapshots(config, params, ticks, sources), 0),
-            "replay": (fires * replay_bytes(config), 0),
-            "correction": (merges * replica_nodes(config) * sum(correction_bytes(config, stages)), 0),
             "rollout_sync": (
                 engine_nodes(config) * _syncs(config, params, ticks),
                 syncs * config.model.itemsize * params.total,
@@ -203,6 +200,21 @@ def _snapshots(config: RunConfig, params: Params, ticks: int, sources: list[int]
         apart = bool(sources) and config.anchor.resource != config.rollout.resource
         return apart * workers * _syncs(config, params, ticks)
     return sum(sum(stream_bytes(config, params, ticks, sources[k::workers])) for k in range(workers)) / ticks
+
+
+def anchor_channels(config: RunConfig, ticks: int, sources: list[int], merges: float) -> dict[str, float]:
+    """What the anchor gets and sends in a mean tick, of fires that start from the weights after the ticks `sources`."""
+    params = parameters(config)
+    return {
+        "snapshot": _snapshots(config, params, ticks, sources),
+        "replay": _replays(config, ticks, sources),
+        "correction": merges * replica_nodes(config) * sum(correction_bytes(config, stage_parameters(config, params))),
+    }
+
+
+def _replays(config: RunConfig, ticks: int, sources: list[int]) -> float:
+    """Samples to the anchor workers; a window reaches back to the fire before."""
+    return sum(replay_bytes(config, b - a) for a, b in pairwise([-1, *sources])) / ticks
 
 
 def _control_bytes(config: RunConfig, params: Params, ticks: int, fires: float) -> tuple[float, float]:

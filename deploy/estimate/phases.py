@@ -96,10 +96,10 @@ class Phases(Durations):
         seconds = max(whole / (1 + self.config.rollout.max_staleness), swarm, rollouts, sync)
         return StepTime(rollouts, deal, old, ticks, sync, overlap=seconds - whole)
 
-    def fire_time(self) -> FireTime:
-        """`anchor.slowdown` stretches pull and compute, as the anchor itself does."""
+    def fire_time(self, every: float | None = None) -> FireTime:
+        """One fire `every` so many ticks, by default the config's; `anchor.slowdown` stretches pull and compute."""
         anchor = self.config.anchor
-        pull = self.pull(self.rng, anchor.workers / (fires_per_tick(self.config) or 1))
+        pull = self.pull(self.rng, anchor.workers * (every or 1 / (fires_per_tick(self.config) or 1)))
         slept = (anchor.slowdown - 1) * (pull + self.anchor_compute)
         return FireTime(pull, self.anchor_compute + slept, self.pass_m_bar(self.rng), self.deliver(self.rng))
 

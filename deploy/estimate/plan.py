@@ -13,6 +13,7 @@ from anchor_service.config import correction_payload
 from codec.ledger import Ledger
 from deploy.config import load, own_settings
 from deploy.estimate.bytes import tick_bytes
+from deploy.estimate.cadences import ANCHOR, Affordable, affordable
 from deploy.estimate.memory import EXPECTED, Part, largest, memory, peak
 from deploy.estimate.parameters import Params, check_fits, parameters, stage_parameters
 from deploy.estimate.phases import FireTime, Phases, StepTime, TickTime, first_lag, sustainable_cadence
@@ -20,7 +21,6 @@ from deploy.estimate.workload import fires_per_tick, refresh_share, replica_node
 from swarm.run_config import RunConfig
 
 BOUNDARY = ("boundary_fwd", "boundary_bwd", "basis")
-ANCHOR = ("snapshot", "replay", "correction")
 OUTWEIGH = {  # channels that should not outweigh the boundary, and what to do about it
     "correction": "the correction broadcast: leave anchor.payload at auto and use a merger that needs only signs, "
     "or raise anchor.cadence",
@@ -71,6 +71,7 @@ class AnchorPlan:
     tick_s: float  # a step's seconds over its ticks: rollouts give the anchor time too
     cadence: int  # smallest sustainable
     delay_k: int  # ticks from the source weights to the first merge
+    affordable: Affordable
 
 
 @dataclass(frozen=True)
@@ -124,15 +125,19 @@ def load_for_planning(source: str, overrides: list[str]) -> RunConfig:
     return load(source, [*overrides, "task.name=sums", "run.loggers=[]"], given=given)
 
 
-def make_plan(config: RunConfig) -> Plan:
-    """Raises ModelNotFound or ValueError if the model's shape cannot be known or does not fit the config."""
+def make_plan(config: RunConfig, anchor_bytes: float | None = None) -> Plan:
+    """`anchor_bytes`: what the anchor may send in a mean tick, to find a cadence for; default: what it sends now.
+
+    Raises ModelNotFound or ValueError if the model's shape cannot be known or does not fit the config.
+    """
     params = parameters(config)
     check_fits(config, params)
     configured = Scheme("as configured", config.anchor.cadence, tick_bytes(config))
     phases = Phases(config)
     tick = phases.tick_time(refresh_share(config))
     step = phases.step_time(tick)
-    anchor = anchor_plan(config, phases.fire_time(), step)
+    budget = configured.sent(*ANCHOR) if anchor_bytes is None else anchor_bytes
+    anchor = anchor_plan(config, phases.fire_time(), step, budget)
     parts = memory(config, params)
     warnings = _warnings(config, params, configured, parts, anchor)
     return Plan(config, params, configured, compared_schemes(config, params), parts, tick, step, anchor, warnings)
@@ -174,7 +179,7 @@ def scheme(config: RunConfig, params: Params, delay_k: int, cadence: int, way: s
 # --- the anchor ----------------------------------------------------------------------------------
 
 
-def anchor_plan(config: RunConfig, fire: FireTime, step: StepTime) -> AnchorPlan | None:
+def anchor_plan(config: RunConfig, fire: FireTime, step: StepTime, budget: float) -> AnchorPlan | None:
     """None where nothing is merged."""
     if correction_payload(config.anchor, config.merger) is None:
         return None
@@ -184,7 +189,7 @@ def anchor_plan(config: RunConfig, fire: FireTime, step: StepTime) -> AnchorPlan
     if config.anchor.weights == "shared" and config.anchor.clock == "lockstep":
         each = config.grpo.ticks_per_step  # snapshots exist only at the end of a step
         cadence, delay_k = -(-cadence // each) * each, -(-delay_k // each) * each
-    return AnchorPlan(fire, tick_s, cadence, delay_k)
+    return AnchorPlan(fire, tick_s, cadence, delay_k, affordable(config, tick_s, cadence, budget))
 
 
 # --- warnings ------------------------------------------------------------------------------------

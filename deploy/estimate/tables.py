@@ -7,9 +7,10 @@ from rich.table import Table
 
 from codec.ledger import CHANNELS
 from deploy.estimate.bytes import full, weights_walk
+from deploy.estimate.cadences import ANCHOR, Cadence
 from deploy.estimate.memory import peak
 from deploy.estimate.parameters import Params
-from deploy.estimate.plan import ANCHOR, BOUNDARY, Plan, human_bytes
+from deploy.estimate.plan import BOUNDARY, Plan, human_bytes, mb
 from deploy.estimate.workload import prompt_tokens, response_tokens, samples_per_tick, tokens_per_tick, total_ticks
 from swarm.run_config import RunConfig
 
@@ -103,7 +104,21 @@ def anchor_table(plan: Plan) -> Table | None:
     cadence, delay_k = given if config.clock == "lockstep" else ["wall clock: as it comes"] * 2
     table.add_row("smallest sustainable cadence", f"[bold]{a.cadence}[/] ({cadence})")
     table.add_row("delay K, ticks of lag at the first merge", f"[bold]{a.delay_k}[/] ({delay_k})")
+    for asked in a.affordable.asked:
+        table.add_row(f"cadence {asked.cadence} takes", _takes(asked))
+    best = a.affordable.best
+    table.add_row(
+        f"best within {mb(a.affordable.budget)} a tick",
+        f"[bold]cadence {best.cadence}, replay {best.replay}[/]: {_takes(best)}",
+    )
     return table
+
+
+def _takes(c: Cadence) -> str:
+    if c.workers is None:
+        return f"no number of workers, M̄ takes longer from one to the next; {mb(c.bytes)} a tick"
+    handed = f", and {human_bytes(c.m_bar_bytes)} of M̄ among them" if c.m_bar_bytes else ""
+    return f"{c.workers} worker(s), {mb(c.bytes)} a tick{handed}"
 
 
 def assumptions(plan: Plan) -> str:

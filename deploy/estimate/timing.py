@@ -263,9 +263,10 @@ class Durations:
 
     def pull(self, rng: np.random.Generator, apart: float) -> float:
         """A snapshot, `apart` ticks after what that worker holds, and the batch to replay."""
-        shared = self.config.anchor.weights == "shared"
-        snapshot = 0.0 if shared else self.snapshot_bytes(apart)
-        return self._to_anchor(rng, snapshot + replay_bytes(self.config), 1)
+        anchor = self.config.anchor
+        snapshot = 0.0 if anchor.weights == "shared" else self.snapshot_bytes(apart)
+        window = max(1, round(apart / anchor.workers))  # workers take turns
+        return self._to_anchor(rng, snapshot + replay_bytes(self.config, window), 1)
 
     @property
     def anchor_compute(self) -> float:

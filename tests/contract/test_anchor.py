@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from anchor_service.config import AnchorConfig
 from anchor_service.dense_gradient import DenseGradient
 from anchor_service.messages import Correction
+from anchor_service.replay import pack_replay, unpack_replay
 from merger.config import MergerConfig
 from rl.config import GrpoConfig, SnapshotConfig
 from rl.spans import spans
@@ -62,3 +64,16 @@ def test_a_correction_held_longer_than_max_age_is_dropped_until_a_fresh_one_come
     assert merged == [True, True, True, False, False, False, True, True]
     assert [o.expired for o, _ in found] == [not o.merged for o, _ in found] == [not m for m in merged]
     assert found[0][1] == -0.5  # alpha 0.25: the sign is reversed, half the size is left
+
+
+def test_m_of_several_mini_batches_is_the_mean_of_theirs(untied_model: Path):
+    """Samples of all, each over n times its own mini-batch's response tokens; with KL and entropy in the objective too."""
+    for grpo in (GrpoConfig(), GrpoConfig(kl_loss_coef=0.1, entropy_coeff=0.01)):
+        anchor = DenseGradient(
+            untied_model, spans(4, [2], 1), torch.float32, torch.device("cpu"), 4, grpo, 1.0, SnapshotConfig()
+        )
+        minis = [replace(b, ref_logprobs=b.rollout_logprobs) for b in (make_batch(n, seed=n) for n in (6, 3, 5))]
+        each = torch.stack([anchor.gradient(b, b.response_tokens).clone() for b in minis])
+        frame = pack_replay([(b, len(minis) * b.response_tokens) for b in minis])
+        found = anchor.gradient(*unpack_replay(frame, "the replay of tick 3"))
+        torch.testing.assert_close(found, each.mean(0), rtol=1e-4, atol=1e-6)

@@ -21,7 +21,7 @@ from deploy.config import load
 from deploy.resume import plan_resume
 from rl.batch import Batch
 from swarm.coordinator import Coordinator
-from swarm.corrections import MiniFrame
+from swarm.replay_choice import MiniFrame
 from swarm.run_config import RunConfig
 
 SIZES = (

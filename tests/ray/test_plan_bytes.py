@@ -67,9 +67,13 @@ CODED = (  # all that the demo has on
     "val.every=4",
 )
 SIGNS = ("codec.gradient.kind=sign", "grpo.old_logprobs=rollout", "merger.kind=calibrated")
+WINDOW = ("anchor.replay=window", "anchor.delay_k=4", "anchor.cadence=2", "run.steps=12", "val.every=12")
 
 
-@pytest.mark.parametrize("overrides", [(), WHOLE, CODED, SIGNS], ids=["deltas", "whole snapshots", "coded", "signs"])
+CASES = {"deltas": (), "whole snapshots": WHOLE, "coded": CODED, "signs": SIGNS, "windows": WINDOW}
+
+
+@pytest.mark.parametrize("overrides", CASES.values(), ids=CASES)
 def test_the_planned_bytes_are_those_of_the_ledger(overrides: tuple[str, ...], tmp_path: Path):
     run = tmp_path / "run"
     summary = run_kept(small(*RUN, *overrides), run)

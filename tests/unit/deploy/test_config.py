@@ -485,6 +485,11 @@ LAG_ERRORS = {
         "every 40",
     ),
     "a share above one": (["anchor.replay_fraction=1.5"], "anchor.replay_fraction = 1.5", "less than or equal to 1"),
+    "a window beside the source's gradient": (
+        ["anchor.replay=window", "merger.kind=delta"],
+        "anchor.replay 'window'",
+        "set anchor.replay=tick",
+    ),
     "a shared stream off the steps": (["anchor.weights=shared"], "anchor.delay_k 5", "multiples of the 2 ticks"),
 }
 

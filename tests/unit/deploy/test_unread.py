@@ -56,6 +56,7 @@ UNREAD = {  # a setting that does nothing: what was chosen beside it, and what r
     "anchor.workers=2": (NO_ANCHOR, "anchor.enabled false", "set anchor.enabled=true"),
     "anchor.weights=shared": (NO_ANCHOR, "anchor.enabled false", "set anchor.enabled=true"),
     "anchor.replay_fraction=0.5": ("merger.kind=none", "merger.kind 'none'", "set merger.kind=signed_ema"),
+    "anchor.replay=window": ("merger.kind=none", "merger.kind 'none'", "set merger.kind=signed_ema"),
     "anchor.payload=dense": ("merger.kind=delta", "merger.kind 'delta'", "set merger.kind=signed_ema"),
     "anchor.device=cuda": (NO_ANCHOR, "anchor.enabled false", "or diagnostics.every=7"),
     "anchor.micro_batch_size=4": (NO_ANCHOR, "anchor.enabled false", "or diagnostics.every=7"),

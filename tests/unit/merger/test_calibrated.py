@@ -122,6 +122,19 @@ def test_a_share_is_the_same_from_a_state_and_from_two_stages():
     assert halves[1].share(0) == pytest.approx(one.share(0), rel=1e-12)
 
 
+def test_of_a_window_only_what_lies_before_it_counts():
+    """What the fire before started with: m_G has no batch that M has."""
+    windows, ticks = calibrated(), calibrated()
+    windows.windows = True
+    for merger in (windows, ticks):
+        run(merger, range(1, 12))
+    assert windows.sources[10].signs is not None and ticks.sources[6].signs is not None
+    assert torch.equal(windows.sources[10].signs, ticks.sources[6].signs)
+    again = calibrated()
+    again.restore(windows.state())
+    assert again.before[1] == windows.before[1] and torch.equal(again.before[0], windows.before[0])
+
+
 def test_a_hold_is_the_mean_of_what_was_seen_or_what_goes_on_now():
     holds = Holds(4, 0.5)
     assert (holds.mean(), holds.tau(), holds.bound(2.0)) == (4, 12, pytest.approx(2 / math.sqrt(12)))
