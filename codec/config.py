@@ -100,6 +100,12 @@ class CodecConfig(Section):
     side_share: float = Field(
         default=0.1, gt=0, le=1, description="transform: tables may cost this share of the bytes; else they wait"
     )
+    sensitivity: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="transform: share of the gradients' covariance in how errors of X are counted; 0: all alike",
+    )
     first_token: Literal["coded", "exact"] | None = Field(
         default=None, description="token 0 of a sample in the forward; default: exact for transform, coded for powersgd"
     )
@@ -194,6 +200,7 @@ READING: Reading = {
     "codec.total_rate": (_TRANSFORM,),
     "codec.coder": (_TRANSFORM,),
     "codec.side_share": (_TRANSFORM,),
+    "codec.sensitivity": (_TRANSFORM,),
     "codec.first_token": ((_CUT,),),
     "codec.share_prefixes": ((_CUT,),),
     "codec.q_cadence": ((When("codec.kind", ("powersgd", "transform"), _own), _CUT),),

@@ -31,11 +31,11 @@ class Bases:
         if self._has_tables():
             found.add({"codec/q_refreshed": float(due)})
         if due:
-            for boundary, way in self._sent():
-                if (tables := boundary.way(way).tables) is not None:
-                    found.add(self._send_tables(boundary, way, tables))
-            for boundary, way in ((pipeline.upstream, "fwd"), (pipeline.downstream, "bwd")):
-                if boundary and (tables := boundary.way(way).tables) is not None:
+            for way, source in (("bwd", pipeline.downstream), ("fwd", pipeline.upstream)):  # X's tables ask dX's
+                for boundary in self._sent(way):
+                    if (tables := boundary.way(way).tables) is not None:
+                        found.add(self._send_tables(boundary, way, tables))
+                if source and (tables := source.way(way).tables) is not None:
                     tables.load(grid.recv(way, 0, tables.limit()))
         for boundary in self.cuts.values():
             boundary.begin_tick()
@@ -52,25 +52,22 @@ class Bases:
     def close(self) -> dict[str, float]:
         """After the last payload of a tick: what each way did, and its rate for the next. Returns metrics."""
         found = Means()
-        for boundary, way in self._sent():
-            rate = boundary.way(way).rate
-            if rate is not None:
-                spent = rate.spent().to(self.grid.device)
-                self.grid.sum_dp(spent, "control", dense_bytes=0)
-                rate.steer(spent)
-            found.add(boundary.health(way))
+        for way in ("fwd", "bwd"):
+            for boundary in self._sent(way):
+                rate = boundary.way(way).rate
+                if rate is not None:
+                    spent = rate.spent().to(self.grid.device)
+                    self.grid.sum_dp(spent, "control", dense_bytes=0)
+                    rate.steer(spent)
+                found.add(boundary.health(way))
         return found.means()
 
-    def _sent(self) -> Iterator[tuple[Boundary, str]]:
-        """Boundaries and ways that this rank sends on."""
-        pipeline = self.pipeline
-        for boundary in pipeline.virtual.values():
-            yield boundary, "fwd"
-            yield boundary, "bwd"
-        if pipeline.downstream:
-            yield pipeline.downstream, "fwd"
-        if pipeline.upstream:
-            yield pipeline.upstream, "bwd"
+    def _sent(self, way: str) -> Iterator[Boundary]:
+        """Boundaries on which this rank sends that way."""
+        yield from self.pipeline.virtual.values()
+        neighbour = self.pipeline.downstream if way == "fwd" else self.pipeline.upstream
+        if neighbour:
+            yield neighbour
 
     def _send_tables(self, boundary: Boundary, way: str, tables: Tables) -> dict[str, float]:
         """Over a wire its neighbour waits for the tables, though they may be empty."""

@@ -16,6 +16,7 @@ import xxhash
 from torch import Tensor
 
 from codec.interface import CodecError, as_bytes
+from codec.transform.metric import Metric
 
 _COUNT = 4  # bytes of k, int32
 
@@ -29,12 +30,14 @@ class Directions:
     deviations: Tensor  # [k], above 0, falling
     digest: int  # xxh3-64 of the bytes they came in
     raw: Tensor  # those bytes, uint8
+    metric: Metric | None = None  # in which the sender counts errors; none: all alike
 
     @cached_property
     def analysis(self) -> Tensor:
-        """[H, k]: z = (x - mean) · analysis is the least-squares solution of x = mean + basis · z."""
-        gram = self.basis.double().T @ self.basis.double()
-        return torch.linalg.solve(gram, self.basis.double().T).T.float().contiguous()
+        """[H, k]: z = (x - mean) · analysis is the least-squares solution of x = mean + basis · z, in the metric."""
+        basis = self.basis.double()
+        weighted = basis if self.metric is None else self.metric.times(basis)
+        return torch.linalg.solve(basis.T @ weighted, weighted.T).T.float().contiguous()
 
     @cached_property
     def synthesis(self) -> Tensor:
@@ -64,7 +67,7 @@ def packed_size(hidden: int, k: int) -> int:
     return _COUNT + 2 * hidden + 8 * k + hidden * k
 
 
-def unpack_directions(raw: Tensor, hidden: int, device: torch.device) -> Directions:
+def unpack_directions(raw: Tensor, hidden: int, device: torch.device, metric: Metric | None = None) -> Directions:
     """Flat uint8 -> directions. Raises CodecError naming the field."""
     raw = raw.cpu().contiguous()
     if raw.numel() < _COUNT:
@@ -84,4 +87,4 @@ def unpack_directions(raw: Tensor, hidden: int, device: torch.device) -> Directi
     if not torch.isfinite(basis).all():
         raise CodecError("scales of the tables are too large for float32")
     digest = xxhash.xxh3_64_intdigest(raw.numpy().data)
-    return Directions(mean.to(device), basis.contiguous().to(device), deviations.to(device), digest, raw)
+    return Directions(mean.to(device), basis.contiguous().to(device), deviations.to(device), digest, raw, metric)

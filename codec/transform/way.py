@@ -2,7 +2,8 @@
 
 Where PowerSGD sends a few directions exactly, this sends all that matter, coarsely: rows are rotated onto the
 eigenvectors of their covariance, and bits go where they take away most error (reverse water-filling). At the
-same bytes that leaves a tenth of the KL between the compressed and the true policy.
+same bytes that leaves a tenth of the KL between the compressed and the true policy. An error in X is counted by what
+the gradients say it costs (codec/transform/metric.py), which leaves a seventh less.
 
     x ─(− mean) · analysis─▶ z ─coder─▶ body ═══▶ body ─coder─▶ ẑ ─ · synthesis (+ mean)─▶ x̂
 
@@ -30,13 +31,19 @@ from codec.transform.tables import PrincipalAxes
 
 
 class Transform(Codec):
-    """One way. `centred`: rows have a mean worth subtracting (X); else a scale that moves (dX)."""
+    """One way. `centred`: rows have a mean worth subtracting (X); else a scale that moves (dX).
 
-    def __init__(self, config: CodecConfig, hidden: int, share: float, centred: bool):
+    `back`: the way of the gradients, by which errors are weighed.
+    """
+
+    def __init__(self, config: CodecConfig, hidden: int, share: float, centred: bool, back: Transform | None = None):
         self.hidden, self.centred = hidden, centred
         self.sender, self.receiver = CODERS[config.coder](), CODERS[config.coder]()
         self.rate = self.held = HeldRate(share, config.side_share, self.sender)
-        self.tables = self.axes = PrincipalAxes(hidden, centred, self.sender, self.receiver, self.held)
+        gradients = None if back is None else back.axes
+        self.tables = self.axes = PrincipalAxes(
+            hidden, centred, self.sender, self.receiver, self.held, gradients, config.sensitivity
+        )
         self.bits = self.symbols = self.escapes = self.rows = 0.0  # of this tick
 
     def to(self, device: torch.device) -> None:
@@ -123,15 +130,14 @@ class Transform(Codec):
     def state(self) -> dict[str, Tensor]:
         axes, held = self.axes, self.held
         numbers = torch.tensor([held.knob, held.wanted, axes.refreshed, axes.age], dtype=torch.float64)
-        found = {"numbers": numbers} | ({} if axes.directions is None else {"tables": axes.directions.raw})
+        found = {"numbers": numbers} | axes.state()
         for name, part in self._parts().items():
             found |= prefixed(name, part.state())
         return found
 
     def restore(self, state: dict[str, Tensor]) -> None:
         axes, held = self.axes, self.held
-        if "tables" in state:
-            axes.adopt(state["tables"])
+        axes.restore(state)
         held.knob, held.wanted, refreshed, age = state["numbers"].tolist()
         axes.refreshed, axes.age = bool(refreshed), int(age)
         for name, part in self._parts().items():
@@ -159,4 +165,5 @@ def _nothing(like: Tensor) -> Tensor:
 def transform(config: CodecConfig, hidden: int, seed: int) -> tuple[Codec, Codec]:
     """The two ways of one boundary; dX has directions of its own, as a basis from X is a random one for it."""
     forward, backward = config.rates
-    return Transform(config, hidden, forward, centred=True), Transform(config, hidden, backward, centred=False)
+    back = Transform(config, hidden, backward, centred=False)
+    return Transform(config, hidden, forward, centred=True, back=back), back

@@ -152,7 +152,7 @@ class Trial:
         for layer, boundary in self.boundaries.items():
             for _ in range(REFRESHES):
                 self._pass(boundary, layer, micros)
-                for way in ("fwd", "bwd"):
+                for way in ("bwd", "fwd"):  # in the order of a run: tables of X may ask those of dX
                     boundary.refresh_alone(way)
             rates = {name: rate for name in ("fwd", "bwd") if (rate := boundary.way(name).rate) is not None}
             left = {}  # for payloads

@@ -120,7 +120,7 @@ def ticks(up: Boundary, down: Boundary, stream: Stream, count: int, every: int =
             payload = up.encode(x, rows, observe=False)
             yield {"logprobs": down.decode(payload, rows, x.dtype), "sent": payload}
         if tick % every == 0 or tick == 2:
-            refresh(up, down, "fwd"), refresh(down, up, "bwd")
+            refresh(down, up, "bwd"), refresh(up, down, "fwd")
         for b in {id(up): up, id(down): down}.values():
             b.begin_tick()
         for x, dx, rows in micros:

@@ -28,6 +28,7 @@ UNREAD = {  # a setting that does nothing: what was chosen beside it, and what r
     "codec.backward_rate=0.1": ("codec.rate=0.1", "codec.kind 'transform' reads it", "set codec.kind=transform"),
     "codec.coder=fixed": ("codec.kind=none", "codec.kind 'none'", "set codec.kind=transform"),
     "codec.side_share=0.2": ("", "codec.kind 'powersgd'", "set codec.kind=transform"),
+    "codec.sensitivity=0.2": ("", "codec.kind 'powersgd'", "set codec.kind=transform"),
     "codec.q_cadence=3": ("codec.kind=none", "codec.kind 'none'", "'powersgd' or 'transform' reads it"),
     "codec.kind=powersgd": ("codec.rank=4 swarm.boundaries=[]", "swarm.boundaries []", "set swarm.boundaries=[2]"),
     "codec.first_token=exact": ("swarm.boundaries=[]", "swarm.boundaries []", "set swarm.boundaries=[2]"),
