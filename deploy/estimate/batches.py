@@ -18,6 +18,7 @@ from swarm.replay_choice import MiniFrame, OwnTick, Window
 from swarm.run_config import RunConfig
 from swarm.shares import shares
 
+MOST_TOKENS = 2e6  # made up for one window
 EXPONENTS = 17.0  # powers of two that log-probs of made-up tokens lie between: 2^-14 to 2^3
 
 
@@ -73,14 +74,17 @@ def _answers(kind: _Kind, scores_only: bool) -> Sizes:
 
 @cache
 def _replay(kind: _Kind, count: int, ticks: int) -> float:
-    """`count` samples of a window of `ticks` ticks; 0 ticks: of one mini-batch."""
-    choice = (Window if ticks else OwnTick)(count, 0, lambda frame: None)
-    for i in range(ticks or 1):
+    """`count` samples of a window of `ticks` ticks; 0 ticks: of one mini-batch. Of a long one some ticks stand for all."""
+    tokens = kind.prompts * kind.samples * (kind.prompt + kind.response)
+    shown = min(ticks, max(1, round(MOST_TOKENS / tokens)))
+    taken = max(shown, round(count * shown / ticks)) if ticks else count
+    choice = (Window if ticks else OwnTick)(taken, 0, lambda frame: None)
+    for i in range(shown or 1):
         batch = _made_up(kind, i)
-        whole = ticks <= 1 and count == len(batch)
+        whole = shown <= 1 and taken == len(batch)
         header = {"step": 100, "index": 1, "denominator": batch.response_tokens}
         choice.see(i, MiniFrame(batch, None, batch.to_frame(**header).nbytes if whole else 0))
-    return choice.take(1).size
+    return choice.take(1).size * count / taken
 
 
 @cache

@@ -9,10 +9,12 @@ import pytest
 from typer.testing import CliRunner
 
 from deploy.cli import app
+from deploy.estimate import batches
 from deploy.estimate.bytes import tick_bytes
 from deploy.estimate.cadences import ANCHOR, KNOWN, Affordable, affordable, anchor_bytes, fewest_workers
 from deploy.estimate.phases import Phases, sustainable_cadence
 from deploy.estimate.plan import load_for_planning, make_plan
+from deploy.estimate.workload import tokens_per_tick
 from swarm.run_config import RunConfig
 
 SLOW = "links.anchor_tokens_s=500.0"
@@ -81,6 +83,15 @@ def test_a_window_costs_about_the_bytes_of_a_mini_batch_and_at_cadence_one_just_
         given = f"anchor.cadence={cadence}", "anchor.delay_k=20"
         tick, window = (tick_bytes(config(*given, f"anchor.replay={r}"))["replay"][0] for r in ("tick", "window"))
         assert tick <= window <= most * tick
+
+
+def test_of_a_long_window_some_ticks_stand_for_all(monkeypatch: pytest.MonkeyPatch):
+    c = config("anchor.replay=window", "grpo.train_batch_size=128", "grpo.ppo_mini_batch_size=64")
+    whole = batches.replay_bytes(c, 40)
+    batches._replay.cache_clear()
+    monkeypatch.setattr(batches, "MOST_TOKENS", 8 * tokens_per_tick(c))
+    assert batches.replay_bytes(c, 40) == pytest.approx(whole, rel=0.02)
+    batches._replay.cache_clear()
 
 
 def test_the_command_takes_a_budget_and_says_the_pair(tmp_path: Path):
