@@ -15,6 +15,7 @@ from experiments.sweep import Gates, flat
 from experiments.words import Number, Sentence, cell_in_words, interval, place, plain
 
 TUNED = "each at its best"
+NAMED = 3  # pairs that have no runs: of a part of a large sweep they are most
 
 
 class Difference(NamedTuple):
@@ -67,8 +68,9 @@ def differences(findings: Findings) -> list[Difference]:
 def _compared(findings: Findings) -> list[Sentence]:
     """With a grid, only where both are tuned."""
     found = [d for d in differences(findings) if not findings.sweep.grid or d.where == TUNED]
-    absent = ", ".join(f"{cell_in_words(d.a)} with {cell_in_words(d.b)}" for d in found if not d.found.n)
-    without = Sentence((f"No seed has completed in both, so not compared: {absent}.",), False)
+    absent = [f"{cell_in_words(d.a)} with {cell_in_words(d.b)}" for d in found if not d.found.n]
+    named = ", ".join(absent[:NAMED]) + (f", and {len(absent) - NAMED} more" if len(absent) > NAMED else "")
+    without = Sentence((f"No seed has completed in both, so not compared: {named}.",), False)
     return [without] * bool(absent) + [_difference(d) for d in found if d.found.n]
 
 

@@ -11,7 +11,7 @@ At each fire, M_s being the gradient at the weights after s ticks, with means ov
     w    = min(0.75, cap/√τ, r/(1+r))     0 while nothing has been seen, or where a_M ≤ 0
 
 a_M is what a correction is worth by the time that it is used, a_G·N/h what as many compressed gradients are: r weighs the one, a
-τth of which is new in a tick, against the other. Both start from a prior: a_M is `prior` as if seen at 20 fires, and a_G has half
+τth of which is new in a tick, against the other. Both start from a prior: a_M is `prior` as if seen at 8 fires, and a_G has half
 its own standard error on top, so that a codec whose gradient cannot be told from noise gets the share that the hold allows.
 """
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 MEMORY = 0.9  # of m_G
 AVERAGED = (1 + MEMORY) / (1 - MEMORY)  # ticks of noise that it averages away
-PRIOR_FIRES = 20
+PRIOR_FIRES = 8  # one fire tells a_M to 0.075, and it is within 0.03 of its prior
 SPREAD = 0.03  # of a_G from one fire to the next
 LARGEST = 0.75  # signed_ema's own share at a full dose
 

@@ -40,5 +40,5 @@ class MergerSettings(Section):
     )
     hold_cap: bool = Field(default=False, description="`cap` for signed_ema too")
     prior: float = Field(
-        default=0.05, ge=-1, le=1, description="sign(M)·sign(M̄) as if it had been the mean of 20 fires before the first"
+        default=0.0, ge=-1, le=1, description="sign(M)·sign(M̄) as if it had been the mean of 8 fires before the first"
     )

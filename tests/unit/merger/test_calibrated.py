@@ -30,24 +30,28 @@ def calibrated(**config: float) -> Calibrated:
     return merger
 
 
-def run(merger: Calibrated, ticks: range, signal: float = 0.3, parts: int = 1) -> list[float]:
-    """The share in each of these ticks. Fires start at 2, 6, 10 …, each merged DELAY ticks later, its signs as M's."""
+def run(merger: Calibrated, ticks: range, signal: float = 0.3, anchor: float | None = None) -> list[float]:
+    """The share in each of these ticks. Fires start at 2, 6, 10 …, each merged DELAY ticks later, its signs as M's.
+
+    `signal`: how much of the truth a compressed gradient has, and, unless `anchor` says otherwise, an M.
+    """
+    anchor = signal if anchor is None else anchor
     shares = []
     for t in ticks:
         last = (t - 1 - DELAY - 2) // CADENCE * CADENCE + 2  # source of what was held before this tick
-        held = noisy(10_000 + last, signal).sign().char() if last >= 2 else None
+        held = noisy(10_000 + last, anchor).sign().char() if last >= 2 else None
         merger.watch(noisy(t, signal), t - 1 if (t - 1) % CADENCE == 2 else None, held)
         source = t - DELAY
         if source >= 2 and (source - 2) % CADENCE == 0:
             merger.holds.fire(t)
-            merger.learn(source, noisy(10_000 + source, signal).sign().char(), list)
+            merger.learn(source, noisy(10_000 + source, anchor).sign().char(), list)
         if t >= 2 + DELAY:
             merger.prepare(TRUE, TRUE, age=(t - DELAY - 2) % CADENCE)
             shares.append(merger.dose)
     return shares
 
 
-def slow_share(ticks: int, signal: float, cap: float = 2.0, prior: float = 0.05) -> float:
+def slow_share(ticks: int, signal: float, cap: float = 2.0, prior: float = 0.0) -> float:
     """In the last of `ticks`, by the formula of the docstring."""
     average, averages, sizes = None, {}, {}
     for t in range(1, ticks + 1):
@@ -61,7 +65,7 @@ def slow_share(ticks: int, signal: float, cap: float = 2.0, prior: float = 0.05)
     olds = {s: max((old for old in m if old + DELAY <= s), default=None) for s in fires}
     old = [float(np.mean(m[s] * m[o])) for s, o in olds.items() if o is not None]
     a_g = max(0.0, float(np.mean(own))) + 0.5 * 0.03 / math.sqrt(len(own))
-    a_m = (20 * prior + sum(old)) / (20 + len(old))
+    a_m = (8 * prior + sum(old)) / (8 + len(old))
     h = math.sqrt(sum(sizes[s][0] for s in fires) / sum(sizes[s][1] for s in fires))
     tau = CADENCE * 1.5 / 0.5
     r = 19 * h * a_m / (a_g * tau)
@@ -91,7 +95,7 @@ def test_before_the_first_fire_has_been_compared_nothing_is_merged():
 
 
 def test_a_good_codec_keeps_more_of_itself_than_a_noisy_one_and_a_long_hold_takes_less():
-    good, poor = run(calibrated(), range(1, 60), signal=0.5)[-1], run(calibrated(), range(1, 60), signal=0.0)[-1]
+    good, poor = (run(calibrated(), range(1, 60), signal, anchor=0.5)[-1] for signal in (0.5, 0.0))
     assert 0 < good < poor <= 2 / math.sqrt(CADENCE * 3)
     merger = calibrated()
     run(merger, range(1, 60), signal=0.5)
