@@ -186,10 +186,11 @@ def _sparse_sum(config: GradientConfig, shapes: Shapes, copies: int) -> Gradient
 def _entropy_coded(n: int, bits: float, copies: int) -> float:
     """Bytes of n values, a chunk for each owner: at their bits, and what a payload of `codec.vector` has once.
 
-    Of normal values: at 2 bits and more in steps of about 4·2^-bits of their deviation, the largest of m at √(2 ln m) of it.
+    Of normal values: at 2 bits and more in steps of about 4·2^-bits of their deviation, the largest of m at √(2 ln m) of it,
+    and one deviation farther, as the columns of a factor differ in theirs.
     """
     chunks = owners(n, copies)
-    step, farthest = min(2.5, 4 * 2**-bits), sqrt(2 * log(max(2, n / chunks)))
+    step, farthest = min(2.5, 4 * 2**-bits), 1 + sqrt(2 * log(max(2, n / chunks)))
     return bits / 8 * n + chunks * (22 + 2 * (2 + farthest / step))
 
 
