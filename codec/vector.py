@@ -33,9 +33,7 @@ BLOCK = SCALED
 LEVELS = 127  # largest |q|, whatever the step
 FARTHEST = 8.0  # rms of its block: what lies beyond is sent with the next vector, as all that is lost
 TRIED = 128  # blocks on which a step is tried
-HALVINGS = (
-    24  # of an interval of 14 octaves: the step is right to 1e-6, as a first step of Adam's needs: all values alike
-)
+HALVINGS = 24  # of an interval of 14 octaves: right to 1e-6, as Adam's first step needs, whose values are all alike
 _DIGEST, _HEAD = 8, struct.Struct("<fI")
 
 
@@ -142,11 +140,11 @@ class EntropyVector:
         return min(LEVELS, math.ceil(FARTHEST / step))
 
     def _step(self, relative: Tensor) -> float:
-        """Of the values in units of their block's rms [n]: the smallest step that asks for no more than `bits`."""
+        """Of the magnitudes in units of their block's rms [n]: the smallest step that asks for no more than `bits`."""
         blocks = _blocks(relative.numel())
         chosen = torch.linspace(0, max(0, blocks - 1), min(blocks, TRIED)).long().tolist()
         tried = torch.cat([relative[b * BLOCK : (b + 1) * BLOCK] for b in chosen]) if chosen else relative
-        ordered, n = np.sort(tried.abs().cpu().numpy()), max(1, relative.numel())
+        ordered, n = np.sort(tried.cpu().numpy()), max(1, relative.numel())
         low, high = -7.0, 7.0
         for _ in range(HALVINGS):
             middle = (low + high) / 2

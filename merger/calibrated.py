@@ -21,7 +21,7 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
-from merger.interface import Merger, MergerCost, Norm, Payload, Total, local_norm, sign
+from merger.interface import Merger, MergerCost, Norm, Payload, Total, local_norm, towards_signs
 from merger.settings import MergerSettings
 
 if TYPE_CHECKING:
@@ -144,9 +144,7 @@ class Calibrated(Merger):
         """`g_comp` fp32, `correction` M̄ or its sign, whole or any block of both -> merged, fp32."""
         if not self.dose:
             return g_comp
-        merged = abs(g_comp)
-        merged *= sign(correction)
-        merged -= g_comp
+        merged = towards_signs(g_comp, correction)
         merged *= self.dose
         merged += g_comp
         return merged

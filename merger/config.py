@@ -43,10 +43,9 @@ class MergerConfig(MergerSettings):
 
     @model_validator(mode="after")
     def _needs_signs(self) -> MergerConfig:
-        if self.placebo and self.kind not in ("signed_ema", "calibrated"):
-            raise ValueError(
-                f"placebo {self.placebo!r} stands in for the signs of signed_ema or calibrated, not for {self.kind!r}"
-            )
+        if self.placebo and self.kind not in TAKES_SIGNS.values:
+            kinds = " or ".join(map(str, TAKES_SIGNS.values))
+            raise ValueError(f"placebo {self.placebo!r} stands in for the signs of {kinds}, not for {self.kind!r}")
         return self
 
 

@@ -59,15 +59,11 @@ class Merger(Protocol):
 
     payload: ClassVar[Payload | None]  # what the anchor must publish for it; None: nothing, it never merges
     needs_source: ClassVar[bool] = False  # whether the correction held is M̄ - G_comp(source), of a dense M̄
-    looks: ClassVar[bool] = (
-        False  # whether it is shown gradients at the coordinates of `merger.look`, and learns from them
-    )
+    looks: ClassVar[bool] = False  # whether it is shown gradients at the coordinates of `merger.look`
     config: MergerSettings
     dose: float  # of the last `prepare`
     holds: Holds  # how long corrections have been held; whoever holds them counts
-    windows: bool = (
-        False  # whether an M has samples of all ticks since the last fire; whoever holds corrections says so
-    )
+    windows: bool = False  # whether an M has samples of all ticks since the last fire; who holds corrections says so
 
     def __init__(self, config: MergerSettings):
         self.config = config
@@ -114,6 +110,14 @@ class Merger(Protocol):
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """Go on from `state()`, bit for bit."""
+
+
+def towards_signs(g_comp: Gradient, correction: Held) -> Gradient:
+    """|G_comp|·sign(M̄) - G_comp, in one new tensor."""
+    d = abs(g_comp)
+    d *= sign(correction)
+    d -= g_comp
+    return d
 
 
 def sign(x: Held) -> Held:

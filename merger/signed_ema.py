@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 from merger.dose import cost_of_dose, dose_at
-from merger.interface import Merger, MergerCost, Norm, Payload, local_norm, sign
+from merger.interface import Merger, MergerCost, Norm, Payload, local_norm, towards_signs
 from merger.settings import MergerSettings
 
 if TYPE_CHECKING:
@@ -47,8 +47,6 @@ class SignedEMA(Merger):
 
     def _delta(self, g_comp: Gradient, correction: Held) -> Gradient:
         """S - G_comp, in one new tensor."""
-        d = abs(g_comp)
-        d *= sign(correction)
-        d -= g_comp
+        d = towards_signs(g_comp, correction)
         d *= 1 - self.config.alpha
         return d

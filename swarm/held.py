@@ -80,7 +80,7 @@ class Held:
         if self.at is not None:
             held = None if self.correction is None else self.correction.values[self.at]
             self.merger.watch(g_comp[self.at], plan.tick - 1 if starts else None, held)
-        refused = self._adopt(plan) if self.placebo is None else self._stand_in(self.placebo, plan, g_comp)
+        refused = self._adopt(plan) if self.placebo is None else self._stand_in(self.placebo, plan, g_comp, starts)
         held, age = self.correction, plan.tick - self.first_tick
         if held is None:
             return MergeOutcome(refused=refused)
@@ -90,8 +90,8 @@ class Held:
         self.merger.prepare(g_comp, held.values, age, norm)
         agree, flips = self._in_place(g_comp, held.values)
         n = g_comp.numel()
-        outcome = replace(outcome, sign_agreement=agree / n, flip_fraction=flips / n, merger=self.merger.metrics())
-        return replace(outcome, merged=True, dose=self.merger.dose)
+        outcome = replace(outcome, merged=True, dose=self.merger.dose, merger=self.merger.metrics())
+        return replace(outcome, sign_agreement=agree / n, flip_fraction=flips / n)
 
     def _in_place(self, g_comp: Tensor, correction: Tensor) -> tuple[int, int]:
         """One sweep over the gradient: merge, and count agreeing and flipped signs, while a block is in the cache."""
@@ -146,10 +146,10 @@ class Held:
         anchor = self.anchor
         return anchor_should_fire(plan.tick - 1 + anchor.delay_k, anchor.cadence, anchor.delay_k)
 
-    def _stand_in(self, placebo: Placebo, plan: TickPlan, g_comp: Tensor) -> None:
+    def _stand_in(self, placebo: Placebo, plan: TickPlan, g_comp: Tensor, starts: bool) -> None:
         """Take over the placebo's correction in the ticks in which an anchor's would come."""
         anchor = self.anchor
-        if self._starts(plan):
+        if starts:
             placebo.keep(plan.tick - 1, g_comp)
         if anchor_should_fire(plan.tick, anchor.cadence, anchor.delay_k):
             source = plan.tick - anchor.delay_k
