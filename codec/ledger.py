@@ -21,6 +21,7 @@ CHANNELS = (
     "control",
 )
 PUBLISHED = ("boundary_fwd", "boundary_bwd", "basis")
+ANCHOR = ("snapshot", "replay", "correction")  # what there would not be without an anchor
 
 
 class Ledger:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from codec.ledger import ANCHOR
 from experiments.cells import Cell, Findings
 from experiments.drawing import in_bytes
 from experiments.runs import Run
@@ -20,7 +21,6 @@ from experiments.stats import LEAST_SEEDS, Estimate, paired
 from experiments.sweep import flat
 from experiments.words import Number, Sentence, interval
 
-ANCHORS = ("snapshot", "replay", "correction")  # channels of the ledger that there would not be without an anchor
 SLACK = 1e-3  # relative: a share that was set to the bound is within it
 APART = ("run.", "merger.", "links.", "diagnostics.")  # settings that arms of one codec may differ in
 
@@ -39,7 +39,7 @@ class AnchorBytes(NamedTuple):
 def spent_on_anchor(runs: Collection[Run]) -> AnchorBytes | None:
     """Means over the runs; None if no anchor was sent anything."""
     found = [traffic for run in runs if (traffic := traffic_of(run))]
-    spent = [sum(t[channel].sent for channel in ANCHORS if channel in t) for t in found]
+    spent = [sum(t[channel].sent for channel in ANCHOR if channel in t) for t in found]
     if not any(spent):
         return None
     return AnchorBytes(float(np.mean(spent)), float(np.mean([t[EVERYTHING].sent for t in found])))

@@ -24,7 +24,6 @@ from deploy.estimate.workload import expected_fires, total_ticks
 from merger import merger_class
 from swarm.run_config import RunConfig
 
-ANCHOR = ("snapshot", "replay", "correction")
 ASKED = (1, 2)
 KNOWN = 1.02  # bytes are estimated within this factor: a budget is not exceeded by less
 

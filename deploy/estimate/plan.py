@@ -10,17 +10,16 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from anchor_service.config import correction_payload
-from codec.ledger import Ledger
+from codec.ledger import ANCHOR, PUBLISHED, Ledger
 from deploy.config import load, own_settings
 from deploy.estimate.bytes import tick_bytes
-from deploy.estimate.cadences import ANCHOR, Affordable, affordable
+from deploy.estimate.cadences import Affordable, affordable
 from deploy.estimate.memory import EXPECTED, Part, largest, memory, peak
 from deploy.estimate.parameters import Params, check_fits, parameters, stage_parameters
 from deploy.estimate.phases import FireTime, Phases, StepTime, TickTime, first_lag, sustainable_cadence
 from deploy.estimate.workload import fires_per_tick, refresh_share, replica_nodes, response_tokens, tokens_per_tick
 from swarm.run_config import RunConfig
 
-BOUNDARY = ("boundary_fwd", "boundary_bwd", "basis")
 OUTWEIGH = {  # channels that should not outweigh the boundary, and what to do about it
     "correction": "the correction broadcast: leave anchor.payload at auto and use a merger that needs only signs, "
     "or raise anchor.cadence",
@@ -59,8 +58,8 @@ class Scheme:
     @property
     def circuit_ratio(self) -> float | None:
         """Boundary and anchor over the dense boundary: what the published ratio left out."""
-        dense = sum(self.channels[c][1] for c in BOUNDARY)
-        return self.sent(*BOUNDARY, *ANCHOR) / dense if dense else None
+        dense = sum(self.channels[c][1] for c in PUBLISHED)
+        return self.sent(*PUBLISHED, *ANCHOR) / dense if dense else None
 
 
 @dataclass(frozen=True)
@@ -202,7 +201,7 @@ def _warnings(
 
 
 def _outweighed(configured: Scheme) -> list[str]:
-    boundary = configured.sent(*BOUNDARY)
+    boundary = configured.sent(*PUBLISHED)
     found = []
     for channel, cure in OUTWEIGH.items():
         sent = configured.sent(channel)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from codec.ledger import CHANNELS
+from codec.ledger import ANCHOR, CHANNELS, PUBLISHED
 from deploy.estimate.bytes import full, weights_walk
-from deploy.estimate.cadences import ANCHOR, Cadence
+from deploy.estimate.cadences import Cadence
 from deploy.estimate.memory import peak
 from deploy.estimate.parameters import Params
-from deploy.estimate.plan import BOUNDARY, Plan, human_bytes, mb
+from deploy.estimate.plan import Plan, human_bytes, mb
 from deploy.estimate.workload import prompt_tokens, response_tokens, samples_per_tick, tokens_per_tick, total_ticks
 from swarm.run_config import RunConfig
 
@@ -64,7 +64,7 @@ def schemes_table(plan: Plan) -> Table:
     columns = ("boundary", "snapshot", "M", "bytes", "circuit", "total")
     table = _table("ways to send M: MB a tick, and ratios", "cadence", "M as", *columns)
     for s in plan.schemes:
-        sent = _mbs(s.sent(*BOUNDARY), s.sent("snapshot"), s.sent("correction"))
+        sent = _mbs(s.sent(*PUBLISHED), s.sent("snapshot"), s.sent("correction"))
         table.add_row(f"{s.cadence}", s.name, *sent, *map(_ratio, (s.bytes_ratio, s.circuit_ratio, s.total_ratio)))
     return table
 
@@ -125,7 +125,7 @@ def assumptions(plan: Plan) -> str:
     c = plan.config
     lengths = f"{prompt_tokens(c):g} + {response_tokens(c):g} tokens"
     deltas = "" if full(c) else f" {_deltas(c, plan.params)}"
-    circuit = f"The circuit ratio is {', '.join((*BOUNDARY, *ANCHOR))} over the dense boundary."
+    circuit = f"The circuit ratio is {', '.join((*PUBLISHED, *ANCHOR))} over the dense boundary."
     return (
         f"Assumed: prompt + response of {lengths}, {samples_per_tick(c)} samples and {tokens_per_tick(c):,.0f} tokens "
         f"a tick.{deltas} {circuit} The task itself was not checked."

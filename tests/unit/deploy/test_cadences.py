@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from codec.ledger import ANCHOR
 from deploy.cli import app
 from deploy.estimate import batches
 from deploy.estimate.bytes import tick_bytes
-from deploy.estimate.cadences import ANCHOR, KNOWN, Affordable, affordable, anchor_bytes, fewest_workers
+from deploy.estimate.cadences import KNOWN, Affordable, affordable, anchor_bytes, fewest_workers
 from deploy.estimate.phases import Phases, sustainable_cadence
 from deploy.estimate.plan import load_for_planning, make_plan
 from deploy.estimate.workload import tokens_per_tick
