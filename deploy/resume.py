@@ -72,7 +72,11 @@ def check_resumes(stored: Path, config: RunConfig) -> None:
     other = {key for key in before | after if before.get(key) != after.get(key)} - _MAY_CHANGE
     if config.snapshot.rate is not None:  # where engines get exact weights is part of what they sample
         other |= {key for key in _EXACT_AFTER if before[key] != after[key]}
-    other = {key for key in other if not key.endswith(("timeout_s", ".resource")) and not key.startswith("links.")}
+    other = {
+        key
+        for key in other
+        if not key.endswith(("timeout_s", ".resource")) and not key.startswith(("links.", "faults."))
+    }
     other -= {key for key in _MAY_RISE if before[key] < after[key]}
     if other:
         changes = ", ".join(f"{key} {before.get(key)!r} -> {after.get(key)!r}" for key in sorted(other))

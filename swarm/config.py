@@ -78,6 +78,15 @@ class DiagnosticsConfig(Section):
     )
 
 
+class FaultsConfig(Section):
+    """Which failures of its processes a run deals with, and how often."""
+
+    budget: int = Field(
+        default=1000, ge=0, description="failures that a run deals with before it ends; 0: the first one ends it"
+    )
+    a_tick: int = Field(default=3, ge=1, description="failures of one role within one tick that it deals with")
+
+
 class LinksConfig(Section):
     """What `plan` and `simulate` assume of the cluster; a run itself never reads this."""
 

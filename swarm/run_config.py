@@ -19,7 +19,7 @@ from rl.config import GrpoConfig, ModelConfig, RolloutConfig, SnapshotConfig, Ta
 from rl.model_files import model_shape
 from rl.model_shape import ModelShape
 from rl.tasks import check_task
-from swarm.config import DiagnosticsConfig, LinksConfig, SwarmConfig
+from swarm.config import DiagnosticsConfig, FaultsConfig, LinksConfig, SwarmConfig
 
 
 class RunSection(Section):
@@ -60,6 +60,7 @@ class RunConfig(Section):
     merger: MergerConfig = MergerConfig()
     val: ValConfig = ValConfig()
     diagnostics: DiagnosticsConfig = DiagnosticsConfig()
+    faults: FaultsConfig = FaultsConfig()
     links: LinksConfig = LinksConfig()
 
     @property
