@@ -44,15 +44,21 @@ class Held:
         grid: Grid,
         stride: int | None = None,
     ):
-        self.anchor, self.grid, self.name = anchor, grid, merger.placebo or ""
-        self.merger = make_merger(merger)
-        self.merger.holds = Holds(anchor.cadence, anchor.beta_anc)
-        self.merger.windows = anchor.replay == "window"
+        self.anchor, self.config, self.seed, self.grid = anchor, merger, seed, grid
         self.merging = bool(merger.placebo) or correction_payload(anchor, merger) is not None
         self.at = self._looks_at(weights, stride)
-        sizes = {name: math.prod(shape) for name, shape in zip(weights.names, weights.shapes)}
-        self.placebo = PLACEBOS[merger.placebo](anchor.beta_anc, seed, sizes) if merger.placebo else None
+        self.sizes = {name: math.prod(shape) for name, shape in zip(weights.names, weights.shapes)}
         self.inbox = Inbox()
+        self._begin()
+
+    def _begin(self) -> None:
+        """Nothing is held, and nothing known of what was."""
+        anchor, config = self.anchor, self.config
+        self.merger = make_merger(config)
+        self.merger.holds = Holds(anchor.cadence, anchor.beta_anc)
+        self.merger.windows = anchor.replay == "window"
+        placebo = config.placebo
+        self.placebo = PLACEBOS[placebo](anchor.beta_anc, self.seed, self.sizes) if placebo else None
         self.correction: Correction | None = None
         self.seen = 0  # newest version agreed on, merged or refused
         self.first_tick = 0  # in which `correction` was first merged
@@ -156,7 +162,7 @@ class Held:
             self.seen += 1
             signs, alone = placebo.fire(source, g_comp)
             look = None if self.at is None else alone[self.at]
-            self._take(Correction(self.seen, source, plan.tick, signs, self.name, look), plan)
+            self._take(Correction(self.seen, source, plan.tick, signs, self.config.placebo or "", look), plan)
 
     def stand_in(self) -> dict[str, Tensor]:
         """What a diagnosis cannot get from an anchor, as there is none: the placebo's correction."""
@@ -176,7 +182,8 @@ class Held:
         return tensors, fields
 
     def restore(self, tensors: dict[str, Tensor], fields: dict[str, Any]) -> None:
-        """Go on from `state()`."""
+        """Go on from `state()`; what was learnt since is forgotten."""
+        self._begin()
         here = {name: value.to(self.grid.device) for name, value in tensors.items()}
         self.sources = {int(s): g for s, g in under("source", here).items()}
         self.merger.restore(under("merger", here))

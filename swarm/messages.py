@@ -74,3 +74,14 @@ class TickReport(Report):
     """worker -> coordinator: the same of a tick, with what it merged."""
 
     merge: MergeOutcome
+
+
+@dataclass(frozen=True)
+class Standing:
+    """worker -> coordinator: where a rank stands after something failed."""
+
+    marked: int  # the last tick that it began; it can go back to before it
+    done: int  # the last tick that it ended
+    own_before: bool  # whether the state before tick `marked` has what no other replica holds
+    own_after: bool  # likewise after tick `done`
+    report: TickReport | None  # of tick `done`
