@@ -6,13 +6,14 @@ start ─▶ worker k: gradient ─▶ publish ─▶ arrived ─▶ (deliver) �
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from anchor_service.actor import Anchor
 from anchor_service.calls import ActorHandle, done_of, gather, several, take
 from anchor_service.clock import next_worker
+from anchor_service.errors import ActorLost
 from anchor_service.lag import Due
 from anchor_service.messages import FireJob
 from anchor_service.ring import RingOverflow
@@ -90,15 +91,27 @@ class FireLine:
     def deliver(self, fire: Fire, ranks: Sequence[ActorHandle[Any]]) -> None:
         """Send each rank its stage's correction, beside whatever tick is running; waits for nothing."""
         fire.delivered = True
-        for index, rank in enumerate(ranks):
+        self.deliver_to(fire, dict(enumerate(ranks)))
+
+    def delivered(self) -> list[Fire]:
+        """Fires that are on their way to the ranks, or with some of them, oldest first."""
+        return [fire for _, fire in sorted(self.under_way.items()) if fire.delivered]
+
+    def deliver_to(self, fire: Fire, ranks: Mapping[int, ActorHandle[Any]]) -> None:
+        """Once more, to ranks that had no part in it."""
+        for index, rank in ranks.items():
             reference = [fire.corrections[index % self.stages]]
             self._deliveries.append(rank.deliver.options(concurrency_group="inbox").remote(reference))
 
     def check_deliveries(self) -> None:
-        """Raises what a delivery that is over raised; waits for nothing."""
+        """Raises what a delivery that is over raised; waits for nothing. Of a rank that is gone its next tick says so."""
         done, self._deliveries = done_of(self._deliveries)
         for delivery in done:
-            take(delivery, "a worker", "the arrival of a correction")
+            try:
+                take(delivery, "a worker", "the arrival of a correction")
+            except ActorLost as lost:
+                if lost.who != "a worker":
+                    raise
 
     def report(self, fire: Fire) -> dict[str, Any]:
         """Raises WaitTimeout if the fire is not done in time."""

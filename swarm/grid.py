@@ -113,6 +113,10 @@ class Grid:
         return f"worker d{d}p{p}"
 
     @property
+    def alone(self) -> bool:
+        return self.dp * self.pp == 1
+
+    @property
     def first(self) -> bool:
         return self.p == 0
 

@@ -36,7 +36,7 @@ def tick(rank: Rank, plan: TickPlan, mini: MiniBatch, fetch: Callable[[object], 
     """θ_{T-1} -> θ_T. `fetch` resolves the plan's reference to a correction."""
     weights, every = rank.stage.weights, rank.setup.swarm.check_every
     rank.seal.check(plan, weights.master)
-    if rank.grid.dp > 1:  # else nobody could go on with it
+    if not rank.grid.alone:
         rank.mark()
     with rank.timed("q_refresh"):
         values = rank.bases.refresh(plan.tick)

@@ -35,7 +35,6 @@ from swarm.replicas import weights_digest
 from swarm.shares import mini_batches
 from swarm.tick import tick
 
-
 OldLogprobs = list[list[np.ndarray] | None]  # one a mini-batch; None: those of the tick itself
 
 
@@ -73,9 +72,13 @@ class Worker:
         self.store, address = meeting(ray.util.get_node_ip_address())
         return address
 
-    def build(self, init: str, dp: int | None = None) -> None:
-        """Join the grid and load this stage's part of the model. A worker that is used again leaves its old grid."""
+    def build(self, init: str, index: int | None = None, dp: int | None = None) -> None:
+        """Join the grid and load this stage's part of the model. A worker that is used again leaves its old grid.
+
+        `index`, `dp`: its place in a grid that is not as it was planned.
+        """
         Grid.leave()
+        self.setup = replace(self.setup, index=self.setup.index if index is None else index)
         setup, swarm = self.setup.rank, self.setup.rank.swarm
         device = torch.device(swarm.device)
         if device.type == "cuda":
@@ -96,18 +99,23 @@ class Worker:
         """
         rank, device = self.rank, self.rank.grid.device
         self.minis, self.compared = [], defaultdict(float)
-        self.marked, self.done = tick, tick - 1
         start, refreshed = time.perf_counter(), rank.bases.due(tick)
         with self._in_company():
-            if known is None and rank.grid.dp > 1:
-                rank.mark()
+            if known is None:
+                self.marked, self.done = tick, tick - 1
+                if not rank.grid.alone:
+                    rank.mark()
             for index, (batch, denominator) in enumerate(mini_batches(frame)):
                 micros = microbatches(batch, np.arange(len(batch)), rank.setup.swarm.micro_batch_size, device)
-                old = self._old_logprobs(index, micros, refreshed) if known is None else _tensors(known[index], device)
+                again = known is not None and rank.setup.grpo.old_logprobs != "rollout"
+                old = (
+                    _tensors(known[index], device) if known and again else self._old_logprobs(index, micros, refreshed)
+                )
                 self.minis.append(MiniBatch(micros, old, denominator))
         peaks = {"timing_s/old_log_prob": time.perf_counter() - start, "perf/max_memory_gb": peak_memory_gb(device)}
         sums = {} if self.minis[0].old_logprobs is None else self._take_compared()
-        old = [_arrays(mini.old_logprobs) for mini in self.minis]
+        own = rank.setup.grpo.old_logprobs != "rollout"  # else they are among the samples
+        old = [_arrays(mini.old_logprobs) if own else None for mini in self.minis]
         return Report(sums, {}, peaks, rank.grid.ledger.drain()), old
 
     def _old_logprobs(self, index: int, micros: list[MicroBatch], refreshed: bool) -> list[Tensor] | None:
@@ -153,8 +161,8 @@ class Worker:
 
     def standing(self) -> Standing:
         """Where this rank is; it answers when whatever it was asked before is over, well or not."""
-        own = [self.rank.has_own(tick) for tick in (self.marked, self.done + 1)]
-        return Standing(self.marked, self.done, *own, self.report)
+        before, after = self.rank.has_own(self.marked), self.rank.has_own(self.done + 1)
+        return Standing(self.marked, self.done, before, after, self.report)
 
     def meet(self, index: int, dp: int, init: str, back: bool) -> None:
         """Take place `index` of a new grid, of `dp` replicas; `back`: take the tick that broke off back."""
@@ -171,8 +179,8 @@ class Worker:
         arrays = {name: tensor.detach().cpu().numpy() for name, tensor in tensors.items()}
         return pack({"kind": "rank", "stage": self.rank.grid.p, "fields": json.dumps(fields)}, arrays)
 
-    def become(self, frame: np.ndarray, done: int) -> None:
-        """Go on after `done` ticks from another replica's `copied`. Raises FrameError."""
+    def become(self, frame: np.ndarray, done: int) -> int:
+        """Go on after `done` ticks from another replica's `copied`; its bytes. Raises FrameError."""
         rank = self.rank
         sender = f"a twin of {rank.grid.name}"
         header, arrays = unpack(frame, sender)
@@ -183,6 +191,7 @@ class Worker:
         rank.forget_debts()
         rank.seal.digest, rank.kept = None, {}
         self.marked = self.done = done
+        return frame.nbytes
 
     def deliver(self, reference: list[object]) -> None:
         """Fetch a correction into the inbox, beside whatever tick is running; its rank merges it when all hold it."""
