@@ -166,6 +166,14 @@ class Grid:
         if dist.is_initialized():
             dist.destroy_process_group()
 
+    def part(self) -> None:
+        """`leave`, and hold nothing of them either: only then do those who wait for this rank learn that it is gone."""
+        self._inflight, self._dp_group, self._ends, self._groups = [], None, None, {}
+        for peers in (self.replicas, self.ends):
+            if peers is not None:
+                peers.group = None
+        self.leave()
+
     @contextmanager
     def _waiting(self, who: str, what: str) -> Generator[None]:
         try:

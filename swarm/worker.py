@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+import traceback
 from collections import defaultdict
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -155,8 +156,12 @@ class Worker:
         """A rank that fails leaves its process groups: whoever waits for it learns so at once, and not at a deadline."""
         try:
             yield
-        except BaseException:
-            Grid.leave()
+        except BaseException as error:
+            seen: BaseException | None = error
+            while seen:  # frames that are over hold groups too
+                traceback.clear_frames(seen.__traceback__)
+                seen = seen.__cause__
+            self.rank.grid.part()
             raise
 
     def standing(self) -> Standing:
@@ -166,7 +171,7 @@ class Worker:
 
     def meet(self, index: int, dp: int, init: str, back: bool) -> None:
         """Take place `index` of a new grid, of `dp` replicas; `back`: take the tick that broke off back."""
-        Grid.leave()
+        self.rank.grid.part()
         self.setup = replace(self.setup, index=index)
         if back:
             self.rank.rollback()
