@@ -22,7 +22,7 @@ from ray.exceptions import (
 
 from anchor_service.errors import ActorLost, WaitTimeout
 
-__all__ = ["ActorHandle", "answers", "done_of", "failure", "gather", "nodes_of", "several", "take"]
+__all__ = ["ActorHandle", "done_of", "failure", "gather", "nodes_of", "replies", "several", "take"]
 
 VERDICT_S = 30.0  # Ray takes up to 25 s to call a node dead that sends no heartbeat
 _WHERE = re.compile(r'^ +File "(.+)", line (\d+), in (.+)$', re.MULTILINE)
@@ -65,7 +65,7 @@ def gather(
     return [found[reference] for reference in names]
 
 
-def answers(calls: Iterable[tuple[str, object]], what: str, seconds: float, knob: str) -> list[Any]:
+def replies(calls: Iterable[tuple[str, object]], what: str, seconds: float, knob: str) -> list[Any]:
     """What named actors deliver, in order, each object or else the error: WaitTimeout, ActorLost, or what it raised."""
     calls, found = list(calls), list[Any]()
     since = time.monotonic()

@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from anchor_service.calls import ActorHandle, answers, done_of, gather
+from anchor_service.calls import ActorHandle, done_of, gather, replies
 from anchor_service.errors import ActorLost, WaitTimeout, described
 from anchor_service.line import FireLine
 from swarm.failure_policy import Decision, Failure, FailurePolicy, Status
@@ -90,7 +90,7 @@ class Regroup:
                 self._renew(rank, fresh)
         ranks = [rank for rank in range(len(self.fleet.workers)) if rank not in fresh]
         calls = [(self.fleet.swarm.name_of(r), self.fleet.workers[r].standing.remote()) for r in ranks]
-        said = dict(zip(ranks, answers(calls, "where it stands", *self.fleet.swarm_limit)))
+        said = dict(zip(ranks, replies(calls, "where it stands", *self.fleet.swarm_limit)))
         for rank, answer in said.items():
             if isinstance(answer, Exception):
                 self._renew(rank, fresh)
@@ -131,7 +131,7 @@ class Regroup:
         """Ranks for which no other worker could be had in time."""
         ranks = sorted(fresh)
         calls = [(self.fleet.swarm.name_of(r), self.fleet.workers[r].__ray_ready__.remote()) for r in ranks]
-        said = answers(calls, "another process", self.config.faults.spare_s, "faults.spare_s")
+        said = replies(calls, "another process", self.config.faults.spare_s, "faults.spare_s")
         return [rank for rank, answer in zip(ranks, said) if isinstance(answer, Exception)]
 
     def _without(self, replicas: set[int], plan: Reunion, fresh: set[int], missing: list[int]) -> Reunion:
