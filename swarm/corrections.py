@@ -105,7 +105,7 @@ class Corrections:
         return self.clock.least_ticks(due) * self.progress.tick_seconds
 
     def due(self, tick: int) -> tuple[list[list[object]] | None, int | None]:
-        """What `tick` is the first to merge, a reference for each stage; the version it must hold, None on the wall
+        """What `tick` is the first to merge, references for each stage; the version it must hold, None on the wall
         clock."""
         due = self.clock.due(tick)
         self.version = due.version if due else self.version
