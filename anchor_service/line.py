@@ -28,15 +28,18 @@ class Fire:
     worker: int
     report: object  # references, as all that follow
     m_bar: object
-    corrections: list[object]  # one a stage
+    corrections: list[list[object]]  # a frame a stage, or its head and the frame
     delivered: bool = False
+    whole: bool = False  # it was delivered whole, where ranks may do with the head
 
 
 class FireLine:
-    """All fires of a run, by way of its anchor workers."""
+    """All fires of a run, by way of its anchor workers. `parts`: objects that a stage's correction is published as."""
 
-    def __init__(self, workers: list[ActorHandle[Anchor]], stages: int, timeout_s: float, bound: int | None):
-        self.workers, self.stages, self.timeout_s, self.bound = workers, stages, timeout_s, bound
+    def __init__(
+        self, workers: list[ActorHandle[Anchor]], stages: int, parts: int, timeout_s: float, bound: int | None
+    ):
+        self.workers, self.stages, self.parts, self.timeout_s, self.bound = workers, stages, parts, timeout_s, bound
         self.under_way: dict[int, Fire] = {}
         self.m_bar: object = None
         self._deliveries: list[object] = []
@@ -58,9 +61,10 @@ class FireLine:
         worker = self.workers[k]
         job = FireJob(due.version, due.source_tick, due.first_tick, snapshot, [replay], least_seconds)
         report, m = several(worker.gradient.options(num_returns=2).remote(job))
-        published = worker.publish.options(num_returns=2 + self.stages).remote(report, m, self.m_bar)
+        published = worker.publish.options(num_returns=2 + self.stages * self.parts).remote(report, m, self.m_bar)
         report, m_bar, *corrections = several(published)
-        self.add(Fire(due, k, report, m_bar, corrections))
+        stages = [corrections[i : i + self.parts] for i in range(0, len(corrections), self.parts)]
+        self.add(Fire(due, k, report, m_bar, stages))
 
     def follow(self, tick: int, references: list[object]) -> None:
         """Weights for every anchor worker, in order before the jobs that start from them; waits for nothing."""
@@ -88,9 +92,12 @@ class FireLine:
         done, _ = done_of(list(waiting))
         return sorted((waiting[ref] for ref in done), key=lambda fire: fire.due.version)
 
-    def deliver(self, fire: Fire, ranks: Sequence[ActorHandle[Any]]) -> None:
-        """Send each rank its stage's correction, beside whatever tick is running; waits for nothing."""
-        fire.delivered = True
+    def deliver(self, fire: Fire, ranks: Sequence[ActorHandle[Any]], whole: bool) -> None:
+        """Send each rank its stage's correction, beside whatever tick is running; waits for nothing.
+
+        `whole`: behind a head, too, what is merged; else ranks fetch that in the tick in which they want it.
+        """
+        fire.delivered, fire.whole = True, whole
         self.deliver_to(fire, dict(enumerate(ranks)))
 
     def delivered(self) -> list[Fire]:
@@ -98,10 +105,10 @@ class FireLine:
         return [fire for _, fire in sorted(self.under_way.items()) if fire.delivered]
 
     def deliver_to(self, fire: Fire, ranks: Mapping[int, ActorHandle[Any]]) -> None:
-        """Once more, to ranks that had no part in it."""
+        """As it was delivered to the others."""
         for index, rank in ranks.items():
-            reference = [fire.corrections[index % self.stages]]
-            self._deliveries.append(rank.deliver.options(concurrency_group="inbox").remote(reference))
+            references = fire.corrections[index % self.stages]
+            self._deliveries.append(rank.deliver.options(concurrency_group="inbox").remote(references, fire.whole))
 
     def check_deliveries(self) -> None:
         """Raises what a delivery that is over raised; waits for nothing. Of a rank that is gone its next tick says so."""
@@ -136,4 +143,4 @@ class NoFires(FireLine):
     """Of a run without corrections: nothing starts, so nothing is ever under way."""
 
     def __init__(self) -> None:
-        super().__init__([], 0, 0.0, bound=0)
+        super().__init__([], 0, 1, 0.0, bound=0)

@@ -137,6 +137,10 @@ class Calibrated(Merger):
         r = AVERAGED * h * self.a_m / (self.a_g * self.holds.tau(age))
         return min(LARGEST, self.holds.bound(self.config.cap, age), r / (1 + r))
 
+    def wants(self) -> bool:
+        """A share is 0 at every age or at none."""
+        return self.share(0) > 0
+
     def prepare(self, g_comp: Gradient, correction: Held, age: int, norm: Norm = local_norm) -> None:
         self.dose = self.share(age)
 

@@ -21,6 +21,7 @@ from anchor_service.calls import gather
 from anchor_service.clock import Clock, Lockstep, make_clock
 from anchor_service.config import correction_payload
 from anchor_service.line import FireLine, NoFires
+from merger import merger_class
 from rl import mismatch
 from rl.batch import Batch
 from rl.grpo import PG_LOSS
@@ -28,7 +29,7 @@ from swarm import checkpoint, scale
 from swarm.corrections import Corrections
 from swarm.failure_policy import FailurePolicy
 from swarm.fleet import Fleet
-from swarm.gate import EngineGate, LaunchGate
+from swarm.gate import EngineGate, LaunchGate, capped_share
 from swarm.messages import MergeOutcome, TickPlan, TickReport
 from swarm.nonfinite import judge_loss
 from swarm.progress import Progress
@@ -70,6 +71,7 @@ class Coordinator:
         self.rollouts.sync()
         self.corrections.begin()
         if progress.step == 0:
+            self._judge_share()
             self._validate()
         while progress.step < config.run.steps:
             self._step()
@@ -130,7 +132,7 @@ class Coordinator:
     def _take(self, plans: list[TickPlan], minis: list[MiniFrame]) -> list[TickReport]:
         """One tick; once more where workers are lost in it."""
         tick, pp, met = plans[0].tick, self.config.swarm.pp, None
-        limit = self.fleet.tick_limit(due=plans[0].correction is not None)
+        limit = self.fleet.tick_limit(due=plans[0].correction is not None or self.corrections.may_be_fetched)
         while True:
             try:
                 self._give_again(minis, met)
@@ -185,7 +187,7 @@ class Coordinator:
         tick, pp = self.progress.tick, self.config.swarm.pp
         references, version = self.corrections.due(tick)
         return [
-            TickPlan(tick, index, references and [references[stage]], version, keep, diagnosed) for stage in range(pp)
+            TickPlan(tick, index, references and references[stage], version, keep, diagnosed) for stage in range(pp)
         ]
 
     def _judge_codec(self, metrics: dict[str, float]) -> None:
@@ -199,6 +201,12 @@ class Coordinator:
         kl = self.engine_gate.judge(metrics.get(mismatch.DENSE_K3))
         if kl is not None:
             self.progress.event("engine differs from the model", **{mismatch.DENSE_K3: kl})
+
+    def _judge_share(self) -> None:
+        """Once, before the first tick: does a cap keep the merger from the share that it is set to?"""
+        capped = capped_share(self.config.anchor, self.config.merger)
+        if capped is not None:
+            self.progress.event("share of the correction is capped", **capped)
 
     def _diagnose(self, mini: MiniFrame, outcome: MergeOutcome) -> dict[str, float]:
         """What this tick's correction was worth. The swarm waits for it; it is not part of `timing_s/tick`."""
@@ -277,7 +285,8 @@ def _anchor_of(config: RunConfig, fleet: Fleet) -> tuple[Clock, FireLine]:
     run, ticks_per_step = config.run, config.grpo.ticks_per_step
     longer = run.checkpoint_every > 0
     clock = make_clock(config.anchor, run.seed, run.steps * ticks_per_step, ticks_per_step, beyond=longer)
-    return clock, FireLine(fleet.anchors, config.swarm.pp, config.anchor.timeout_s, clock.bound())
+    parts = 2 if merger_class(config.merger.kind).looks else 1  # a head comes before what is merged
+    return clock, FireLine(fleet.anchors, config.swarm.pp, parts, config.anchor.timeout_s, clock.bound())
 
 
 def step_means(ticks: list[dict[str, float]]) -> dict[str, float]:

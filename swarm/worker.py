@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from anchor_service.calls import gather
-from anchor_service.messages import Correction, pack_record, unpack_correction
+from anchor_service.messages import Correction, joined, pack_record, unpack_correction, unpack_head
 from codec.frames import FrameError, pack, unpack
 from codec.ledger import Ledger
 from rl import mismatch
@@ -198,15 +198,30 @@ class Worker:
         self.marked = self.done = done
         return frame.nbytes
 
-    def deliver(self, reference: list[object]) -> None:
-        """Fetch a correction into the inbox, beside whatever tick is running; its rank merges it when all hold it."""
-        self.rank.held.inbox.put(self._fetch_correction(reference))
+    def deliver(self, references: list[object], whole: bool) -> None:
+        """Fetch a correction, or the head of it, into the inbox, beside whatever tick is running; its rank merges it when
+        all hold it."""
+        self.rank.held.inbox.put(self._fetch_correction(references, whole))
 
-    def _fetch_correction(self, reference: object) -> Correction:
+    def _fetch_correction(self, references: object, whole: bool = False) -> Correction:
+        """Of a head, unless the `whole` is asked for, the rest is left to who wants it."""
+        first, *rest = cast("list[object]", references)  # in a list Ray leaves them references: waited for here
+        place = self.rank.grid.p, self.rank.stage.weights.numel
+        if not rest:
+            return unpack_correction(self._frame(first), *place)
+        looked = self.rank.held.looked
+        assert looked is not None  # heads are published for a merger that looks
+        head = unpack_head(self._frame(first), *place, looked)
+
+        def fetch() -> Correction:
+            return joined(head, unpack_correction(self._frame(rest[0]), *place))
+
+        return fetch() if whole else replace(head, fetch=fetch)
+
+    def _frame(self, reference: object) -> np.ndarray:
         what = f"a correction that is due to {self.rank.grid.name}"
-        (one,) = cast("list[object]", reference)  # in a list Ray leaves it a reference: it is waited for here
-        (frame,) = gather([("the anchor", one)], what, self.rank.setup.anchor.timeout_s, "anchor.timeout_s")
-        return unpack_correction(frame, self.rank.grid.p, self.rank.stage.weights.numel, self.rank.held.looked)
+        (frame,) = gather([("the anchor", reference)], what, self.rank.setup.anchor.timeout_s, "anchor.timeout_s")
+        return frame
 
     def weights(self, tick: int, stream: str, whole: bool, exact: bool) -> tuple[np.ndarray, int]:
         """Frame of this stage's weights after `tick` ticks, and its size; a tied copy is left to its owner.
