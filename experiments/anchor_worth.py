@@ -58,12 +58,16 @@ def anchor_in_words(run: Run) -> str | None:
     share, settings = _share(run), flat(run.settings)
     if share is None:
         return str(spent)
-    bound = _bound(run, merged)
+    full = _full_share(settings) if settings.get("merger.kind") == "calibrated" else None
+    return f"{spent}; {share_in_words(share, _bound(run, merged), full)}"
+
+
+def share_in_words(share: float, bound: float, full: float | None) -> str:
+    """`full`: what a calibrated share would be without the calibration."""
     over = f"beyond the bound {bound:.2g} that its hold allows: it may do harm"
     allowed = over if share > bound * (1 + SLACK) else f"within the bound {bound:.2g} that its hold allows"
-    said = f"{spent}; a share of {share:.2g} of the step, {allowed}"
-    full = _full_share(settings)
-    if settings.get("merger.kind") == "calibrated" and full > bound * (1 + SLACK):
+    said = f"a share of {share:.2g} of the step, {allowed}"
+    if full is not None and full > bound * (1 + SLACK):
         said += f"; it would be {full:.2g}, beyond the bound, without the calibration"
     return said
 

@@ -13,6 +13,7 @@ from deploy.estimate.memory import peak
 from deploy.estimate.parameters import Params
 from deploy.estimate.plan import Plan, human_bytes, mb
 from deploy.estimate.workload import prompt_tokens, response_tokens, samples_per_tick, tokens_per_tick, total_ticks
+from deploy.estimate.worth import prediction_in_words
 from merger import merger_class
 from swarm.run_config import RunConfig
 
@@ -26,6 +27,8 @@ def show_plan(plan: Plan, console: Console) -> None:
     tables = [schemes_table(plan), memory_table(plan), time_table(plan), anchor_table(plan)]
     for table in filter(None, tables):
         console.print(table)
+    if plan.worth:
+        console.print(prediction_in_words(plan.worth), highlight=False)
     for warning in plan.warnings:
         console.print(f"[bold yellow]warning[/] {warning}")
     if not plan.warnings:
