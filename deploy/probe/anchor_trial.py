@@ -82,14 +82,14 @@ def agreements(compressed: Tensor, dense: Tensor, beta: float) -> Agreements:
     signs, double = dense.sign().char(), compressed.double()
     others = (double.sum(0) - double) / (count - 1)
     kept = min(count - 1, max(1, round((1 + beta) / (1 - beta))))  # whose noise M̄ averages
-    stand_ins = [
-        sum(dense.roll(-i, 0) for i in range(first, first + kept)) for first in range(1, count - kept + 1, kept)
-    ]
+    firsts = range(1, count - kept + 1, kept)
+    stand_ins = [torch.stack([dense.roll(-i, 0) for i in range(a, a + kept)]).sum(0) for a in firsts]
     for b in range(count):
         own, n = sign_products(signs[b], others[b].sign().char())
-        found.compressed.add(own / n)
-        old, n = map(sum, zip(*(sign_products(signs[b], torch.as_tensor(m)[b].sign().char()) for m in stand_ins)))
-        found.anchor.add(old / n)
+        old, old_n = map(sum, zip(*(sign_products(signs[b], m[b].sign().char()) for m in stand_ins)))
+        if n and old_n:
+            found.compressed.add(own / n)
+            found.anchor.add(old / old_n)
         found.average += others[b].square().sum().item()
         found.single += double[b].square().sum().item()
     return found

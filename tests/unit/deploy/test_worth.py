@@ -41,7 +41,8 @@ def by_theory(signal: float, codec: float, shared: float) -> tuple[float, float,
     own = signal * codec / math.sqrt((signal**2 + 1) * (codec**2 + noise / averaged))
     old = signal**2 / math.sqrt((signal**2 + 1) * (signal**2 + 1 / 3))  # of three others, as β = ½ averages
     h = math.sqrt((codec**2 + noise / averaged) / (codec**2 + noise))
-    return *(2 * (1 - math.acos(rho) / math.pi) - 1 for rho in (own, old)), h
+    a_g, a_m = (2 * (1 - math.acos(rho) / math.pi) - 1 for rho in (own, old))
+    return a_g, a_m, h
 
 
 @pytest.mark.parametrize(
