@@ -163,10 +163,13 @@ def test_where_nothing_is_merged_it_is_that_of_a_calibrated_anchor():
         ([], {"a_m_error": 0.06}, 1, "the verdict may be the other one"),
     ],
 )
-def test_the_sentence(overrides: list[str], changed: dict[str, Any], verdict: int, says: str):
+def test_the_sentence(
+    overrides: list[str], changed: dict[str, Any], verdict: int, says: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(Worth, "sent", (1e6, 4e6))
     found = worth(*overrides, **changed)
     words = prediction_in_words(found)
-    assert found.verdict == verdict and says in words
+    assert found.verdict == verdict and says in words and "1 MB of 4 MB (25\N{NO-BREAK SPACE}%) a tick" in words
     assert ("beyond the bound, without the calibration" in words) == (found.uncalibrated > found.bound)
 
 
