@@ -13,11 +13,14 @@ from ray._private.state import actors
 from ray.actor import ActorHandle
 from ray.exceptions import (
     ActorUnavailableError,
+    NodeDiedError,
     ObjectLostError,
+    OutOfMemoryError,
     RayActorError,
     RayError,
     RayTaskError,
     UnserializableException,
+    WorkerCrashedError,
 )
 
 from anchor_service.errors import ActorLost, WaitTimeout
@@ -65,9 +68,9 @@ def gather(
     return [found[reference] for reference in names]
 
 
-def nodes_of(actors: Sequence[ActorHandle[Any]], seconds: float, knob: str) -> list[str]:
-    """Ray's id of the node that each actor is on."""
-    calls = [(f"actor {i}", actor.__ray_call__.remote(_node_of)) for i, actor in enumerate(actors)]
+def nodes_of(actors: Sequence[tuple[str, ActorHandle[Any]]], seconds: float, knob: str) -> list[str]:
+    """Ray's id of the node that each actor is on, all given with their names."""
+    calls = [(name, actor.__ray_call__.remote(_node_of)) for name, actor in actors]
     return gather(calls, "its node", seconds, knob)
 
 
@@ -103,6 +106,8 @@ def failure(error: RayError, who: str, what: str) -> Exception:
         return _task_failure(error, who, what)
     if isinstance(error, RayActorError):
         return ActorLost(who, what, _death(error))
+    if isinstance(error, OutOfMemoryError | NodeDiedError | WorkerCrashedError):
+        return ActorLost(who, what, str(error))
     if isinstance(error, ObjectLostError):
         last = str(error).strip().splitlines()[-1]  # before it: how to debug references
         return ActorLost(who, what, "\n".join([f"what it delivered is lost: {last}", *_dead_nodes().values()]))
