@@ -54,15 +54,25 @@ def plan_resume(run: Path, config: RunConfig) -> Resume | None:
         return None
     from swarm import checkpoint  # with torch, which takes seconds
 
-    if config.run.checkpoint_every and not checkpoint.all_of(run):
-        return Resume(None)
-    found, damaged = checkpoint.newest_good(run)
-    step = checkpoint.read_state(found)["step"]
+    if not (config.run.checkpoint_every or checkpoint.all_of(run)):
+        raise CheckpointError(f"{run} has no checkpoint: set run.checkpoint_every before the run starts")
+    found = newest(run)
+    step = checkpoint.read_state(found.checkpoint)["step"] if found.checkpoint else 0
     if step > steps:
         raise CheckpointError(
             f"{run} is at step {step} and run.steps is {steps}: nothing is left to do; "
             f"set run.steps to more than {step} to make it longer"
         )
+    return found
+
+
+def newest(run: Path) -> Resume:
+    """The newest checkpoint that is whole. Raises CheckpointError if there are some, and none is."""
+    from swarm import checkpoint
+
+    if not checkpoint.all_of(run):
+        return Resume(None)
+    found, damaged = checkpoint.newest_good(run)
     return Resume(found, tuple(damaged))
 
 

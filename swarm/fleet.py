@@ -22,7 +22,10 @@ SETTLE_S = 5.0  # so long after the first rank that lost its peer Ray says what 
 
 @dataclass(frozen=True)
 class Fleet:
-    """Handles, workers in rank order. `renew` puts a new actor in the place of one, here too; it waits for nothing."""
+    """Handles, workers in rank order. `renew` puts a new actor in the place of one, here too; it waits for nothing.
+
+    `again` makes all of them what they were before the run, with others for those that are dead or do not answer.
+    """
 
     swarm: SwarmConfig
     anchor: AnchorConfig
@@ -32,6 +35,7 @@ class Fleet:
     anchors: list[ActorHandle[Anchor]]
     diagnosers: list[ActorHandle[Diagnoser]]
     renew: Callable[[Role, int], ActorHandle[Any]]
+    again: Callable[[], Fleet]
     _node: dict[object, str] = field(default_factory=dict, init=False)  # of each actor that was asked
 
     @property

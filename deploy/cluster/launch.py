@@ -17,12 +17,12 @@ import ray
 from anchor_service.errors import WaitTimeout, described
 from deploy.cluster.forkserver import forkserver
 from deploy.cluster.kept_actors import new_actors
+from deploy.cluster.lives import Lives
 from deploy.cluster.loopback import ADDRESS, loopback
 from deploy.cluster.placement import placement, tags
 from deploy.cluster.takedown import shut_down
 from deploy.config import to_toml
 from deploy.resume import Resume
-from swarm.coordinator import Coordinator
 from swarm.fleet import Fleet
 from swarm.loggers import Loggers
 from swarm.run_config import RunConfig
@@ -116,8 +116,9 @@ def drive(
 ) -> dict[str, Any]:
     """Run `config` in the folder `run`, on the Ray cluster that is connected; returns the summary it also wrote.
 
-    `resume`: where it goes on; until it does, the folder stays as it was. `actors`: new ones, or those of an earlier run. Ctrl-C and SIGTERM end the run with status "interrupted", any error with "failed" and the error
-    raised again; the folder is valid in every case.
+    `resume`: where it goes on; until it does, the folder stays as it was. `actors`: new ones, or those of an earlier run.
+    A process that is lost costs the ticks since the newest checkpoint (`Lives`). Ctrl-C and SIGTERM end the run with
+    status "interrupted", any other error with "failed" and the error raised again; the folder is valid in every case.
     """
     run = run.resolve()  # workers write their checkpoints there too, and theirs is another working directory
     run.mkdir(parents=True, exist_ok=True)
@@ -128,13 +129,13 @@ def drive(
     outcome = _Outcome(config, telemetry, begun=resume is None)
     try:
         with actors(config) as fleet, outcome:  # the summary is written first: taking Ray down may not succeed
-            coordinator = Coordinator(config, fleet, telemetry, run)
+            lives = Lives(config, fleet, telemetry, run)
             if resume:
-                _go_on(coordinator, resume)
+                lives.begin(resume)
                 replace_text(run / "config.toml", to_toml(config))
-            outcome.coordinator, outcome.begun = coordinator, True
-            coordinator.progress.event("started", workers=len(fleet.workers))
-            coordinator.run()
+            outcome.lives, outcome.begun = lives, True
+            lives.coordinator.progress.event("started", workers=len(fleet.workers))
+            lives.run()
     except BaseException as failure:
         if outcome.summary is None:  # the actors did not even start
             outcome.__exit__(type(failure), failure, None)
@@ -142,15 +143,6 @@ def drive(
             raise
     assert outcome.summary is not None  # written at every end that is not raised
     return outcome.summary
-
-
-def _go_on(coordinator: Coordinator, resume: Resume) -> None:
-    if resume.checkpoint is None:
-        coordinator.progress.begin_anew()
-        return
-    coordinator.restore(resume.checkpoint)
-    for reason in resume.damaged:
-        coordinator.progress.event("checkpoint damaged", reason=reason, used=resume.checkpoint.name)
 
 
 class _Outcome:
@@ -161,7 +153,7 @@ class _Outcome:
 
     def __init__(self, config: RunConfig, telemetry: Telemetry, begun: bool):
         self.config, self.telemetry, self.begun = config, telemetry, begun
-        self.coordinator: Coordinator | None = None
+        self.lives: Lives | None = None
         self.summary: dict[str, Any] | None = None
 
     def __enter__(self) -> None: ...
@@ -178,6 +170,6 @@ class _Outcome:
         if failure and not interrupted:
             lines = "".join(traceback.format_exception(failure)).splitlines()
             extra |= {"error": described(failure), "traceback": lines}
-        counted = self.coordinator.summary() if self.coordinator else {}
+        counted = self.lives.coordinator.summary() if self.lives else {}
         self.summary = self.telemetry.finish(status, extra | counted)
         return interrupted
