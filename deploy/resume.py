@@ -40,8 +40,8 @@ class Resume:
     damaged: tuple[str, ...] = ()
 
 
-def plan_resume(run: Path, config: RunConfig) -> Resume | None:
-    """None: the run has completed its `run.steps` already.
+def plan_resume(run: Path, config: RunConfig, or_begin: bool = False) -> Resume | None:
+    """None: the run has completed its `run.steps` already. `or_begin`: without checkpoints it begins anew.
 
     Raises ConfigError if `config` is another experiment, CheckpointError if there is nothing to go on from.
     """
@@ -54,7 +54,7 @@ def plan_resume(run: Path, config: RunConfig) -> Resume | None:
         return None
     from swarm import checkpoint  # with torch, which takes seconds
 
-    if not (config.run.checkpoint_every or checkpoint.all_of(run)):
+    if not (or_begin or config.run.checkpoint_every or checkpoint.all_of(run)):
         raise CheckpointError(f"{run} has no checkpoint: set run.checkpoint_every before the run starts")
     found = newest(run)
     step = checkpoint.read_state(found.checkpoint)["step"] if found.checkpoint else 0

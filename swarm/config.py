@@ -85,6 +85,12 @@ class FaultsConfig(Section):
         default=1000, ge=0, description="failures that a run deals with before it ends; 0: the first one ends it"
     )
     a_tick: int = Field(default=3, ge=1, description="failures of one role within one tick that it deals with")
+    grace_s: float = Field(
+        default=20.0,
+        ge=0,
+        description="on a cluster that is there (`--address`) a run that gets SIGTERM may take so long to end its step, and "
+        "write a checkpoint if it keeps any; 0: it ends at once",
+    )
 
 
 class LinksConfig(Section):

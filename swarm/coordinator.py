@@ -10,6 +10,7 @@ anchor to the ranks, by the object store.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ class Coordinator:
         self.rollouts = Rollouts(config, fleet, progress, line)
         self.corrections = Corrections(config, fleet, progress, line, clock, ray.put, self.rollouts.resync)
         self.gate, self.engine_gate = LaunchGate(config.codec), EngineGate(config.rollout)
+        self.after_step: Callable[[], None] = lambda: None  # whoever drives the run may end it there
 
     # --- the run --------------------------------------------------------------------------------
 
@@ -68,6 +70,7 @@ class Coordinator:
                 self._validate()
             if config.saves_after(progress.step):
                 self.save()
+            self.after_step()
         self.telemetry.final_digest(self._digests())
 
     def _step(self) -> None:

@@ -9,12 +9,13 @@ import traceback
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Any
 
 import ray
 
 from anchor_service.errors import WaitTimeout, described
+from deploy.cluster.endings import Notice, can_go_on
 from deploy.cluster.forkserver import forkserver
 from deploy.cluster.kept_actors import new_actors
 from deploy.cluster.lives import Lives
@@ -79,22 +80,15 @@ def _knock(address: str) -> None:
         raise WaitTimeout(f"{address} ({error})", "an answer", KNOCK_S, "--address, or start Ray there") from error
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, handled as Ctrl-C is."""
-
-
-def _on_sigterm(signum: int, frame: FrameType | None) -> None:
-    raise Terminated
-
-
 @contextmanager
-def session(config: RunConfig, address: str | None, lanes: int = 1) -> Generator[None]:
-    """`cluster`, with SIGTERM raised as an exception while it is there."""
-    previous = signal.signal(signal.SIGTERM, _on_sigterm)
+def session(config: RunConfig, address: str | None, lanes: int = 1) -> Generator[Notice]:
+    """`cluster`, with SIGTERM raised as an exception while it is there, or given notice of."""
+    notice = Notice()
+    previous = signal.signal(signal.SIGTERM, notice.on_signal)
     try:
         with cluster(config, address, lanes):
-            signal.signal(signal.SIGTERM, _on_sigterm)  # again: ray.init puts a handler of its own there, which aborts
-            yield
+            signal.signal(signal.SIGTERM, notice.on_signal)  # again: ray.init puts a handler there, which aborts
+            yield notice
     finally:
         signal.signal(signal.SIGTERM, previous)
 
@@ -103,8 +97,10 @@ def execute(
     config: RunConfig, run: Path, listener: Listener, resume: Resume | None = None, address: str | None = None
 ) -> dict[str, Any]:
     """`drive` on a Ray cluster that is there for this run alone, or on the one at `address`."""
-    with session(config, address):
-        return drive(config, run, listener, resume)
+    with session(config, address) as notice:
+        # a cluster of one's own is most often sent the signal too: nothing of it is left to end a step
+        with notice.grace(config.faults.grace_s if address else 0.0):
+            return drive(config, run, listener, resume, notice=notice)
 
 
 def drive(
@@ -113,11 +109,12 @@ def drive(
     listener: Listener,
     resume: Resume | None = None,
     actors: Callable[[RunConfig], AbstractContextManager[Fleet]] = new_actors,
+    notice: Notice | None = None,
 ) -> dict[str, Any]:
     """Run `config` in the folder `run`, on the Ray cluster that is connected; returns the summary it also wrote.
 
     `resume`: where it goes on; until it does, the folder stays as it was. `actors`: new ones, or those of an earlier run.
-    A process that is lost costs the ticks since the newest checkpoint (`Lives`). Ctrl-C and SIGTERM end the run with
+    `notice`: of SIGTERM. A process that is lost costs the ticks since the newest checkpoint (`Lives`). Ctrl-C and SIGTERM end the run with
     status "interrupted", any other error with "failed" and the error raised again; the folder is valid in every case.
     """
     run = run.resolve()  # workers write their checkpoints there too, and theirs is another working directory
@@ -129,7 +126,7 @@ def drive(
     outcome = _Outcome(config, telemetry, begun=resume is None)
     try:
         with actors(config) as fleet, outcome:  # the summary is written first: taking Ray down may not succeed
-            lives = Lives(config, fleet, telemetry, run)
+            lives = Lives(config, fleet, telemetry, run, notice)
             if resume:
                 lives.begin(resume)
                 replace_text(run / "config.toml", to_toml(config))
@@ -167,6 +164,7 @@ class _Outcome:
         interrupted = isinstance(failure, KeyboardInterrupt)
         status = "interrupted" if interrupted else "failed" if failure else "completed"
         extra: dict[str, Any] = {"name": self.config.run.name, "seed": self.config.run.seed, "error": None}
+        extra["can_go_on"] = can_go_on(failure, self.config.swarm.pp)
         if failure and not interrupted:
             lines = "".join(traceback.format_exception(failure)).splitlines()
             extra |= {"error": described(failure), "traceback": lines}

@@ -10,21 +10,24 @@ import time
 from pathlib import Path
 
 from anchor_service.errors import described
+from deploy.cluster.endings import Notice, Terminated, whose
 from deploy.resume import Resume, newest
-from swarm.blame import Blame, blamed
 from swarm.coordinator import Coordinator
 from swarm.failure_policy import Decision, Failure, FailurePolicy, Role, Status
 from swarm.fleet import Fleet
-from swarm.grid import PeerLost
 from swarm.run_config import RunConfig
 from swarm.telemetry import REWOUND, Telemetry
 
 
 class Lives:
-    """All coordinators of one run in the folder `run`, one after another; `coordinator` is the present one."""
+    """All coordinators of one run in the folder `run`, one after another; `coordinator` is the present one.
 
-    def __init__(self, config: RunConfig, fleet: Fleet, telemetry: Telemetry, run: Path):
+    `notice`: that the run is to end. It ends with its step then, with a checkpoint if it keeps any.
+    """
+
+    def __init__(self, config: RunConfig, fleet: Fleet, telemetry: Telemetry, run: Path, notice: Notice | None = None):
         self.config, self.fleet, self.telemetry, self.run_folder = config, fleet, telemetry, run
+        self.notice = notice or Notice()
         self.policy = FailurePolicy(config.faults)
         self.coordinator = self._born()
 
@@ -44,7 +47,18 @@ class Lives:
             progress.event("checkpoint damaged", reason=reason, used=resume.checkpoint.name)
 
     def _born(self) -> Coordinator:
-        return Coordinator(self.config, self.fleet, self.telemetry, self.run_folder)
+        coordinator = Coordinator(self.config, self.fleet, self.telemetry, self.run_folder)
+        coordinator.after_step = self._after_step
+        return coordinator
+
+    def _after_step(self) -> None:
+        step, config = self.coordinator.progress.step, self.config
+        if not self.notice.given or step == config.run.steps:
+            return
+        # where engines follow coded steps, those at a checkpoint are exact: one more would change what is computed
+        if config.run.checkpoint_every and not config.saves_after(step) and config.snapshot.rate is None:
+            self.coordinator.save()
+        raise Terminated
 
     def _failure(self) -> Exception | None:
         """What the present life ended of, if it was no end of the run."""
@@ -75,12 +89,11 @@ class Lives:
 
     def _judge(self, failure: Exception, tick: int) -> None:
         """Raises it if it is to end the run. One error is one failure of a role, however many of it are named."""
-        found: set[tuple[Role, Failure]] = {(blame.role, blame.failure) for blame in whose(failure, self.config.swarm.pp)}
+        if self.notice.given:  # what is lost now is most likely taken away
+            raise Terminated from failure
+        found: set[tuple[Role, Failure]] = {
+            (blame.role, blame.failure) for blame in whose(failure, self.config.swarm.pp)
+        }
         decisions = [self.policy.decide(Status(role, kind, tick, recoverable=False)) for role, kind in found]
         if not decisions or Decision.END in decisions:
             raise failure
-
-
-def whose(failure: BaseException, pp: int) -> list[Blame]:
-    """`blamed`; where nobody says more than that an exchange broke off, it was some worker's."""
-    return blamed(failure, pp) or ([Blame("worker", None, Failure.DEATH)] if isinstance(failure, PeerLost) else [])

@@ -10,6 +10,7 @@ import pytest
 
 from anchor_service.errors import ActorLost, NotFinite, WaitTimeout
 from deploy.cluster import lives
+from deploy.cluster.endings import Notice, Terminated
 from deploy.cluster.lives import Lives
 from deploy.config import load
 from swarm.grid import PeerLost
@@ -117,3 +118,44 @@ def test_where_no_node_has_room_any_more_the_error_says_so_and_of_what_it_came(
     with pytest.raises(WaitTimeout, match="room for 4 bundles") as caught:
         play(script, monkeypatch, tmp_path)
     assert caught.value.__cause__ is LOST
+
+
+@pytest.mark.parametrize(
+    ("overrides", "saved"),
+    [
+        (["run.checkpoint_every=4"], [2]),
+        (["run.checkpoint_every=2"], []),  # it has just been written
+        (["run.checkpoint_every=0"], []),
+        (["run.checkpoint_every=4", "snapshot.rate=0.05"], []),
+    ],
+)
+def test_a_run_that_is_told_to_end_does_so_with_its_step(
+    overrides: list[str], saved: list[int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    notice, found = Notice(), list[int]()
+
+    def coordinator(*args: Any) -> Any:
+        made = SimpleNamespace(progress=SimpleNamespace(step=0), save=lambda: found.append(made.progress.step))
+
+        def run() -> None:
+            while made.progress.step < 6:
+                made.progress.step += 1
+                notice.given = notice.given or made.progress.step == 2
+                made.after_step()
+
+        made.run = run
+        return made
+
+    monkeypatch.setattr(lives, "Coordinator", coordinator)
+    with pytest.raises(Terminated):
+        Lives(load("k5", overrides), None, None, tmp_path, notice).run()  # pyright: ignore
+    assert found == saved
+
+
+def test_what_is_lost_after_notice_was_given_is_not_replaced(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    script, notice = Script((3, LOST)), Notice()
+    notice.given = True
+    monkeypatch.setattr(lives, "Coordinator", script.coordinator)
+    with pytest.raises(Terminated):
+        Lives(load("k5"), SimpleNamespace(again=script.again), None, tmp_path, notice).run()  # pyright: ignore
+    assert not script.restarts
