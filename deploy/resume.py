@@ -12,7 +12,7 @@ from experiments.sweep import flat
 from swarm.manifest import CheckpointError
 from swarm.run_config import RunConfig
 
-_MAY_CHANGE = {  # where a run goes on: what decides where and how long it runs, not what it computes
+_MAY_CHANGE = {  # where a run goes on: what decides where and how long it runs, not what it computes but for rounding
     "run.steps",
     "run.name",
     "run.loggers",
@@ -23,6 +23,7 @@ _MAY_CHANGE = {  # where a run goes on: what decides where and how long it runs,
     "rollout.gpu_memory",
     "rollout.kv_cache_gb",
     "anchor.slowdown",
+    "swarm.dp",  # each replica has all that the ticks need; `checkpoint.restore_rank`
     "swarm.placement",
     "swarm.activation_checkpointing",
 }

@@ -221,6 +221,11 @@ class Coordinator:
         self.corrections.restore(folder, state)
         self.rollouts.restore(folder, state)
         progress.restore(state)
+        before, now = checkpoint.replicas_in(folder), self.config.swarm.dp
+        if before != now:  # one alone sums nothing: it has nobody to send what was owed
+            coded = self.config.codec.gradient.kind != "none"
+            dropped = "what replicas owed to the sum of gradients" if coded and now == 1 else None
+            progress.event("grid changed", dp_before=before, dp=now, dropped=dropped)
 
 
 def _anchor_of(config: RunConfig, fleet: Fleet) -> tuple[Clock, FireLine]:
