@@ -127,16 +127,23 @@ class ActorGroup:
     def renew_silent(self) -> set[tuple[Role, int]]:
         """Others in the place of all that do not say within ANSWER_S that they are there; which ones.
 
-        Whoever is busy is busy for a run that is over. An engine of vLLM starts once in a process: it is not asked.
+        Whoever is busy is busy for a run that is over.
         """
         every: list[tuple[Role, int]] = [(role, i) for role in ROLES for i in range(len(self.plans[role]))]
-        once = "engine" if self.made_for.rollout.engine == "vllm" else None
-        asked = [who for who in every if who[0] != once]
+        asked = [who for who in every if who[0] not in self._once]
         there = answering([self.actors[role][i].__ray_ready__.remote() for role, i in asked], ANSWER_S)
         new = {who for who in every if who not in asked or not there[asked.index(who)]}
         for role, index in new:
             self.renew(role, index)
         return new
+
+    @property
+    def _once(self) -> set[str]:
+        """Roles whose processes do not outlive a run that lost one. vLLM starts once in a process, NCCL may not come out
+        of an exchange that broke off, and on the wall clock a correction of a tick that is void may be on its way."""
+        config = self.made_for
+        engines = {"engine"} if config.rollout.engine == "vllm" else set[str]()
+        return engines | ({"worker"} if config.anchor.clock == "wall" or config.swarm.device == "cuda" else set())
 
     def _new(self, role: str, index: int) -> ActorHandle[Any]:
         """Actor number `index` of its role, in its bundle."""
