@@ -114,8 +114,9 @@ def drive(
     """Run `config` in the folder `run`, on the Ray cluster that is connected; returns the summary it also wrote.
 
     `resume`: where it goes on; until it does, the folder stays as it was. `actors`: new ones, or those of an earlier run.
-    `notice`: of SIGTERM. A process that is lost costs the ticks since the newest checkpoint (`Lives`). Ctrl-C and SIGTERM end the run with
-    status "interrupted", any other error with "failed" and the error raised again; the folder is valid in every case.
+    `notice`: of SIGTERM. A process that is lost costs the ticks since the newest checkpoint (`Lives`). Ctrl-C and SIGTERM
+    end the run with status "interrupted", any other error with "failed" and the error raised again; the folder is valid
+    in every case.
     """
     run = run.resolve()  # workers write their checkpoints there too, and theirs is another working directory
     run.mkdir(parents=True, exist_ok=True)
