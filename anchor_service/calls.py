@@ -13,16 +13,19 @@ from ray._private.state import actors
 from ray.actor import ActorHandle
 from ray.exceptions import (
     ActorUnavailableError,
+    NodeDiedError,
     ObjectLostError,
+    OutOfMemoryError,
     RayActorError,
     RayError,
     RayTaskError,
     UnserializableException,
+    WorkerCrashedError,
 )
 
 from anchor_service.errors import ActorLost, WaitTimeout
 
-__all__ = ["ActorHandle", "done_of", "failure", "gather", "nodes_of", "replies", "several", "take"]
+__all__ = ["ActorHandle", "answering", "done_of", "failure", "gather", "nodes_of", "replies", "several", "take"]
 
 VERDICT_S = 30.0  # Ray takes up to 25 s to call a node dead that sends no heartbeat
 _WHERE = re.compile(r'^ +File "(.+)", line (\d+), in (.+)$', re.MULTILINE)
@@ -77,9 +80,9 @@ def replies(calls: Iterable[tuple[str, object]], what: str, seconds: float, knob
     return found
 
 
-def nodes_of(actors: Sequence[ActorHandle[Any]], seconds: float, knob: str) -> list[str]:
-    """Ray's id of the node that each actor is on."""
-    calls = [(f"actor {i}", actor.__ray_call__.remote(_node_of)) for i, actor in enumerate(actors)]
+def nodes_of(actors: Sequence[tuple[str, ActorHandle[Any]]], seconds: float, knob: str) -> list[str]:
+    """Ray's id of the node that each actor is on, all given with their names."""
+    calls = [(name, actor.__ray_call__.remote(_node_of)) for name, actor in actors]
     return gather(calls, "its node", seconds, knob)
 
 
@@ -101,6 +104,20 @@ def done_of(references: list[object]) -> tuple[list[object], list[object]]:
     return list(done), list(others)
 
 
+def answering(references: Sequence[object], seconds: float) -> list[bool]:
+    """Which of these calls deliver within `seconds`; waits for all of them, or that long."""
+    done, _ = ray.wait(cast("list[ray.ObjectRef[Any]]", list(references)), num_returns=len(references), timeout=seconds)
+    return [reference in done and _good(reference) for reference in references]
+
+
+def _good(reference: object) -> bool:
+    try:
+        ray.get(cast("ray.ObjectRef[Any]", reference))
+    except RayError:
+        return False
+    return True
+
+
 def take(reference: object, who: str, what: str) -> Any:
     """The object of a call that is over. Raises ActorLost, or what the actor raised."""
     try:
@@ -115,6 +132,8 @@ def failure(error: RayError, who: str, what: str) -> Exception:
         return _task_failure(error, who, what)
     if isinstance(error, RayActorError):
         return ActorLost(who, what, _death(error))
+    if isinstance(error, OutOfMemoryError | NodeDiedError | WorkerCrashedError):
+        return ActorLost(who, what, str(error))
     if isinstance(error, ObjectLostError):
         last = str(error).strip().splitlines()[-1]  # before it: how to debug references
         return ActorLost(who, what, "\n".join([f"what it delivered is lost: {last}", *_dead_nodes().values()]))

@@ -173,6 +173,10 @@ class Boundary:
     def state(self) -> dict[str, Tensor]:
         return prefixed("fwd", self.forward.state()) | prefixed("bwd", self.backward.state())
 
+    def summed(self) -> list[str]:
+        """Names in `state` of what replicas are still to sum."""
+        return [f"{name}.{key}" for name in ("fwd", "bwd") for key in self.way(name).summed]
+
     def restore(self, state: dict[str, Tensor]) -> None:
         """Go on from `state()`, with codecs made anew: what they learnt since is forgotten."""
         self.forward, self.backward = self.make()

@@ -56,6 +56,7 @@ class Codec(Protocol):
 
     tables: Tables | None = None
     rate: Rate | None = None
+    summed: tuple[str, ...] = ()  # names in `state` of what replicas are still to sum, each having gathered its own
 
     @abstractmethod
     def encode(

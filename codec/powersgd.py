@@ -86,6 +86,8 @@ class Basis(Tables):
 class PowerSGD(Codec):
     """Forward way of one boundary: X̂ = (XQ)Qᵀ."""
 
+    summed = ("v",)
+
     def __init__(self, hidden: int, rank: int, seed: int):
         self.rank = rank
         self.basis = self.tables = Basis(hidden, rank, seed)

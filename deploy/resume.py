@@ -12,7 +12,7 @@ from experiments.sweep import flat
 from swarm.manifest import CheckpointError
 from swarm.run_config import RunConfig
 
-_MAY_CHANGE = {  # where a run goes on: what decides where and how long it runs, not what it computes
+_MAY_CHANGE = {  # where a run goes on: what decides where and how long it runs, not what it computes but for rounding
     "run.steps",
     "run.name",
     "run.loggers",
@@ -23,6 +23,7 @@ _MAY_CHANGE = {  # where a run goes on: what decides where and how long it runs,
     "rollout.gpu_memory",
     "rollout.kv_cache_gb",
     "anchor.slowdown",
+    "swarm.dp",  # each replica has all that the ticks need; `checkpoint.restore_rank`
     "swarm.placement",
     "swarm.activation_checkpointing",
 }
@@ -40,8 +41,8 @@ class Resume:
     damaged: tuple[str, ...] = ()
 
 
-def plan_resume(run: Path, config: RunConfig) -> Resume | None:
-    """None: the run has completed its `run.steps` already.
+def plan_resume(run: Path, config: RunConfig, or_begin: bool = False) -> Resume | None:
+    """None: the run has completed its `run.steps` already. `or_begin`: without checkpoints it begins anew.
 
     Raises ConfigError if `config` is another experiment, CheckpointError if there is nothing to go on from.
     """
@@ -54,15 +55,25 @@ def plan_resume(run: Path, config: RunConfig) -> Resume | None:
         return None
     from swarm import checkpoint  # with torch, which takes seconds
 
-    if config.run.checkpoint_every and not checkpoint.all_of(run):
-        return Resume(None)
-    found, damaged = checkpoint.newest_good(run)
-    step = checkpoint.read_state(found)["step"]
+    if not (or_begin or config.run.checkpoint_every or checkpoint.all_of(run)):
+        raise CheckpointError(f"{run} has no checkpoint: set run.checkpoint_every before the run starts")
+    found = newest(run)
+    step = checkpoint.read_state(found.checkpoint)["step"] if found.checkpoint else 0
     if step > steps:
         raise CheckpointError(
             f"{run} is at step {step} and run.steps is {steps}: nothing is left to do; "
             f"set run.steps to more than {step} to make it longer"
         )
+    return found
+
+
+def newest(run: Path) -> Resume:
+    """The newest checkpoint that is whole. Raises CheckpointError if there are some, and none is."""
+    from swarm import checkpoint
+
+    if not checkpoint.all_of(run):
+        return Resume(None)
+    found, damaged = checkpoint.newest_good(run)
     return Resume(found, tuple(damaged))
 
 

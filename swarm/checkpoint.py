@@ -143,15 +143,34 @@ def save_rank(rank: Rank, folder: str, step: int) -> dict[str, manifest.Entry]:
     return {file.name: manifest.entry(file)}
 
 
+def replicas_in(folder: Path) -> int:
+    """How many replicas it was saved of."""
+    return len(list(folder.glob("rank-d*p0.safetensors")))
+
+
 def restore_rank(rank: Rank, folder: str) -> None:
-    """Raises CheckpointError if the grid or the model is not the one that was saved."""
-    file = rank_file(folder, rank.grid.d, rank.grid.p)
+    """Copies are equal but for their parts in sums to come: of those that are no more the first takes theirs, and one
+    that was not there when this was saved begins as a copy of the first, with none.
+
+    Raises CheckpointError if the stages or the model are not those that were saved.
+    """
+    grid, saved = rank.grid, replicas_in(Path(folder))
+    new = grid.d >= saved
+    file = rank_file(folder, 0 if new else grid.d, grid.p)
     if not file.exists():
-        raise CheckpointError(f"{folder} holds no {file.name}: swarm.dp and swarm.pp must be those of the saved run")
-    with safe_open(file, framework="pt") as f:
-        tensors = {k: f.get_tensor(k) for k in f.keys()}
-        fields = json.loads(f.metadata()["fields"])
+        raise CheckpointError(f"{folder} holds no {file.name}: swarm.pp must be that of the saved run")
+    tensors, fields = _read_rank(file)
+    if new:
+        tensors |= {name: torch.zeros_like(tensors[name]) for name in rank.summed() if name in tensors}
+    for gone in range(grid.dp, saved) if grid.d == 0 else ():
+        others = _read_rank(rank_file(folder, gone, grid.p))[0]
+        tensors |= {name: tensors[name] + others[name] for name in rank.summed() if name in tensors}
     try:
         rank.restore(tensors, fields)
     except ValueError as error:
         raise CheckpointError(f"{file.name} {error}") from error
+
+
+def _read_rank(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    with safe_open(file, framework="pt") as f:
+        return {k: f.get_tensor(k) for k in f.keys()}, json.loads(f.metadata()["fields"])

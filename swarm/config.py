@@ -91,6 +91,12 @@ class FaultsConfig(Section):
         description="so long is waited for a process in the place of a lost worker; then a replica less goes on, until "
         "there is one",
     )
+    grace_s: float = Field(
+        default=20.0,
+        ge=0,
+        description="on a cluster that is there (`--address`) a run that gets SIGTERM may take so long to end its step, and "
+        "write a checkpoint if it keeps any; 0: it ends at once",
+    )
 
 
 class LinksConfig(Section):

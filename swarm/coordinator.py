@@ -10,6 +10,7 @@ anchor to the ranks, by the object store.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,7 @@ class Coordinator:
         self.old_logprobs: list[object] = []  # of each rank's share, where one in its place finds them
         self.without_share: set[int] = set()  # ranks that are new since
         fleet.mend = self._mend
+        self.after_step: Callable[[], None] = lambda: None  # whoever drives the run may end it there
 
     # --- the run --------------------------------------------------------------------------------
 
@@ -79,6 +81,7 @@ class Coordinator:
                 self._validate()
             if config.saves_after(progress.step):
                 self.save()
+            self.after_step()
         self.telemetry.final_digest(self._digests())
 
     def _step(self) -> None:
@@ -276,6 +279,11 @@ class Coordinator:
         self.corrections.restore(folder, state)
         self.rollouts.restore(folder, state)
         progress.restore(state)
+        before, now = checkpoint.replicas_in(folder), self.config.swarm.dp
+        if before != now:  # one alone sums nothing: it has nobody to send what was owed
+            coded = self.config.codec.gradient.kind != "none"
+            dropped = "what replicas owed to the sum of gradients" if coded and now == 1 else None
+            progress.event("grid changed", dp_before=before, dp=now, dropped=dropped)
 
 
 def _anchor_of(config: RunConfig, fleet: Fleet) -> tuple[Clock, FireLine]:

@@ -30,6 +30,7 @@ class Fleet:
     """Handles, workers in rank order. `renew` puts a new actor in the place of one, here too; it waits for nothing.
 
     `new_worker`: one in the place of another, or beside all there are; `dismiss`: one is not needed any more.
+    `again` makes all of them what they were before the run, with others for those that are dead or do not answer.
     """
 
     swarm: SwarmConfig
@@ -42,6 +43,7 @@ class Fleet:
     renew: Callable[[Role, int], ActorHandle[Any]]
     new_worker: Callable[[ActorHandle[Worker] | None], ActorHandle[Worker]]
     dismiss: Callable[[ActorHandle[Worker]], None]
+    again: Callable[[], Fleet]
     mend: Callable[[Exception], None] = field(
         default=_as_it_is, init=False
     )  # workers that a failure between ticks names
@@ -118,7 +120,8 @@ class Fleet:
     def nodes(self, actors: Sequence[ActorHandle[Any]]) -> set[str]:
         """Nodes that these actors are on: an object goes once to each. An actor is asked once, before it is busy."""
         unknown = [actor for actor in actors if actor not in self._node]
-        self._node.update(zip(unknown, nodes_of(unknown, *self.swarm_limit), strict=True))
+        named = [(self._name_of(actor), actor) for actor in unknown]
+        self._node.update(zip(unknown, nodes_of(named, *self.swarm_limit), strict=True))
         return {self._node[actor] for actor in actors}
 
     def replicas_of(self, stage: int) -> list[ActorHandle[Worker]]:
@@ -132,8 +135,15 @@ class Fleet:
     def take_turns(self, method: str, actors: Sequence[ActorHandle[Any]]) -> None:
         """Engines and workers on the same GPUs take turns in their memory."""
         if self.rollout.placement == "colocated":
-            calls = [(f"actor {i}", getattr(actor, method).remote()) for i, actor in enumerate(actors)]
+            calls = [(self._name_of(actor), getattr(actor, method).remote()) for actor in actors]
             gather(calls, method, *self.engine_limit)
+
+    def _name_of(self, actor: ActorHandle[Any]) -> str:
+        """What messages call it."""
+        roles = {"engine": self.engines, "anchor": self.anchors, "diagnoser": self.diagnosers}
+        names: dict[object, str] = {worker: self.swarm.name_of(rank) for rank, worker in enumerate(self.workers)}
+        names |= {other: f"{role} {i}" for role, held in roles.items() for i, other in enumerate(held)}
+        return names.get(actor, "an actor")
 
     @property
     def _first_replica(self) -> list[ActorHandle[Worker]]:

@@ -75,4 +75,4 @@ class Progress:
 
     def begin_anew(self) -> None:
         """What was written of a run that was stopped before its first checkpoint is dropped."""
-        self.telemetry.drop(-1, 0)
+        self.telemetry.restore({"validations": [], "seconds": {}}, -1, 0)

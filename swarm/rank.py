@@ -105,6 +105,11 @@ class Rank:
             found |= prefixed(f"codec.{layer}", boundary.state())
         return found | prefixed("reducer", self.reducer.state()) | held, fields
 
+    def summed(self) -> list[str]:
+        """Names in `state` of a replica's own part in sums to come: rows seen, and what it owes to the gradient's."""
+        seen = [f"codec.{layer}.{name}" for layer, boundary in self.cuts.items() for name in boundary.summed()]
+        return seen + [f"reducer.{part}.error" for part in self.reducer.parts]
+
     def restore(self, tensors: dict[str, Tensor], fields: dict[str, Any]) -> None:
         """Go on from `state()`. Raises ValueError if it is of another model or stage."""
         weights = self.stage.weights

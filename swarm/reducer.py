@@ -53,5 +53,7 @@ class Reducer:
         return found
 
     def restore(self, state: dict[str, Tensor]) -> None:
+        """A part of which nothing was saved, as it was summed by one alone, begins anew."""
         for name, (_, add) in self.parts.items():
-            add.restore(under(name, state))
+            if saved := under(name, state):
+                add.restore(saved)

@@ -16,6 +16,8 @@ from swarm.listeners import Board, Listener, Listeners, numbers
 from swarm.loggers import Loggers
 from swarm.messages import Entries, Report, TickReport
 
+REWOUND = "rewound"  # an event that stays, also where what was written beyond a checkpoint is dropped
+
 
 def combine(reports: Sequence[Report], tokens: int) -> tuple[dict[str, float], Entries]:
     """Reports of all ranks -> metrics and ledger entries.
@@ -115,13 +117,14 @@ class Telemetry:
 
     def restore(self, state: dict[str, Any], step: int, merged: int) -> None:
         """Go on after `step`, in which version `merged` was the last."""
-        self.validations = state["validations"]
+        self.validations, self.last = state["validations"], {}
+        self.seconds.clear()
         self.seconds.update(state["seconds"])
         self.drop(step, merged)
 
     def drop(self, step: int, merged: int) -> None:
         """Keep no record beyond `step` and version `merged`."""
-        self._metrics = _keep(self._metrics, lambda record: record["step"] <= step)
+        self._metrics = _keep(self._metrics, lambda record: record["step"] <= step or record.get("event") == REWOUND)
         self._corrections = _keep(self._corrections, lambda record: record["version"] <= merged)
         last = self.validations[-1] if self.validations else {"tick": 0, "accuracy": None}
         self.listeners.tell({"kind": "restored", "step": step, "tick": last["tick"], "accuracy": last["accuracy"]})

@@ -36,6 +36,8 @@ class Transform(Codec):
     `back`: the way of the gradients, by which errors are weighed.
     """
 
+    summed = ("moments.fresh",)
+
     def __init__(self, config: CodecConfig, hidden: int, share: float, centred: bool, back: Transform | None = None):
         self.hidden, self.centred = hidden, centred
         self.sender, self.receiver = CODERS[config.coder](), CODERS[config.coder]()

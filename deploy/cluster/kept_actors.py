@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Collection, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import ray
 from ray.actor import ActorHandle
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from anchor_service.calls import gather
+from anchor_service.calls import answering, gather
 from anchor_service.errors import WaitTimeout
 from deploy.cluster.actors import ActorPlan, actor_plans
 from deploy.cluster.placement import A_TRACE, BLOCKING, ROLES, SPARE, UNMASKED, counts, demand, lacking, placement, tags
@@ -22,6 +27,7 @@ from swarm.failure_policy import Role
 from swarm.fleet import Fleet
 from swarm.run_config import RunConfig
 
+ANSWER_S = 10.0  # in which an idle actor says that it is there
 _ENV = {"TOKENIZERS_PARALLELISM": "false", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # the latter: rl/device.py
 Plans = dict[str, list[ActorPlan]]
 
@@ -75,9 +81,19 @@ class KeptActors:
             self.group = ActorGroup(config, _reserve(config), plans)
             since = time.monotonic()
             self.group.start()
-        fleet = self.group.fleet(config)
+        return self._connected(self.group, config, since)
+
+    def _connected(self, group: ActorGroup, config: RunConfig, since: float) -> Fleet:
+        fleet = group.fleet(config, again=lambda: self._again(group, config))
         _connect(fleet, config, since)
         return fleet
+
+    def _again(self, group: ActorGroup, config: RunConfig) -> Fleet:
+        """Of a run that lost actors: others in their place, and those that are there as if they had done nothing."""
+        _await_room(group.bundles, config)
+        since = time.monotonic()
+        group.construct_again(group.plans, config, since, new=group.renew_silent())
+        return self._connected(group, config, since)
 
 
 @dataclass
@@ -125,6 +141,30 @@ class ActorGroup:
         ray.kill(handle)
         self.whole = False
 
+    def renew_silent(self) -> set[tuple[Role, int]]:
+        """Others in the place of all that do not say within ANSWER_S that they are there; which ones.
+
+        Whoever is busy is busy for a run that is over.
+        """
+        while self.beside:
+            ray.kill(self.beside.pop())
+        self.whole = True
+        every: list[tuple[Role, int]] = [(role, i) for role in ROLES for i in range(len(self.plans[role]))]
+        asked = [who for who in every if who[0] not in self._once]
+        there = answering([self.actors[role][i].__ray_ready__.remote() for role, i in asked], ANSWER_S)
+        new = {who for who in every if who not in asked or not there[asked.index(who)]}
+        for role, index in new:
+            self.renew(role, index)
+        return new
+
+    @property
+    def _once(self) -> set[str]:
+        """Roles whose processes do not outlive a run that lost one. vLLM starts once in a process, NCCL may not come out
+        of an exchange that broke off, and on the wall clock a correction of a tick that is void may be on its way."""
+        config = self.made_for
+        engines = {"engine"} if config.rollout.engine == "vllm" else set[str]()
+        return engines | ({"worker"} if config.anchor.clock == "wall" or config.swarm.device == "cuda" else set())
+
     def _new(self, role: str, index: int, anywhere: bool = False) -> ActorHandle[Any]:
         """Actor number `index` of its role, in its bundle, or where there is room."""
         config, plan = self.made_for, self.plans[role][index]
@@ -150,7 +190,11 @@ class ActorGroup:
             options["concurrency_groups"] = {"inbox": 1}  # corrections arrive beside a running tick
         return cast(ActorHandle[Any], ray.remote(**options)(plan.kind).remote(*plan.arguments))
 
-    def construct_again(self, plans: Plans, config: RunConfig, since: float) -> None:
+    def construct_again(
+        self, plans: Plans, config: RunConfig, since: float, new: Collection[tuple[Role, int]] = ()
+    ) -> None:
+        """All but those that are `new`, in their processes."""
+
         def construct(actor: Any, *args: object) -> None:  # a closure travels by value: no import in the actor
             vars(actor).clear()  # the old model goes before the new one comes
             actor.__init__(*args)
@@ -160,10 +204,11 @@ class ActorGroup:
             (f"{role} {i}", handle.__ray_call__.remote(construct, *plan.arguments))
             for role in ROLES
             for i, (handle, plan) in enumerate(zip(self.actors[role], plans[role]))
+            if (role, i) not in new
         ]
         gather(calls, "its new run", config.swarm.start_timeout_s, "swarm.start_timeout_s", since=since)
 
-    def fleet(self, config: RunConfig) -> Fleet:
+    def fleet(self, config: RunConfig, again: Callable[[], Fleet]) -> Fleet:
         """As many of each role as the run needs."""
         held = {role: self.actors[role][:n] for role, n in zip(ROLES, counts(config))}
 
@@ -179,6 +224,7 @@ class ActorGroup:
             renew=renew,
             new_worker=self.new_worker,
             dismiss=self.dismiss,
+            again=again,
         )
 
     def end(self) -> None:
@@ -201,14 +247,28 @@ def _reserve(config: RunConfig) -> PlacementGroup:
     ready, _ = ray.wait([group.ready()], timeout=config.swarm.start_timeout_s)
     if not ready:
         remove_placement_group(group)
-        have, free = ray.cluster_resources(), ray.available_resources()
-        raise WaitTimeout(
-            "the Ray cluster",
-            f"room for {len(wanted.bundles)} bundles ({wanted.strategy}): {lacking(wanted.total, have, free)}",
-            config.swarm.start_timeout_s,
-            "swarm.start_timeout_s, or lower swarm.dp (`northstar doctor --address` says what does not fit)",
-        )
+        raise _no_room(config)
     return group
+
+
+def _await_room(group: PlacementGroup, config: RunConfig) -> None:
+    """Until every bundle has a node: Ray looks for another one for those whose node is gone."""
+    deadline = time.monotonic() + config.swarm.start_timeout_s
+    while placement_group_table(group).get("state") != "CREATED":
+        if time.monotonic() > deadline:
+            raise _no_room(config)
+        time.sleep(0.2)
+
+
+def _no_room(config: RunConfig) -> WaitTimeout:
+    wanted = placement(config)
+    have, free = ray.cluster_resources(), ray.available_resources()
+    return WaitTimeout(
+        "the Ray cluster",
+        f"room for {len(wanted.bundles)} bundles ({wanted.strategy}): {lacking(wanted.total, have, free)}",
+        config.swarm.start_timeout_s,
+        "swarm.start_timeout_s, or lower swarm.dp (`northstar doctor --address` says what does not fit)",
+    )
 
 
 def _connect(fleet: Fleet, config: RunConfig, since: float) -> None:

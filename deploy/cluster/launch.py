@@ -9,20 +9,21 @@ import traceback
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Any
 
 import ray
 
 from anchor_service.errors import WaitTimeout, described
+from deploy.cluster.endings import Notice, can_go_on
 from deploy.cluster.forkserver import forkserver
 from deploy.cluster.kept_actors import new_actors
+from deploy.cluster.lives import Lives
 from deploy.cluster.loopback import ADDRESS, loopback
 from deploy.cluster.placement import SPARE, placement, tags
 from deploy.cluster.takedown import shut_down
 from deploy.config import to_toml
 from deploy.resume import Resume
-from swarm.coordinator import Coordinator
 from swarm.fleet import Fleet
 from swarm.loggers import Loggers
 from swarm.run_config import RunConfig
@@ -79,22 +80,15 @@ def _knock(address: str) -> None:
         raise WaitTimeout(f"{address} ({error})", "an answer", KNOCK_S, "--address, or start Ray there") from error
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, handled as Ctrl-C is."""
-
-
-def _on_sigterm(signum: int, frame: FrameType | None) -> None:
-    raise Terminated
-
-
 @contextmanager
-def session(config: RunConfig, address: str | None, lanes: int = 1) -> Generator[None]:
-    """`cluster`, with SIGTERM raised as an exception while it is there."""
-    previous = signal.signal(signal.SIGTERM, _on_sigterm)
+def session(config: RunConfig, address: str | None, lanes: int = 1) -> Generator[Notice]:
+    """`cluster`, with SIGTERM raised as an exception while it is there, or given notice of."""
+    notice = Notice()
+    previous = signal.signal(signal.SIGTERM, notice.on_signal)
     try:
         with cluster(config, address, lanes):
-            signal.signal(signal.SIGTERM, _on_sigterm)  # again: ray.init puts a handler of its own there, which aborts
-            yield
+            signal.signal(signal.SIGTERM, notice.on_signal)  # again: ray.init puts a handler there, which aborts
+            yield notice
     finally:
         signal.signal(signal.SIGTERM, previous)
 
@@ -103,8 +97,10 @@ def execute(
     config: RunConfig, run: Path, listener: Listener, resume: Resume | None = None, address: str | None = None
 ) -> dict[str, Any]:
     """`drive` on a Ray cluster that is there for this run alone, or on the one at `address`."""
-    with session(config, address):
-        return drive(config, run, listener, resume)
+    with session(config, address) as notice:
+        # a cluster of one's own is most often sent the signal too: nothing of it is left to end a step
+        with notice.grace(config.faults.grace_s if address else 0.0):
+            return drive(config, run, listener, resume, notice=notice)
 
 
 def drive(
@@ -113,11 +109,14 @@ def drive(
     listener: Listener,
     resume: Resume | None = None,
     actors: Callable[[RunConfig], AbstractContextManager[Fleet]] = new_actors,
+    notice: Notice | None = None,
 ) -> dict[str, Any]:
     """Run `config` in the folder `run`, on the Ray cluster that is connected; returns the summary it also wrote.
 
-    `resume`: where it goes on; until it does, the folder stays as it was. `actors`: new ones, or those of an earlier run. Ctrl-C and SIGTERM end the run with status "interrupted", any error with "failed" and the error
-    raised again; the folder is valid in every case.
+    `resume`: where it goes on; until it does, the folder stays as it was. `actors`: new ones, or those of an earlier run.
+    `notice`: of SIGTERM. A process that is lost costs the ticks since the newest checkpoint (`Lives`). Ctrl-C and SIGTERM
+    end the run with status "interrupted", any other error with "failed" and the error raised again; the folder is valid
+    in every case.
     """
     run = run.resolve()  # workers write their checkpoints there too, and theirs is another working directory
     run.mkdir(parents=True, exist_ok=True)
@@ -128,13 +127,13 @@ def drive(
     outcome = _Outcome(config, telemetry, begun=resume is None)
     try:
         with actors(config) as fleet, outcome:  # the summary is written first: taking Ray down may not succeed
-            coordinator = Coordinator(config, fleet, telemetry, run)
+            lives = Lives(config, fleet, telemetry, run, notice)
             if resume:
-                _go_on(coordinator, resume)
+                lives.begin(resume)
                 replace_text(run / "config.toml", to_toml(config))
-            outcome.coordinator, outcome.begun = coordinator, True
-            coordinator.progress.event("started", workers=len(fleet.workers))
-            coordinator.run()
+            outcome.lives, outcome.begun = lives, True
+            lives.coordinator.progress.event("started", workers=len(fleet.workers))
+            lives.run()
     except BaseException as failure:
         if outcome.summary is None:  # the actors did not even start
             outcome.__exit__(type(failure), failure, None)
@@ -142,15 +141,6 @@ def drive(
             raise
     assert outcome.summary is not None  # written at every end that is not raised
     return outcome.summary
-
-
-def _go_on(coordinator: Coordinator, resume: Resume) -> None:
-    if resume.checkpoint is None:
-        coordinator.progress.begin_anew()
-        return
-    coordinator.restore(resume.checkpoint)
-    for reason in resume.damaged:
-        coordinator.progress.event("checkpoint damaged", reason=reason, used=resume.checkpoint.name)
 
 
 class _Outcome:
@@ -161,7 +151,7 @@ class _Outcome:
 
     def __init__(self, config: RunConfig, telemetry: Telemetry, begun: bool):
         self.config, self.telemetry, self.begun = config, telemetry, begun
-        self.coordinator: Coordinator | None = None
+        self.lives: Lives | None = None
         self.summary: dict[str, Any] | None = None
 
     def __enter__(self) -> None: ...
@@ -175,9 +165,10 @@ class _Outcome:
         interrupted = isinstance(failure, KeyboardInterrupt)
         status = "interrupted" if interrupted else "failed" if failure else "completed"
         extra: dict[str, Any] = {"name": self.config.run.name, "seed": self.config.run.seed, "error": None}
+        extra["can_go_on"] = can_go_on(failure, self.config.swarm.pp)
         if failure and not interrupted:
             lines = "".join(traceback.format_exception(failure)).splitlines()
             extra |= {"error": described(failure), "traceback": lines}
-        counted = self.coordinator.summary() if self.coordinator else {}
+        counted = self.lives.coordinator.summary() if self.lives else {}
         self.summary = self.telemetry.finish(status, extra | counted)
         return interrupted

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from anchor_service.config import AnchorConfig
 from rl.config import RolloutConfig
 from swarm.config import SwarmConfig
+from swarm.failure_policy import Role
 from swarm.run_config import RunConfig
 
 # Ray's masking of GPUs makes NCCL slow or hang on some machines: a worker sees all of them and picks its own. Engines
@@ -16,7 +17,7 @@ from swarm.run_config import RunConfig
 UNMASKED = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
 # Without it NCCL's wait returns at once, and at a deadline its watchdog kills the process, which then says nothing
 BLOCKING = {"TORCH_NCCL_BLOCKING_WAIT": "1"}
-ROLES = ("worker", "engine", "anchor", "diagnoser")
+ROLES: tuple[Role, ...] = ("worker", "engine", "anchor", "diagnoser")
 WORKER_SHARE, ENGINE_SHARE = 0.6, 0.4  # of a GPU that a worker shares with an engine: Ray puts no two workers on one
 SPARE = (
     "northstar_spare"  # of a cluster of our own: workers that are added while a run goes on need no logical CPU there

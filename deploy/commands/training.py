@@ -6,14 +6,13 @@ What is refused is refused before torch or Ray is imported: both take their time
 from __future__ import annotations
 
 import time
-from collections.abc import Generator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from deploy.commands.alone import LOCK_FILES, alone_in
 from deploy.commands.options import Address, ConfigSource, checked_config, refused, set_option
 
 if TYPE_CHECKING:
@@ -22,7 +21,8 @@ if TYPE_CHECKING:
     from experiments.sweep import Job, Sweep
     from swarm.run_config import RunConfig
 
-_LOCK = ".lock"
+GO_ON = 75  # EX_TEMPFAIL: what batch systems take for "once more"
+INTERRUPTED = 130  # Ctrl-C
 
 
 def run_command(
@@ -30,32 +30,39 @@ def run_command(
     set_: Annotated[list[str] | None, set_option("override a key, for example merger.dose=0.5")] = None,
     out: Annotated[Path | None, typer.Option(file_okay=False, help="run folder; default runs/NAME-TIME")] = None,
     resume: Annotated[bool, typer.Option(help="go on from the newest checkpoint in --out")] = False,
+    auto_resume: Annotated[
+        bool,
+        typer.Option("--auto-resume", help="the same, or begin where --out holds none: for jobs that are relaunched"),
+    ] = False,
     address: Address = None,
 ) -> None:
-    """Run an experiment to its end: live progress, a run folder, a summary table. Exit 0 only if it ran to the end."""
+    """Run an experiment to its end: live progress, a run folder, a summary table. Exit 0 only if it ran to the end, 75 if
+    the same command with --resume can go on: after SIGTERM, or the loss of a process that the run did not get over."""
     config = checked_config(source, set_)
-    folder = _run_folder(config, out, resume)
-    goes_on = _prepared(config, folder, resume)
+    folder = _run_folder(config, out, resume or auto_resume)
+    goes_on = _prepared(config, folder, resume, auto_resume)
     from anchor_service.errors import described
+    from deploy.cluster.endings import can_go_on
     from deploy.cluster.launch import execute
     from deploy.display.run_display import RunDisplay, harmless, print_summary
 
-    with _alone_in(folder), RunDisplay(config, folder) as display:
+    with alone_in(folder), RunDisplay(config, folder) as display:
         try:
             summary = execute(config, folder, display, goes_on, address)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as interrupt:
             display.close()
             typer.secho(f"interrupted before it started: {folder} is as it was", err=True)
-            raise typer.Exit(130) from None
+            raise typer.Exit(GO_ON if can_go_on(interrupt, config.swarm.pp) else INTERRUPTED) from None
         except Exception as error:
             display.close()
             typer.secho(described(error), fg="red", err=True)
             _write_report(folder)
-            raise typer.Exit(1) from error
+            raise typer.Exit(GO_ON if can_go_on(error, config.swarm.pp) else 1) from error
     with harmless("the summary was not shown"):
         print_summary(summary, folder)
     _write_report(folder)
-    raise typer.Exit(0 if summary["status"] == "completed" else 130)
+    ended = GO_ON if summary.get("can_go_on") else INTERRUPTED
+    raise typer.Exit(0 if summary["status"] == "completed" else ended)
 
 
 def sweep_command(
@@ -89,13 +96,13 @@ def sweep_command(
         check_runs(first)
     except SweepError as error:
         raise refused(error) from error
-    with _alone_in(call.folder):
+    with alone_in(call.folder):
         finished, runs = _run_all(call, first, address, lanes)
         _write_report(call.folder)
     typer.echo(f"sweep folder {call.folder}; the same command goes on with what is not completed", err=True)
     if finished and all(run.state == "completed" for run in runs):
         raise typer.Exit(0)
-    raise typer.Exit(1 if finished else 130)
+    raise typer.Exit(1 if finished else INTERRUPTED)
 
 
 # --- a run's folder ------------------------------------------------------------------------------
@@ -103,21 +110,22 @@ def sweep_command(
 
 def _run_folder(config: RunConfig, out: Path | None, resume: bool) -> Path:
     if resume and out is None:
-        raise refused(ValueError("--resume needs --out: the folder of the run to go on with"))
+        raise refused(ValueError("--resume and --auto-resume need --out: the folder of the run to go on with"))
     folder = out or Path("runs") / f"{config.run.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     if not resume and (folder / "metrics.jsonl").exists():
         raise refused(ValueError(f"{folder} already holds a run: choose another --out, or add --resume"))
     return folder
 
 
-def _prepared(config: RunConfig, folder: Path, resume: bool) -> Resume | None:
+def _prepared(config: RunConfig, folder: Path, resume: bool, or_begin: bool) -> Resume | None:
     """All checks that need files alone; where a run goes on. One that is completed already ends the command, well."""
     from deploy.preflight import preflight
     from deploy.resume import plan_resume
     from rl.problems import check_same
 
     try:
-        goes_on = plan_resume(folder, config) if resume else None
+        resume = resume or (or_begin and (folder / "config.toml").is_file())
+        goes_on = plan_resume(folder, config, or_begin) if resume else None
         if resume and goes_on is None:
             typer.echo(
                 f"{folder} is completed, {config.run.steps} steps: nothing is left to do; raise run.steps to go on"
@@ -131,27 +139,12 @@ def _prepared(config: RunConfig, folder: Path, resume: bool) -> Resume | None:
     return goes_on
 
 
-@contextmanager
-def _alone_in(folder: Path) -> Generator[None]:
-    """No other command writes there meanwhile. A lock of a process that died is none."""
-    from filelock import FileLock, Timeout
-
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        held = FileLock(folder / _LOCK).acquire(timeout=0)
-    except Timeout:
-        message = f"another northstar command is writing to {folder}: wait for it to end, or choose another --out"
-        raise refused(ValueError(message)) from None
-    with held:
-        yield
-
-
 def _write_report(folder: Path) -> None:
     """The run's page, however the run ended. Failing at it must not change how the run itself is said to have ended."""
     from deploy.display.run_display import harmless
 
     with harmless("report.html was not written"):
-        if all(file.name == _LOCK for file in folder.iterdir()):  # the run failed before it wrote anything
+        if all(file.name in LOCK_FILES for file in folder.iterdir()):  # the run failed before it wrote anything
             return
         from experiments.report import write_html
 

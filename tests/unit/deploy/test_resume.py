@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from deploy.cli import app
+from deploy.cluster import launch
 from deploy.config import ConfigError, load, to_toml
-from deploy.resume import check_resumes
+from deploy.resume import Resume, check_resumes
 
 
 def test_a_run_goes_on_as_the_experiment_that_it_was(tmp_path: Path):
@@ -37,3 +41,37 @@ def test_a_run_that_met_a_limit_goes_on_with_a_higher_one_and_not_with_a_lower(t
     check_resumes(stored, load("k5", ["grpo.max_prompt_length=30", "grpo.max_response_length=41"]))
     with pytest.raises(ConfigError, match=r"max_prompt_length 16 -> 15; grpo\.max_prompt_length may only be raised"):
         check_resumes(stored, load("k5", ["grpo.max_prompt_length=15", "grpo.max_response_length=41"]))
+
+
+def _begun(folder: Path, monkeypatch: pytest.MonkeyPatch, *options: str) -> tuple[int, list[Resume | None]]:
+    """Exit code of `northstar run k5`, and where it would go on; None: it begins."""
+    seen: list[Resume | None] = []
+
+    def execute(config: Any, run: Path, display: Any, resume: Resume | None, address: Any) -> dict[str, Any]:
+        seen.append(resume)
+        return {"status": "interrupted", "can_go_on": True}
+
+    monkeypatch.setattr(launch, "execute", execute)
+    return CliRunner().invoke(app, ["run", "k5", "--out", str(folder), *options]).exit_code, seen
+
+
+def test_one_command_both_begins_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    assert _begun(tmp_path / "new", monkeypatch, "--auto-resume") == (75, [None])
+    old = tmp_path / "old"
+    old.mkdir()
+    (old / "config.toml").write_text(to_toml(load("k5")))
+    (old / "metrics.jsonl").write_text("")
+    assert _begun(old, monkeypatch) == (2, [])
+    assert _begun(old, monkeypatch, "--resume") == (2, [])  # it has no checkpoint, and is to keep none
+    assert _begun(old, monkeypatch, "--auto-resume") == (75, [Resume(None)])
+    (old / "summary.json").write_text('{"status": "completed", "steps": 75}')
+    assert _begun(old, monkeypatch, "--auto-resume") == (0, [])
+    assert _begun(old, monkeypatch, "--auto-resume", "--set", "grpo.lr=1e-2") == (2, [])
+
+
+def test_another_number_of_replicas_is_the_same_experiment_and_of_stages_is_not(tmp_path: Path):
+    stored = tmp_path / "config.toml"
+    stored.write_text(to_toml(load("k5")))
+    check_resumes(stored, load("k5", ["swarm.dp=2"]))
+    with pytest.raises(ConfigError, match=r"swarm\.pp 1 -> 2"):
+        check_resumes(stored, load("k5", ["swarm.pp=2"]))

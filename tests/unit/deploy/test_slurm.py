@@ -13,7 +13,9 @@ import pytest
 
 SCRIPT = Path(__file__).parents[3] / "deploy" / "slurm" / "northstar.sbatch"
 TOOLS = {
-    "scontrol": "for ((i = 1; i <= NODES; i++)); do echo node$i; done",
+    "scontrol": """[[ $1 == requeue ]] && echo "$*" >>"$LOG" && exit
+for ((i = 1; i <= NODES; i++)); do echo node$i; done""",
+    "squeue": 'echo "${STATE:-RUNNING}"',
     "getent": "echo 10.0.0.2 STREAM node2",
     "ip": """[[ $* == *route* ]] && echo "10.0.0.2 dev ib0 src 10.0.0.1 uid 0" || echo "3: ib0 inet 10.0.0.1/24 scope" """,
     "srun": """for option; do [[ $option == --nodelist=* ]] && export NODE=${option#*=}; done
@@ -128,19 +130,23 @@ def test_a_cluster_that_the_doctor_finds_unfit_runs_nothing(rehearsal: Rehearsal
     assert not rehearsal.said("run") and len(rehearsal.said("down")) == 3
 
 
-def test_a_folder_with_a_checkpoint_is_gone_on_with(rehearsal: Rehearsal):
-    (rehearsal.run / "checkpoints" / "step-000005").mkdir(parents=True)
-    assert rehearsal.begin().wait(60) == 0
-    assert "--resume" in rehearsal.said("run")[0]
-
-
-def test_what_ended_before_its_first_checkpoint_is_moved_aside_and_begun_anew(rehearsal: Rehearsal):
-    (rehearsal.run / "checkpoints" / "step-000005.partial").mkdir(parents=True)
-    (rehearsal.run / "metrics.jsonl").write_text("old")
-    assert rehearsal.begin().wait(60) == 0
-    assert "--resume" not in rehearsal.said("run")[0]
-    (aside,) = rehearsal.run.glob("before-*")
-    assert (aside / "metrics.jsonl").read_text() == "old" and not (rehearsal.run / "metrics.jsonl").exists()
+@pytest.mark.parametrize(
+    ("status", "env", "again"),
+    [
+        (75, {}, True),
+        (75, {"STATE": "COMPLETING"}, False),  # cancelled
+        (75, {"SLURM_RESTART_COUNT": "3", "NORTHSTAR_RESTARTS": "3"}, False),
+        (1, {}, False),
+        (130, {}, False),
+        (0, {}, False),
+    ],
+    ids=str,
+)
+def test_a_run_that_can_go_on_is_queued_again(rehearsal: Rehearsal, status: int, env: dict[str, str], again: bool):
+    assert rehearsal.begin(status=status, **env).wait(60) == status
+    assert "--auto-resume" in rehearsal.said("run")[0]
+    assert rehearsal.said("requeue") == (["requeue 7"] if again else [])
+    assert not again or rehearsal.log[-1] == "requeue 7"  # when all of Ray is down
 
 
 def test_one_node_is_too_few(rehearsal: Rehearsal):

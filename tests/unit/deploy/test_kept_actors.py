@@ -1,0 +1,40 @@
+"""Which actors of a run that lost some stay, without a process."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from deploy.cluster import kept_actors
+from deploy.cluster.kept_actors import ActorGroup
+from deploy.cluster.placement import ROLES, counts
+from deploy.config import load
+
+
+@pytest.mark.parametrize(
+    ("overrides", "roles"),
+    [
+        ([], set()),
+        (["anchor.clock=wall"], {"worker"}),
+        (["swarm.device=cuda"], {"worker"}),
+        (["rollout.engine=vllm", "rollout.device=cuda"], {"engine"}),
+    ],
+)
+def test_others_come_for_those_that_are_silent_and_those_that_serve_one_run(
+    overrides: list[str], roles: set[str], monkeypatch: pytest.MonkeyPatch
+):
+    config = load("k5", ["swarm.pp=2", "rollout.replicas=2", "anchor.workers=2", *overrides])
+    ready = SimpleNamespace(remote=lambda: object())
+    actors: dict[str, list[Any]] = {
+        role: [SimpleNamespace(__ray_ready__=ready) for _ in range(n + 1)] for role, n in zip(ROLES, counts(config))
+    }  # one more of each than the run uses
+    plans: Any = {role: [None] * n for role, n in zip(ROLES, counts(config))}
+    group = ActorGroup(config, None, plans, actors)  # pyright: ignore
+    renewed: list[tuple[str, int]] = []
+    monkeypatch.setattr(group, "renew", lambda role, index: renewed.append((role, index)))
+    # the last that is asked says nothing: of the anchors the second, as there is no diagnoser
+    monkeypatch.setattr(kept_actors, "answering", lambda calls, seconds: [True] * (len(calls) - 1) + [False])
+    expected = {("anchor", 1)} | {(role, i) for role in roles for i in range(2)}
+    assert group.renew_silent() == set(renewed) == expected and len(renewed) == len(expected)
