@@ -161,12 +161,6 @@ class Rank:
             if owed and self.reducer.state():
                 self.reducer.restore(owed)
 
-    def forget_debts(self) -> None:
-        """Of a state that came from another replica: what that one owes to the sum of gradients, it pays itself."""
-        for name, tensor in self.reducer.state().items():
-            if name.endswith("error"):
-                tensor.zero_()
-
 
 def build_rank(setup: RankSetup, grid: Grid) -> Rank:
     """The stage of `grid`'s rank, loaded, with the boundaries inside it and at its two ends."""

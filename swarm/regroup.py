@@ -70,8 +70,10 @@ class Regroup:
                 raise failure
             standings = self._standings(failure, fresh)
             plan = reunion(standings, self.pp, tick)
-            decision = self.policy.decide(self._status(failure, plan, tick, fresh))
-            if decision is not Decision.REGROUP or plan is None:
+            if plan is None or not (plan.exact and not self._loses_stream(fresh) or self.config.anchor.clock == "wall"):
+                raise failure  # in lockstep a run ends in the same bits whatever died: it goes back to its checkpoint
+            kind = Failure.HANG if isinstance(failure, WaitTimeout) else Failure.DEATH
+            if self.policy.decide(Status("worker", kind, tick)) is not Decision.REGROUP:
                 raise failure
             try:
                 dealt_anew = self._meet(plan, fresh)
@@ -99,14 +101,6 @@ class Regroup:
     def _renew(self, rank: int, fresh: set[int]) -> None:
         self.fleet.workers[rank] = self.fleet.new_worker(self.fleet.workers[rank])
         fresh.add(rank)
-
-    def _status(self, failure: Exception, plan: Reunion | None, tick: int, fresh: set[int]) -> Status:
-        """In lockstep a run ends in the same bits whatever died, or goes back to where it can."""
-        exact = self.config.anchor.clock == "wall" or (
-            plan is not None and plan.exact and not self._loses_stream(fresh)
-        )
-        kind = Failure.HANG if isinstance(failure, WaitTimeout) else Failure.DEATH
-        return Status("worker", kind, tick, recoverable=plan is not None and exact)
 
     def _loses_stream(self, fresh: set[int]) -> bool:
         """Whether engines would hold weights that an undisturbed run has not: a coded stream begins anew with exact ones."""

@@ -47,7 +47,7 @@ class Lives:
             progress.event("checkpoint damaged", reason=reason, used=resume.checkpoint.name)
 
     def _born(self) -> Coordinator:
-        coordinator = Coordinator(self.config, self.fleet, self.telemetry, self.run_folder)
+        coordinator = Coordinator(self.config, self.fleet, self.telemetry, self.run_folder, self.policy)
         coordinator.after_step = self._after_step
         return coordinator
 

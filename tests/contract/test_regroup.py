@@ -136,8 +136,10 @@ def _after_a_loss(state: Rank, rank: int, model: Path, folder: Path, codec: Code
     state = make_rank(model, rank, dp=2, pp=1, codec=codec, init=_address(rank, folder))
     while not (folder / "state").exists():
         time.sleep(0.01)
-    state.restore(*torch.load(folder / "state", weights_only=True))
-    state.forget_debts()
+    tensors, fields = torch.load(folder / "state", weights_only=True)
+    state.restore(
+        tensors | {name: torch.zeros_like(tensors[name]) for name in state.summed() if name in tensors}, fields
+    )
     return state
 
 
