@@ -47,13 +47,16 @@ TICK_S, PAUSED_S = "timing_s/tick", "timing_s/diagnostics"  # the pace of a run 
 class Coordinator:
     """Drives one run to its end."""
 
-    def __init__(self, config: RunConfig, fleet: Fleet, telemetry: Telemetry, folder: Path, policy: FailurePolicy):
+    def __init__(
+        self, config: RunConfig, fleet: Fleet, telemetry: Telemetry, folder: Path, policy: FailurePolicy | None = None
+    ):
         self.config, self.fleet, self.telemetry, self.run_folder = config, fleet, telemetry, folder
         self.progress = progress = Progress(telemetry)
         clock, line = _anchor_of(config, fleet)
         self.rollouts = Rollouts(config, fleet, progress, line)
         self.corrections = Corrections(config, fleet, progress, line, clock, ray.put, self.rollouts.resync)
-        self.regroup = Regroup(config, fleet, progress, policy, line)
+        self.policy = policy or FailurePolicy(config.faults)
+        self.regroup = Regroup(config, fleet, progress, self.policy, line)
         self.gate, self.engine_gate = LaunchGate(config.codec), EngineGate(config.rollout)
         self.given: list[tuple[int, object]] = []  # of the present step, to each rank: its first tick, its share
         self.old_logprobs: list[object] = []  # of each rank's share, where one in its place finds them

@@ -70,7 +70,9 @@ class Regroup:
                 raise failure
             standings = self._standings(failure, fresh)
             plan = reunion(standings, self.pp, tick)
-            if plan is None or not (plan.exact and not self._loses_stream(fresh) or self.config.anchor.clock == "wall"):
+            if plan is None or not (
+                (plan.exact and not self._loses_stream(fresh)) or self.config.anchor.clock == "wall"
+            ):
                 raise failure  # in lockstep a run ends in the same bits whatever died: it goes back to its checkpoint
             kind = Failure.HANG if isinstance(failure, WaitTimeout) else Failure.DEATH
             if self.policy.decide(Status("worker", kind, tick)) is not Decision.REGROUP:
