@@ -13,6 +13,7 @@ from anchor_service.diagnosis import Diagnoser
 from rl.config import RolloutConfig
 from rl.rollout import RolloutWorker
 from swarm.config import SwarmConfig
+from swarm.failure_policy import Role
 from swarm.worker import Worker
 
 GRACE_S = 15.0  # a rank that waits for another has begun to a little after it was asked
@@ -21,7 +22,7 @@ SETTLE_S = 5.0  # so long after the first rank that lost its peer Ray says what 
 
 @dataclass(frozen=True)
 class Fleet:
-    """Handles, workers in rank order. `new_engines` kills the engines and starts others."""
+    """Handles, workers in rank order. `renew` puts a new actor in the place of one, here too; it waits for nothing."""
 
     swarm: SwarmConfig
     anchor: AnchorConfig
@@ -30,7 +31,7 @@ class Fleet:
     engines: list[ActorHandle[RolloutWorker]]
     anchors: list[ActorHandle[Anchor]]
     diagnosers: list[ActorHandle[Diagnoser]]
-    new_engines: Callable[[], list[ActorHandle[RolloutWorker]]]
+    renew: Callable[[Role, int], ActorHandle[Any]]
     _node: dict[object, str] = field(default_factory=dict, init=False)  # of each actor that was asked
 
     @property

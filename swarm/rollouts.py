@@ -240,7 +240,12 @@ class Rollouts:
         self.progress.event(
             "engines started anew", reason=described(failure), **({"asked_again": again} if again else {})
         )
-        self.fleet.engines[:] = self.fleet.new_engines()
+        swarm = self.config.swarm
+        calls = [
+            (f"engine {i}", self.fleet.renew("engine", i).__ray_ready__.remote())
+            for i in range(len(self.fleet.engines))
+        ]
+        gather(calls, "its model", swarm.start_timeout_s, "swarm.start_timeout_s")
         self.resync()
 
     # --- checkpoints ----------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from anchor_service.errors import WaitTimeout
 from deploy.cluster.actors import ActorPlan, actor_plans
 from deploy.cluster.placement import BLOCKING, ROLES, UNMASKED, counts, demand, lacking, placement, tags
 from deploy.cluster.takedown import bounded
+from swarm.failure_policy import Role
 from swarm.fleet import Fleet
 from swarm.run_config import RunConfig
 
@@ -71,11 +72,10 @@ class KeptActors:
             since = time.monotonic()
             self.group.construct_again(plans, config, since)
         else:
-            self.group = ActorGroup(config, _reserve(config))
+            self.group = ActorGroup(config, _reserve(config), plans)
             since = time.monotonic()
-            for role in ROLES:
-                self.group.start(role, plans[role])
-        fleet = self.group.fleet(plans, config)
+            self.group.start()
+        fleet = self.group.fleet(config)
         _connect(fleet, config, since)
         return fleet
 
@@ -86,39 +86,54 @@ class ActorGroup:
 
     made_for: RunConfig
     bundles: PlacementGroup
+    plans: Plans  # of the present run
     actors: dict[str, list[ActorHandle[Any]]] = field(default_factory=lambda: {role: [] for role in ROLES})
 
     def serves(self, config: RunConfig) -> bool:
         enough = all(len(self.actors[role]) >= n for role, n in zip(ROLES, counts(config)))
         return enough and _fixed(self.made_for) == _fixed(config)
 
-    def start(self, role: str, plans: list[ActorPlan]) -> None:
-        """New actors of one role, each in its bundle; a handle is in `actors` as soon as it is there."""
-        config, held = self.made_for, self.actors[role]
-        place, first = placement(config), sum(counts(config)[: ROLES.index(role)])
+    def start(self) -> None:
+        """New actors of all roles, each in its bundle; a handle is in `actors` as soon as it is there."""
+        for role in ROLES:
+            for index in range(len(self.plans[role])):
+                self.actors[role].append(self._new(role, index))
+
+    def renew(self, role: Role, index: int) -> ActorHandle[Any]:
+        """Another actor in the place of one that is dead or of no use; waits for nothing.
+
+        If its node is gone it starts when Ray has found a place for the bundle.
+        """
+        ray.kill(self.actors[role][index])
+        self.actors[role][index] = new = self._new(role, index)
+        return new
+
+    def _new(self, role: str, index: int) -> ActorHandle[Any]:
+        """Actor number `index` of its role, in its bundle."""
+        config, plan = self.made_for, self.plans[role][index]
+        number = sum(counts(config)[: ROLES.index(role)]) + index
         env = _ENV | (UNMASKED | BLOCKING if role == "worker" else {}) | {"OMP_NUM_THREADS": str(config.swarm.threads)}
-        for index, plan in enumerate(plans, first):
-            needs = demand(config, index)
-            options: dict[str, Any] = dict(
-                num_cpus=needs["CPU"],
-                num_gpus=needs["GPU"],
-                max_restarts=0,
-                max_task_retries=0,  # a repeated tick would hang the other ranks
-                scheduling_strategy=PlacementGroupSchedulingStrategy(
-                    self.bundles, placement_group_bundle_index=place.of_actor[index]
-                ),
-                runtime_env={"env_vars": env},
-            )
-            if role == "worker" and config.anchor.clock == "wall":
-                options["concurrency_groups"] = {"inbox": 1}  # corrections arrive beside a running tick
-            handle = ray.remote(**options)(plan.kind).remote(*plan.arguments)
-            held.append(cast(ActorHandle[Any], handle))
+        needs = demand(config, number)
+        options: dict[str, Any] = dict(
+            num_cpus=needs["CPU"],
+            num_gpus=needs["GPU"],
+            max_restarts=0,
+            max_task_retries=0,  # a repeated tick would hang the other ranks
+            scheduling_strategy=PlacementGroupSchedulingStrategy(
+                self.bundles, placement_group_bundle_index=placement(config).of_actor[number]
+            ),
+            runtime_env={"env_vars": env},
+        )
+        if role == "worker" and config.anchor.clock == "wall":
+            options["concurrency_groups"] = {"inbox": 1}  # corrections arrive beside a running tick
+        return cast(ActorHandle[Any], ray.remote(**options)(plan.kind).remote(*plan.arguments))
 
     def construct_again(self, plans: Plans, config: RunConfig, since: float) -> None:
         def construct(actor: Any, *args: object) -> None:  # a closure travels by value: no import in the actor
             vars(actor).clear()  # the old model goes before the new one comes
             actor.__init__(*args)
 
+        self.plans = plans
         calls = [
             (f"{role} {i}", handle.__ray_call__.remote(construct, *plan.arguments))
             for role in ROLES
@@ -126,31 +141,20 @@ class ActorGroup:
         ]
         gather(calls, "its new run", config.swarm.start_timeout_s, "swarm.start_timeout_s", since=since)
 
-    def fleet(self, plans: Plans, config: RunConfig) -> Fleet:
+    def fleet(self, config: RunConfig) -> Fleet:
         """As many of each role as the run needs."""
-        roles = [self.actors[role][:n] for role, n in zip(ROLES, counts(config))]
-        return Fleet(
-            config.swarm,
-            config.anchor,
-            config.rollout,
-            *roles,
-            new_engines=lambda: self._new_engines(plans["engine"], config),
-        )
+        held = {role: self.actors[role][:n] for role, n in zip(ROLES, counts(config))}
+
+        def renew(role: Role, index: int) -> ActorHandle[Any]:
+            held[role][index] = new = self.renew(role, index)
+            return new
+
+        return Fleet(config.swarm, config.anchor, config.rollout, *held.values(), renew=renew)
 
     def end(self) -> None:
         for handle in [handle for role in ROLES for handle in self.actors[role]]:
             ray.kill(handle)
         remove_placement_group(self.bundles)
-
-    def _new_engines(self, plans: list[ActorPlan], config: RunConfig) -> list[ActorHandle[Any]]:
-        """Other engines in the place of all there are, ready for weights."""
-        engines = self.actors["engine"]
-        while engines:
-            ray.kill(engines.pop())
-        self.start("engine", plans)
-        calls = [(f"engine {i}", engine.__ray_ready__.remote()) for i, engine in enumerate(engines)]
-        gather(calls, "its model", config.swarm.start_timeout_s, "swarm.start_timeout_s")
-        return list(engines)
 
 
 def _fixed(config: RunConfig) -> tuple[object, ...]:

@@ -37,7 +37,8 @@ class Lazy:
         self.queue: list[tuple[str, Any]] = []
         self.done: dict[int, Any] = {}
         self.fails = fails
-        self.generate, self.load_weights = (SimpleNamespace(remote=self._asked(name)) for name in ("gen", "load"))
+        names = "gen", "load", "ready"
+        self.generate, self.load_weights, self.__ray_ready__ = (SimpleNamespace(remote=self._asked(n)) for n in names)
 
     def _asked(self, name: str):
         def remote(*args: Any) -> tuple[Lazy, int]:
@@ -62,6 +63,8 @@ class Lazy:
             (ask,) = args
             held = -1 if self.held is None else self.held  # -1: samples of no known weights
             return np.array([ask.split == "val", ask.step, held, ask.indices[0]], np.int64).view(np.uint8), 0.5, {}
+        if name == "ready":
+            return None
         tick, (whole, base) = args
         if not whole and base != self.base:
             return BaseLost(0, base, self.base)
@@ -78,10 +81,9 @@ class Run:
         self.events: list[str] = []
         self.progress = Progress(SimpleNamespace(event=lambda step, tick, name, **more: self.events.append(name)))
         self.base, self.engines = None, engines  # both ends begin with the model's files
-        new = lambda: [Lazy() for _ in self.engines]  # noqa: E731
         self.fleet = SimpleNamespace(
             engines=engines,
-            new_engines=new,
+            renew=self._renew,
             weights=self._weights,
             nodes=lambda actors: {"the node"} if actors else set(),
             engine_limit=(5.0, "rollout.timeout_s"),
@@ -93,6 +95,11 @@ class Run:
         monkeypatch.setattr(Rollouts, "_judge_ends", lambda self, batch: None)
         self.rollouts = Rollouts(self.config, self.fleet, self.progress, NoFires())
         self.used: list[tuple[int, int, int]] = []  # step, ticks of the weights that sampled it, staleness recorded
+
+    def _renew(self, role: str, index: int) -> Lazy:
+        assert role == "engine"
+        self.fleet.engines[index] = new = Lazy()
+        return new
 
     def _weights(self, tick: int, stream: str, whole: bool, exact: bool) -> tuple[list[object], int]:
         base, self.base = self.base, tick
