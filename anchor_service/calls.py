@@ -19,11 +19,13 @@ from ray.exceptions import (
     RayTaskError,
     UnserializableException,
 )
+from ray.experimental import get_object_locations
 
 from anchor_service.errors import ActorLost, WaitTimeout
 
-__all__ = ["ActorHandle", "done_of", "failure", "gather", "nodes_of", "several", "take"]
+__all__ = ["ActorHandle", "done_of", "failure", "gather", "lost", "nodes_of", "raised", "several", "take", "where"]
 
+INLINE_BYTES = 100 * 1024  # Ray's max_direct_call_object_size
 VERDICT_S = 30.0  # Ray takes up to 25 s to call a node dead that sends no heartbeat
 _WHERE = re.compile(r'^ +File "(.+)", line (\d+), in (.+)$', re.MULTILINE)
 _FIELDS = tuple(f"\t{name}: " for name in ("class_name", "actor_id", "pid", "name", "namespace", "ip"))
@@ -67,8 +69,13 @@ def gather(
 
 def nodes_of(actors: Sequence[ActorHandle[Any]], seconds: float, knob: str) -> list[str]:
     """Ray's id of the node that each actor is on."""
-    calls = [(f"actor {i}", actor.__ray_call__.remote(_node_of)) for i, actor in enumerate(actors)]
+    calls = [(f"actor {i}", where(actor)) for i, actor in enumerate(actors)]
     return gather(calls, "its node", seconds, knob)
+
+
+def where(actor: ActorHandle[Any]) -> object:
+    """Reference to Ray's id of the node that an actor is on; it is there once the actor is ready."""
+    return actor.__ray_call__.remote(_node_of)
 
 
 def _node_of(actor: object) -> str:
@@ -95,6 +102,26 @@ def take(reference: object, who: str, what: str) -> Any:
         return ray.get(cast("ray.ObjectRef[Any]", reference))
     except RayError as error:
         raise failure(error, who, what) from error
+
+
+def raised(reference: object, who: str, what: str = "its call") -> Exception | None:
+    """What a call that is over raised, if it did."""
+    try:
+        take(reference, who, what)
+    except Exception as error:
+        return error
+    return None
+
+
+def lost(references: Sequence[object]) -> bool:
+    """Whether one of these objects, which were there once, went with the node that it lay on."""
+    held = cast("list[ray.ObjectRef[Any]]", list(references))
+    return bool(held) and any(_is_lost(found) for found in get_object_locations(held).values())
+
+
+def _is_lost(found: dict[str, Any]) -> bool:
+    """A small object lies in its owner's memory and has no place."""
+    return bool(found["object_size"]) and found["object_size"] > INLINE_BYTES and not found["node_ids"]
 
 
 def failure(error: RayError, who: str, what: str) -> Exception:

@@ -126,6 +126,13 @@ class Receiver:
         _write(found, master)
         (self.tick,) = bases
 
+    def catch_up(self, frames: list[np.ndarray], tick: int, stages: int, master: Tensor) -> None:
+        """Load whole frames after `tick` ticks, one a stage; the rest are deltas before it, newest first: take them back."""
+        whole, *back = [frames[i : i + stages] for i in range(0, len(frames), stages)]
+        self.load(whole, tick, master)
+        for parts in back:
+            self.take_back(parts, master)
+
     def _before(self, part: np.ndarray, stage: int, rest: Tensor) -> tuple[np.ndarray, int]:
         """One stage's weights before a delta, as they travelled, and their tick; `rest` as for `_part`."""
         sender = f"stage {stage}"

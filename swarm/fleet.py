@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from anchor_service.actor import Anchor
-from anchor_service.calls import ActorHandle, gather, nodes_of, several
+from anchor_service.calls import ActorHandle, gather, nodes_of, several, where
 from anchor_service.config import AnchorConfig
 from anchor_service.diagnosis import Diagnoser
 from rl.config import RolloutConfig
@@ -77,6 +77,14 @@ class Fleet:
         unknown = [actor for actor in actors if actor not in self._node]
         self._node.update(zip(unknown, nodes_of(unknown, *self.swarm_limit), strict=True))
         return {self._node[actor] for actor in actors}
+
+    def arrival(self, newcomer: ActorHandle[Any]) -> object:
+        """Reference to where a newcomer is, which is there once it is ready; to be asked of it before all else."""
+        return where(newcomer)
+
+    def arrived(self, newcomer: ActorHandle[Any], place: str) -> None:
+        """That is where it is."""
+        self._node[newcomer] = place
 
     def replicas_of(self, stage: int) -> list[ActorHandle[Worker]]:
         """The ranks that hold it."""
