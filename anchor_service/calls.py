@@ -25,7 +25,6 @@ from anchor_service.errors import ActorLost, WaitTimeout
 
 __all__ = ["ActorHandle", "done_of", "failure", "gather", "lost", "nodes_of", "raised", "several", "take", "where"]
 
-INLINE_BYTES = 100 * 1024  # Ray's max_direct_call_object_size
 VERDICT_S = 30.0  # Ray takes up to 25 s to call a node dead that sends no heartbeat
 _WHERE = re.compile(r'^ +File "(.+)", line (\d+), in (.+)$', re.MULTILINE)
 _FIELDS = tuple(f"\t{name}: " for name in ("class_name", "actor_id", "pid", "name", "namespace", "ip"))
@@ -114,14 +113,17 @@ def raised(reference: object, who: str, what: str = "its call") -> Exception | N
 
 
 def lost(references: Sequence[object]) -> bool:
-    """Whether one of these objects, which were there once, went with the node that it lay on."""
+    """Whether one of these objects, which were there once, went with the node that it lay on.
+
+    Its owner finds that out at once, and puts an error in its place, on its own node; a small one lies in its memory.
+    """
     held = cast("list[ray.ObjectRef[Any]]", list(references))
-    return bool(held) and any(_is_lost(found) for found in get_object_locations(held).values())
-
-
-def _is_lost(found: dict[str, Any]) -> bool:
-    """A small object lies in its owner's memory and has no place."""
-    return bool(found["object_size"]) and found["object_size"] > INLINE_BYTES and not found["node_ids"]
+    here, dead = ray.get_runtime_context().get_node_id(), _dead_nodes()
+    for reference, found in (get_object_locations(held) if held else {}).items():
+        nodes = set(found["node_ids"])
+        if nodes and (nodes <= dead.keys() or (here in nodes and raised(reference, "its owner"))):
+            return True
+    return False
 
 
 def failure(error: RayError, who: str, what: str) -> Exception:
@@ -131,8 +133,7 @@ def failure(error: RayError, who: str, what: str) -> Exception:
     if isinstance(error, RayActorError):
         return ActorLost(who, what, _death(error))
     if isinstance(error, ObjectLostError):
-        last = str(error).strip().splitlines()[-1]  # before it: how to debug references
-        return ActorLost(who, what, "\n".join([f"what it delivered is lost: {last}", *_dead_nodes().values()]))
+        return ActorLost(who, what, _loss(error))
     if isinstance(error, UnserializableException):
         return _noted(RuntimeError(_raised(str(error))), str(error), who, what)
     return _noted(error, "", who, what)
@@ -142,6 +143,8 @@ def _task_failure(error: RayTaskError, who: str, what: str) -> Exception:
     cause = error.cause
     if isinstance(cause, RayActorError):  # an argument of the call was to come from that actor
         return ActorLost(f"an actor that {who} gets an argument from", what, _death(cause))
+    if isinstance(cause, ObjectLostError):
+        return ActorLost(f"an actor that {who} gets an argument from", what, _loss(cause))
     if type(cause) is RayError:  # Ray could not pickle it, and has put its traceback in words
         cause = RuntimeError(_raised(str(cause)))
     return _noted(cause, str(error), who, what)
@@ -178,6 +181,11 @@ def _death(error: RayActorError) -> str:
     reason = [line for line in lines if not line.startswith(_FIELDS)] or [error.BASE_ERROR_MSG]
     at = [f"process {fields['pid']} on {fields.get('ip', 'an unknown node')}"] if "pid" in fields else []
     return "\n".join([*([dead] if dead else []), *reason, *at])
+
+
+def _loss(error: ObjectLostError) -> str:
+    last = str(error).strip().splitlines()[-1]  # before it: how to debug references
+    return "\n".join([f"what it delivered is lost: {last}", *_dead_nodes().values()])
 
 
 def _alive(actor_id: str | None) -> bool:

@@ -100,7 +100,12 @@ class AnchorFaults:
                 self._void(fire.worker, WaitTimeout(f"anchor {fire.worker}", what, limit, "anchor.timeout_s"))
         while failed := self._failed():
             fire, failure = failed
-            (self._renew if self.clock.waits else self._void)(fire.worker, self._own(fire, failure))
+            if self.clock.waits:
+                self._renew(fire.worker, self._own(fire, failure))
+            elif _echo(fire, failure) and (before := self.line.before(fire.due.version, self.m_bar)) and lost([before]):
+                self.line.publish_again(fire.due.version, self._average([fire]))
+            else:
+                self._void(fire.worker, self._own(fire, failure))
 
     def failure(self, fire: Fire) -> Exception | None:
         """Of a fire that is over: how its worker, or the stream of that, failed."""
@@ -114,7 +119,7 @@ class AnchorFaults:
 
     def _own(self, fire: Fire, failure: Exception) -> Exception:
         """Raises a failure that is somebody else's, of whom the fire's worker gets an argument."""
-        if isinstance(failure, ActorLost | WaitTimeout) and failure.who != f"anchor {fire.worker}":
+        if _echo(fire, failure):
             raise failure
         return failure
 
@@ -214,6 +219,10 @@ class AnchorFaults:
 
 
 Frame = tuple[int, list[object]]  # ticks, and a reference for each stage
+
+
+def _echo(fire: Fire, failure: Exception) -> bool:
+    return isinstance(failure, ActorLost | WaitTimeout) and failure.who != f"anchor {fire.worker}"
 
 
 def stream_of(worker: int) -> str:
