@@ -90,7 +90,9 @@ class AnchorFaults:
 
     def look(self) -> None:
         """Before a tick: deal with whatever has failed since; waits for nothing."""
-        if not self.clock.waits:
+        if self.clock.waits:
+            self._place()
+        else:
             self._meet()
         late = [] if self.clock.waits else self.line.overdue(time.monotonic())
         for fire in late:
@@ -132,13 +134,23 @@ class AnchorFaults:
             raise failure
         versions = [fire.due.version for fire in owed]
         self.progress.event("anchor renewed", worker=k, reason=described(failure), again=versions)
-        self.fleet.renew("anchor", k)
+        old = self.line.workers[k]
+        new = self.fleet.renew("anchor", k)
+        self.fleet.succeeds(new, old)
+        self._starting[k] = self.fleet.arrival(new), time.monotonic()
         if not owed:
             self._begin_whole(k)
             return
         references, nbytes = whole() if whole else ([], 0)
         self.progress.ledger.add("snapshot", nbytes, 0)
         self.line.start_again(k, frames, references, self.m_bar)
+
+    def _place(self) -> None:
+        """Where newcomers are, once they are there; if one fails, its fires do too, and tell."""
+        for k in [k for k, (ready, _) in self._starting.items() if done_of([ready])[0]]:
+            ready, _ = self._starting.pop(k)
+            if not raised(ready, f"anchor {k}"):
+                self.fleet.arrived(self.line.workers[k], take(ready, f"anchor {k}", "its model"))
 
     def _frames(self, owed: list[Fire]) -> tuple[list[Frame], Callable[[], tuple[list[object], int]] | None]:
         """Of the stream of these fires' worker, from their oldest source on; what asks for the stream's newest, whole."""

@@ -116,6 +116,8 @@ class Corrections:
         """
         due, self.waited = self.clock.due(tick), 0.0
         self.version = due.version if due else self.version
+        if due:  # also where a tick is taken again
+            self.faults.look()
         if due and due.source_tick < tick - 1:
             start = time.perf_counter()
             self.faults.done(self.line.under_way[due.version])

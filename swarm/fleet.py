@@ -78,6 +78,10 @@ class Fleet:
         self._node.update(zip(unknown, nodes_of(unknown, *self.swarm_limit), strict=True))
         return {self._node[actor] for actor in actors}
 
+    def succeeds(self, newcomer: ActorHandle[Any], old: ActorHandle[Any]) -> None:
+        """Until it has arrived: it is in the same bundle."""
+        self._node[newcomer] = self._node[old]
+
     def arrival(self, newcomer: ActorHandle[Any]) -> object:
         """Reference to where a newcomer is, which is there once it is ready; to be asked of it before all else."""
         return where(newcomer)

@@ -138,6 +138,7 @@ class Run:
             renew=self._renew,
             arrival=lambda worker: worker.ready.remote(),
             arrived=lambda worker, place: None,
+            succeeds=lambda newcomer, old: None,
             nodes=lambda actors: {"the node"},
             replicas_of=lambda p: [],
             anchor_limit=(1.0, "anchor.timeout_s"),
