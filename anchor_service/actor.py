@@ -11,7 +11,7 @@ import torch
 
 from anchor_service.calls import gather
 from anchor_service.dense_gradient import DenseGradient, DenseSetup
-from anchor_service.messages import FireJob, content_digest, pack_correction
+from anchor_service.messages import FireJob, content_digest, pack_correction, pack_head
 from anchor_service.replay import unpack_replay
 from codec.frames import digest
 from rl.device import peak_memory_gb
@@ -57,7 +57,8 @@ class Anchor:
         return report, m.cpu().numpy().copy()
 
     def publish(self, report: dict[str, Any], m: np.ndarray, m_bar: np.ndarray | None) -> list[Any]:
-        """Report, M̄, then one correction frame a stage (each its own object: a stage fetches only its shard).
+        """Report, M̄, then a correction frame a stage, behind its head if the merger looks (each its own object: a stage
+        fetches only its shard, and of that the frame only if it wants it).
 
         M̄ ← beta_anc·M̄ + (1-beta_anc)·M. The last M̄ is an argument, so that fires of several anchor
         workers enter it in the order of their versions, whoever computed them.
@@ -67,18 +68,22 @@ class Anchor:
         if m_bar is not None:
             new = torch.from_numpy(m_bar.copy()).lerp_(alone, 1 - self.config.beta_anc)
         version, source, first = (report[k] for k in ("version", "source_tick", "first_tick"))
-        corrections = []
+        corrections: list[list[np.ndarray]] = []
         for p in range(len(self.dense.stages)):
-            look = None if self.stride is None else self.dense.look(alone, p, self.stride)
-            corrections.append(pack_correction(self.dense.shard(new, p), self.payload, version, source, first, p, look))
+            whole = pack_correction(self.dense.shard(new, p), self.payload, version, source, first, p)
+            heads = [] if self.stride is None else [self._head(alone, new, p, self.stride, whole)]
+            corrections.append([*heads, whole])
+        frames = [frame for parts in corrections for frame in parts]
         report = report | {
-            "digest": digest(*(content_digest(c).encode() for c in corrections)),
-            "bytes": sum(c.nbytes for c in corrections),
-            "stage_bytes": [c.nbytes for c in corrections],
+            "digest": digest(*(content_digest(frame).encode() for frame in frames)),
+            "stage_bytes": [[frame.nbytes for frame in parts] for parts in corrections],
             "anchor/m_norm": new.norm().item(),
             "timing_s/anchor_publish": time.perf_counter() - start,
         }
-        return [report, new.numpy(), *corrections]
+        return [report, new.numpy(), *frames]
+
+    def _head(self, m: torch.Tensor, m_bar: torch.Tensor, p: int, stride: int, whole: np.ndarray) -> np.ndarray:
+        return pack_head(self.dense.look(m, p, stride), self.dense.look(m_bar, p, stride), whole)
 
     def follow(self, tick: int, *parts: np.ndarray) -> None:
         """Weights before any job wants them: the first of all, or with anchor.weights = "shared" those of the engines."""

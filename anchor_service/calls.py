@@ -23,7 +23,19 @@ from ray.experimental import get_object_locations
 
 from anchor_service.errors import ActorLost, WaitTimeout
 
-__all__ = ["ActorHandle", "done_of", "failure", "gather", "lost", "nodes_of", "raised", "several", "take", "where"]
+__all__ = [
+    "ActorHandle",
+    "done_of",
+    "failure",
+    "gather",
+    "lost",
+    "nodes_of",
+    "raised",
+    "replies",
+    "several",
+    "take",
+    "where",
+]
 
 VERDICT_S = 30.0  # Ray takes up to 25 s to call a node dead that sends no heartbeat
 _WHERE = re.compile(r'^ +File "(.+)", line (\d+), in (.+)$', re.MULTILINE)
@@ -64,6 +76,18 @@ def gather(
     if echo:
         raise echo
     return [found[reference] for reference in names]
+
+
+def replies(calls: Iterable[tuple[str, object]], what: str, seconds: float, knob: str) -> list[Any]:
+    """What named actors deliver, in order, each object or else the error: WaitTimeout, ActorLost, or what it raised."""
+    calls, found = list(calls), list[Any]()
+    since = time.monotonic()
+    for name, reference in calls:
+        try:
+            found += gather([(name, reference)], what, seconds, knob, since=since)
+        except Exception as error:
+            found.append(error)
+    return found
 
 
 def nodes_of(actors: Sequence[ActorHandle[Any]], seconds: float, knob: str) -> list[str]:

@@ -32,3 +32,13 @@ class Inbox:
             found = self._held[version]
             self._held = {v: c for v, c in self._held.items() if v > version}
             return found
+
+    def held(self) -> dict[int, Correction]:
+        """All of it, by version."""
+        with self._lock:
+            return dict(self._held)
+
+    def put_back(self, corrections: dict[int, Correction]) -> None:
+        """What `held` gave before some of it was taken out; what has come since stays."""
+        with self._lock:
+            self._held = corrections | self._held

@@ -7,7 +7,7 @@ start ─▶ worker k: gradient ─▶ publish ─▶ arrived ─▶ (deliver) �
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,18 +30,21 @@ class Fire:
     worker: int
     report: object  # references, as all that follow
     m_bar: object
-    corrections: list[object]  # one a stage
+    corrections: list[list[object]]  # a frame a stage, or its head and the frame
     delivered: bool = False
     job: FireJob | None = None  # None: it was done before this run went on
     gradient: tuple[object, object] = (None, None)  # its report, and M
     since: float = 0.0  # on the monotonic clock: when it was asked for
+    whole: bool = False  # it was delivered whole, where ranks may do with the head
 
 
 class FireLine:
-    """All fires of a run, by way of its anchor workers."""
+    """All fires of a run, by way of its anchor workers. `parts`: objects that a stage's correction is published as."""
 
-    def __init__(self, workers: list[ActorHandle[Anchor]], stages: int, timeout_s: float, bound: int | None):
-        self.workers, self.stages, self.timeout_s, self.bound = workers, stages, timeout_s, bound
+    def __init__(
+        self, workers: list[ActorHandle[Anchor]], stages: int, parts: int, timeout_s: float, bound: int | None
+    ):
+        self.workers, self.stages, self.parts, self.timeout_s, self.bound = workers, stages, parts, timeout_s, bound
         self.under_way: dict[int, Fire] = {}
         self.m_bar: object = None
         self.away: set[int] = set()  # workers that get no job: dead, or on their way back
@@ -78,8 +81,9 @@ class FireLine:
 
     def _publish(self, fire: Fire) -> None:
         """M̄ is that of the fire before it, which `m_bar` refers to."""
-        call = self.workers[fire.worker].publish.options(num_returns=2 + self.stages)
-        fire.report, fire.m_bar, *fire.corrections = several(call.remote(*fire.gradient, self.m_bar))
+        call = self.workers[fire.worker].publish.options(num_returns=2 + self.stages * self.parts)
+        fire.report, fire.m_bar, *corrections = several(call.remote(*fire.gradient, self.m_bar))
+        fire.corrections = [corrections[i : i + self.parts] for i in range(0, len(corrections), self.parts)]
 
     def follow(self, tick: int, references: list[object]) -> None:
         """Weights for every anchor worker, in order before the jobs that start from them; waits for nothing."""
@@ -144,21 +148,33 @@ class FireLine:
         done, _ = done_of(list(waiting))
         return sorted((waiting[ref] for ref in done), key=lambda fire: fire.due.version)
 
-    def deliver(self, fire: Fire, ranks: Sequence[ActorHandle[Any]]) -> None:
-        """Send each rank its stage's correction, beside whatever tick is running; waits for nothing."""
-        fire.delivered = True
-        for index, rank in enumerate(ranks):
-            reference = [fire.corrections[index % self.stages]]
-            self._deliveries.append(rank.deliver.options(concurrency_group="inbox").remote(reference))
+    def deliver(self, fire: Fire, ranks: Sequence[ActorHandle[Any]], whole: bool) -> None:
+        """Send each rank its stage's correction, beside whatever tick is running; waits for nothing.
+
+        `whole`: behind a head, too, what is merged; else ranks fetch that in the tick in which they want it.
+        """
+        fire.delivered, fire.whole = True, whole
+        self.deliver_to(fire, dict(enumerate(ranks)))
+
+    def delivered(self) -> list[Fire]:
+        """Fires that are on their way to the ranks, or with some of them, oldest first."""
+        return [fire for _, fire in sorted(self.under_way.items()) if fire.delivered]
+
+    def deliver_to(self, fire: Fire, ranks: Mapping[int, ActorHandle[Any]]) -> None:
+        """As it was delivered to the others."""
+        for index, rank in ranks.items():
+            references = fire.corrections[index % self.stages]
+            self._deliveries.append(rank.deliver.options(concurrency_group="inbox").remote(references, fire.whole))
 
     def check_deliveries(self) -> list[Exception]:
-        """Of deliveries that are over, what was lost with the node that it lay on. Raises what else one raised."""
+        """Of deliveries that are over, what was lost with the node that it lay on; of a rank that is gone its next tick
+        says so. Raises what else one raised."""
         done, self._deliveries = done_of(self._deliveries)
         found = [raised(delivery, _RANK, "the arrival of a correction") for delivery in done]
         for error in found:
-            if error and not (isinstance(error, ActorLost) and error.who != _RANK):
+            if error and not isinstance(error, ActorLost):
                 raise error
-        return [error for error in found if error]
+        return [error for error in found if isinstance(error, ActorLost) and error.who != _RANK]
 
     def overdue(self, now: float) -> list[Fire]:
         """Fires that take longer than `timeout_s`, oldest first."""
@@ -185,4 +201,4 @@ class NoFires(FireLine):
     """Of a run without corrections: nothing starts, so nothing is ever under way."""
 
     def __init__(self) -> None:
-        super().__init__([], 0, 0.0, bound=0)
+        super().__init__([], 0, 1, 0.0, bound=0)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from codec import frames, signs
+from codec.state import prefixed, under
 
-LOOK = "look_"
+LOOK, LOOK_BAR = "look", "look_bar"
 
 
 @dataclass(frozen=True)
@@ -28,29 +30,26 @@ class FireJob:
 
 @dataclass(frozen=True)
 class Correction:
-    """anchor -> worker: M̄, or its sign, of one stage's parameters, flat."""
+    """anchor -> worker: M̄, or its sign, of one stage's parameters, flat.
+
+    For a merger that looks a head comes first, with what it looks at; the whole is fetched if the merger wants it.
+    """
 
     version: int
     source_tick: int
     first_tick: int | None  # None on the wall clock: in the first tick in which all ranks hold it
-    values: Tensor  # int8 signs or float32 M̄, [numel of the stage]
-    digest: str
+    values: Tensor | None  # int8 signs or float32 M̄, [numel of the stage]; None: of a head, or never fetched
+    digest: str  # of the frame that has the values
     look: Tensor | None = None  # int8 signs of M alone, at the coordinates of `merger.look`, for a merger that looks
+    look_bar: Tensor | None = None  # the same of M̄
+    fetch: Callable[[], Correction] | None = None  # of a head: the whole
 
 
 def pack_correction(
-    m: Tensor,
-    payload: str,
-    version: int,
-    source_tick: int,
-    first_tick: int | None,
-    stage: int,
-    look: Tensor | None = None,
+    m: Tensor, payload: str, version: int, source_tick: int, first_tick: int | None, stage: int
 ) -> np.ndarray:
-    """Correction frame of one stage. `m` is M̄ [numel]; `payload` is `sign` or `dense`; `look`: M at some coordinates."""
+    """Correction frame of one stage. `m` is M̄ [numel]; `payload` is `sign` or `dense`."""
     arrays = signs.encode(m, f"stage {stage}") if payload == "sign" else {"dense": m.cpu().numpy()}
-    if look is not None:
-        arrays |= {LOOK + name: plane for name, plane in signs.encode(look, f"stage {stage}").items()}
     header = {
         "kind": "correction",
         "payload": payload,
@@ -59,26 +58,23 @@ def pack_correction(
         "first_tick": first_tick,
         "stage": stage,
         "numel": m.numel(),
-        "look": None if look is None else look.numel(),
     }
     return frames.pack(header, arrays)
 
 
-def unpack_correction(frame: np.ndarray, stage: int, numel: int, look: int | None = None) -> Correction:
-    """`look`: at how many coordinates M's signs must be there. Raises FrameError if the frame is damaged or meant for
-    another stage, model or merger."""
-    header, arrays = frames.unpack(frame, "the anchor")
-    for field, expected in (("kind", "correction"), ("stage", stage), ("numel", numel), ("look", look)):
-        if header.get(field) != expected:
-            raise frames.FrameError("the anchor", field, f"is {header.get(field)!r}, this rank needs {expected!r}")
-    for field in ("version", "source_tick"):
-        if type(header.get(field)) is not int:
-            raise frames.FrameError("the anchor", field, f"is {header.get(field)!r}, not a number")
-    if type(header.get("first_tick")) not in (int, type(None)):
-        raise frames.FrameError("the anchor", "first_tick", f"is {header['first_tick']!r}, not a number")
+def pack_head(look: Tensor, look_bar: Tensor, whole: np.ndarray) -> np.ndarray:
+    """Head of the correction frame `whole`: M and M̄ at the coordinates that a merger looks at, whose signs are sent."""
+    header, _ = frames.unpack(whole, "the anchor")
+    arrays = prefixed(LOOK, signs.encode(look)) | prefixed(LOOK_BAR, signs.encode(look_bar))
+    kept = {field: header[field] for field in ("version", "source_tick", "first_tick", "stage", "numel")}
+    head = kept | {"kind": "head", "look": look.numel(), "whole": frames.digest_of(whole)}
+    return frames.pack(head, arrays)
+
+
+def unpack_correction(frame: np.ndarray, stage: int, numel: int) -> Correction:
+    """Raises FrameError if the frame is damaged or meant for another stage or model."""
+    header, arrays = _unpacked(frame, kind="correction", stage=stage, numel=numel)
     try:
-        planes = {name.removeprefix(LOOK): arrays.pop(name) for name in sorted(arrays) if name.startswith(LOOK)}
-        seen = None if look is None else signs.decode(planes, look)
         values = signs.decode(arrays, numel) if header.get("payload") == "sign" else _dense(arrays, numel)
     except ValueError as error:
         raise frames.FrameError("the anchor", "arrays", str(error)) from error
@@ -88,8 +84,49 @@ def unpack_correction(frame: np.ndarray, stage: int, numel: int, look: int | Non
         first_tick=header.get("first_tick"),
         values=values,
         digest=frames.digest_of(frame),
-        look=seen,
     )
+
+
+def unpack_head(frame: np.ndarray, stage: int, numel: int, look: int) -> Correction:
+    """Without its values. Raises FrameError as `unpack_correction` does, and where other than `look` signs of each are in it."""
+    header, arrays = _unpacked(frame, kind="head", stage=stage, numel=numel, look=look)
+    if type(header.get("whole")) is not str:
+        raise frames.FrameError("the anchor", "whole", f"is {header.get('whole')!r}, not a digest")
+    try:
+        seen, seen_bar = (signs.decode(under(name, arrays), look) for name in (LOOK, LOOK_BAR))
+    except ValueError as error:
+        raise frames.FrameError("the anchor", "arrays", str(error)) from error
+    return Correction(
+        version=header["version"],
+        source_tick=header["source_tick"],
+        first_tick=header.get("first_tick"),
+        values=None,
+        digest=header["whole"],
+        look=seen,
+        look_bar=seen_bar,
+    )
+
+
+def joined(head: Correction, whole: Correction) -> Correction:
+    """Both parts of one correction. Raises FrameError if they are of two."""
+    if whole.digest != head.digest:
+        reason = f"is {whole.digest}, the head of correction {head.version} says {head.digest}"
+        raise frames.FrameError("the anchor", "digest", reason)
+    return replace(whole, look=head.look, look_bar=head.look_bar)
+
+
+def _unpacked(frame: np.ndarray, **needs: object) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Header and arrays of a frame whose header has what this rank needs, and the numbers that every correction has."""
+    header, arrays = frames.unpack(frame, "the anchor")
+    for field, expected in needs.items():
+        if header.get(field) != expected:
+            raise frames.FrameError("the anchor", field, f"is {header.get(field)!r}, this rank needs {expected!r}")
+    for field in ("version", "source_tick"):
+        if type(header.get(field)) is not int:
+            raise frames.FrameError("the anchor", field, f"is {header.get(field)!r}, not a number")
+    if type(header.get("first_tick")) not in (int, type(None)):
+        raise frames.FrameError("the anchor", "first_tick", f"is {header['first_tick']!r}, not a number")
+    return header, arrays
 
 
 def content_digest(frame: np.ndarray) -> str:

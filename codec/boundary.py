@@ -52,7 +52,9 @@ class Boundary:
 
     def __init__(self, config: CodecConfig, index: int, hidden: int, seed: int, ledger: Ledger):
         self.index, self.hidden, self.ledger = index, hidden, ledger
-        self.forward, self.backward = make_codec(config, hidden, seed + index)
+        self.make = lambda: make_codec(config, hidden, seed + index)
+        self.device = torch.device("cpu")
+        self.forward, self.backward = self.make()
         self.exact_first, self.share_prefixes = config.sends_first_exactly, config.shares_prefixes
         self.begin_tick()
 
@@ -62,6 +64,7 @@ class Boundary:
         self.backward.begin_tick()
 
     def to(self, device: torch.device) -> Boundary:
+        self.device = device
         self.forward.to(device)
         self.backward.to(device)
         return self
@@ -171,6 +174,9 @@ class Boundary:
         return prefixed("fwd", self.forward.state()) | prefixed("bwd", self.backward.state())
 
     def restore(self, state: dict[str, Tensor]) -> None:
+        """Go on from `state()`, with codecs made anew: what they learnt since is forgotten."""
+        self.forward, self.backward = self.make()
+        self.to(self.device)
         for name in ("fwd", "bwd"):
             self.way(name).restore(under(name, state))
 

@@ -93,6 +93,10 @@ class Codec(Protocol):
     def restore(self, state: dict[str, Tensor]) -> None:
         """Go on from `state()`, bit for bit."""
 
+    def own(self, due: bool) -> bool:
+        """Whether another replica's state would not do in its place, where new tables are `due` in the next tick or not."""
+        return bool(self.state())
+
 
 class Tables(Protocol):
     """What both ends of a way share beside payloads. Tables travel as flat uint8, empty ones meaning "stay"."""

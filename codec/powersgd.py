@@ -132,6 +132,10 @@ class PowerSGD(Codec):
         device = self.energy.device
         self.basis.q, self.basis.v, self.energy = (state[k].to(device) for k in ("basis", "v", "energy"))
 
+    def own(self, due: bool) -> bool:
+        """V is of this replica's rows, and asked for by a refresh alone."""
+        return due
+
 
 class SharedBasis(Codec):
     """Backward way as published: dX̂ = (dX Q)Qᵀ with the forward's Q, so no second basis crosses the link."""

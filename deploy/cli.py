@@ -10,12 +10,14 @@ import typer
 
 from deploy.commands.afterwards import export_command, report_command
 from deploy.commands.ahead import doctor_command, plan_command, presets_command, probe_command, simulate_command
+from deploy.commands.meanwhile import scale_command
 from deploy.commands.training import run_command, sweep_command
 from deploy.packages import PACKAGES
 
 COMMANDS = {
     "run": run_command,
     "sweep": sweep_command,
+    "scale": scale_command,
     "plan": plan_command,
     "probe": probe_command,
     "simulate": simulate_command,

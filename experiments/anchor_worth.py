@@ -1,7 +1,7 @@
 """Whether the anchor was worth its bytes: of a run, by what it merged; of a sweep, by the arms that had none.
 
 A held correction is one noisy pattern of signs for as long as it is held. How large a share w of the step it may be is
-bounded by that: w ≤ 2/√τ, with τ = C(1+β)/(1-β) for a mean hold of C ticks and β = `anchor.beta_anc`.
+bounded by that: w ≤ cap/√τ, with cap = `merger.cap`, τ = C(1+β)/(1-β) for a mean hold of C ticks and β = `anchor.beta_anc`.
 """
 
 from __future__ import annotations
@@ -58,12 +58,16 @@ def anchor_in_words(run: Run) -> str | None:
     share, settings = _share(run), flat(run.settings)
     if share is None:
         return str(spent)
-    bound = _bound(run, merged)
+    full = _full_share(settings) if settings.get("merger.kind") == "calibrated" else None
+    return f"{spent}; {share_in_words(share, _bound(run, merged), full)}"
+
+
+def share_in_words(share: float, bound: float, full: float | None) -> str:
+    """`full`: what a calibrated share would be without the calibration."""
     over = f"beyond the bound {bound:.2g} that its hold allows: it may do harm"
     allowed = over if share > bound * (1 + SLACK) else f"within the bound {bound:.2g} that its hold allows"
-    said = f"{spent}; a share of {share:.2g} of the step, {allowed}"
-    full = _full_share(settings)
-    if settings.get("merger.kind") == "calibrated" and full > bound * (1 + SLACK):
+    said = f"a share of {share:.2g} of the step, {allowed}"
+    if full is not None and full > bound * (1 + SLACK):
         said += f"; it would be {full:.2g}, beyond the bound, without the calibration"
     return said
 
@@ -84,11 +88,12 @@ def _full_share(settings: dict[str, Any]) -> float:
 
 
 def _bound(run: Run, merged: Collection[float]) -> float:
-    """2/√τ, with the τ that the merger kept or, where it keeps none, that of the holds in the run's record."""
+    """cap/√τ, with the τ that the merger kept or, where it keeps none, that of the holds in the run's record."""
+    settings = flat(run.settings)
+    cap, beta = settings.get("merger.cap", 2.0), settings.get("anchor.beta_anc", 0.5)
     if kept := [tau for tau in _series(run, "merger/tau").values() if tau > 0]:
-        return float(np.mean(2 / np.sqrt(kept)))
-    beta = flat(run.settings).get("anchor.beta_anc", 0.5)
-    return 2 / math.sqrt(_hold(run, merged) * (1 + beta) / (1 - beta))
+        return float(np.mean(cap / np.sqrt(kept)))
+    return cap / math.sqrt(_hold(run, merged) * (1 + beta) / (1 - beta))
 
 
 def _hold(run: Run, merged: Collection[float]) -> float:

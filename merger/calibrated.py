@@ -76,6 +76,11 @@ class Agreements:
     anchor: Mean = field(default_factory=Mean)  # a_M, without its prior
     average: float = 0.0  # sum of ‖m_G‖²
     single: float = 0.0  # sum of ‖G_comp‖²
+    averaged: float = AVERAGED  # N
+
+    @property
+    def h(self) -> float:
+        return math.sqrt(self.average / self.single) if self.single else 0.0
 
 
 class Calibrated(Merger):
@@ -110,7 +115,7 @@ class Calibrated(Merger):
         self.sources = {s: kept for s, kept in self.sources.items() if s > source}
         if then is None:  # the run was resumed since, on the wall clock
             return
-        own, old = _agreement(m, then.signs), _agreement(m, then.held)
+        own, old = sign_products(m, then.signs), sign_products(m, then.held)
         own_sum, own_n, old_sum, old_n, average, single = total([*own, *old, *then.squares])
         if own_n:
             self.seen.compressed.add(own_sum / own_n)
@@ -133,9 +138,12 @@ class Calibrated(Merger):
         """w, of a correction that has been merged for `age` ticks."""
         if not self.seen.compressed.n or self.a_m <= 0 or not self.seen.single:
             return 0.0
-        h = math.sqrt(self.seen.average / self.seen.single)
-        r = AVERAGED * h * self.a_m / (self.a_g * self.holds.tau(age))
+        r = self.seen.averaged * self.seen.h * self.a_m / (self.a_g * self.holds.tau(age))
         return min(LARGEST, self.holds.bound(self.config.cap, age), r / (1 + r))
+
+    def wants(self) -> bool:
+        """A share is 0 at every age or at none."""
+        return self.share(0) > 0
 
     def prepare(self, g_comp: Gradient, correction: Held, age: int, norm: Norm = local_norm) -> None:
         self.dose = self.share(age)
@@ -186,8 +194,8 @@ def _square(x: Tensor) -> float:
     return x.double().square().sum().item()
 
 
-def _agreement(m: Tensor, other: Tensor | None) -> tuple[float, float]:
-    """Sum of the products of signs, and how many of them are not 0."""
+def sign_products(m: Tensor, other: Tensor | None) -> tuple[float, float]:
+    """Of int8 signs [n]: the sum of their products, and how many of them are not 0."""
     if other is None:
         return 0.0, 0.0
     product = m * other

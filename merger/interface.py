@@ -95,6 +95,15 @@ class Merger(Protocol):
     def learn(self, source: int, m: Tensor, total: Total) -> None:
         """At each fire, if it `looks`: signs of M alone, int8, of the fire that started at `source`."""
 
+    def wants(self) -> bool:
+        """After `learn`: whether the correction of that fire can change a gradient while it is held. If not, it is not sent."""
+        return True
+
+    @classmethod
+    def capped(cls, config: MergerSettings, holds: Holds) -> float | None:
+        """The share of a step that the settings ask for, if they also keep it to less in such a hold."""
+        return None
+
     def metrics(self) -> dict[str, float]:
         """Of the last `prepare`, for the record of a tick."""
         return {}

@@ -15,6 +15,7 @@ from merger.interface import Merger, MergerCost, Norm, Payload, local_norm, towa
 from merger.settings import MergerSettings
 
 if TYPE_CHECKING:
+    from merger.holds import Holds
     from merger.interface import Gradient, Held
 
 
@@ -37,6 +38,11 @@ class SignedEMA(Merger):
         share = 1 - self.config.alpha
         if self.config.hold_cap and share:
             self.dose = min(self.dose, self.holds.bound(self.config.cap, age) / share)
+
+    @classmethod
+    def capped(cls, config: MergerSettings, holds: Holds) -> float | None:
+        asked = config.dose * (1 - config.alpha)  # in the first merge, before λ
+        return asked if config.hold_cap and asked > holds.bound(config.cap) else None
 
     def apply(self, g_comp: Gradient, correction: Held) -> Gradient:
         """`g_comp` fp32, `correction` M̄ or its sign, whole or any block of both -> merged, fp32."""

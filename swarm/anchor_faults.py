@@ -129,7 +129,9 @@ class AnchorFaults:
         """In lockstep: a newcomer with the fires that worker `k` owes."""
         owed = self.line.owed(k)
         frames, whole = self._frames(owed)
-        status = Status("anchor", failure_of(failure), self.progress.tick, recoverable=self._recoverable(owed, frames))
+        references, nbytes, known = self._had(whole)
+        recoverable = known and self._recoverable(owed, frames)
+        status = Status("anchor", failure_of(failure), self.progress.tick, recoverable)
         if self.policy.decide(status) is not Decision.RENEW:
             raise failure
         versions = [fire.due.version for fire in owed]
@@ -141,7 +143,6 @@ class AnchorFaults:
         if not owed:
             self._begin_whole(k)
             return
-        references, nbytes = whole() if whole else ([], 0)
         self.progress.ledger.add("snapshot", nbytes, 0)
         self.line.start_again(k, frames, references, self.m_bar)
 
@@ -164,6 +165,15 @@ class AnchorFaults:
             newest, stream = owed[-1].due.source_tick, stream_of(owed[-1].worker)
             whole = lambda: self.fleet.weights(newest, stream, whole=True)  # noqa: E731
         return frames, None if self.config.snapshot.encoding == "full" else whole
+
+    @staticmethod
+    def _had(whole: Callable[[], tuple[list[object], int]] | None) -> tuple[list[object], int, bool]:
+        """References and their bytes, and whether they can be had: a rank that is new does not know a stream's past."""
+        try:
+            references, nbytes = whole() if whole else ([], 0)
+        except BaseLost:
+            return [], 0, False
+        return references, nbytes, True
 
     def _recoverable(self, owed: list[Fire], frames: list[Frame]) -> bool:
         """Whether all that the fires need is still there, and their weights can be had to the bit."""

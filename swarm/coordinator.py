@@ -10,6 +10,7 @@ anchor to the ranks, by the object store.
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +22,20 @@ from anchor_service.clock import Clock, Lockstep, make_clock
 from anchor_service.config import correction_payload
 from anchor_service.errors import ActorLost, WaitTimeout, described
 from anchor_service.line import FireLine, NoFires
+from merger import merger_class
 from rl import mismatch
 from rl.batch import Batch
 from rl.grpo import PG_LOSS
-from swarm import checkpoint
+from swarm import checkpoint, scale
 from swarm.corrections import Corrections
 from swarm.engine_line import EngineLine
 from swarm.failure_policy import Decision, FailurePolicy, Status, failure_of
 from swarm.fleet import Fleet
-from swarm.gate import EngineGate, LaunchGate
+from swarm.gate import EngineGate, LaunchGate, capped_share
 from swarm.messages import MergeOutcome, TickPlan, TickReport
 from swarm.nonfinite import judge_loss
 from swarm.progress import Progress
+from swarm.regroup import Met, Regroup
 from swarm.replay_choice import MiniFrame
 from swarm.rollouts import SAMPLED_S, Rollouts, sample_metrics
 from swarm.run_config import RunConfig
@@ -55,7 +58,12 @@ class Coordinator:
         engines = EngineLine(config, fleet, progress, followers, self.policy)
         self.rollouts = Rollouts(config, progress, engines)
         self.corrections = Corrections(config, fleet, progress, line, clock, ray.put, engines, self.policy)
+        self.regroup = Regroup(config, fleet, progress, self.policy, line)
         self.gate, self.engine_gate = LaunchGate(config.codec), EngineGate(config.rollout)
+        self.given: list[tuple[int, object]] = []  # of the present step, to each rank: its first tick, its share
+        self.old_logprobs: list[object] = []  # of each rank's share, where one in its place finds them
+        self.without_share: set[int] = set()  # ranks that are new since
+        fleet.mend = self._mend
 
     # --- the run --------------------------------------------------------------------------------
 
@@ -68,6 +76,7 @@ class Coordinator:
         self.rollouts.sync()
         self.corrections.begin()
         if progress.step == 0:
+            self._judge_share()
             self._validate()
         while progress.step < config.run.steps:
             self._step()
@@ -80,13 +89,14 @@ class Coordinator:
     def _step(self) -> None:
         start = time.perf_counter()
         progress = self.progress
+        self.regroup.between_steps(scale.wanted(self.run_folder))
         progress.step += 1
         batch, timing = self.rollouts.train()
         self._judge_engine(timing)
         self.rollouts.engines.sleep()
         minis = self._mini_batches(batch)
         metrics = self._begin(batch, minis)
-        ticks = [self._tick(i, mini) for i, mini in enumerate(minis)]
+        ticks = [self._tick(i, minis) for i in range(len(minis))]
         self.fleet.take_turns("release_cache", self.fleet.workers)
         timing |= self.rollouts.sync()
         timing["timing_s/ticks"] = sum(tick[TICK_S] for tick in ticks)
@@ -101,27 +111,68 @@ class Coordinator:
 
     def _begin(self, batch: Batch, minis: list[MiniFrame]) -> dict[str, float]:
         """Give every rank its share of the step's mini-batches."""
-        swarm, arguments = self.config.swarm, []
-        for share in shares([mini.batch for mini in minis], swarm.dp, swarm.pp):
-            self.progress.control(share.ranks * share.frame.nbytes, share.ranks * share.dense)
-            arguments += [(self.progress.tick + 1, ray.put(share.frame))] * share.ranks
-        reports = self.fleet.ask_workers("begin_step", arguments, "the start of a step")
+        first = self.progress.tick + 1
+        self._deal(minis, first)
+        while True:
+            try:
+                reports, self.old_logprobs = self.fleet.begin_step(self.given)
+                break
+            except Exception as failure:
+                if self.regroup.after(failure, first).dealt_anew:
+                    self._deal(minis, first)
+        self.without_share.clear()
         metrics, ledger = combine(reports, batch.response_tokens)
         self.progress.ledger.merge(ledger)
         self.progress.remember("worker", metrics["perf/max_memory_gb"])
         self._judge_codec(metrics)
         return metrics
 
-    def _tick(self, index: int, mini: MiniFrame) -> dict[str, float]:
-        start = time.perf_counter()
+    def _deal(self, minis: list[MiniFrame], first: int) -> None:
+        """The step's samples among the replicas that there are; `first`: the tick that takes some of them first."""
+        self.given, pp = [], self.config.swarm.pp
+        for share in shares([mini.batch for mini in minis], self.regroup.dp, pp):
+            self.progress.control(share.ranks * share.frame.nbytes, share.ranks * share.dense)
+            self.given += [(first, ray.put(share.frame))] * share.ranks
+
+    def _take(self, plans: list[TickPlan], minis: list[MiniFrame]) -> list[TickReport]:
+        """One tick; once more where workers are lost in it."""
+        tick, pp, met = plans[0].tick, self.config.swarm.pp, None
+        limit = self.fleet.tick_limit(due=plans[0].correction is not None or self.corrections.may_be_fetched)
+        while True:
+            try:
+                self._give_again(minis, met)
+                if met and met.done == tick:
+                    return met.reports
+                others = [replace(plan, record=False) for plan in plans]  # one replica is diagnosed
+                asked = [((plans if rank < pp else others)[rank % pp],) for rank in range(len(self.fleet.workers))]
+                return self.fleet.ask_workers("tick", asked, f"tick {tick}", limit)
+            except Exception as failure:
+                met = self.regroup.after(failure, tick)
+                self.without_share |= set(met.fresh)
+
+    def _give_again(self, minis: list[MiniFrame], met: Met | None) -> None:
+        """Ranks that are new get their share of the present step; all of them, where it is dealt anew."""
+        if met and met.dealt_anew:
+            self._deal(minis, met.done + 1)
+            # of other samples now: old log-probs are taken anew, of the present weights
+            _, self.old_logprobs = self.fleet.begin_step(self.given)
+            self.progress.event("step dealt anew", replicas=self.regroup.dp)
+        elif self.without_share:
+            self.fleet.give({rank: (*self.given[rank], self.old_logprobs[rank]) for rank in self.without_share})
+        self.without_share.clear()
+
+    def _mend(self, failure: Exception) -> None:
+        """Workers that were lost between two ticks."""
+        self.without_share |= set(self.regroup.after(failure, self.progress.tick).fresh)
+
+    def _tick(self, index: int, minis: list[MiniFrame]) -> dict[str, float]:
+        start, mini = time.perf_counter(), minis[index]
         progress = self.progress
         self.corrections.deliver()  # first: a worker that is done can start again at once
         keep = self.corrections.offer(mini)
         progress.tick += 1
         diagnosed = self.corrections.sources.diagnosed(progress.tick)
-        plans = self._plans(index, keep, diagnosed)
-        limit = self.fleet.tick_limit(due=plans[0][0].correction is not None)
-        reports: list[TickReport] = self.fleet.ask_workers("tick", plans, f"tick {progress.tick}", limit)
+        reports = self._take(self._plans(index, keep, diagnosed), minis)
         outcome = reports[0].merge  # all ranks decide alike
         metrics, ledger = combine(reports, mini.batch.response_tokens)
         judge_loss(metrics.get(PG_LOSS, 0.0), mini.batch, progress.tick)
@@ -138,13 +189,12 @@ class Coordinator:
         self.telemetry.tick(progress.step, progress.tick, metrics | progress.ratios())
         return metrics
 
-    def _plans(self, index: int, keep: bool, diagnosed: bool) -> list[tuple[TickPlan]]:
-        """What each rank is to do in the present tick, on mini-batch `index`."""
+    def _plans(self, index: int, keep: bool, diagnosed: bool) -> list[TickPlan]:
+        """What the first ranks of each stage are to do in the present tick, on mini-batch `index`."""
         tick, pp = self.progress.tick, self.config.swarm.pp
         references, version = self.corrections.due(tick)
         return [
-            (TickPlan(tick, index, references and [references[rank % pp]], version, keep, diagnosed and rank < pp),)
-            for rank in range(len(self.fleet.workers))
+            TickPlan(tick, index, references and references[stage], version, keep, diagnosed) for stage in range(pp)
         ]
 
     def _judge_codec(self, metrics: dict[str, float]) -> None:
@@ -158,6 +208,12 @@ class Coordinator:
         kl = self.engine_gate.judge(metrics.get(mismatch.DENSE_K3))
         if kl is not None:
             self.progress.event("engine differs from the model", **{mismatch.DENSE_K3: kl})
+
+    def _judge_share(self) -> None:
+        """Once, before the first tick: does a cap keep the merger from the share that it is set to?"""
+        capped = capped_share(self.config.anchor, self.config.merger)
+        if capped is not None:
+            self.progress.event("share of the correction is capped", **capped)
 
     def _diagnose(self, mini: MiniFrame, outcome: MergeOutcome) -> dict[str, float]:
         """What this tick's correction was worth. The swarm waits for it; it is not part of `timing_s/tick`."""
@@ -206,7 +262,7 @@ class Coordinator:
         return found
 
     def _digests(self) -> list[str]:
-        found = self.fleet.ask_workers("digest", [()] * len(self.fleet.workers), "the digest of its weights")
+        found = self.fleet.ask_mended("digest", (), "the digest of its weights")
         return [f"{digest + (1 << 63):016x}" for digest in found]
 
     def summary(self) -> dict[str, Any]:
@@ -218,9 +274,9 @@ class Coordinator:
     def save(self) -> None:
         """A checkpoint of the present step, with what is under way: it waits for samples ahead, and in lockstep for fires."""
         start = time.perf_counter()
-        step, ranks = self.progress.step, len(self.fleet.workers)
+        step = self.progress.step
         writer = checkpoint.CheckpointWriter(self.run_folder, step)
-        files = self.fleet.ask_workers("save", [(str(writer.path), step)] * ranks, "its checkpoint")
+        files = self.fleet.ask_mended("save", (str(writer.path), step), "its checkpoint")
         state, frames = self.corrections.save()
         samples, batches = self.rollouts.save()
         writer.commit(self.progress.state() | state | samples, frames | batches, files)
@@ -244,7 +300,8 @@ def _anchor_of(config: RunConfig, fleet: Fleet) -> tuple[Clock, FireLine]:
     run, ticks_per_step = config.run, config.grpo.ticks_per_step
     longer = run.checkpoint_every > 0
     clock = make_clock(config.anchor, run.seed, run.steps * ticks_per_step, ticks_per_step, beyond=longer)
-    return clock, FireLine(fleet.anchors, config.swarm.pp, config.anchor.timeout_s, clock.bound())
+    parts = 2 if merger_class(config.merger.kind).looks else 1  # a head comes before what is merged
+    return clock, FireLine(fleet.anchors, config.swarm.pp, parts, config.anchor.timeout_s, clock.bound())
 
 
 def step_means(ticks: list[dict[str, float]]) -> dict[str, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,7 @@ class Corrections:
         self.fires = self.version = self.merged = 0
         self.merged_m_bar: object = None  # of the correction that is held: older than the last if that was refused
         self._expired = False
+        self._whole = False  # ranks merge something of what they hold: of the next one they will too
         self._parameters = parameter_count(config.model.path)
 
     # --- before a tick --------------------------------------------------------------------------
@@ -107,8 +109,8 @@ class Corrections:
         """On the wall clock a lag model slows the real anchor down by that many tick times."""
         return self.clock.least_ticks(due) * self.progress.tick_seconds
 
-    def due(self, tick: int) -> tuple[list[object] | None, int | None]:
-        """What `tick` is the first to merge, a reference for each stage; the version it must hold, None on the wall
+    def due(self, tick: int) -> tuple[list[list[object]] | None, int | None]:
+        """What `tick` is the first to merge, references for each stage; the version it must hold, None on the wall
         clock.
 
         Waits until it is there: here a worker that fails can be renewed, in the tick that would break it. Only for one
@@ -125,6 +127,11 @@ class Corrections:
         references = self.line.under_way[due.version].corrections if due else None
         return references, self.version if self.clock.waits else None
 
+    @property
+    def may_be_fetched(self) -> bool:
+        """Whether a tick may have to fetch what is behind the head of a correction, on the wall clock."""
+        return not self.clock.waits and self.line.parts > 1
+
     def deliver(self) -> None:
         """On the wall clock, pass corrections that are done on to every rank's inbox. Waits for nothing.
 
@@ -139,7 +146,7 @@ class Corrections:
             self.clock.finished(fire.due.version)
             self.line.report(fire)  # raises what else it failed with
             self.choice.release(fire.due.version)
-            self.line.deliver(fire, self.fleet.workers)
+            self.line.deliver(fire, self.fleet.workers, self._whole)
         for failure in self.line.check_deliveries():
             self.progress.event("correction lost on its way", reason=described(failure))
 
@@ -149,25 +156,29 @@ class Corrections:
         """Write down what this tick was the first to merge, what it passed over, and what it dropped."""
         newest = outcome.newest
         for fire in self.line.settled(newest) if newest > self.merged else []:
-            self._settle(fire, newest, merged_now=fire.due.version == outcome.version)
+            self._settle(fire, outcome)
         if outcome.refused is not None:
             self.progress.event("correction refused", version=outcome.refused)
         self.sources.settle(outcome)
         if outcome.expired and not self._expired:
             self.progress.event("correction dropped at max_age", version=outcome.version)
-        self._expired = outcome.expired
+        self._expired, self._whole = outcome.expired, outcome.whole
 
-    def _settle(self, fire: Fire, newest: int, merged_now: bool) -> None:
+    def _settle(self, fire: Fire, outcome: MergeOutcome) -> None:
+        """Of a correction whose head was enough, the head alone was sent."""
         progress, report = self.progress, self.line.report(fire)
+        merged_now = fire.due.version == outcome.version
         self.fires += 1
-        self.merged, self.faults.m_bar = newest, fire.m_bar
+        self.merged, self.faults.m_bar = outcome.newest, fire.m_bar
         if merged_now:
             self.merged_m_bar = fire.m_bar
         progress.remember("anchor", report["perf/max_memory_gb"])
+        whole = fire.whole or (merged_now and outcome.whole)
+        sizes = [sum(parts if whole else parts[:1]) for parts in report["stage_bytes"]]
         copies = [len(self.fleet.nodes(self.fleet.replicas_of(p))) for p in range(self.swarm.pp)]
-        progress.ledger.add("correction", sum(n * size for n, size in zip(copies, report["stage_bytes"])), 0)
-        first_tick = progress.tick if merged_now else None
-        progress.telemetry.fire(progress.step, progress.tick, report | {"first_tick": first_tick})
+        progress.ledger.add("correction", sum(n * size for n, size in zip(copies, sizes)), 0)
+        found = {"first_tick": progress.tick if merged_now else None, "bytes": sum(sizes)}
+        progress.telemetry.fire(progress.step, progress.tick, report | found)
 
     # --- checkpoints ----------------------------------------------------------------------------
 
@@ -180,7 +191,8 @@ class Corrections:
             self.faults.done(fires[-1])
         for fire in fires:
             calls |= {_report(fire.due): fire.report}
-            calls |= {f"fire-{fire.due.version}-{p}": c for p, c in enumerate(fire.corrections)}
+            stages = [_parts(fire.due, p, len(parts)) for p, parts in enumerate(fire.corrections)]
+            calls |= dict(zip(chain(*stages), chain(*fire.corrections), strict=True))
         m_bar = fires[-1].m_bar if fires else self.line.m_bar if self.clock.waits else self.faults.m_bar
         calls |= {} if m_bar is None else {"m_bar": m_bar}
         found = gather(calls.items(), "what a checkpoint keeps of the anchor", *self.fleet.anchor_limit)
@@ -220,10 +232,15 @@ class Corrections:
 
     def _take_up(self, due: Due, report: dict[str, Any], folder: Path) -> None:
         """A fire that was under way, or done and not merged, when the checkpoint was written."""
-        frames = [checkpoint.frame_of(folder, f"fire-{due.version}-{p}") for p in range(self.swarm.pp)]
-        references = [self.store(frame) for frame in frames]
+        stages = [_parts(due, p, self.line.parts) for p in range(self.swarm.pp)]
+        references = [[self.store(checkpoint.frame_of(folder, name)) for name in names] for names in stages]
         self.line.add(Fire(due, 0, self.store(report), self.line.m_bar, references))
 
 
 def _report(due: Due) -> str:
     return f"report-{due.version}"
+
+
+def _parts(due: Due, stage: int, parts: int) -> list[str]:
+    """What a checkpoint calls the parts of a stage's correction."""
+    return [f"fire-{due.version}-{stage}" + f"-{k}" * (k > 0) for k in range(parts)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,15 +14,23 @@ from rl.config import RolloutConfig
 from rl.rollout import RolloutWorker
 from swarm.config import SwarmConfig
 from swarm.failure_policy import Role
+from swarm.messages import Report
 from swarm.worker import Worker
 
 GRACE_S = 15.0  # a rank that waits for another has begun to a little after it was asked
 SETTLE_S = 5.0  # so long after the first rank that lost its peer Ray says what became of that
 
 
-@dataclass(frozen=True)
+def _as_it_is(failure: Exception) -> None:
+    raise failure
+
+
+@dataclass
 class Fleet:
-    """Handles, workers in rank order. `renew` puts a new actor in the place of one, here too; it waits for nothing."""
+    """Handles, workers in rank order. `renew` puts a new actor in the place of one, here too; it waits for nothing.
+
+    `new_worker`: one in the place of another, or beside all there are; `dismiss`: one is not needed any more.
+    """
 
     swarm: SwarmConfig
     anchor: AnchorConfig
@@ -32,6 +40,11 @@ class Fleet:
     anchors: list[ActorHandle[Anchor]]
     diagnosers: list[ActorHandle[Diagnoser]]
     renew: Callable[[Role, int], ActorHandle[Any]]
+    new_worker: Callable[[ActorHandle[Worker] | None], ActorHandle[Worker]]
+    dismiss: Callable[[ActorHandle[Worker]], None]
+    mend: Callable[[Exception], None] = field(
+        default=_as_it_is, init=False
+    )  # workers that a failure between ticks names
     _node: dict[object, str] = field(default_factory=dict, init=False)  # of each actor that was asked
 
     @property
@@ -64,13 +77,43 @@ class Fleet:
         ]
         return gather(calls, what, *(limit or self.swarm_limit), settle=SETTLE_S)
 
+    def ask_mended(self, method: str, arguments: Sequence[object], what: str) -> list[Any]:
+        """`ask_workers`, all for the same, between two ticks; once more where workers are lost."""
+        while True:
+            try:
+                return self.ask_workers(method, [arguments] * len(self.workers), what)
+            except Exception as failure:
+                self.mend(failure)
+
+    def begin_step(self, arguments: Sequence[Sequence[object]]) -> tuple[list[Report], list[object]]:
+        """What each rank reports, and references to the old log-probs of its samples."""
+        pairs = [
+            several(worker.begin_step.options(num_returns=2).remote(*args))
+            for worker, args in zip(self.workers, arguments, strict=True)
+        ]
+        calls = [(self.swarm.name_of(rank), report) for rank, (report, _) in enumerate(pairs)]
+        return gather(calls, "the start of a step", *self.swarm_limit, settle=SETTLE_S), [old for _, old in pairs]
+
+    def give(self, shares: Mapping[int, Sequence[object]]) -> None:
+        """Ranks that are new their share of the step that is under way."""
+        calls = [
+            (self.swarm.name_of(rank), self.workers[rank].begin_step.remote(*args)) for rank, args in shares.items()
+        ]
+        gather(calls, "its share of the step", *self.swarm_limit)
+
     def weights(self, tick: int, stream: str, whole: bool, exact: bool = True) -> tuple[list[object], int]:
         """References to the weights frames of all stages after `tick` ticks, for one stream of consumers; their bytes."""
-        ranks = self._first_replica
-        pairs = [several(w.weights.options(num_returns=2).remote(tick, stream, whole, exact)) for w in ranks]
-        calls = [(f"worker d0p{p}", size) for p, (_, size) in enumerate(pairs)]
-        nbytes = sum(gather(calls, f"the weights of tick {tick}", *self.swarm_limit))
-        return [frame for frame, _ in pairs], nbytes
+        while True:
+            ranks = self._first_replica
+            pairs = [several(w.weights.options(num_returns=2).remote(tick, stream, whole, exact)) for w in ranks]
+            calls = [(f"worker d0p{p}", size) for p, (_, size) in enumerate(pairs)]
+            try:
+                nbytes = sum(gather(calls, f"the weights of tick {tick}", *self.swarm_limit))
+            except Exception as failure:
+                self.mend(failure)
+                whole = True  # stages that are left have made the step that nobody got
+            else:
+                return [frame for frame, _ in pairs], nbytes
 
     def nodes(self, actors: Sequence[ActorHandle[Any]]) -> set[str]:
         """Nodes that these actors are on: an object goes once to each. An actor is asked once, before it is busy."""

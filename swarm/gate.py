@@ -1,12 +1,17 @@
 """Launch gates: an engine that computes something else than the model is found out in the run's first step, a codec
-that changes the policy in its second, and not in the run's result."""
+that changes the policy in its second, and not in the run's result. And a share that the hold's cap cuts, before them."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
+from anchor_service.config import AnchorConfig, correction_payload
 from anchor_service.errors import NotFinite
 from codec.config import CodecConfig
+from merger import merger_class
+from merger.config import MergerConfig
+from merger.holds import Holds
 from rl.config import RolloutConfig
 from rl.mismatch import COMFORT
 
@@ -88,3 +93,19 @@ class LaunchGate:
         if kl > self.max_kl:
             raise PolicyChanged(kl, self.max_kl)
         return None
+
+
+def capped_share(anchor: AnchorConfig, merger: MergerConfig) -> dict[str, Any] | None:
+    """Fields of an event, if the settings ask for a larger share of a step than a hold of `anchor.cadence` ticks may have."""
+    if not merger.placebo and correction_payload(anchor, merger) is None:
+        return None
+    holds = Holds(anchor.cadence, anchor.beta_anc)
+    asked = merger_class(merger.kind).capped(merger, holds)
+    if asked is None:
+        return None
+    cap, tau = holds.bound(merger.cap), holds.tau()
+    reason = (
+        f"merger.dose {merger.dose:g} asks for {asked:.3g} of a step, and merger.hold_cap keeps it to {cap:.3g} "
+        f"(merger.cap / √τ, τ = {tau:.3g} ticks); lower merger.dose or anchor.cadence, or raise merger.cap"
+    )
+    return {"share": asked, "cap": cap, "tau": tau, "reason": reason}

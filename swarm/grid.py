@@ -8,7 +8,7 @@ communicator can wait for each other.
 from __future__ import annotations
 
 import socket
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import cast
@@ -76,9 +76,19 @@ class Grid:
     def __init__(
         self, rank: int, dp: int, pp: int, device: torch.device, ledger: Ledger, timeout_s: float = 60.0, init: str = ""
     ):
-        self.rank, self.dp, self.pp, self.device, self.ledger = rank, dp, pp, device, ledger
-        self.d, self.p = divmod(rank, pp)
-        self.timeout_s = timeout_s
+        self.pp, self.device, self.ledger, self.timeout_s = pp, device, ledger, timeout_s
+        self.p = rank % pp
+        self.replicas = self._peers("grad_dp")
+        self.ends = self._peers("tied") if self.p in (0, pp - 1) else None
+        self.join(rank, dp, init)
+
+    def join(self, rank: int, dp: int, init: str) -> None:
+        """Take place `rank` of a grid with `dp` replicas whose ranks meet at `init`; the stage stays the same.
+
+        Of a grid that it was in before nothing is left: its process groups are destroyed by `leave`.
+        """
+        pp = self.pp
+        self.rank, self.dp, self.d = rank, dp, rank // pp
         self._inflight: list[tuple[dist.Work, Tensor]] = []
         self._dp_group: dist.ProcessGroup | None = None
         self._ends: dist.ProcessGroup | None = None  # of the first and the last stage, all replicas
@@ -87,12 +97,12 @@ class Grid:
         self._received = {"fwd": 0, "bwd": 0}
         if dp * pp > 1:
             self._connect(init)
-        across, both = range(self.p, dp * pp, pp), sorted({*range(0, dp * pp, pp), *range(pp - 1, dp * pp, pp)})
-        self.replicas = self._peers(self._dp_group, across, "grad_dp")
-        self.ends = self._peers(self._ends, both, "tied") if rank in both else None
+        self.replicas.join(self._dp_group, range(self.p, dp * pp, pp), rank)
+        if self.ends is not None:
+            self.ends.join(self._ends, sorted({*range(0, dp * pp, pp), *range(pp - 1, dp * pp, pp)}), rank)
 
-    def _peers(self, group: dist.ProcessGroup | None, ranks: Sequence[int], channel: str) -> Peers:
-        return Peers(group, ranks, self.rank, channel, self.device, self.ledger, self._waiting)
+    def _peers(self, channel: str) -> Peers:
+        return Peers(channel, self.device, self.ledger, self._waiting)
 
     @property
     def name(self) -> str:
@@ -101,6 +111,10 @@ class Grid:
     @staticmethod
     def _name(d: int, p: int) -> str:
         return f"worker d{d}p{p}"
+
+    @property
+    def alone(self) -> bool:
+        return self.dp * self.pp == 1
 
     @property
     def first(self) -> bool:
@@ -151,6 +165,14 @@ class Grid:
         """Destroy all process groups of this process, if there are any."""
         if dist.is_initialized():
             dist.destroy_process_group()
+
+    def part(self) -> None:
+        """`leave`, and hold nothing of them either: only then do those who wait for this rank learn that it is gone."""
+        self._inflight, self._dp_group, self._ends, self._groups = [], None, None, {}
+        for peers in (self.replicas, self.ends):
+            if peers is not None:
+                peers.group = None
+        self.leave()
 
     @contextmanager
     def _waiting(self, who: str, what: str) -> Generator[None]:

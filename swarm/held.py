@@ -1,6 +1,7 @@
 """The correction that a rank holds: adopted when all ranks have it, merged at a growing age, or stood in for.
 
 inbox ── agree: MIN of the versions held ──▶ adopt ──▶ merge, age 0 ─▶ merge, age 1 ─▶ … ─▶ the next version
+                                               │ └─ of a head: learn, and fetch the whole if it is wanted
                                                └─ beyond max_lag: refused        └─ beyond max_age: left out
 """
 
@@ -44,18 +45,23 @@ class Held:
         grid: Grid,
         stride: int | None = None,
     ):
-        self.anchor, self.grid, self.name = anchor, grid, merger.placebo or ""
-        self.merger = make_merger(merger)
-        self.merger.holds = Holds(anchor.cadence, anchor.beta_anc)
-        self.merger.windows = anchor.replay == "window"
+        self.anchor, self.config, self.seed, self.grid = anchor, merger, seed, grid
         self.merging = bool(merger.placebo) or correction_payload(anchor, merger) is not None
         self.at = self._looks_at(weights, stride)
-        sizes = {name: math.prod(shape) for name, shape in zip(weights.names, weights.shapes)}
-        self.placebo = PLACEBOS[merger.placebo](anchor.beta_anc, seed, sizes) if merger.placebo else None
+        self.sizes = {name: math.prod(shape) for name, shape in zip(weights.names, weights.shapes)}
         self.inbox = Inbox()
+        self._begin()
+
+    def _begin(self) -> None:
+        """Nothing is held, and nothing known of what was."""
+        anchor, config = self.anchor, self.config
+        self.merger = make_merger(config)
+        self.merger.holds = Holds(anchor.cadence, anchor.beta_anc)
+        self.merger.windows = anchor.replay == "window"
+        placebo = config.placebo
+        self.placebo = PLACEBOS[placebo](anchor.beta_anc, self.seed, self.sizes) if placebo else None
         self.correction: Correction | None = None
         self.seen = 0  # newest version agreed on, merged or refused
-        self.first_tick = 0  # in which `correction` was first merged
         # G_comp of the ticks that started a fire still under way, by source tick, where the merger needs them
         self.sources: dict[int, Tensor] = {}
 
@@ -78,20 +84,32 @@ class Held:
         if self.merger.needs_source and starts:
             self.sources[plan.tick - 1] = g_comp.clone()
         if self.at is not None:
-            held = None if self.correction is None else self.correction.values[self.at]
+            held = None if self.correction is None else self.correction.look_bar
             self.merger.watch(g_comp[self.at], plan.tick - 1 if starts else None, held)
         refused = self._adopt(plan) if self.placebo is None else self._stand_in(self.placebo, plan, g_comp, starts)
-        held, age = self.correction, plan.tick - self.first_tick
-        if held is None:
+        held, since = self.correction, self.merger.holds.since
+        if held is None or since is None:
             return MergeOutcome(refused=refused)
-        outcome = MergeOutcome(held.version, held.source_tick, plan.tick - held.source_tick, age, refused=refused)
+        age, lag = plan.tick - since, plan.tick - held.source_tick
+        outcome = MergeOutcome(held.version, held.source_tick, lag, age, held.values is not None, refused=refused)
         if self.anchor.max_age is not None and age > self.anchor.max_age:
             return replace(outcome, expired=True)
+        agree, flips = self._apply(g_comp, held, age, norm)
+        outcome = replace(outcome, merged=True, dose=self.merger.dose, merger=self.merger.metrics())
+        return replace(outcome, sign_agreement=agree, flip_fraction=flips)
+
+    def _apply(
+        self, g_comp: Tensor, held: Correction, age: int, norm: Callable[[Tensor], float]
+    ) -> tuple[float, float]:
+        """In place of the gradient. Shares of coordinates whose signs agree, and that it has turned; of a head it leaves
+        the gradient as it is, and those looked at stand for all."""
+        if held.values is None:
+            assert self.at is not None and held.look_bar is not None
+            self.merger.dose = 0.0
+            return (held.look_bar == g_comp[self.at].sign()).double().mean().item(), 0.0
         self.merger.prepare(g_comp, held.values, age, norm)
         agree, flips = self._in_place(g_comp, held.values)
-        n = g_comp.numel()
-        outcome = replace(outcome, merged=True, dose=self.merger.dose, merger=self.merger.metrics())
-        return replace(outcome, sign_agreement=agree / n, flip_fraction=flips / n)
+        return agree / g_comp.numel(), flips / g_comp.numel()
 
     def _in_place(self, g_comp: Tensor, correction: Tensor) -> tuple[int, int]:
         """One sweep over the gradient: merge, and count agreeing and flipped signs, while a block is in the cache."""
@@ -122,19 +140,29 @@ class Held:
         max_lag = self.anchor.max_lag
         if max_lag is not None and plan.tick - held.source_tick > max_lag:
             return version
-        values = held.values.to(self.grid.device)
-        if self.merger.needs_source:
-            assert source is not None  # the tick that started this fire has kept it
-            values = values - source
-        self._take(replace(held, values=values), plan)
+        self._learn(held, plan)
+        self.correction = self._wanted(held, source)
         return None
 
-    def _take(self, correction: Correction, plan: TickPlan) -> None:
-        """From this tick on it is merged."""
-        self.correction, self.first_tick = correction, plan.tick
+    def _learn(self, correction: Correction, plan: TickPlan) -> None:
+        """From this tick on it is merged, with what it has taught."""
         self.merger.holds.fire(plan.tick)
         if correction.look is not None:
             self.merger.learn(correction.source_tick, correction.look.to(self.grid.device), self._total)
+
+    def _wanted(self, held: Correction, source: Tensor | None) -> Correction:
+        """What the merger wants of it: all ranks have learned the same, so they fetch alike."""
+        device = self.grid.device
+        bar = None if held.look_bar is None else held.look_bar.to(device)
+        if bar is not None and not self.merger.wants():
+            return replace(held, values=None, look=None, look_bar=bar, fetch=None)
+        whole = held if held.fetch is None else held.fetch()
+        assert whole.values is not None
+        values = whole.values.to(device)
+        if self.merger.needs_source:
+            assert source is not None  # the tick that started this fire has kept it
+            values = values - source
+        return replace(held, values=values, look=None, look_bar=bar, fetch=None)
 
     def _total(self, numbers: list[float]) -> list[float]:
         return self.grid.sum_pp(torch.tensor(numbers, dtype=torch.float64, device=self.grid.device)).tolist()
@@ -155,12 +183,14 @@ class Held:
             source = plan.tick - anchor.delay_k
             self.seen += 1
             signs, alone = placebo.fire(source, g_comp)
-            look = None if self.at is None else alone[self.at]
-            self._take(Correction(self.seen, source, plan.tick, signs, self.name, look), plan)
+            look, bar = (None, None) if self.at is None else (alone[self.at], signs[self.at])
+            self.correction = Correction(self.seen, source, plan.tick, signs, self.config.placebo or "", look, bar)
+            self._learn(self.correction, plan)
 
     def stand_in(self) -> dict[str, Tensor]:
         """What a diagnosis cannot get from an anchor, as there is none: the placebo's correction."""
-        return {"m_bar": self.correction.values} if self.placebo and self.correction else {}
+        values = self.correction.values if self.placebo and self.correction else None
+        return {} if values is None else {"m_bar": values}
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors, and plain fields: all that the next tick needs of corrections."""
@@ -168,21 +198,24 @@ class Held:
         tensors |= prefixed("merger", self.merger.state())
         if self.placebo:
             tensors |= prefixed("placebo", self.placebo.state())
-        fields: dict[str, Any] = {"seen": self.seen, "first_tick": self.first_tick, "holds": self.merger.holds.fields()}
+        fields: dict[str, Any] = {"seen": self.seen, "holds": self.merger.holds.fields()}
         if self.correction is not None:
             held = self.correction
-            tensors["correction"] = held.values
+            parts = {"correction": held.values, "look_bar": held.look_bar}
+            tensors |= {name: part for name, part in parts.items() if part is not None}
             fields["correction"] = {k: getattr(held, k) for k in ("version", "source_tick", "first_tick", "digest")}
         return tensors, fields
 
     def restore(self, tensors: dict[str, Tensor], fields: dict[str, Any]) -> None:
-        """Go on from `state()`."""
+        """Go on from `state()`; what was learnt since is forgotten."""
+        self._begin()
         here = {name: value.to(self.grid.device) for name, value in tensors.items()}
         self.sources = {int(s): g for s, g in under("source", here).items()}
         self.merger.restore(under("merger", here))
         if self.placebo:
             self.placebo.restore(under("placebo", here))
-        self.seen, self.first_tick = fields["seen"], fields["first_tick"]
+        self.seen = fields["seen"]
         self.merger.holds.restore(fields["holds"])
         if "correction" in fields:
-            self.correction = Correction(values=here["correction"], **fields["correction"])
+            parts = {"values": here.get("correction"), "look_bar": here.get("look_bar")}
+            self.correction = Correction(**parts, **fields["correction"])

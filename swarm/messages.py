@@ -14,7 +14,7 @@ class TickPlan:
 
     tick: int
     mini_batch: int  # which of the step's mini-batches
-    correction: object | None  # reference to this stage's correction frame, in the tick that must first merge it
+    correction: object | None  # references to this stage's correction, in the tick that must first merge it
     version: int | None  # version that must be merged in this tick, 0 before the first fire; None: what all ranks hold
     keep_source: bool = False  # a fire starts from the weights before this tick: `delta` will need its G_comp
     record: bool = False  # this tick is diagnosed: keep what `record` will be asked for
@@ -28,11 +28,12 @@ class MergeOutcome:
     source_tick: int = 0
     lag: int = 0  # ticks from its source weights to this tick
     age: int = 0  # ticks since it was first merged
-    merged: bool = False  # whether this tick merged it
+    whole: bool = False  # ranks hold all of it; else its head alone, as nothing of it would be merged
+    merged: bool = False  # whether this tick merged it, with a dose of 0 too
     expired: bool = False  # it was not, being older than `anchor.max_age`
     refused: int | None = None  # version that came in this tick, beyond `anchor.max_lag`
     dose: float = 0.0  # with which it was merged
-    sign_agreement: float = 0.0  # share of coordinates in which its sign is that of G_comp
+    sign_agreement: float = 0.0  # share of coordinates in which its sign is that of G_comp; of a head those looked at
     flip_fraction: float = 0.0  # share of coordinates whose sign the merge has turned
     merger: dict[str, float] = field(default_factory=dict)  # what the merger has to say of itself
 
@@ -74,3 +75,14 @@ class TickReport(Report):
     """worker -> coordinator: the same of a tick, with what it merged."""
 
     merge: MergeOutcome
+
+
+@dataclass(frozen=True)
+class Standing:
+    """worker -> coordinator: where a rank stands after something failed."""
+
+    marked: int  # the last tick that it began; it can go back to before it
+    done: int  # the last tick that it ended
+    own_before: bool  # whether the state before tick `marked` has what no other replica holds
+    own_after: bool  # likewise after tick `done`
+    report: TickReport | None  # of tick `done`

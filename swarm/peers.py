@@ -31,18 +31,12 @@ class WrongSize(RuntimeError):
 class Peers:
     """`ranks` of the world, this one's among them, as `codec.coded_sum.Replicas`. With one rank alone nothing is sent."""
 
-    def __init__(
-        self,
-        group: dist.ProcessGroup | None,
-        ranks: Sequence[int],
-        rank: int,
-        channel: str,
-        device: torch.device,
-        ledger: Ledger,
-        waiting: Waiting,
-    ):
-        self.group, self.ranks, self.channel, self.device = group, list(ranks), channel, device
-        self.ledger, self.waiting = ledger, waiting
+    def __init__(self, channel: str, device: torch.device, ledger: Ledger, waiting: Waiting):
+        self.channel, self.device, self.ledger, self.waiting = channel, device, ledger, waiting
+
+    def join(self, group: dist.ProcessGroup | None, ranks: Sequence[int], rank: int) -> None:
+        """Be `rank`, one of `ranks`, from now on."""
+        self.group, self.ranks = group, list(ranks)
         self.count, self.index = len(self.ranks), self.ranks.index(rank)
         self.others = [k for k in range(self.count) if k != self.index]
 

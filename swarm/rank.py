@@ -6,6 +6,7 @@ import time
 from collections import defaultdict
 from collections.abc import Generator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,13 +93,17 @@ class Rank:
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors, and plain fields: all that the next tick depends on."""
+        tensors, fields = self._exchanged()
+        tensors["weights"] = self.stage.weights.master.detach()
+        return tensors | prefixed("adam", self.optimizer.state_dict()["state"].get(0, {})), fields
+
+    def _exchanged(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What a tick changes before its optimizer does."""
         held, fields = self.held.state()
-        tensors = {"weights": self.stage.weights.master.detach()}
-        tensors |= prefixed("adam", self.optimizer.state_dict()["state"].get(0, {}))
+        found: dict[str, Tensor] = {}
         for layer, boundary in self.cuts.items():
-            tensors |= prefixed(f"codec.{layer}", boundary.state())
-        tensors |= prefixed("reducer", self.reducer.state())
-        return tensors | held, fields
+            found |= prefixed(f"codec.{layer}", boundary.state())
+        return found | prefixed("reducer", self.reducer.state()) | held, fields
 
     def restore(self, tensors: dict[str, Tensor], fields: dict[str, Any]) -> None:
         """Go on from `state()`. Raises ValueError if it is of another model or stage."""
@@ -111,10 +116,51 @@ class Rank:
         state = self.optimizer.state_dict()
         state["state"] = {0: under("adam", tensors)}
         self.optimizer.load_state_dict(state)
+        self._restore_exchanged(tensors, fields)
+
+    def _restore_exchanged(self, tensors: dict[str, Tensor], fields: dict[str, Any]) -> None:
         for layer, boundary in self.cuts.items():
             boundary.restore(under(f"codec.{layer}", tensors))
         self.reducer.restore(under("reducer", tensors))
         self.held.restore(tensors, fields)
+
+    # --- a tick that breaks off ---------------------------------------------------------------
+
+    def mark(self) -> None:
+        """Remember what a tick changes before its optimizer does: up to there it can be taken back."""
+        tensors, fields = self._exchanged()
+        # a correction is never written to
+        kept = {k: v if k.startswith(("correction", "source.")) else v.clone() for k, v in tensors.items()}
+        self._mark = kept, deepcopy(fields), self.held.inbox.held()
+
+    def rollback(self) -> None:
+        """Back to the mark, from wherever the tick broke off before its optimizer."""
+        tensors, fields, inbox = self._mark
+        self._restore_exchanged(tensors, fields)
+        self.held.inbox.put_back(inbox)
+        self.seal.digest, self.kept = None, {}
+
+    def has_own(self, tick: int) -> bool:
+        """Whether `tick` needs what no other replica holds: debts to the sum of gradients, statistics not summed yet."""
+        due = self.bases.due(tick)
+        ways = [boundary.way(way) for boundary in self.cuts.values() for way in ("fwd", "bwd")]
+        return bool(self.reducer.state()) or any(way.own(due) for way in ways)
+
+    def meet(self, index: int, dp: int, init: str) -> None:
+        """Take place `index` of a grid with `dp` replicas. What this rank owes to others' gradients stays its own."""
+        changed = dp != self.grid.dp
+        self.grid.join(index, dp, init)
+        if changed:
+            owed = self.reducer.state()
+            self.reducer.join()
+            if owed and self.reducer.state():
+                self.reducer.restore(owed)
+
+    def forget_debts(self) -> None:
+        """Of a state that came from another replica: what that one owes to the sum of gradients, it pays itself."""
+        for name, tensor in self.reducer.state().items():
+            if name.endswith("error"):
+                tensor.zero_()
 
 
 def build_rank(setup: RankSetup, grid: Grid) -> Rank:

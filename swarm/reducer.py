@@ -19,21 +19,27 @@ class Reducer:
     """A sum for each part of the flat gradient, by name."""
 
     def __init__(self, config: GradientConfig, seed: int, stage: Stage, grid: Grid):
+        self.config, self.seed, self.grid = config, seed, grid
         weights = stage.weights
-        whole, tied = slice(0, weights.numel), None
+        at: dict[str, slice] = {"own": slice(0, weights.numel)}
         if grid.pp > 1 and stage.config.tie_word_embeddings and (grid.first or grid.last):
-            at = weights.names.index(EMBEDDING)
-            tied = slice(weights.offsets[at], weights.offsets[at + 1])
+            index = weights.names.index(EMBEDDING)
+            at["tied"] = tied = slice(weights.offsets[index], weights.offsets[index + 1])
             # it comes first where it is looked up, and last where it is the head
-            whole = slice(tied.stop, weights.numel) if grid.first else slice(0, tied.start)
-        shapes = [s for s, start in zip(weights.shapes, weights.offsets) if whole.start <= start < whole.stop]
-        self.parts: dict[str, tuple[slice, GradientSum]] = {
-            "own": (whole, gradient_sum(config, shapes, grid.replicas, seed, grid.device))
-        }
-        if tied is not None:
-            assert grid.ends is not None  # of the first and the last stage
-            shape = weights.shapes[weights.names.index(EMBEDDING)]
-            self.parts["tied"] = tied, gradient_sum(config, [shape], grid.ends, seed, grid.device)
+            at["own"] = slice(tied.stop, weights.numel) if grid.first else slice(0, tied.start)
+        starts = list(zip(weights.shapes, weights.offsets))
+        self.shapes = {name: [s for s, at in starts if w.start <= at < w.stop] for name, w in at.items()}
+        self.at = at
+        self.join()
+
+    def join(self) -> None:
+        """Sum with those who are in the grid now; nothing is owed to anybody."""
+        self.parts: dict[str, tuple[slice, GradientSum]] = {}
+        for name, where in self.at.items():
+            peers = self.grid.ends if name == "tied" else self.grid.replicas
+            assert peers is not None  # the first and the last stage have the other end
+            total = gradient_sum(self.config, self.shapes[name], peers, self.seed, self.grid.device)
+            self.parts[name] = where, total
 
     def __call__(self, grad: Tensor) -> None:
         """In place, [numel of the stage]; the same on all copies to the bit."""

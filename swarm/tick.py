@@ -33,9 +33,11 @@ from swarm.rank import MiniBatch, Rank
 
 
 def tick(rank: Rank, plan: TickPlan, mini: MiniBatch, fetch: Callable[[object], Correction]) -> TickReport:
-    """θ_{T-1} -> θ_T. `fetch` resolves the plan's reference to a correction."""
+    """θ_{T-1} -> θ_T. `fetch` resolves the plan's references to a correction."""
     weights, every = rank.stage.weights, rank.setup.swarm.check_every
     rank.seal.check(plan, weights.master)
+    if not rank.grid.alone:
+        rank.mark()
     with rank.timed("q_refresh"):
         values = rank.bases.refresh(plan.tick)
     loss = _loss(rank, plan, mini)

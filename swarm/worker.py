@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
+import traceback
 from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import cast
 
 import numpy as np
@@ -14,22 +18,25 @@ import torch
 from torch import Tensor
 
 from anchor_service.calls import gather
-from anchor_service.messages import Correction, pack_record, unpack_correction
+from anchor_service.messages import Correction, joined, pack_record, unpack_correction, unpack_head
+from codec.frames import FrameError, pack, unpack
 from codec.ledger import Ledger
 from rl import mismatch
 from rl.config import SnapshotConfig
 from rl.device import peak_memory_gb, prefer_determinism
 from rl.objective import MicroBatch, microbatches
-from rl.snapshot import Sender
+from rl.snapshot import BaseLost, Sender
 from swarm import checkpoint
 from swarm.grid import Grid, meeting
 from swarm.manifest import Entry
-from swarm.messages import ENGINES_STREAM, Report, TickPlan, TickReport
+from swarm.messages import ENGINES_STREAM, Report, Standing, TickPlan, TickReport
 from swarm.nonfinite import explained
 from swarm.rank import MiniBatch, RankSetup, build_rank
 from swarm.replicas import weights_digest
 from swarm.shares import mini_batches
 from swarm.tick import tick
+
+OldLogprobs = list[list[np.ndarray] | None]  # one a mini-batch; None: those of the tick itself
 
 
 @dataclass(frozen=True)
@@ -56,6 +63,8 @@ class Worker:
         self.setup = setup
         torch.set_num_threads(setup.rank.swarm.threads)
         self.minis: list[MiniBatch] = []
+        self.marked = self.done = 0
+        self.report: TickReport | None = None
         self.compared: defaultdict[str, float] = defaultdict(float)
         self.senders: dict[str, Sender] = {}
 
@@ -64,9 +73,13 @@ class Worker:
         self.store, address = meeting(ray.util.get_node_ip_address())
         return address
 
-    def build(self, init: str) -> None:
-        """Join the grid and load this stage's part of the model. A worker that is used again leaves its old grid."""
+    def build(self, init: str, index: int | None = None, dp: int | None = None) -> None:
+        """Join the grid and load this stage's part of the model. A worker that is used again leaves its old grid.
+
+        `index`, `dp`: its place in a grid that is not as it was planned.
+        """
         Grid.leave()
+        self.setup = replace(self.setup, index=self.setup.index if index is None else index)
         setup, swarm = self.setup.rank, self.setup.rank.swarm
         device = torch.device(swarm.device)
         if device.type == "cuda":
@@ -76,23 +89,35 @@ class Worker:
             )
             torch.cuda.set_device(device)
         prefer_determinism(device)
-        grid = Grid(self.setup.index, swarm.dp, swarm.pp, device, Ledger(), swarm.timeout_s, init)
+        grid = Grid(self.setup.index, dp or swarm.dp, swarm.pp, device, Ledger(), swarm.timeout_s, init)
         self.rank = build_rank(setup, grid)
 
-    def begin_step(self, tick: int, frame: np.ndarray) -> Report:
+    def begin_step(self, tick: int, frame: np.ndarray, known: OldLogprobs | None = None) -> tuple[Report, OldLogprobs]:
         """Take this rank's share of the mini-batches of the step whose first tick is `tick`.
 
-        Old log-probs are recomputed where asked for, and where the tick's own are not the same.
+        Old log-probs are recomputed where asked for, and where the tick's own are not the same; `known`: what this
+        returned beside its report to a rank that was lost since.
         """
         rank, device = self.rank, self.rank.grid.device
         self.minis, self.compared = [], defaultdict(float)
         start, refreshed = time.perf_counter(), rank.bases.due(tick)
-        for index, (batch, denominator) in enumerate(mini_batches(frame)):
-            micros = microbatches(batch, np.arange(len(batch)), rank.setup.swarm.micro_batch_size, device)
-            self.minis.append(MiniBatch(micros, self._old_logprobs(index, micros, refreshed), denominator))
+        with self._in_company():
+            if known is None:
+                self.marked, self.done = tick, tick - 1
+                if not rank.grid.alone:
+                    rank.mark()
+            for index, (batch, denominator) in enumerate(mini_batches(frame)):
+                micros = microbatches(batch, np.arange(len(batch)), rank.setup.swarm.micro_batch_size, device)
+                again = known is not None and rank.setup.grpo.old_logprobs != "rollout"
+                old = (
+                    _tensors(known[index], device) if known and again else self._old_logprobs(index, micros, refreshed)
+                )
+                self.minis.append(MiniBatch(micros, old, denominator))
         peaks = {"timing_s/old_log_prob": time.perf_counter() - start, "perf/max_memory_gb": peak_memory_gb(device)}
         sums = {} if self.minis[0].old_logprobs is None else self._take_compared()
-        return Report(sums, {}, peaks, rank.grid.ledger.drain())
+        own = rank.setup.grpo.old_logprobs != "rollout"  # else they are among the samples
+        old = [_arrays(mini.old_logprobs) if own else None for mini in self.minis]
+        return Report(sums, {}, peaks, rank.grid.ledger.drain()), old
 
     def _old_logprobs(self, index: int, micros: list[MicroBatch], refreshed: bool) -> list[Tensor] | None:
         """One a microbatch, on the last stage; None: those of the tick itself. Recomputed ones are compared."""
@@ -116,29 +141,98 @@ class Worker:
     def tick(self, plan: TickPlan) -> TickReport:
         """A step is compared once: what was before its first tick is told with what that tick compares."""
         mini = self.minis[plan.mini_batch]
-        with explained(self.rank, mini.micros):
+        self.marked = plan.tick
+        with self._in_company(), explained(self.rank, mini.micros):
             report = tick(self.rank, plan, mini, self._fetch_correction)
         for name, value in self._take_compared().items():
             report.sums[name] = report.sums.get(name, 0.0) + value
+        self.done, self.report = plan.tick, report
         return report
 
-    def deliver(self, reference: list[object]) -> None:
-        """Fetch a correction into the inbox, beside whatever tick is running; its rank merges it when all hold it."""
-        self.rank.held.inbox.put(self._fetch_correction(reference))
+    # --- when others are lost -----------------------------------------------------------------
 
-    def _fetch_correction(self, reference: object) -> Correction:
+    @contextmanager
+    def _in_company(self) -> Generator[None]:
+        """A rank that fails leaves its process groups: whoever waits for it learns so at once, and not at a deadline."""
+        try:
+            yield
+        except BaseException as error:
+            seen: BaseException | None = error
+            while seen:  # frames that are over hold groups too
+                traceback.clear_frames(seen.__traceback__)
+                seen = seen.__cause__
+            self.rank.grid.part()
+            raise
+
+    def standing(self) -> Standing:
+        """Where this rank is; it answers when whatever it was asked before is over, well or not."""
+        before, after = self.rank.has_own(self.marked), self.rank.has_own(self.done + 1)
+        return Standing(self.marked, self.done, before, after, self.report)
+
+    def meet(self, index: int, dp: int, init: str, back: bool) -> None:
+        """Take place `index` of a new grid, of `dp` replicas; `back`: take the tick that broke off back."""
+        self.rank.grid.part()
+        self.setup = replace(self.setup, index=index)
+        if back:
+            self.rank.rollback()
+            self.marked = self.done
+        self.rank.meet(index, dp, init)
+
+    def copied(self) -> np.ndarray:
+        """All that the next tick depends on, as a frame, for another replica of this stage."""
+        tensors, fields = self.rank.state()
+        arrays = {name: tensor.detach().cpu().numpy() for name, tensor in tensors.items()}
+        return pack({"kind": "rank", "stage": self.rank.grid.p, "fields": json.dumps(fields)}, arrays)
+
+    def become(self, frame: np.ndarray, done: int) -> int:
+        """Go on after `done` ticks from another replica's `copied`; its bytes. Raises FrameError."""
+        rank = self.rank
+        sender = f"a twin of {rank.grid.name}"
+        header, arrays = unpack(frame, sender)
+        if header.get("stage") != rank.grid.p:
+            raise FrameError(sender, "stage", f"expected {rank.grid.p}, got {header.get('stage')!r}")
+        tensors = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
+        rank.restore(tensors, json.loads(header["fields"]))
+        rank.forget_debts()
+        rank.seal.digest, rank.kept = None, {}
+        self.marked = self.done = done
+        return frame.nbytes
+
+    def deliver(self, references: list[object], whole: bool) -> None:
+        """Fetch a correction, or the head of it, into the inbox, beside whatever tick is running; its rank merges it when
+        all hold it."""
+        self.rank.held.inbox.put(self._fetch_correction(references, whole))
+
+    def _fetch_correction(self, references: object, whole: bool = False) -> Correction:
+        """Of a head, unless the `whole` is asked for, the rest is left to who wants it."""
+        first, *rest = cast("list[object]", references)  # in a list Ray leaves them references: waited for here
+        place = self.rank.grid.p, self.rank.stage.weights.numel
+        if not rest:
+            return unpack_correction(self._frame(first), *place)
+        looked = self.rank.held.looked
+        assert looked is not None  # heads are published for a merger that looks
+        head = unpack_head(self._frame(first), *place, looked)
+
+        def fetch() -> Correction:
+            return joined(head, unpack_correction(self._frame(rest[0]), *place))
+
+        return fetch() if whole else replace(head, fetch=fetch)
+
+    def _frame(self, reference: object) -> np.ndarray:
         what = f"a correction that is due to {self.rank.grid.name}"
-        (one,) = cast("list[object]", reference)  # in a list Ray leaves it a reference: it is waited for here
-        (frame,) = gather([("the anchor", one)], what, self.rank.setup.anchor.timeout_s, "anchor.timeout_s")
-        return unpack_correction(frame, self.rank.grid.p, self.rank.stage.weights.numel, self.rank.held.looked)
+        (frame,) = gather([("the anchor", reference)], what, self.rank.setup.anchor.timeout_s, "anchor.timeout_s")
+        return frame
 
     def weights(self, tick: int, stream: str, whole: bool, exact: bool) -> tuple[np.ndarray, int]:
         """Frame of this stage's weights after `tick` ticks, and its size; a tied copy is left to its owner.
 
         Each stream has a sender of its own, which knows what its receivers hold. The engines' alone may have a rate.
+        Raises BaseLost if it is asked for earlier weights of a stream that another has sent.
         """
         weights = self.rank.stage.weights
         if stream not in self.senders:
+            if tick < self.done:  # whoever was here before knew them
+                raise BaseLost(self.rank.grid.p, tick, None)
             snapshot = self.setup.snapshot
             bf16 = snapshot.is_bf16(self.setup.rank.model)
             self.senders[stream] = Sender(snapshot, bf16, snapshot.rate if stream == ENGINES_STREAM else None)
@@ -165,3 +259,11 @@ class Worker:
 
     def restore(self, folder: str) -> None:
         checkpoint.restore_rank(self.rank, folder)
+
+
+def _arrays(tensors: list[Tensor] | None) -> list[np.ndarray] | None:
+    return None if tensors is None else [tensor.detach().cpu().numpy() for tensor in tensors]
+
+
+def _tensors(arrays: list[np.ndarray] | None, device: torch.device) -> list[Tensor] | None:
+    return None if arrays is None else [torch.from_numpy(array.copy()).to(device) for array in arrays]

@@ -16,7 +16,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from anchor_service.calls import gather
 from anchor_service.errors import WaitTimeout
 from deploy.cluster.actors import ActorPlan, actor_plans
-from deploy.cluster.placement import BLOCKING, ROLES, UNMASKED, counts, demand, lacking, placement, tags
+from deploy.cluster.placement import A_TRACE, BLOCKING, ROLES, SPARE, UNMASKED, counts, demand, lacking, placement, tags
 from deploy.cluster.takedown import bounded
 from swarm.failure_policy import Role
 from swarm.fleet import Fleet
@@ -88,10 +88,12 @@ class ActorGroup:
     bundles: PlacementGroup
     plans: Plans  # of the present run
     actors: dict[str, list[ActorHandle[Any]]] = field(default_factory=lambda: {role: [] for role in ROLES})
+    beside: list[ActorHandle[Any]] = field(default_factory=list)  # workers that no run was planned with
+    whole: bool = True  # whether there are all that there were
 
     def serves(self, config: RunConfig) -> bool:
         enough = all(len(self.actors[role]) >= n for role, n in zip(ROLES, counts(config)))
-        return enough and _fixed(self.made_for) == _fixed(config)
+        return enough and self.whole and _fixed(self.made_for) == _fixed(config)
 
     def start(self) -> None:
         """New actors of all roles, each in its bundle; a handle is in `actors` as soon as it is there."""
@@ -108,8 +110,23 @@ class ActorGroup:
         self.actors[role][index] = new = self._new(role, index)
         return new
 
-    def _new(self, role: str, index: int) -> ActorHandle[Any]:
-        """Actor number `index` of its role, in its bundle."""
+    def new_worker(self, old: ActorHandle[Any] | None) -> ActorHandle[Any]:
+        """Another in the place of `old`; of None, or of one that has no bundle, wherever there is room. Waits for nothing."""
+        held = self.actors["worker"]
+        if old is not None and old in held:
+            return self.renew("worker", held.index(old))
+        if old is not None:
+            ray.kill(old)
+        self.beside.append(self._new("worker", 0, anywhere=True))
+        return self.beside[-1]
+
+    def dismiss(self, handle: ActorHandle[Any]) -> None:
+        """It is not needed any more."""
+        ray.kill(handle)
+        self.whole = False
+
+    def _new(self, role: str, index: int, anywhere: bool = False) -> ActorHandle[Any]:
+        """Actor number `index` of its role, in its bundle, or where there is room."""
         config, plan = self.made_for, self.plans[role][index]
         number = sum(counts(config)[: ROLES.index(role)]) + index
         env = _ENV | (UNMASKED | BLOCKING if role == "worker" else {}) | {"OMP_NUM_THREADS": str(config.swarm.threads)}
@@ -119,11 +136,16 @@ class ActorGroup:
             num_gpus=needs["GPU"],
             max_restarts=0,
             max_task_retries=0,  # a repeated tick would hang the other ranks
-            scheduling_strategy=PlacementGroupSchedulingStrategy(
-                self.bundles, placement_group_bundle_index=placement(config).of_actor[number]
-            ),
             runtime_env={"env_vars": env},
         )
+        if not anywhere:
+            bundle = placement(config).of_actor[number]
+            options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(self.bundles, bundle)
+        else:
+            own = SPARE in ray.cluster_resources()
+            asked = [config.swarm.resource] if config.swarm.resource else []
+            options["resources"] = dict.fromkeys([SPARE] if own else asked, A_TRACE)
+            options["num_cpus"] = 0 if own else needs["CPU"]
         if role == "worker" and config.anchor.clock == "wall":
             options["concurrency_groups"] = {"inbox": 1}  # corrections arrive beside a running tick
         return cast(ActorHandle[Any], ray.remote(**options)(plan.kind).remote(*plan.arguments))
@@ -149,10 +171,18 @@ class ActorGroup:
             held[role][index] = new = self.renew(role, index)
             return new
 
-        return Fleet(config.swarm, config.anchor, config.rollout, *held.values(), renew=renew)
+        return Fleet(
+            config.swarm,
+            config.anchor,
+            config.rollout,
+            *held.values(),
+            renew=renew,
+            new_worker=self.new_worker,
+            dismiss=self.dismiss,
+        )
 
     def end(self) -> None:
-        for handle in [handle for role in ROLES for handle in self.actors[role]]:
+        for handle in [*self.beside, *(handle for role in ROLES for handle in self.actors[role])]:
             ray.kill(handle)
         remove_placement_group(self.bundles)
 

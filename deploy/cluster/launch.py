@@ -18,7 +18,7 @@ from anchor_service.errors import WaitTimeout, described
 from deploy.cluster.forkserver import forkserver
 from deploy.cluster.kept_actors import new_actors
 from deploy.cluster.loopback import ADDRESS, loopback
-from deploy.cluster.placement import placement, tags
+from deploy.cluster.placement import SPARE, placement, tags
 from deploy.cluster.takedown import shut_down
 from deploy.config import to_toml
 from deploy.resume import Resume
@@ -51,7 +51,7 @@ def cluster(config: RunConfig, address: str | None, lanes: int = 1) -> Generator
             ray.init(
                 address="local",  # else Ray joins any cluster that it finds on this machine, or that RAY_ADDRESS names
                 num_cpus=max(os.cpu_count() or 1, needed),
-                resources=dict.fromkeys(tags(config).values(), 1),
+                resources=dict.fromkeys([SPARE, *tags(config).values()], 1.0),
                 include_dashboard=False,
                 log_to_driver=False,
                 runtime_env=environment,

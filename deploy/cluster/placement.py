@@ -18,7 +18,10 @@ UNMASKED = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
 BLOCKING = {"TORCH_NCCL_BLOCKING_WAIT": "1"}
 ROLES = ("worker", "engine", "anchor", "diagnoser")
 WORKER_SHARE, ENGINE_SHARE = 0.6, 0.4  # of a GPU that a worker shares with an engine: Ray puts no two workers on one
-_A_TRACE = 0.001  # of a node's custom resource: there is room for any number of bundles
+SPARE = (
+    "northstar_spare"  # of a cluster of our own: workers that are added while a run goes on need no logical CPU there
+)
+A_TRACE = 0.001  # of a node's custom resource: there is room for any number of bundles
 
 
 @dataclass(frozen=True)
@@ -115,5 +118,5 @@ def _bundle(section: SwarmConfig | RolloutConfig | AnchorConfig, actors: int = 1
     if section.device == "cuda":
         bundle["GPU"] = actors
     if section.resource:
-        bundle[section.resource] = _A_TRACE
+        bundle[section.resource] = A_TRACE
     return bundle

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +18,10 @@ def plan_command(
         float | None,
         typer.Option("--anchor-bytes", min=0, help="MB a tick that the anchor may send; default: what it sends now"),
     ] = None,
+    probe_file: Annotated[
+        Path | None,
+        typer.Option("--probe", metavar="FILE", help="what `probe --json` wrote: is the anchor worth its bytes?"),
+    ] = None,
     json_file: JsonFile = None,
 ) -> None:
     """Say what a config will send, hold and wait for: bytes, memory, time, the cadence its anchor can keep."""
@@ -26,10 +31,16 @@ def plan_command(
 
     try:
         budget = None if anchor_mb is None else anchor_mb * 1e6
-        found = make_plan(load_for_planning(source, set_ or []), budget)
+        found = make_plan(load_for_planning(source, set_ or []), budget, probe_file)
     except ValueError as error:
         raise refused(error) from error
     show_plan(found, console)
+    if found.anchor and not found.worth:
+        sets = "".join(f" --set {shlex.quote(override)}" for override in set_ or [])
+        console.print(
+            f"Is the anchor worth its bytes? `northstar probe {source}{sets} --json probe.json`, then plan --probe probe.json",
+            highlight=False,
+        )
     if json_file:
         write_json(json_file, found.numbers())
 

@@ -101,17 +101,23 @@ def weights_walk(config: RunConfig, params: Params, ticks: int) -> Walk:
 
 
 def correction_bytes(config: RunConfig, stages: list[int]) -> list[int]:
-    """One correction frame for each of `stages` (their parameters), without its header.
+    """One correction for each of `stages` (their parameters), without headers of frames, its head with it.
 
-    An upper bound for sign planes. Where M̄ is 0 they cost next to nothing: after batches without an advantage
+    An upper bound: of one that would be merged with a share of 0 only the head is sent (`Merger.wants`). And for sign planes. Where M̄ is 0 they cost next to nothing: after batches without an advantage
     all of them. Nor do a large head's fill their bits: on few samples, rows of tokens that nobody expects repeat
     the signs of one hidden state (SmolLM2, 8 samples a tick: 3 to 12 % off the whole).
     """
     payload = correction_payload(config.anchor, config.merger)
     if payload is None:
         return [0 for _ in stages]
-    looked = stride_of(sum(stages)) if merger_class(config.merger.kind).looks else 0
-    return [(FP32 * n if payload == "dense" else -(-n // 8)) + (-(-n // looked // 8) if looked else 0) for n in stages]
+    whole = [FP32 * n if payload == "dense" else -(-n // 8) for n in stages]
+    return [a + b for a, b in zip(whole, head_bytes(config, stages))]
+
+
+def head_bytes(config: RunConfig, stages: list[int]) -> list[int]:
+    """Of those, what a merger that looks is sent whatever it makes of it: signs of M and of M̄ at some coordinates."""
+    stride = stride_of(sum(stages)) if merger_class(config.merger.kind).looks else 0
+    return [2 * -(-n // stride // 8) if stride else 0 for n in stages]
 
 
 # --- bytes of a tick -----------------------------------------------------------------------------

@@ -7,6 +7,7 @@ memory is what the code allocates (`deploy/estimate/memory.py`).
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from anchor_service.config import correction_payload
@@ -18,6 +19,7 @@ from deploy.estimate.memory import EXPECTED, Part, largest, memory, peak
 from deploy.estimate.parameters import Params, check_fits, parameters, stage_parameters
 from deploy.estimate.phases import FireTime, Phases, StepTime, TickTime, first_lag, sustainable_cadence
 from deploy.estimate.workload import fires_per_tick, refresh_share, replica_nodes, response_tokens, tokens_per_tick
+from deploy.estimate.worth import Worth, read_measured
 from swarm.run_config import RunConfig
 
 OUTWEIGH = {  # channels that should not outweigh the boundary, and what to do about it
@@ -85,6 +87,7 @@ class Plan:
     tick: TickTime
     step: StepTime
     anchor: AnchorPlan | None
+    worth: Worth | None  # by a probe's file, if one was given
     warnings: list[str]
 
     def numbers(self) -> dict[str, Any]:
@@ -114,6 +117,7 @@ class Plan:
             "tick_s": asdict(self.tick) | {"total": self.tick.total},
             "step_s": asdict(self.step) | {"total": self.step.total},
             "anchor": self.anchor and asdict(self.anchor) | {"fire_s": self.anchor.fire.total},
+            "worth": self.worth and self.worth.numbers(),
             "warnings": self.warnings,
         }
 
@@ -124,11 +128,14 @@ def load_for_planning(source: str, overrides: list[str]) -> RunConfig:
     return load(source, [*overrides, "task.name=sums", "run.loggers=[]"], given=given)
 
 
-def make_plan(config: RunConfig, anchor_bytes: float | None = None) -> Plan:
+def make_plan(config: RunConfig, anchor_bytes: float | None = None, probe: Path | None = None) -> Plan:
     """`anchor_bytes`: what the anchor may send in a mean tick, to find a cadence for; default: what it sends now.
+    `probe`: a file of `northstar probe --json`, to say whether the anchor is worth its bytes.
 
-    Raises ModelNotFound or ValueError if the model's shape cannot be known or does not fit the config.
+    Raises ProbeMismatch if that file is of another config, ModelNotFound or ValueError if the model's shape cannot be
+    known or does not fit the config.
     """
+    worth = Worth(config, read_measured(probe, config)) if probe else None
     params = parameters(config)
     check_fits(config, params)
     configured = Scheme("as configured", config.anchor.cadence, tick_bytes(config))
@@ -139,7 +146,8 @@ def make_plan(config: RunConfig, anchor_bytes: float | None = None) -> Plan:
     anchor = anchor_plan(config, phases.fire_time(), step, budget)
     parts = memory(config, params)
     warnings = _warnings(config, params, configured, parts, anchor)
-    return Plan(config, params, configured, compared_schemes(config, params), parts, tick, step, anchor, warnings)
+    schemes = compared_schemes(config, params)
+    return Plan(config, params, configured, schemes, parts, tick, step, anchor, worth, warnings)
 
 
 def _ledger(channels: dict[str, tuple[float, float]]) -> Ledger:

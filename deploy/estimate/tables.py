@@ -5,6 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
+from anchor_service.config import correction_payload
 from codec.ledger import ANCHOR, CHANNELS, PUBLISHED
 from deploy.estimate.bytes import full, weights_walk
 from deploy.estimate.cadences import Cadence
@@ -12,6 +13,8 @@ from deploy.estimate.memory import peak
 from deploy.estimate.parameters import Params
 from deploy.estimate.plan import Plan, human_bytes, mb
 from deploy.estimate.workload import prompt_tokens, response_tokens, samples_per_tick, tokens_per_tick, total_ticks
+from deploy.estimate.worth import prediction_in_words
+from merger import merger_class
 from swarm.run_config import RunConfig
 
 _TEXT = {"channel", "M as", "role", "part", "", "phase"}
@@ -24,6 +27,8 @@ def show_plan(plan: Plan, console: Console) -> None:
     tables = [schemes_table(plan), memory_table(plan), time_table(plan), anchor_table(plan)]
     for table in filter(None, tables):
         console.print(table)
+    if plan.worth:
+        console.print(prediction_in_words(plan.worth), highlight=False)
     for warning in plan.warnings:
         console.print(f"[bold yellow]warning[/] {warning}")
     if not plan.warnings:
@@ -128,8 +133,15 @@ def assumptions(plan: Plan) -> str:
     circuit = f"The circuit ratio is {', '.join((*PUBLISHED, *ANCHOR))} over the dense boundary."
     return (
         f"Assumed: prompt + response of {lengths}, {samples_per_tick(c)} samples and {tokens_per_tick(c):,.0f} tokens "
-        f"a tick.{deltas} {circuit} The task itself was not checked."
+        f"a tick.{deltas}{_unmerged(c)} {circuit} The task itself was not checked."
     )
+
+
+def _unmerged(config: RunConfig) -> str:
+    """What a run may send less."""
+    if not merger_class(config.merger.kind).looks or correction_payload(config.anchor, config.merger) is None:
+        return ""
+    return f" Corrections are an upper bound: merger {config.merger.kind} does not fetch those that it gives no share."
 
 
 def _deltas(config: RunConfig, params: Params) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,12 +17,15 @@ import torch
 from torch import Tensor
 
 from anchor_service.diagnosis import cosine
+from codec.boundary import Boundary
 from codec.config import CodecConfig
 from codec.costs import CodecCost
 from deploy.config import ConfigError
 from deploy.estimate.bytes import cost_of_codec, tick_bytes
 from deploy.estimate.workload import forward_passes, samples_per_tick, total_ticks
+from deploy.estimate.worth import Worth
 from deploy.preflight import preflight
+from deploy.probe.anchor_trial import compare_batches
 from deploy.probe.codec_trial import Calibration, Halves, Head, Trial
 from rl import mismatch
 from rl.batch import Batch, Prompts, concat
@@ -71,6 +75,7 @@ class Probe:
     gradient_tokens: int
     drawn_advantages: bool  # no answer was better than another
     scores: list[Score]
+    worth: Worth | None  # of the anchor; None where gradients are drawn, or of too few mini-batches
 
     def numbers(self) -> dict[str, Any]:
         """For --json."""
@@ -84,6 +89,7 @@ class Probe:
             "gradient_tokens": self.gradient_tokens,
             "drawn_advantages": self.drawn_advantages,
             "scores": [asdict(score) for score in self.scores],
+            "worth": self.worth and self.worth.numbers(),
         }
 
 
@@ -104,14 +110,33 @@ def probe(config: RunConfig, tokens: int, say: Say, candidates: list[CodecConfig
     if drawn:
         say("no answer was better than another: advantages are drawn, +1 or -1")
         calibration, scored = _with_drawn_advantages(calibration, 0), _with_drawn_advantages(scored, 1)
+    scores, gradient_tokens, own = _trials(folder, shape.layers, candidates, calibration, scored, config, say)
+    found = None
+    if own and not drawn:
+        answers = concat([calibration, scored])
+        found = compare_batches(folder, shape.layers, config, own, answers, say)
+    worth = found and Worth(config, found)
+    return Probe(config, scored.response_tokens, calibration.response_tokens, gradient_tokens, drawn, scores, worth)
+
+
+def _trials(
+    folder: Path,
+    layers: int,
+    candidates: list[CodecConfig],
+    calibration: Batch,
+    scored: Batch,
+    config: RunConfig,
+    say: Say,
+) -> tuple[list[Score], int, dict[int, Boundary]]:
+    """Of all candidates; the response tokens of gradients, and the boundaries of the config's own codec as they were left."""
     dtype, device = getattr(torch, config.model.dtype), torch.device(config.swarm.device)
-    halves = Halves(folder, shape.layers, config.swarm.boundaries, dtype, device, config.model.attention)
+    halves = Halves(folder, layers, config.swarm.boundaries, dtype, device, config.model.attention)
     trials = [Trial(codec, halves, config.run.seed) for codec in candidates]
     calibrate(halves, trials, calibration, config, say)
     reference, gradient_tokens = score(halves, trials, scored, config, say)
     mean_length = float(scored.total.mean())
-    scores = [_score(trial, reference, config, mean_length) for trial in trials]
-    return Probe(config, scored.response_tokens, calibration.response_tokens, gradient_tokens, drawn, scores)
+    own = next((trial.boundaries for trial in trials if trial.codec == config.codec), {})
+    return [_score(trial, reference, config, mean_length) for trial in trials], gradient_tokens, own
 
 
 def compared_with(config: RunConfig, hidden: int) -> list[CodecConfig]:

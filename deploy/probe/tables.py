@@ -6,6 +6,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
+from deploy.estimate.worth import Worth, prediction_in_words
 from deploy.probe.probe import Probe, Score
 from rl.mismatch import COMFORT, OUTSIDE
 
@@ -17,6 +18,9 @@ def show_probe(found: Probe, console: Console) -> None:
     console.print(definitions(found), highlight=False)
     for line in advice(found):
         console.print(line)
+    if found.worth:
+        console.print(agreements_table(found.worth))
+    console.print(worth_line(found), highlight=False)
 
 
 def scores_table(found: Probe) -> Table:
@@ -68,6 +72,34 @@ def advice(found: Probe) -> list[str]:
             f"total rate {cheapest.total_rate:.4f}, KL {cheapest.kl:.3g}, gradient cosine {cheapest.gradient_cosine:.3f}."
         )
     return lines
+
+
+def agreements_table(worth: Worth) -> Table:
+    """What a merger of the kind `calibrated` would see."""
+    m, anchor = worth.measured, worth.config.anchor
+    title = f"an anchor at K={anchor.delay_k}/{anchor.cadence}: {m.batches} mini-batches of {m.samples} answers, each against others"
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE, padding=0)
+    table.add_column("", no_wrap=True)
+    for column in ("value", "error", "chance"):
+        table.add_column(column, justify="right", no_wrap=True)
+    chance = f"±{m.chance:.4f}"
+    table.add_row(
+        f"a_G  signs of M and of the mean of {m.averaged} G_comp", f"{m.a_g:.4f}", f"{m.a_g_error:.4f}", chance
+    )
+    table.add_row("a_M  signs of M and of an average of other M", f"{m.a_m:.4f}", f"{m.a_m_error:.4f}", chance)
+    table.add_row(
+        "h    norm of that mean of G_comp over one's", f"{m.h:.3f}", f"{m.h_error:.3f}", f"{m.averaged**-0.5:.3f}"
+    )
+    table.add_row("τ    ticks for which a sign is felt", f"{worth.tau:.3g}", "", "")
+    return table
+
+
+def worth_line(found: Probe) -> str:
+    """Of the anchor, or why nothing can be said of it."""
+    if found.worth:
+        return prediction_in_words(found.worth)
+    why = "gradients are noise" if found.drawn_advantages else "too few mini-batches have a gradient: more --tokens"
+    return f"Whether an anchor is worth its bytes cannot be said: {why}."
 
 
 def _expect(s: Score) -> str:

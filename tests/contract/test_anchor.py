@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from anchor_service.config import AnchorConfig
@@ -64,6 +66,34 @@ def test_a_correction_held_longer_than_max_age_is_dropped_until_a_fresh_one_come
     assert merged == [True, True, True, False, False, False, True, True]
     assert [o.expired for o, _ in found] == [not o.merged for o, _ in found] == [not m for m in merged]
     assert found[0][1] == -0.5  # alpha 0.25: the sign is reversed, half the size is left
+
+
+def test_of_a_head_the_rest_is_fetched_only_when_the_merger_gives_it_a_share(untied_model: Path):
+    """Fires start in ticks 2, 4 and 6, each merged in the next. The second M agrees with the first, the third with nobody."""
+    state = make_rank(untied_model, merger=MergerConfig(kind="calibrated"))
+    generator, n = torch.Generator().manual_seed(0), state.stage.weights.numel
+    bars = [torch.randn(n, generator=generator).sign().char() for _ in range(3)]
+    looks, fetched = [bars[2], bars[0], -bars[1]], []
+
+    def fetch(version: int) -> Correction:
+        fetched.append(version)
+        return Correction(version, 2 * version - 1, None, bars[version - 1], "")
+
+    for t in range(1, 9):
+        if t in (3, 5, 7):
+            v = t // 2
+            head = Correction(v, t - 2, None, None, "", looks[v - 1], bars[v - 1], partial(fetch, v))
+            state.held.inbox.put(head)
+        g = torch.randn(n, generator=generator)
+        merged = g.clone()
+        outcome = state.held.merge(TickPlan(t, 0, None, None, keep_source=t in (2, 4, 6)), merged, state.norm)
+        assert outcome.whole == (outcome.dose > 0) == (t in (5, 6)) and fetched == [2] * (t >= 5)
+        expected = g + outcome.dose * (g.abs() * bars[1] - g) if outcome.whole else g
+        torch.testing.assert_close(merged, expected, rtol=1e-6, atol=1e-7)
+        assert outcome.whole or torch.equal(merged.view(torch.int32), g.view(torch.int32))
+        if t > 2:
+            held = bars[(t - 1) // 2 - 1]
+            assert outcome.merged and outcome.sign_agreement == pytest.approx((held == g.sign()).double().mean().item())
 
 
 def test_m_of_several_mini_batches_is_the_mean_of_theirs(untied_model: Path):

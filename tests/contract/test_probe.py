@@ -13,15 +13,20 @@ import torch
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
+from anchor_service.dense_gradient import DenseGradient, DenseSetup
 from anchor_service.diagnosis import cosine
 from codec.config import CodecConfig
 from codec.costs import BoundaryShape, Tokens, codec_cost
 from deploy.cli import app
 from deploy.config import ConfigError, load
+from deploy.estimate.plan import make_plan
+from deploy.estimate.worth import Measured, Worth
+from deploy.probe.anchor_trial import Gradients
 from deploy.probe.codec_trial import Halves, Trial
 from deploy.probe.probe import Probe, calibrate, compared_with, probe, score
 from deploy.probe.tables import advice
 from rl.batch import Batch
+from rl.spans import spans
 from swarm.run_config import RunConfig
 from tests.conftest import make_batch
 
@@ -124,6 +129,27 @@ def _flat(grad: dict[str, torch.Tensor]) -> torch.Tensor:
     return torch.cat([grad[name].flatten() for name in sorted(grad)])
 
 
+def test_gradients_of_the_whole_model_are_those_of_plain_code_and_of_the_anchor(untied_model: Path):
+    """Through the codec those below the first boundary; without it all of them, to the bit what an anchor computes."""
+    config = load("k5", [f"model.path={untied_model}", "swarm.boundaries=[1, 3]", "grpo.old_logprobs=rollout"])
+    batch = make_batch()
+    trial, _ = trial_of(untied_model, config, batch, rank=12)
+    gradients = Gradients(untied_model, 4, config)
+    anchor = DenseGradient.beside(
+        DenseSetup(config.anchor, config.model, config.grpo, config.snapshot, spans(4, CUTS, 1), 1.0, False, 1)
+    )
+    assert torch.equal(gradients.of(batch, {}), anchor.gradient(batch, batch.response_tokens)[gradients.at])
+    found = gradients.of(batch, trial.boundaries)
+    weights = gradients.model.weights
+    plain = plain_run(untied_model, batch, {layer: b.forward.basis.q for layer, b in trial.boundaries.items()})
+    flat = torch.zeros(weights.numel)
+    for name, gradient in plain.grad.items():
+        flat[weights.slice_of(name)] = gradient.flatten()
+    below = flat[gradients.at] != 0
+    assert below.sum() > 1000
+    assert torch.allclose(found[below], flat[gradients.at][below], rtol=1e-3, atol=1e-6)
+
+
 def test_microbatches_add_up(untied_model: Path):
     found = []
     for size in (16, 3):
@@ -211,6 +237,8 @@ def test_the_command_prints_a_table_and_writes_the_numbers(tmp_path: Path):
     data = json.loads(out.read_text())
     assert {s["name"] for s in data["scores"]} >= {"powersgd r=4", "powersgd r=16", "transform entropy 5 / 5 %"}
     assert data["tokens"] >= 20 and data["advice"]
+    assert " ".join(data["worth"]["words"].split()) in " ".join(result.output.split())
+    assert make_plan(load("k5"), probe=out).worth == Worth(load("k5"), Measured(**data["worth"]["measured"]))
 
 
 def test_a_config_without_boundaries_is_refused():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from anchor_service.messages import Correction
+from anchor_service.messages import Correction, joined
 from codec.config import CodecConfig
 from merger.config import MergerConfig
 from merger.interface import Merger, Norm, local_norm
@@ -44,17 +44,22 @@ class Counting(Merger):
 KINDS = {
     "signed_ema, powersgd": (MergerConfig(), CodecConfig(kind="powersgd", rank=8)),
     "delta, transform": (MergerConfig(kind="delta"), CodecConfig(total_rate=0.3)),
-    "calibrated": (MergerConfig(kind="calibrated"), CodecConfig(kind="none")),
+    "calibrated, of no share": (MergerConfig(kind="calibrated"), CodecConfig(kind="none")),
+    "calibrated": (MergerConfig(kind="calibrated", prior=0.5), CodecConfig(kind="none")),
     "a placebo": (MergerConfig(placebo="own"), CodecConfig(kind="none")),
     "a merger that counts": (MergerConfig(kind=f"{__name__}:Counting"), CodecConfig(kind="none")),
 }
 
 
 def _correction(rank: Rank, version: int, source: int) -> Correction:
+    """For a merger that looks a head, from which it fetches the whole."""
     values = torch.randn(rank.stage.weights.numel, generator=torch.Generator().manual_seed(version))
-    look = None if rank.held.at is None else values.sign().char()[rank.held.at]
-    values = values if rank.held.merger.payload == "dense" else values.sign()
-    return Correction(version, source, None, values, "", look)
+    values = values if rank.held.merger.payload == "dense" else values.sign().char()
+    whole = Correction(version, source, None, values, "")
+    if rank.held.at is None:
+        return whole
+    look = values[rank.held.at]
+    return Correction(version, source, None, None, "", look, look, lambda: joined(whole, whole))
 
 
 def _go(rank: Rank, ticks: range) -> None:
@@ -74,6 +79,7 @@ def test_a_rank_that_takes_over_a_state_goes_on_as_if_nothing_had_been(untied_mo
     _go(whole, range(1, TICKS + 1))
     _go(first, range(1, 5))  # with a correction held, and of `delta` a source kept
     tensors, fields = first.state()
+    assert first.held.at is None or ("correction" in tensors) == (merger.prior > 0)
     second.restore({k: v.detach().clone() for k, v in tensors.items()}, fields)
     _go(second, range(5, TICKS + 1))
     np.testing.assert_array_equal(second.stage.weights.master.numpy(), whole.stage.weights.master.numpy())

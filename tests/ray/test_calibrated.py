@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from deploy.estimate.bytes import correction_bytes, head_bytes
+from deploy.estimate.parameters import parameters, stage_parameters
 from tests.ray.conftest import as_if_killed, lines, of_kind, run_kept, small
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
@@ -23,6 +25,11 @@ def test_with_a_share_of_0_it_is_the_run_without_an_anchor(tmp_path: Path):
     assert set(shares(tmp_path / "never")) == {0.0}
     without = run_kept(small(*GRID, "codec.q_cadence=2", "merger.kind=none", "anchor.enabled=false"), tmp_path / "none")
     assert never["weights_digests"] == without["weights_digests"]
+    config = small(*GRID, *CALIBRATED[::2])
+    stages = stage_parameters(config, parameters(config))
+    heads, fires = sum(head_bytes(config, stages)), len(lines(tmp_path / "never", "corrections.jsonl"))
+    assert never["bytes"]["correction"]["sent"] == pytest.approx(heads * fires, rel=0.03)  # headers
+    assert sum(correction_bytes(config, stages)) > 3 * heads
 
 
 def test_a_run_stopped_on_the_way_ends_in_the_same_weights(tmp_path: Path):

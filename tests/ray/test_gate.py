@@ -15,6 +15,7 @@ from tests.ray.conftest import ignore, of_kind, run_kept, small
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 
 ALONE = ("anchor.enabled=false", "merger.kind=none", "run.steps=3", "val.every=9")
+CAPPED = (ALONE[0], "merger.placebo=own", "merger.hold_cap=true", "merger.cap=1.0", "val.every=9")
 
 
 # tables are refreshed before tick 2 and every `cadence` ticks; the second step begins with tick 3
@@ -46,8 +47,12 @@ def test_without_a_limit_the_run_goes_on_and_says_so_once(tmp_path: Path, old: s
 
 
 def test_without_a_codec_the_two_policies_agree_and_nothing_is_said(tmp_path: Path):
-    run_kept(small(*ALONE, "codec.kind=none", "codec.max_kl=0.001", "run.steps=2"), tmp_path / "run")
-    assert not {"codec changes the policy", CUT} & {e["event"] for e in of_kind(tmp_path / "run", "event")}
+    """Only that a share is capped, which is known before the first tick."""
+    run_kept(small(*CAPPED, "codec.kind=none", "codec.max_kl=0.001", "run.steps=2"), tmp_path / "run")
+    events = {e["event"]: e for e in of_kind(tmp_path / "run", "event")}
+    assert not {"codec changes the policy", CUT} & set(events)
+    capped = events["share of the correction is capped"]
+    assert capped["tick"] == 0 and capped["share"] == 0.75 > capped["cap"] and "merger.hold_cap" in capped["reason"]
     (_, step) = of_kind(tmp_path / "run", "step")
     assert abs(step["codec/logprob_kl"]) < 1e-5 and step["codec/logprob_corr"] > 0.99999
     assert step["codec/ratio_outside_1.2"] == 0

@@ -9,12 +9,13 @@ import pytest
 from typer.testing import CliRunner
 
 from deploy.cli import app
-from deploy.estimate.bytes import tick_bytes
+from deploy.estimate.bytes import correction_bytes, head_bytes, tick_bytes
 from deploy.estimate.memory import memory, peak
 from deploy.estimate.parameters import count_parameters, parameters
 from deploy.estimate.phases import Phases, first_lag, sustainable_cadence
 from deploy.estimate.plan import Plan, load_for_planning, make_plan
 from deploy.estimate.published_models import PUBLISHED
+from deploy.estimate.tables import assumptions
 from swarm.run_config import RunConfig
 from tests.unit.test_imports import HEAVY, outside_world
 
@@ -301,6 +302,16 @@ def test_the_command_prints_every_table_and_writes_the_numbers(tmp_path: Path):
     for expected in ("boundary_fwd", "total_ratio", "signs", "anchor worker", "sustainable", "warning tied"):
         assert expected in result.output
     assert json.loads(out.read_text()) == json.loads(json.dumps(plan(QWEN, *sets).numbers()))
+
+
+def test_what_a_run_may_not_send_is_said_where_it_is_counted(tiny: Path):
+    """A merger that looks does not fetch what has no share: of two stages of 2^20 parameters each 32nd is looked at."""
+    looks, signs = (make_plan(config(tiny, f"merger.kind={kind}")) for kind in ("calibrated", "signed_ema"))
+    assert "Corrections are an upper bound" in assumptions(looks) and "upper bound" not in assumptions(signs)
+    stages, whole, head = [1 << 20] * 2, (1 << 20) // 8, 2 * (1 << 15) // 8
+    assert head_bytes(looks.config, stages) == [head] * 2 and head_bytes(signs.config, stages) == [0] * 2
+    assert correction_bytes(looks.config, stages) == [whole + head] * 2
+    assert correction_bytes(signs.config, stages) == [whole] * 2
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,7 @@ def test_the_share_is_that_of_the_formula(ticks: int, signal: float):
 
 def test_an_anchor_that_disagrees_with_itself_gets_nothing_and_leaves_the_gradient_as_it_is():
     merger = calibrated(prior=-0.2)
-    assert set(run(merger, range(1, 40), signal=0.0)) == {0.0}
+    assert set(run(merger, range(1, 40), signal=0.0)) == {0.0} and not merger.wants()
     g = noisy(5, 0.1)
     g[::7] = -0.0
     assert torch.equal(merger(g, TRUE, age=0).view(torch.int32), g.view(torch.int32))
@@ -101,6 +101,7 @@ def test_a_good_codec_keeps_more_of_itself_than_a_noisy_one_and_a_long_hold_take
     run(merger, range(1, 60), signal=0.5)
     shares = [merger.share(age) for age in (0, CADENCE - 1, 20, 200, 5000)]
     assert shares[0] == shares[1] > shares[2] > shares[3] > shares[4] < 0.01  # an anchor that is gone fades away
+    assert shares[4] > 0 and merger.wants()
 
 
 def test_a_share_is_the_same_from_a_state_and_from_two_stages():

@@ -288,8 +288,8 @@ class Doseless(Half):
         (f"{HERE}:Unfinished", "is no merger: it lacks apply; derive it from merger.interface.Merger"),
         (
             f"{HERE}:pair",
-            "is no merger: it lacks apply, cost, has_effect, learn, looks, metrics, needs_source, payload, prepare, restore, "
-            "state, watch",
+            "is no merger: it lacks apply, capped, cost, has_effect, learn, looks, metrics, needs_source, payload, prepare, "
+            "restore, state, wants, watch",
         ),
         (f"{HERE}:Confused", "needs_source True: .* needs 'dense'"),
         (f"{HERE}:Whole", "payload 'all of it' .*: payload is 'sign', 'dense' or None"),

@@ -113,7 +113,7 @@ class Lazy:
 
     def _publish(self, report: dict[str, Any], m: str, m_bar: Word | None) -> list[Any]:
         new = (*(m_bar or ()), m)
-        return [report | {"perf/max_memory_gb": 0.0, "stage_bytes": [1]}, new, (report["version"], new)]
+        return [report | {"perf/max_memory_gb": 0.0, "stage_bytes": [[1]]}, new, (report["version"], new)]
 
 
 class Run:
@@ -145,7 +145,7 @@ class Run:
         )
         self._patch(monkeypatch, swift)
         self.clock = make_clock(config.anchor, 0, TICKS, A_STEP)
-        self.line = FireLine(workers, 1, config.anchor.timeout_s, self.clock.bound())
+        self.line = FireLine(workers, 1, 1, config.anchor.timeout_s, self.clock.bound())
         store: Callable[[Any], Any] = lambda value: value  # noqa: E731
         self.corrections = Corrections(
             config, fleet, self.progress, self.line, self.clock, store, self.shared, self.policy
@@ -180,7 +180,7 @@ class Run:
         monkeypatch.setattr(anchor_line, "gather", gather)
         monkeypatch.setattr(anchor_faults, "take", lambda ref, *_: ref.value())
         monkeypatch.setattr(anchor_faults, "lost", lambda references: bool(self.gone & set(map(str, references))))
-        self.gone = set[str]()
+        self.gone, self.forgotten = set[str](), False
 
     def _renew(self, role: str, k: int) -> Lazy:
         assert role == "anchor"
@@ -190,11 +190,13 @@ class Run:
 
     def _weights(self, tick: int, stream: str, whole: bool) -> tuple[list[object], int]:
         full = self.config.snapshot.encoding == "full"
+        if self.forgotten and tick < self.progress.tick:
+            raise BaseLost(0, tick, None)
         assert not full or tick == self.progress.tick  # it would be of other weights than those that were asked for
         base, self.tick_of[stream] = self.tick_of.get(stream, 0), tick
         return [(whole or full, base, tick)], 10
 
-    def _deliver(self, reference: list[Ref]) -> Ref:
+    def _deliver(self, reference: list[Ref], whole: bool) -> Ref:
         self.delivered.append(reference[0].value())
         return reference[0]
 
@@ -209,7 +211,7 @@ class Run:
         self.corrections.offer(MiniFrame([0] * samples, f"b{tick}", 1))
         self.progress.tick, self.now = tick, self.now + 1.0
         references, _ = self.corrections.due(tick)
-        found = references[0].value() if references else self.delivered[-1] if self.delivered else None
+        found = references[0][0].value() if references else self.delivered[-1] if self.delivered else None
         if found and (not self.merged or found[1] != self.merged[-1]):
             self.merged.append(found[1])
         self.corrections.log(MergeOutcome(version=found and found[0]))
@@ -268,6 +270,16 @@ def test_newcomers_that_fail_too_are_renewed_and_two_at_once(monkeypatch: pytest
         run.later = lambda: next(later, Lazy())  # noqa: B023
         run.to_the_end()
         assert run.merged == lawful(run)
+
+
+def test_in_lockstep_a_rank_that_is_new_itself_does_not_know_earlier_weights_and_the_run_rewinds(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    run = Run(monkeypatch, [Lazy(8, "lost")], False, *LAGS[0])
+    run.forgotten = True
+    with pytest.raises(ActorLost, match="anchor 0"):
+        run.to_the_end()
+    assert run.names == []
 
 
 @pytest.mark.parametrize("fails", [1, 3, 5, 8])

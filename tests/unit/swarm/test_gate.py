@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 
 import pytest
 
+from anchor_service.config import AnchorConfig
 from anchor_service.errors import NotFinite
 from codec.config import CodecConfig
+from merger.config import MergerConfig
 from rl.config import RolloutConfig
-from swarm.gate import EngineGate, EngineMismatch, LaunchGate, PolicyChanged
+from swarm.gate import EngineGate, EngineMismatch, LaunchGate, PolicyChanged, capped_share
 
 
 def gate(max_kl: float | None = None, kind: str = "powersgd") -> LaunchGate:
@@ -78,3 +81,23 @@ def test_an_engine_whose_log_probs_are_no_numbers_does_not_pass():
     for max_kl in (0.1, None):
         with pytest.raises(NotFinite, match=r"rollout_corr/dense_k3 is nan.*model\.path"):
             engine_gate(max_kl=max_kl).judge(float("nan"))
+
+
+@pytest.mark.parametrize(
+    ("config", "asked"),
+    [
+        ({"hold_cap": True}, 0.75),
+        ({"hold_cap": True, "dose": 0.3}, None),
+        ({"hold_cap": True, "dose": 0.5, "alpha": 0.0}, 0.5),
+        ({"hold_cap": True, "cap": 8.0}, None),
+        ({}, None),
+    ],
+)
+def test_a_share_beyond_the_cap_is_told_where_the_cap_cuts_it(config: dict[str, float], asked: float | None):
+    found = capped_share(AnchorConfig(cadence=20), MergerConfig(**config))
+    assert (found and found["share"]) == asked
+    if found:
+        assert found["tau"] == 60 and found["cap"] == pytest.approx(2 / math.sqrt(60))
+        assert "merger.hold_cap keeps it to 0.258" in found["reason"] and f"asks for {asked:g}" in found["reason"]
+        assert capped_share(AnchorConfig(cadence=20, enabled=False), MergerConfig(**config)) is None
+        assert capped_share(AnchorConfig(cadence=20, enabled=False), MergerConfig(**config, placebo="own")) == found

@@ -1,0 +1,135 @@
+"""What corrections of an anchor would be worth: gradients of a few mini-batches, with and without the codec, at equal weights.
+
+    answers ─▶ mini-batch b ─▶ whole model ────────────▶ M_b     at the coordinates at which a merger looks
+                    ╰────────▶ model [boundary] model ─▶ G_b
+
+    a_G   sign(M_b) · sign(mean of G_a over a ≠ b)
+    a_M   sign(M_b) · sign(mean of as many M_a, a ≠ b, as M̄ averages)
+    h     ‖mean of G_a over a ≠ b‖ / ‖G_b‖
+
+M_b never meets what shares its samples, as in a run. Codecs are as they were calibrated; of gradients' own codec nothing is seen.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from codec.boundary import Boundary
+from deploy.estimate.worth import Measured
+from merger.calibrated import Agreements, sign_products
+from merger.look import looked_at, stride_of
+from rl.batch import Batch
+from rl.objective import loss_terms, microbatches
+from rl.policy import Stage
+from rl.spans import Span
+from swarm.run_config import RunConfig
+
+LEAST, ENOUGH, MOST = 3, 8, 32  # mini-batches: needed; made smaller than a run's for; looked at
+
+
+def pieces_of(answers: Batch, config: RunConfig) -> list[Batch]:
+    """Of whole groups, as large as the run's; smaller where there are so few answers that they would be less than ENOUGH."""
+    each = config.grpo.group_size
+    groups = len(answers) // each
+    size = each * max(1, min(config.grpo.ppo_mini_batch_size, groups // ENOUGH))
+    starts = range(0, len(answers) - size + 1, size)[:MOST]
+    return [answers.take(start, start + size) for start in starts]
+
+
+class Gradients:
+    """Of the whole model, by one process, at the coordinates looked at."""
+
+    def __init__(self, folder: Path, layers: int, config: RunConfig):
+        self.config, self.device = config, torch.device(config.swarm.device)
+        dtype, checkpointing = getattr(torch, config.model.dtype), config.swarm.activation_checkpointing
+        whole, attention = Span(0, layers, layers), config.model.attention
+        self.model = Stage(folder, whole, dtype, self.device, attention=attention, checkpointing=checkpointing)
+        weights = self.model.weights
+        sizes = [math.prod(shape) for shape in weights.shapes]
+        self.at = torch.from_numpy(looked_at(sizes, stride_of(weights.numel))).to(self.device)
+        self.grpo = config.grpo.model_copy(update={"kl_loss_coef": 0.0})  # 0 at the weights that the reference has
+
+    def of(self, batch: Batch, boundaries: Mapping[int, Boundary]) -> Tensor:
+        """fp32 [coordinates], on the host. Without `boundaries` the ratio is to the engine's log-probs, as the anchor's is."""
+        weights, swarm = self.model.weights, self.config.swarm
+        weights.grad.zero_()
+        for boundary in boundaries.values():
+            boundary.begin_tick()
+        for micro in microbatches(batch, np.argsort(-batch.total, kind="stable"), swarm.micro_batch_size, self.device):
+            cuts = {i: partial(b.virtual, rows=micro.rows, observe=True) for i, b in boundaries.items()}
+            hidden = self.model(micro.ids, micro.real, cuts)
+            old = None if boundaries and self.grpo.old_logprobs != "rollout" else micro.rollout_logprobs
+            of, temperature = batch.response_tokens, self.config.rollout.temperature
+            loss_terms(self.model, hidden, micro, old, of, self.grpo, temperature).loss.backward()
+            weights.collect()
+        for rate in (b.way(way).rate for b in boundaries.values() for way in ("fwd", "bwd")):
+            if rate is not None:
+                rate.steer(rate.spent())
+        return weights.grad[self.at].cpu()
+
+
+def agreements(compressed: Tensor, dense: Tensor, beta: float) -> Agreements:
+    """Of G and M [B, coordinates], each a fire that is compared with the other mini-batches alone; `beta` of M̄."""
+    count = len(dense)
+    found = Agreements(averaged=count - 1)
+    signs, double = dense.sign().char(), compressed.double()
+    others = (double.sum(0) - double) / (count - 1)
+    kept = min(count - 1, max(1, round((1 + beta) / (1 - beta))))  # whose noise M̄ averages
+    firsts = range(1, count - kept + 1, kept)
+    stand_ins = [torch.stack([dense.roll(-i, 0) for i in range(a, a + kept)]).sum(0) for a in firsts]
+    for b in range(count):
+        own, n = sign_products(signs[b], others[b].sign().char())
+        old, old_n = map(sum, zip(*(sign_products(signs[b], m[b].sign().char()) for m in stand_ins)))
+        if n and old_n:
+            found.compressed.add(own / n)
+            found.anchor.add(old / old_n)
+        found.average += others[b].square().sum().item()
+        found.single += double[b].square().sum().item()
+    return found
+
+
+def measured(compressed: Tensor, dense: Tensor, samples: int, beta: float) -> Measured | None:
+    """Of mini-batches of `samples` answers; those without a gradient do not count. None if too few are left.
+
+    Errors are by jackknife: two mini-batches are compared with many of the same others.
+    """
+    there = compressed.any(1) & dense.any(1)
+    compressed, dense = compressed[there], dense[there]
+    count, coordinates = dense.shape
+    if count < LEAST:
+        return None
+
+    def numbers(kept: Tensor) -> np.ndarray:
+        seen = agreements(compressed[kept], dense[kept], beta)
+        return np.array([seen.compressed.value, seen.anchor.value, seen.h])
+
+    a_g, a_m, h = numbers(torch.arange(count)).tolist()
+    without = np.stack([numbers(torch.arange(count) != b) for b in range(count)])
+    errors = np.sqrt((count - 1) * without.var(0)).tolist()
+    return Measured(count, samples, coordinates, count - 1, a_g, errors[0], a_m, errors[1], h, errors[2])
+
+
+def compare_batches(
+    folder: Path,
+    layers: int,
+    config: RunConfig,
+    boundaries: Mapping[int, Boundary],
+    answers: Batch,
+    say: Callable[[str], None],
+) -> Measured | None:
+    """Both gradients of every mini-batch of `answers`, through codecs that were calibrated."""
+    batches = pieces_of(answers, config)
+    if len(batches) < LEAST:
+        return None
+    gradients = Gradients(folder, layers, config)
+    dense, compressed = (torch.stack([gradients.of(batch, cuts) for batch in batches]) for cuts in ({}, boundaries))
+    found = measured(compressed, dense, len(batches[0]), config.anchor.beta_anc)
+    say(f"compared gradients of {len(batches)} mini-batches of {len(batches[0])} answers, with and without the codec")
+    return found

@@ -1,0 +1,252 @@
+"""The workers meet again after some were lost, or where their number is to change.
+
+    failure ─▶ who is there? ─▶ reunion: from which replica, from which tick ─▶ policy ─▶ others in the place of the lost
+            ─▶ a new grid, all process groups new ─▶ state of a whole replica to those that are not ─▶ their share of the step
+
+Nothing is read from a disk. Where no other worker can be had in time, a replica less goes on, until there is one.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from anchor_service.calls import ActorHandle, done_of, gather, replies
+from anchor_service.errors import ActorLost, WaitTimeout, described
+from anchor_service.line import FireLine
+from swarm.failure_policy import Decision, Failure, FailurePolicy, Status
+from swarm.fleet import Fleet
+from swarm.grid import PeerLost
+from swarm.messages import Standing, TickReport
+from swarm.progress import Progress
+from swarm.reunion import Reunion, reunion
+from swarm.run_config import RunConfig
+from swarm.worker import Worker
+
+_NAME = re.compile(r"worker d(\d+)p(\d+)")
+# what `Grid` calls those for whom a rank waits where it cannot say which of them is late
+_SEVERAL = (
+    "another rank",
+    "the replicas of",
+    "the stages of",
+    "a neighbouring stage",
+    "all ranks",
+    "those who hold a copy",
+)
+Handle = ActorHandle[Worker]
+
+
+@dataclass(frozen=True)
+class Met:
+    """What came of it."""
+
+    done: int  # ticks that count as taken
+    reports: list[TickReport]  # of the last of them, by whoever is left that took it
+    fresh: list[int]  # ranks that have no share of the present step
+    dealt_anew: bool  # whether there are more or fewer replicas than before
+
+
+class Regroup:
+    """One run's workers. `line`: corrections on their way to them."""
+
+    def __init__(self, config: RunConfig, fleet: Fleet, progress: Progress, policy: FailurePolicy, line: FireLine):
+        self.config, self.fleet, self.progress, self.policy, self.line = config, fleet, progress, policy, line
+        self.pp, self.wanted = config.swarm.pp, config.swarm.dp
+        self.spares: list[tuple[Handle, object]] = []  # for a replica that is missing, and what says that each is ready
+
+    @property
+    def dp(self) -> int:
+        return len(self.fleet.workers) // self.pp
+
+    # --- after a failure ------------------------------------------------------------------------
+
+    def after(self, failure: Exception, tick: int) -> Met:
+        """`failure` was met while `tick` was to be taken, or after it. Raises it if the run cannot go on from here."""
+        start, fresh = time.monotonic(), set[int]()
+        while True:
+            if not _of_workers(failure):
+                raise failure
+            standings = self._standings(failure, fresh)
+            plan = reunion(standings, self.pp, tick)
+            decision = self.policy.decide(self._status(failure, plan, tick, fresh))
+            if decision is not Decision.REGROUP or plan is None:
+                raise failure
+            try:
+                dealt_anew = self._meet(plan, fresh)
+            except (ActorLost, WaitTimeout, PeerLost) as another:
+                failure = another
+                continue
+            break
+        taken = [s.report for s in standings if s and s.done == tick and s.report] if plan.done == tick else []
+        self._say(failure, plan, fresh, time.monotonic() - start)
+        return Met(plan.done, taken, sorted(r for r in fresh if r < len(self.fleet.workers)), dealt_anew)
+
+    def _standings(self, failure: Exception, fresh: set[int]) -> list[Standing | None]:
+        """Of every rank; None: lost, and another has been started in its place."""
+        for rank in _named(failure, self.pp):
+            if rank not in fresh:
+                self._renew(rank, fresh)
+        ranks = [rank for rank in range(len(self.fleet.workers)) if rank not in fresh]
+        calls = [(self.fleet.swarm.name_of(r), self.fleet.workers[r].standing.remote()) for r in ranks]
+        said = dict(zip(ranks, replies(calls, "where it stands", *self.fleet.swarm_limit)))
+        for rank, answer in said.items():
+            if isinstance(answer, Exception):
+                self._renew(rank, fresh)
+        return [s if isinstance(s := said.get(r), Standing) else None for r in range(len(self.fleet.workers))]
+
+    def _renew(self, rank: int, fresh: set[int]) -> None:
+        self.fleet.workers[rank] = self.fleet.new_worker(self.fleet.workers[rank])
+        fresh.add(rank)
+
+    def _status(self, failure: Exception, plan: Reunion | None, tick: int, fresh: set[int]) -> Status:
+        """In lockstep a run ends in the same bits whatever died, or goes back to where it can."""
+        exact = self.config.anchor.clock == "wall" or (
+            plan is not None and plan.exact and not self._loses_stream(fresh)
+        )
+        kind = Failure.HANG if isinstance(failure, WaitTimeout) else Failure.DEATH
+        return Status("worker", kind, tick, recoverable=plan is not None and exact)
+
+    def _loses_stream(self, fresh: set[int]) -> bool:
+        """Whether engines would hold weights that an undisturbed run has not: a coded stream begins anew with exact ones."""
+        return self.config.snapshot.rate is not None and any(rank < self.pp for rank in fresh)
+
+    # --- meeting --------------------------------------------------------------------------------
+
+    def _meet(self, plan: Reunion, fresh: set[int]) -> bool:
+        """Returns whether the number of replicas has changed."""
+        missing = self._not_ready(fresh)
+        dp = self.dp
+        if missing:
+            plan = self._without({rank // self.pp for rank in missing}, plan, fresh, missing)
+        backs = [rank // self.pp in plan.back for rank in range(len(self.fleet.workers))]
+        self._join(fresh, backs)
+        self._copy(plan.source, plan.copies, plan.done)
+        for fire in self.line.delivered():
+            self.line.deliver_to(fire, {rank: self.fleet.workers[rank] for rank in fresh})
+        return self.dp != dp
+
+    def _not_ready(self, fresh: set[int]) -> list[int]:
+        """Ranks for which no other worker could be had in time."""
+        ranks = sorted(fresh)
+        calls = [(self.fleet.swarm.name_of(r), self.fleet.workers[r].__ray_ready__.remote()) for r in ranks]
+        said = replies(calls, "another process", self.config.faults.spare_s, "faults.spare_s")
+        return [rank for rank, answer in zip(ranks, said) if isinstance(answer, Exception)]
+
+    def _without(self, replicas: set[int], plan: Reunion, fresh: set[int], missing: list[int]) -> Reunion:
+        """Drop replicas whose places stay empty: what is there of them waits to be taken in again."""
+        workers, pp = self.fleet.workers, self.pp
+        kept = [d for d in range(self.dp) if d not in replicas]
+        if not kept or self._samples % len(kept):
+            who = ", ".join(self.fleet.swarm.name_of(rank) for rank in missing)
+            raise WaitTimeout(who, "another process", self.config.faults.spare_s, "faults.spare_s")
+        for d in sorted(replicas):
+            self._await(workers[d * pp : (d + 1) * pp])
+        number = {d: i for i, d in enumerate(kept)}
+        workers[:] = [workers[d * pp + p] for d in kept for p in range(pp)]
+        moved = {number[r // pp] * pp + r % pp for r in fresh if r // pp in number}
+        fresh.clear()
+        fresh |= moved
+        self.progress.event("replica missing", replicas=len(kept), reason=f"no process for {len(missing)} workers")
+        copies = tuple(number[d] for d in plan.copies if d in number)
+        back = tuple(number[d] for d in plan.back if d in number)
+        return Reunion(plan.done, number[plan.source], copies, back, plan.exact)
+
+    def _await(self, handles: Sequence[Handle]) -> None:
+        self.spares += [(handle, handle.__ray_ready__.remote()) for handle in handles]
+
+    def _join(self, fresh: set[int], backs: Sequence[bool]) -> None:
+        """All ranks into one new grid; those that are fresh load the model."""
+        fleet, dp = self.fleet, self.dp
+        limit = fleet.swarm.start_timeout_s, "swarm.start_timeout_s"
+        (init,) = gather([("worker d0p0", fleet.workers[0].address.remote())], "its address", *limit)
+        calls = []
+        for rank, worker in enumerate(fleet.workers):
+            call = (
+                worker.build.remote(init, rank, dp)
+                if rank in fresh
+                else worker.meet.remote(rank, dp, init, backs[rank])
+            )
+            calls.append((fleet.swarm.name_of(rank), call))
+        gather(calls, "its place in the new grid", *limit)
+        fleet.nodes([fleet.workers[rank] for rank in sorted(fresh)])
+
+    def _copy(self, source: int, copies: Sequence[int], done: int) -> None:
+        """State of one replica to others, stage by stage."""
+        fleet, pp, calls = self.fleet, self.pp, list[tuple[str, object]]()
+        if not copies:
+            return
+        for p in range(pp):
+            frame = fleet.workers[source * pp + p].copied.remote()
+            for d in copies:
+                calls.append((fleet.swarm.name_of(d * pp + p), fleet.workers[d * pp + p].become.remote(frame, done)))
+        nbytes = sum(gather(calls, "the state of a twin", *fleet.swarm_limit))
+        self.progress.control(nbytes, 0)
+
+    def _say(self, failure: Exception, plan: Reunion, fresh: set[int], seconds: float) -> None:
+        who = ", ".join(self.fleet.swarm.name_of(rank) for rank in sorted(fresh)) or "nobody"
+        self.progress.event(
+            "workers regrouped",
+            reason=described(failure),
+            renewed=who,
+            done=plan.done,
+            exact=plan.exact,
+            seconds=seconds,
+        )
+
+    # --- another number of replicas -------------------------------------------------------------
+
+    @property
+    def _samples(self) -> int:
+        return self.config.grpo.ppo_mini_batch_size * self.config.grpo.group_size
+
+    def between_steps(self, wanted: int | None) -> None:
+        """Take in what has become ready; go towards `wanted` replicas, or stay."""
+        if wanted is not None and wanted != self.wanted:
+            self.wanted = wanted
+            self._retire(wanted)
+            missing = (wanted - self.dp) * self.pp - len(self.spares)
+            self._await([self.fleet.new_worker(None) for _ in range(missing)])
+        ready = [handle for handle, ready in self.spares if done_of([ready])[0]]
+        count = min(len(ready) // self.pp, self.wanted - self.dp)
+        while count > 0 and self._samples % (self.dp + count):
+            count -= 1
+        if count > 0:
+            self._take_in(ready[: count * self.pp])
+
+    def _retire(self, wanted: int) -> None:
+        workers, keep = self.fleet.workers, wanted * self.pp
+        if len(workers) <= keep:
+            return
+        for handle in workers[keep:]:
+            self.fleet.dismiss(handle)
+        del workers[keep:]
+        self._join(set(), [False] * len(workers))
+        self.progress.event("replicas changed", replicas=self.dp)
+
+    def _take_in(self, handles: Sequence[Handle]) -> None:
+        first = self.dp
+        self.spares = [spare for spare in self.spares if spare[0] not in handles]
+        self.fleet.workers.extend(handles)
+        self._join(set(range(first * self.pp, len(self.fleet.workers))), [False] * len(self.fleet.workers))
+        self._copy(0, range(first, self.dp), self.progress.tick)
+        self.progress.event("replicas changed", replicas=self.dp)
+
+
+def _of_workers(failure: Exception) -> bool:
+    """Whether it says that a worker was lost, or that one was not heard."""
+    if isinstance(failure, PeerLost):
+        return True
+    return isinstance(failure, (ActorLost, WaitTimeout)) and all(map(_is_worker, failure.who.split(", ")))
+
+
+def _is_worker(who: str) -> bool:
+    return bool(_NAME.fullmatch(who)) or who.startswith(_SEVERAL)
+
+
+def _named(failure: Exception, pp: int) -> list[int]:
+    """Ranks that are replaced whatever they say: dead, or silent for longer than they may be."""
+    if not isinstance(failure, (ActorLost, WaitTimeout)):
+        return []
+    return sorted({int(d) * pp + int(p) for d, p in _NAME.findall(failure.who)})

@@ -1,0 +1,27 @@
+"""How many replicas a run is to have from its next step on: asked for by a file in its folder."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+
+def _file(run: Path) -> Path:
+    return run / "scale.json"
+
+
+def ask_for(run: Path, dp: int) -> None:
+    """Whole or not at all."""
+    part = _file(run).with_suffix(".partial")
+    part.write_text(json.dumps({"dp": dp}))
+    os.replace(part, _file(run))
+
+
+def wanted(run: Path) -> int | None:
+    """None if nothing was asked for."""
+    try:
+        dp = json.loads(_file(run).read_text())["dp"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return dp if isinstance(dp, int) and dp > 0 else None

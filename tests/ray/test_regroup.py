@@ -1,0 +1,96 @@
+"""Workers die, and are more or fewer, in real processes: the others go on within the run."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from deploy.cluster.kept_actors import new_actors
+from deploy.cluster.launch import drive
+from swarm import scale
+from swarm.fleet import Fleet
+from swarm.run_config import RunConfig
+from tests.ray.conftest import of_kind, run_kept, small
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
+
+EXACT = ("swarm.dp=2", "swarm.pp=2", "codec.kind=powersgd", "codec.q_cadence=4", "grpo.old_logprobs=trainer")
+
+
+def _with(config: RunConfig, run: Path, at: dict[int, Callable[[Fleet], None]]) -> dict[str, Any]:
+    """A run on actors of its own; `at` a tick's end something happens to them."""
+    held: list[Fleet] = []
+
+    @contextmanager
+    def actors(config: RunConfig) -> Iterator[Fleet]:
+        with new_actors(config) as fleet:
+            held.append(fleet)
+            yield fleet
+
+    def listen(record: dict[str, Any]) -> None:
+        if record["kind"] == "tick" and record["tick"] in at:
+            at.pop(record["tick"])(held[0])
+
+    return drive(config, run, listen, actors=actors)
+
+
+def _kill(rank: int, after_s: float) -> Callable[[Fleet], None]:
+    def kill(fleet: Fleet) -> None:
+        pid = ray.get(fleet.workers[rank].__ray_call__.remote(lambda worker: os.getpid()))
+        threading.Timer(after_s, os.kill, (pid, signal.SIGKILL)).start()
+
+    return kill
+
+
+def _until_ready(fleet: Fleet) -> None:
+    """A run of seconds would be over before they are there."""
+    spares = fleet.mend.__self__.regroup.spares
+    assert len(ray.wait([ready for _, ready in spares], num_returns=len(spares), timeout=120)[1]) == 0
+
+
+def test_workers_that_die_are_replaced_from_their_twins_and_the_run_ends_in_the_same_bits(tmp_path: Path):
+    """One of the second replica, then one of the first, which has the store and the engines' stream, within a tick or between."""
+    alone = run_kept(small(*EXACT), tmp_path / "alone")
+    run = tmp_path / "killed"
+    killed = _with(small(*EXACT), run, {2: _kill(3, 0.05), 5: _kill(0, 0.0)})
+    assert killed["weights_digests"] == alone["weights_digests"]
+    events = [e for e in of_kind(run, "event") if e["event"] == "workers regrouped"]
+    assert [e["renewed"] for e in events] == ["worker d1p1", "worker d0p0"] and all(e["exact"] for e in events)
+    assert [r["tick"] for r in of_kind(run, "tick")] == list(range(1, 13))
+
+
+def test_a_run_gets_more_replicas_and_fewer_while_it_goes_on(tmp_path: Path):
+    """Losses as on a fixed grid."""
+    fixed = run_kept(small("codec.kind=none", "anchor.enabled=false", "merger.kind=none"), tmp_path / "fixed")
+    run = tmp_path / "scaled"
+    config = small("codec.kind=none", "anchor.enabled=false", "merger.kind=none")
+    asked = {2: lambda fleet: scale.ask_for(run, 2), 4: _until_ready, 8: lambda fleet: scale.ask_for(run, 1)}
+    scaled = _with(config, run, asked)
+    changes = [e["replicas"] for e in of_kind(run, "event") if e["event"] == "replicas changed"]
+    assert changes == [2, 1] and scaled["status"] == fixed["status"] == "completed"
+    pairs = zip(of_kind(tmp_path / "fixed", "tick"), of_kind(run, "tick"), strict=True)
+    for one, other in pairs:
+        assert other["actor/pg_loss"] == pytest.approx(one["actor/pg_loss"], abs=2e-4)
+        assert other["actor/grad_norm"] == pytest.approx(one["actor/grad_norm"], rel=2e-3)
+
+
+WALL = ("swarm.dp=2", "swarm.pp=2", "anchor.clock=wall", "codec.kind=transform", "codec.total_rate=0.3", "run.steps=8")
+CODED = ("codec.gradient.kind=sparse", "codec.gradient.bits=1.0", "grpo.old_logprobs=rollout", "val.every=8")
+
+
+def test_on_the_wall_clock_a_twin_s_state_will_do(tmp_path: Path):
+    """What the lost replica owed and had learnt is gone, and said to be; corrections on their way come to the new one too."""
+    summary = _with(small(*WALL, *CODED), tmp_path / "run", {3: _kill(1, 0.05), 9: _kill(2, 0.02)})
+    assert summary["status"] == "completed"
+    events = [e for e in of_kind(tmp_path / "run", "event") if e["event"] == "workers regrouped"]
+    assert [e["renewed"] for e in events] == ["worker d0p1", "worker d1p0"]
+    ticks = of_kind(tmp_path / "run", "tick")
+    assert [r["tick"] for r in ticks] == list(range(1, 17)) and any("anchor/version" in r for r in ticks)
