@@ -18,16 +18,13 @@ import numpy as np
 import ray
 
 from anchor_service.calls import gather
-from anchor_service.clock import Clock, Lockstep, make_clock
-from anchor_service.config import correction_payload
 from anchor_service.errors import ActorLost, WaitTimeout, described
-from anchor_service.line import FireLine, NoFires
-from merger import merger_class
+from anchor_service.line import NoFires
 from rl import mismatch
 from rl.batch import Batch
 from rl.grpo import PG_LOSS
 from swarm import checkpoint, scale
-from swarm.corrections import Corrections
+from swarm.corrections import Corrections, anchor_of
 from swarm.engine_line import EngineLine
 from swarm.failure_policy import Decision, FailurePolicy, Status, failure_of
 from swarm.fleet import Fleet
@@ -52,7 +49,7 @@ class Coordinator:
     def __init__(self, config: RunConfig, fleet: Fleet, telemetry: Telemetry, folder: Path):
         self.config, self.fleet, self.telemetry, self.run_folder = config, fleet, telemetry, folder
         self.progress = progress = Progress(telemetry)
-        clock, line = _anchor_of(config, fleet)
+        clock, line = anchor_of(config, fleet)
         self.policy = FailurePolicy(config.faults)
         followers = line if config.anchor.weights == "shared" else NoFires()
         engines = EngineLine(config, fleet, progress, followers, self.policy)
@@ -291,17 +288,6 @@ class Coordinator:
         self.corrections.restore(folder, state)
         self.rollouts.restore(folder, state)
         progress.restore(state)
-
-
-def _anchor_of(config: RunConfig, fleet: Fleet) -> tuple[Clock, FireLine]:
-    """When this run's fires start and end, and the workers that run them."""
-    if correction_payload(config.anchor, config.merger) is None:
-        return Lockstep([]), NoFires()
-    run, ticks_per_step = config.run, config.grpo.ticks_per_step
-    longer = run.checkpoint_every > 0
-    clock = make_clock(config.anchor, run.seed, run.steps * ticks_per_step, ticks_per_step, beyond=longer)
-    parts = 2 if merger_class(config.merger.kind).looks else 1  # a head comes before what is merged
-    return clock, FireLine(fleet.anchors, config.swarm.pp, parts, config.anchor.timeout_s, clock.bound())
 
 
 def step_means(ticks: list[dict[str, float]]) -> dict[str, float]:

@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 
 from anchor_service.calls import gather
-from anchor_service.clock import Clock
+from anchor_service.clock import Clock, Lockstep, make_clock
+from anchor_service.config import correction_payload
 from anchor_service.errors import described
 from anchor_service.lag import Due
-from anchor_service.line import Fire, FireLine
+from anchor_service.line import Fire, FireLine, NoFires
+from merger import merger_class
 from rl.model_files import parameter_count
 from swarm import checkpoint
 from swarm.anchor_faults import AnchorFaults, stream_of
@@ -244,3 +246,14 @@ def _report(due: Due) -> str:
 def _parts(due: Due, stage: int, parts: int) -> list[str]:
     """What a checkpoint calls the parts of a stage's correction."""
     return [f"fire-{due.version}-{stage}" + f"-{k}" * (k > 0) for k in range(parts)]
+
+
+def anchor_of(config: RunConfig, fleet: Fleet) -> tuple[Clock, FireLine]:
+    """When this run's fires start and end, and the workers that run them."""
+    if correction_payload(config.anchor, config.merger) is None:
+        return Lockstep([]), NoFires()
+    run, ticks_per_step = config.run, config.grpo.ticks_per_step
+    longer = run.checkpoint_every > 0
+    clock = make_clock(config.anchor, run.seed, run.steps * ticks_per_step, ticks_per_step, beyond=longer)
+    parts = 2 if merger_class(config.merger.kind).looks else 1  # a head comes before what is merged
+    return clock, FireLine(fleet.anchors, config.swarm.pp, parts, config.anchor.timeout_s, clock.bound())
