@@ -89,6 +89,10 @@ class Anchor:
         """Weights before any job wants them: the first of all, or with anchor.weights = "shared" those of the engines."""
         self.dense.load(list(parts), tick)
 
+    def catch_up(self, tick: int, *frames: np.ndarray) -> None:
+        """Weights of a newcomer: whole frames after `tick` ticks, and deltas before it, newest first, that are taken back."""
+        self.dense.catch_up(list(frames), tick)
+
     def _pull(self, job: FireJob) -> tuple[list[np.ndarray], np.ndarray]:
         calls = [("the swarm", reference) for reference in [*job.snapshot, *job.replay]]
         what = f"the snapshot of tick {job.source_tick} or its replay"

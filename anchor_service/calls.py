@@ -22,10 +22,24 @@ from ray.exceptions import (
     UnserializableException,
     WorkerCrashedError,
 )
+from ray.experimental import get_object_locations
 
 from anchor_service.errors import ActorLost, WaitTimeout
 
-__all__ = ["ActorHandle", "answering", "done_of", "failure", "gather", "nodes_of", "replies", "several", "take"]
+__all__ = [
+    "ActorHandle",
+    "answering",
+    "done_of",
+    "failure",
+    "gather",
+    "lost",
+    "nodes_of",
+    "raised",
+    "replies",
+    "several",
+    "take",
+    "where",
+]
 
 VERDICT_S = 30.0  # Ray takes up to 25 s to call a node dead that sends no heartbeat
 _WHERE = re.compile(r'^ +File "(.+)", line (\d+), in (.+)$', re.MULTILINE)
@@ -82,8 +96,13 @@ def replies(calls: Iterable[tuple[str, object]], what: str, seconds: float, knob
 
 def nodes_of(actors: Sequence[tuple[str, ActorHandle[Any]]], seconds: float, knob: str) -> list[str]:
     """Ray's id of the node that each actor is on, all given with their names."""
-    calls = [(name, actor.__ray_call__.remote(_node_of)) for name, actor in actors]
+    calls = [(name, where(actor)) for name, actor in actors]
     return gather(calls, "its node", seconds, knob)
+
+
+def where(actor: ActorHandle[Any]) -> object:
+    """Reference to Ray's id of the node that an actor is on; it is there once the actor is ready."""
+    return actor.__ray_call__.remote(_node_of)
 
 
 def _node_of(actor: object) -> str:
@@ -126,6 +145,29 @@ def take(reference: object, who: str, what: str) -> Any:
         raise failure(error, who, what) from error
 
 
+def raised(reference: object, who: str, what: str = "its call") -> Exception | None:
+    """What a call that is over raised, if it did."""
+    try:
+        take(reference, who, what)
+    except Exception as error:
+        return error
+    return None
+
+
+def lost(references: Sequence[object]) -> bool:
+    """Whether one of these objects, which were there once, went with the node that it lay on.
+
+    Its owner finds that out at once, and puts an error in its place, on its own node; a small one lies in its memory.
+    """
+    held = cast("list[ray.ObjectRef[Any]]", list(references))
+    here, dead = ray.get_runtime_context().get_node_id(), _dead_nodes()
+    for reference, found in (get_object_locations(held) if held else {}).items():
+        nodes = set(found["node_ids"])
+        if nodes and (nodes <= dead.keys() or (here in nodes and raised(reference, "its owner"))):
+            return True
+    return False
+
+
 def failure(error: RayError, who: str, what: str) -> Exception:
     """What Ray raised for a call of `who`, without the traceback of its own machinery."""
     if isinstance(error, RayTaskError):
@@ -135,8 +177,7 @@ def failure(error: RayError, who: str, what: str) -> Exception:
     if isinstance(error, OutOfMemoryError | NodeDiedError | WorkerCrashedError):
         return ActorLost(who, what, str(error))
     if isinstance(error, ObjectLostError):
-        last = str(error).strip().splitlines()[-1]  # before it: how to debug references
-        return ActorLost(who, what, "\n".join([f"what it delivered is lost: {last}", *_dead_nodes().values()]))
+        return ActorLost(who, what, _loss(error))
     if isinstance(error, UnserializableException):
         return _noted(RuntimeError(_raised(str(error))), str(error), who, what)
     return _noted(error, "", who, what)
@@ -146,6 +187,8 @@ def _task_failure(error: RayTaskError, who: str, what: str) -> Exception:
     cause = error.cause
     if isinstance(cause, RayActorError):  # an argument of the call was to come from that actor
         return ActorLost(f"an actor that {who} gets an argument from", what, _death(cause))
+    if isinstance(cause, ObjectLostError):
+        return ActorLost(f"an actor that {who} gets an argument from", what, _loss(cause))
     if type(cause) is RayError:  # Ray could not pickle it, and has put its traceback in words
         cause = RuntimeError(_raised(str(cause)))
     return _noted(cause, str(error), who, what)
@@ -182,6 +225,11 @@ def _death(error: RayActorError) -> str:
     reason = [line for line in lines if not line.startswith(_FIELDS)] or [error.BASE_ERROR_MSG]
     at = [f"process {fields['pid']} on {fields.get('ip', 'an unknown node')}"] if "pid" in fields else []
     return "\n".join([*([dead] if dead else []), *reason, *at])
+
+
+def _loss(error: ObjectLostError) -> str:
+    last = str(error).strip().splitlines()[-1]  # before it: how to debug references
+    return "\n".join([f"what it delivered is lost: {last}", *_dead_nodes().values()])
 
 
 def _alive(actor_id: str | None) -> bool:

@@ -33,8 +33,12 @@ class Clock(Protocol):
         """How many tick times a fire that has begun must take at the least."""
         ...
 
-    def finished(self, version: int) -> None:
-        """A fire is done."""
+    def finished(self, version: int, void: bool = False) -> None:
+        """A fire is done, or is void."""
+        ...
+
+    def staffed(self, workers: int) -> None:
+        """So many anchor workers are there now."""
         ...
 
     def merged_at_multiple(self, due: Due, every: int) -> bool:
@@ -73,7 +77,9 @@ class Lockstep:
         """No time: the swarm waits for it in the tick that merges it, however long that takes."""
         return 0.0
 
-    def finished(self, version: int) -> None: ...
+    def finished(self, version: int, void: bool = False) -> None: ...
+
+    def staffed(self, workers: int) -> None: ...
 
     def merged_at_multiple(self, due: Due, every: int) -> bool:
         """As far as the agenda says."""
@@ -145,11 +151,15 @@ class Wall:
     def due(self, tick: int) -> None:
         return None
 
-    def finished(self, version: int) -> None:
-        """A fire is done, before the next offer."""
+    def finished(self, version: int, void: bool = False) -> None:
+        """A fire is done, before the next offer; one that is void says nothing of how long they take."""
         source = self._running.pop(version, None)
-        if source is not None:
+        if source is not None and not void:
             self._takes = self._offered + 1 - source
+
+    def staffed(self, workers: int) -> None:
+        """With none nothing starts."""
+        self.workers = workers
 
     def merged_at_multiple(self, due: Due, every: int) -> bool:
         """Nobody knows yet in which ticks it will be merged."""

@@ -148,7 +148,12 @@ class AnchorConfig(Section):
     )
     micro_batch_size: int = Field(default=32, ge=1, description="samples in one backward of the anchor")
     slowdown: float = Field(default=1.0, ge=1, description="sleep until a fire took this many times its own time")
-    timeout_s: float = Field(default=600.0, gt=0, description="deadline of a correction that is due")
+    timeout_s: float = Field(
+        default=600.0,
+        gt=0,
+        description="deadline of a correction that is due, on the wall clock of a fire beyond the lag that it is given: an "
+        "anchor worker that misses it is renewed",
+    )
 
     def replayed(self, samples: int) -> int:
         """How many samples a fire replays, where a mini-batch has `samples`."""

@@ -77,6 +77,11 @@ class DenseGradient:
         self.receiver.load(parts, tick, self.model.weights.master)
         self.model.weights.publish()
 
+    def catch_up(self, frames: list[np.ndarray], tick: int) -> None:
+        """Whole frames after `tick` ticks, one a stage, and deltas before it, newest first, that are taken back."""
+        self.receiver.catch_up(frames, tick, len(self.stages), self.model.weights.master)
+        self.model.weights.publish()
+
     def gradient(self, batch: Batch, denominator: float | np.ndarray, grpo: GrpoConfig | None = None) -> Tensor:
         """∇L at the loaded weights on `batch`, fp32 [numel], divided by `denominator`: one number, or one a sample [N].
 

@@ -90,6 +90,23 @@ def decode(arrays: dict[str, np.ndarray], base: np.ndarray | None, numel: int | 
     return bits.view(dtype)
 
 
+def undo(arrays: dict[str, np.ndarray], new: np.ndarray) -> np.ndarray:
+    """Arrays of a delta, and the weights [n] that it led to -> its base [n], bit for bit: differences are integers.
+
+    Raises BaseMismatch if `new` is not what the delta led to, and ValueError naming the field if the arrays are damaged.
+    """
+    if _check_fields(arrays, new.size) != new.dtype or "base" not in arrays:
+        raise BaseMismatch(f"these are {new.dtype} weights, and no delta that led to them")
+    bits = _patterns(new, "new")
+    if not np.array_equal(digest_row(bits), arrays["result"]):
+        raise BaseMismatch(f"the delta led to {_hex(arrays['result'])}, the weights are {_hex(digest_row(bits))}")
+    bits = bits.copy()
+    _apply(arrays, bits, back=True)
+    if not np.array_equal(digest_row(bits), arrays["base"]):
+        raise _bad("base", f"{_hex(arrays['base'])} was sent, what was decoded has {_hex(digest_row(bits))}")
+    return bits.view(new.dtype)
+
+
 def to_bf16(weights: np.ndarray) -> np.ndarray:
     """float32 [n] -> bf16 bit patterns, uint16 [n]. Rounds to nearest even as torch does; a NaN becomes quiet."""
     bits = _float32(weights).view(np.uint32)
@@ -214,10 +231,11 @@ def _check_base(sent: np.ndarray, base: np.ndarray | None) -> None:
         raise BaseMismatch(f"the delta is against {_hex(sent)}, the base is {_hex(found)}")
 
 
-def _apply(arrays: dict[str, np.ndarray], bits: np.ndarray) -> None:
-    """Add the differences of a delta to the base's bit patterns [n], in place."""
+def _apply(arrays: dict[str, np.ndarray], bits: np.ndarray, back: bool = False) -> None:
+    """Add the differences of a delta to the base's bit patterns [n], in place; `back`: take them off again."""
+    add = np.subtract if back else np.add
     if "count" not in arrays:
-        bits += _unzigzag(_join(arrays, "value", bits.size, bits.dtype))
+        add(bits, _unzigzag(_join(arrays, "value", bits.size, bits.dtype)), out=bits)
         return
     count = int(arrays["count"][0])
     if not 0 <= count <= bits.size:
@@ -226,4 +244,4 @@ def _apply(arrays: dict[str, np.ndarray], bits: np.ndarray) -> None:
     changed += np.arange(count)
     if count and not 0 <= changed.min() <= changed.max() < bits.size:
         raise _bad("gap", f"positions {changed.min()} to {changed.max()} are outside {bits.size} weights")
-    bits[changed] += _unzigzag(_join(arrays, "value", count, bits.dtype))
+    bits[changed] = add(bits[changed], _unzigzag(_join(arrays, "value", count, bits.dtype)))

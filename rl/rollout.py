@@ -70,10 +70,17 @@ class RolloutWorker:
 
         Raises FrameError on a mix-up, BaseLost if a delta does not fit, EngineFailed if the engine does not take them.
         """
-        master = self.engine.plain.weights.master
-        self.receiver.load(list(parts), tick, master)
+        self.receiver.load(list(parts), tick, self.engine.plain.weights.master)
+        return self._in_use()
+
+    def catch_up(self, tick: int, stages: int, *frames: np.ndarray) -> str:
+        """Whole frames after `tick` ticks, one a stage, and deltas before it, newest first, that are taken back."""
+        self.receiver.catch_up(list(frames), tick, stages, self.engine.plain.weights.master)
+        return self._in_use()
+
+    def _in_use(self) -> str:
         self.engine.publish()
-        return digest(master.cpu().numpy())
+        return digest(self.engine.plain.weights.master.cpu().numpy())
 
     def problems(self) -> Problems:
         """What this engine has read, on its node."""

@@ -108,11 +108,49 @@ class Receiver:
         total = sum(map(len, found))
         if total != len(master):
             raise FrameError("all stages", "weights", f"{total} parameters, the model has {len(master)}")
-        for stage, flat in enumerate(found):
-            offset = sum(map(len, found[:stage]))
-            values = delta.from_bf16(flat) if flat.dtype == np.uint16 else flat
-            master[offset : offset + len(flat)].copy_(torch.from_numpy(values))
+        _write(found, master)
         self.tick = tick
+
+    def take_back(self, parts: list[np.ndarray], master: Tensor) -> None:
+        """`master` fp32 [numel of the model] as it was before these frames of all stages, which were loaded last.
+
+        Of exact deltas alone: a coded step adds floats, and a whole frame says nothing of what was before.
+        Raises FrameError or BaseLost, and then nothing is applied.
+        """
+        found: list[np.ndarray] = []
+        bases = set[int]()
+        for stage, part in enumerate(parts):
+            flat, base = self._before(part, stage, master[sum(map(len, found)) :])
+            found.append(flat)
+            bases.add(base)
+        _write(found, master)
+        (self.tick,) = bases
+
+    def catch_up(self, frames: list[np.ndarray], tick: int, stages: int, master: Tensor) -> None:
+        """Load whole frames after `tick` ticks, one a stage; the rest are deltas before it, newest first: take them back."""
+        whole, *back = [frames[i : i + stages] for i in range(0, len(frames), stages)]
+        self.load(whole, tick, master)
+        for parts in back:
+            self.take_back(parts, master)
+
+    def _before(self, part: np.ndarray, stage: int, rest: Tensor) -> tuple[np.ndarray, int]:
+        """One stage's weights before a delta, as they travelled, and their tick; `rest` as for `_part`."""
+        sender = f"stage {stage}"
+        header, arrays = unpack(part, sender)
+        base, numel = header.get("base_tick"), header.get("numel")
+        wanted = ("stage", stage), ("tick", self.tick), ("encoding", "delta")
+        for field, expected in wanted:
+            if header.get(field) != expected:
+                raise FrameError(sender, field, f"expected {expected}, got {header.get(field)!r}")
+        if type(base) is not int or type(numel) is not int or not 0 <= numel <= len(rest):
+            raise FrameError(sender, "base_tick", f"is {base!r}, of {numel!r} weights: nothing leads back")
+        held = rest[:numel].detach().cpu().numpy()
+        try:
+            return delta.undo(arrays, delta.to_bf16(held) if header.get("bf16") else held), base
+        except delta.BaseMismatch as error:
+            raise BaseLost(stage, self.tick, self.tick) from error
+        except ValueError as error:
+            raise FrameError(sender, "weights", str(error)) from error
 
     def _part(self, part: np.ndarray, tick: int, stage: int, rest: Tensor) -> np.ndarray:
         """One stage's weights as they travelled; `rest`: what is held of it and of the stages behind it."""
@@ -147,3 +185,12 @@ class Receiver:
         if header.get("base_tick") is None:
             return delta.decode(arrays, None, len(held))
         return delta.decode(arrays, delta.to_bf16(held) if header.get("bf16") else held)
+
+
+def _write(stages: list[np.ndarray], master: Tensor) -> None:
+    """Weights of all stages, as they travelled, into `master` fp32."""
+    offset = 0
+    for flat in stages:
+        values = delta.from_bf16(flat) if flat.dtype == np.uint16 else flat
+        master[offset : offset + len(flat)].copy_(torch.from_numpy(values))
+        offset += len(flat)

@@ -19,16 +19,15 @@ import numpy as np
 import ray
 
 from anchor_service.calls import gather
-from anchor_service.clock import Clock, Lockstep, make_clock
-from anchor_service.config import correction_payload
-from anchor_service.line import FireLine, NoFires
-from merger import merger_class
+from anchor_service.errors import ActorLost, WaitTimeout, described
+from anchor_service.line import NoFires
 from rl import mismatch
 from rl.batch import Batch
 from rl.grpo import PG_LOSS
 from swarm import checkpoint, scale
-from swarm.corrections import Corrections
-from swarm.failure_policy import FailurePolicy
+from swarm.corrections import Corrections, anchor_of
+from swarm.engine_line import EngineLine
+from swarm.failure_policy import Decision, FailurePolicy, Status, failure_of
 from swarm.fleet import Fleet
 from swarm.gate import EngineGate, LaunchGate, capped_share
 from swarm.messages import MergeOutcome, TickPlan, TickReport
@@ -41,6 +40,7 @@ from swarm.run_config import RunConfig
 from swarm.shares import shares
 from swarm.telemetry import Telemetry, combine, replace_text
 
+WAIT_S = "timing_s/anchor_wait"
 TICK_S, PAUSED_S = "timing_s/tick", "timing_s/diagnostics"  # the pace of a run is made of them
 
 
@@ -52,10 +52,12 @@ class Coordinator:
     ):
         self.config, self.fleet, self.telemetry, self.run_folder = config, fleet, telemetry, folder
         self.progress = progress = Progress(telemetry)
-        clock, line = _anchor_of(config, fleet)
-        self.rollouts = Rollouts(config, fleet, progress, line)
-        self.corrections = Corrections(config, fleet, progress, line, clock, ray.put, self.rollouts.resync)
+        clock, line = anchor_of(config, fleet)
         self.policy = policy or FailurePolicy(config.faults)
+        followers = line if config.anchor.weights == "shared" else NoFires()
+        engines = EngineLine(config, fleet, progress, followers, self.policy)
+        self.rollouts = Rollouts(config, progress, engines)
+        self.corrections = Corrections(config, fleet, progress, line, clock, ray.put, engines, self.policy)
         self.regroup = Regroup(config, fleet, progress, self.policy, line)
         self.gate, self.engine_gate = LaunchGate(config.codec), EngineGate(config.rollout)
         self.given: list[tuple[int, object]] = []  # of the present step, to each rank: its first tick, its share
@@ -93,7 +95,7 @@ class Coordinator:
         progress.step += 1
         batch, timing = self.rollouts.train()
         self._judge_engine(timing)
-        self.fleet.take_turns("sleep", self.fleet.engines)
+        self.rollouts.engines.sleep()
         minis = self._mini_batches(batch)
         metrics = self._begin(batch, minis)
         ticks = [self._tick(i, minis) for i in range(len(minis))]
@@ -180,6 +182,8 @@ class Coordinator:
         progress.ledger.merge(ledger)
         self.corrections.log(outcome)
         metrics |= {"anchor/backwards": self.corrections.fires}
+        if self.corrections.waited:
+            metrics[WAIT_S] = metrics.get(WAIT_S, 0.0) + self.corrections.waited
         metrics |= progress.bytes_since_last_tick()
         metrics[TICK_S] = time.perf_counter() - start
         if diagnosed:
@@ -224,7 +228,15 @@ class Coordinator:
             known = source.due.source_tick, self.corrections.merged_m_bar, source.replay
         records = [*fleet.records(tick), *(source.records if source else [])]
         call = fleet.diagnosers[0].diagnose.remote(tick, mini.reference, *known, *records)
-        (found,) = gather([("the diagnoser", call)], f"the diagnosis of tick {tick}", *fleet.anchor_limit)
+        try:
+            (found,) = gather([("the diagnoser", call)], f"the diagnosis of tick {tick}", *fleet.anchor_limit)
+        except (ActorLost, WaitTimeout) as failure:
+            status = Status("diagnoser", failure_of(failure), tick)
+            if self.policy.decide(status) is not Decision.RENEW:
+                raise
+            fleet.renew("diagnoser", 0)
+            self.progress.event("diagnosis left out", reason=described(failure))
+            return {PAUSED_S: time.perf_counter() - start}
         self.progress.remember("diagnoser", found.pop("perf/max_memory_gb"))
         return found | {PAUSED_S: time.perf_counter() - start}
 
@@ -286,17 +298,6 @@ class Coordinator:
             coded = self.config.codec.gradient.kind != "none"
             dropped = "what replicas owed to the sum of gradients" if coded and now == 1 else None
             progress.event("grid changed", dp_before=before, dp=now, dropped=dropped)
-
-
-def _anchor_of(config: RunConfig, fleet: Fleet) -> tuple[Clock, FireLine]:
-    """When this run's fires start and end, and the workers that run them."""
-    if correction_payload(config.anchor, config.merger) is None:
-        return Lockstep([]), NoFires()
-    run, ticks_per_step = config.run, config.grpo.ticks_per_step
-    longer = run.checkpoint_every > 0
-    clock = make_clock(config.anchor, run.seed, run.steps * ticks_per_step, ticks_per_step, beyond=longer)
-    parts = 2 if merger_class(config.merger.kind).looks else 1  # a head comes before what is merged
-    return clock, FireLine(fleet.anchors, config.swarm.pp, parts, config.anchor.timeout_s, clock.bound())
 
 
 def step_means(ticks: list[dict[str, float]]) -> dict[str, float]:

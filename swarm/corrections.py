@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from itertools import chain
@@ -11,13 +12,18 @@ from typing import Any
 import numpy as np
 
 from anchor_service.calls import gather
-from anchor_service.clock import Clock
+from anchor_service.clock import Clock, Lockstep, make_clock
+from anchor_service.config import correction_payload
+from anchor_service.errors import described
 from anchor_service.lag import Due
-from anchor_service.line import Fire, FireLine
+from anchor_service.line import Fire, FireLine, NoFires
+from merger import merger_class
 from rl.model_files import parameter_count
-from rl.snapshot import BaseLost
 from swarm import checkpoint
+from swarm.anchor_faults import AnchorFaults, stream_of
 from swarm.diagnosis_sources import Sources
+from swarm.engine_line import EngineLine
+from swarm.failure_policy import FailurePolicy
 from swarm.fleet import Fleet
 from swarm.messages import MergeOutcome
 from swarm.progress import Progress
@@ -28,8 +34,8 @@ from swarm.run_config import RunConfig
 class Corrections:
     """All fires of one run, by way of the `line` of its anchor workers.
 
-    `store` puts an object where actors can fetch it and returns a reference; `resync` asks for whole weights for the
-    engines' stream.
+    `store` puts an object where actors can fetch it and returns a reference; `engines`: whose stream of weights the
+    anchor may share.
     """
 
     def __init__(
@@ -40,21 +46,21 @@ class Corrections:
         line: FireLine,
         clock: Clock,
         store: Callable[[np.ndarray | dict[str, Any]], object],
-        resync: Callable[[], None],
+        engines: EngineLine,
+        policy: FailurePolicy,
     ):
         self.anchor, self.swarm, grpo = config.anchor, config.swarm, config.grpo
         samples = grpo.ppo_mini_batch_size * grpo.group_size
         self.choice = make_choice(config.anchor, samples, config.run.seed, store)
         self.fleet, self.progress, self.line, self.clock = fleet, progress, line, clock
-        self.store, self.resync = store, resync
+        self.store, self.waited = store, 0.0  # seconds before the last tick, for a correction that was due
+        self.faults = AnchorFaults(config, fleet, progress, line, clock, self.choice, engines, policy)
         self.whole_frames = config.snapshot.encoding == "full"
         self.sources = Sources(config.diagnostics.every, clock)
         self.fires = self.version = self.merged = 0
         self.merged_m_bar: object = None  # of the correction that is held: older than the last if that was refused
-        self._last_m_bar: object = None  # of the last fire that left the line
         self._expired = False
         self._whole = False  # ranks merge something of what they hold: of the next one they will too
-        self._lost: set[str] = set()  # streams whose base is gone
         self._parameters = parameter_count(config.model.path)
 
     # --- before a tick --------------------------------------------------------------------------
@@ -64,12 +70,13 @@ class Corrections:
         if self.progress.tick or self.anchor.weights == "shared" or self.whole_frames:
             return
         for worker in range(len(self.line.workers)):
-            references, nbytes = self._snapshot(worker)
-            self.progress.ledger.add("snapshot", nbytes, 0)
-            try:
-                self.line.check(worker, references)
-            except BaseLost as lost:
-                self._lose(worker, lost)
+
+            def weights(worker: int = worker) -> list[object]:
+                references, nbytes = self._snapshot(worker)
+                self.progress.ledger.add("snapshot", nbytes, 0)
+                return references
+
+            self.faults.check(worker, weights)
 
     def offer(self, mini: MiniFrame) -> bool:
         """Hand θ_s and b_{s+1} to the anchor if a fire starts from them; waits for nothing. Whether one does."""
@@ -95,9 +102,9 @@ class Corrections:
         """Weights for one fire; each anchor worker has its own stream, or none if it shares the engines'."""
         if self.anchor.weights == "shared":
             return [], 0
-        stream = f"anchor {worker}"
-        whole = stream in self._lost
-        self._lost.discard(stream)
+        stream = stream_of(worker)
+        whole = stream in self.faults.begin_whole
+        self.faults.begin_whole.discard(stream)
         return self.fleet.weights(self.progress.tick, stream, whole)
 
     def _least_seconds(self, due: Due) -> float:
@@ -106,13 +113,21 @@ class Corrections:
 
     def due(self, tick: int) -> tuple[list[list[object]] | None, int | None]:
         """What `tick` is the first to merge, references for each stage; the version it must hold, None on the wall
-        clock."""
-        due = self.clock.due(tick)
+        clock.
+
+        Waits until it is there: here a worker that fails can be renewed, in the tick that would break it. Only for one
+        that started in this very tick the ranks wait, having done their own part.
+        """
+        due, self.waited = self.clock.due(tick), 0.0
         self.version = due.version if due else self.version
+        if due:  # also where a tick is taken again
+            self.faults.look()
+        if due and due.source_tick < tick - 1:
+            start = time.perf_counter()
+            self.faults.done(self.line.under_way[due.version])
+            self.waited = time.perf_counter() - start
         references = self.line.under_way[due.version].corrections if due else None
         return references, self.version if self.clock.waits else None
-
-    # --- on the wall clock ----------------------------------------------------------------------
 
     @property
     def may_be_fetched(self) -> bool:
@@ -120,32 +135,22 @@ class Corrections:
         return not self.clock.waits and self.line.parts > 1
 
     def deliver(self) -> None:
-        """Pass corrections that are done on to every rank's inbox. On the wall clock only; waits for nothing."""
+        """On the wall clock, pass corrections that are done on to every rank's inbox. Waits for nothing.
+
+        First of all whatever has failed is dealt with.
+        """
+        self.faults.look()
         if self.clock.waits:
             return
         for fire in self.line.arrived():
-            self.clock.finished(fire.due.version)
-            try:
-                self.line.report(fire)  # raises if the fire failed
-            except BaseLost as lost:
-                self._drop(fire, lost)
+            if self.faults.failure(fire):  # since a moment ago: the next tick will see to it
                 continue
+            self.clock.finished(fire.due.version)
+            self.line.report(fire)  # raises what else it failed with
             self.choice.release(fire.due.version)
             self.line.deliver(fire, self.fleet.workers, self._whole)
-        self.line.check_deliveries()
-
-    def _drop(self, fire: Fire, lost: BaseLost) -> None:
-        """The anchor worker has lost the base of a delta: this fire is void, its next snapshot is a whole one."""
-        self.line.drop(fire, self._last_m_bar)
-        self.choice.give_back(fire.due.version)
-        if self.anchor.weights == "shared":
-            self.resync()
-        self._lose(fire.worker, lost)
-
-    def _lose(self, worker: int, lost: BaseLost) -> None:
-        stream = f"anchor {worker}"
-        self._lost.add(stream)
-        self.progress.event("snapshot lost", stream=stream, reason=str(lost))
+        for failure in self.line.check_deliveries():
+            self.progress.event("correction lost on its way", reason=described(failure))
 
     # --- after a tick ---------------------------------------------------------------------------
 
@@ -166,7 +171,7 @@ class Corrections:
         progress, report = self.progress, self.line.report(fire)
         merged_now = fire.due.version == outcome.version
         self.fires += 1
-        self.merged, self._last_m_bar = outcome.newest, fire.m_bar
+        self.merged, self.faults.m_bar = outcome.newest, fire.m_bar
         if merged_now:
             self.merged_m_bar = fire.m_bar
         progress.remember("anchor", report["perf/max_memory_gb"])
@@ -184,11 +189,13 @@ class Corrections:
         counters = {"fires": self.fires, "version": self.version, "merged": self.merged}
         calls: dict[str, object] = {}
         fires = self._unmerged()
+        if self.clock.waits and fires:
+            self.faults.done(fires[-1])
         for fire in fires:
             calls |= {_report(fire.due): fire.report}
             stages = [_parts(fire.due, p, len(parts)) for p, parts in enumerate(fire.corrections)]
             calls |= dict(zip(chain(*stages), chain(*fire.corrections), strict=True))
-        m_bar = fires[-1].m_bar if fires else self.line.m_bar if self.clock.waits else self._last_m_bar
+        m_bar = fires[-1].m_bar if fires else self.line.m_bar if self.clock.waits else self.faults.m_bar
         calls |= {} if m_bar is None else {"m_bar": m_bar}
         found = gather(calls.items(), "what a checkpoint keeps of the anchor", *self.fleet.anchor_limit)
         frames = dict(zip(calls, found, strict=True))
@@ -203,8 +210,7 @@ class Corrections:
         fires = [self.line.under_way[v] for v in sorted(self.line.under_way)]
         if self.clock.waits:
             return fires
-        ready = {fire.due.version for fire in self.line.arrived()}
-        return [fire for fire in fires if fire.delivered or (fire.due.version in ready and self.line.good(fire))]
+        return [fire for fire in fires if fire.delivered or self.line.good(fire)]
 
     def restore(self, folder: Path, state: dict[str, Any]) -> None:
         """Go on from a checkpoint. Raises CheckpointError if it lacks a correction that will be due."""
@@ -218,7 +224,7 @@ class Corrections:
             due = Due(**saved["due"])
             if due.version in wanted or not self.clock.waits or due.first_tick is None:  # else due after the end
                 self._take_up(due, saved["report"], folder)
-        self._last_m_bar = self.line.m_bar
+        self.faults.m_bar = self.line.m_bar
         missing = wanted - set(self.line.under_way)
         if missing:
             raise checkpoint.CheckpointError(
@@ -240,3 +246,14 @@ def _report(due: Due) -> str:
 def _parts(due: Due, stage: int, parts: int) -> list[str]:
     """What a checkpoint calls the parts of a stage's correction."""
     return [f"fire-{due.version}-{stage}" + f"-{k}" * (k > 0) for k in range(parts)]
+
+
+def anchor_of(config: RunConfig, fleet: Fleet) -> tuple[Clock, FireLine]:
+    """When this run's fires start and end, and the workers that run them."""
+    if correction_payload(config.anchor, config.merger) is None:
+        return Lockstep([]), NoFires()
+    run, ticks_per_step = config.run, config.grpo.ticks_per_step
+    longer = run.checkpoint_every > 0
+    clock = make_clock(config.anchor, run.seed, run.steps * ticks_per_step, ticks_per_step, beyond=longer)
+    parts = 2 if merger_class(config.merger.kind).looks else 1  # a head comes before what is merged
+    return clock, FireLine(fleet.anchors, config.swarm.pp, parts, config.anchor.timeout_s, clock.bound())

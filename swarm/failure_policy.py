@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal
 
+from anchor_service.errors import ActorLost, WaitTimeout
 from swarm.config import FaultsConfig
 
 Role = Literal["worker", "engine", "anchor", "diagnoser"]
@@ -27,6 +28,12 @@ class Failure(StrEnum):
     DEATH = "death"  # its process, or its node
     HANG = "hang"  # a deadline passed, and its process is there
     BAD = "bad answer"
+
+
+def failure_of(error: Exception) -> Failure:
+    """What somebody did of whom this error was raised."""
+    kinds = {ActorLost: Failure.DEATH, WaitTimeout: Failure.HANG}
+    return next((failure for kind, failure in kinds.items() if isinstance(error, kind)), Failure.BAD)
 
 
 class Decision(StrEnum):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from anchor_service.actor import Anchor
-from anchor_service.calls import ActorHandle, gather, nodes_of, several
+from anchor_service.calls import ActorHandle, gather, nodes_of, several, where
 from anchor_service.config import AnchorConfig
 from anchor_service.diagnosis import Diagnoser
 from rl.config import RolloutConfig
@@ -123,6 +123,18 @@ class Fleet:
         named = [(self._name_of(actor), actor) for actor in unknown]
         self._node.update(zip(unknown, nodes_of(named, *self.swarm_limit), strict=True))
         return {self._node[actor] for actor in actors}
+
+    def succeeds(self, newcomer: ActorHandle[Any], old: ActorHandle[Any]) -> None:
+        """Until it has arrived: it is in the same bundle."""
+        self._node[newcomer] = self._node[old]
+
+    def arrival(self, newcomer: ActorHandle[Any]) -> object:
+        """Reference to where a newcomer is, which is there once it is ready; to be asked of it before all else."""
+        return where(newcomer)
+
+    def arrived(self, newcomer: ActorHandle[Any], place: str) -> None:
+        """That is where it is."""
+        self._node[newcomer] = place
 
     def replicas_of(self, stage: int) -> list[ActorHandle[Worker]]:
         """The ranks that hold it."""

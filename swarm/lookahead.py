@@ -9,12 +9,13 @@ waited for is always the head of the queue: its deadline is that of one batch, w
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from rl.batch import Prompts
 from rl.config import RolloutConfig
 from swarm import checkpoint
 
@@ -24,7 +25,7 @@ Result = tuple[
 ]  # of some prompts: batch frame, peak memory in GB, sums (`generate`)
 
 
-@dataclass
+@dataclass(eq=False)
 class Sent:
     """Weights after `step` steps, on their way to all engines."""
 
@@ -32,15 +33,17 @@ class Sent:
     tick: int
     calls: Calls  # each delivers the digest of what its engine then holds
     digest: str = ""  # of what all of them hold; empty until they have said so
+    references: list[object] = field(default_factory=list)  # to their frames, one a stage
 
 
-@dataclass
+@dataclass(eq=False)
 class Asked:
     """The samples of one step: prompts in order, dealt over the engines."""
 
     step: int
     weights: Sent  # the last ones before it in every queue
     calls: Calls
+    prompts: list[Prompts] = field(default_factory=list)  # of each call
     results: list[Result] | None = None  # once they are here
 
     @property
@@ -60,11 +63,6 @@ class Lookahead:
         """The steps to ask for when `step` begins: up to s beyond it, none beyond the run's last."""
         first = self.asked[-1].step + 1 if self.asked else step
         return range(first, self.rollout.ahead_of(step, self.steps) + 1)
-
-    @property
-    def in_flight(self) -> list[int]:
-        """Steps that engines are still to deliver."""
-        return [asked.step for asked in self.asked if asked.results is None]
 
     def save(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """For a checkpoint, once nothing is in flight: plain numbers, and frames."""
@@ -88,7 +86,7 @@ class Lookahead:
                 by, step = saved["weights"], saved["step"]
                 frames = [checkpoint.frame_of(folder, _name(step, i)) for i in range(len(saved["measured"]))]
                 results: list[Result] = [(f, peak, sums) for f, (peak, sums) in zip(frames, saved["measured"])]
-                self.asked.append(Asked(step, Sent(by["step"], by["tick"], [], by["digest"]), [], results))
+                self.asked.append(Asked(step, Sent(by["step"], by["tick"], [], by["digest"]), [], results=results))
         return self.rollout.ahead_of(state["step"], self.steps) - state["step"] - len(self.asked)
 
 

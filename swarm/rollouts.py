@@ -1,47 +1,34 @@
-"""The engines' part in a run: they are given weights and asked for samples, and started anew when one fails."""
+"""The samples of a run: what the engines are asked for step by step, and what comes of it."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
-from anchor_service.calls import done_of, gather
-from anchor_service.errors import ActorLost, described
-from anchor_service.line import FireLine, NoFires
 from rl import mismatch
 from rl.batch import Batch, Prompts, concat
 from rl.engine import EngineFailed
-from rl.model_files import parameter_count
 from rl.problems import Problems
 from rl.rollout import UNDECIDED
-from rl.snapshot import BaseLost
-from swarm.fleet import Fleet
-from swarm.lookahead import Asked, Calls, Lookahead, Result, Sent
-from swarm.messages import ENGINES_STREAM
+from swarm.engine_line import EngineLine
+from swarm.lookahead import Asked, Lookahead, Result
 from swarm.progress import Progress
 from swarm.run_config import RunConfig
-
-T = TypeVar("T")
 
 SAMPLED_S = "timing_s/gen"
 STALENESS, WEIGHTS = "training/staleness", "rollout/weights_digest"
 
 
 class Rollouts:
-    """Samples of one run. `line`: the anchor workers, which may share the engines' stream of weights."""
+    """Samples of one run."""
 
-    def __init__(self, config: RunConfig, fleet: Fleet, progress: Progress, line: FireLine):
-        self.config, self.fleet, self.progress = config, fleet, progress
-        self.line = line if config.anchor.weights == "shared" else NoFires()
+    def __init__(self, config: RunConfig, progress: Progress, engines: EngineLine):
+        self.config, self.progress, self.engines = config, progress, engines
         self.ahead = Lookahead(config.rollout, config.run.steps)
         self._lacking = 0  # steps ahead that the checkpoint lacks with which this run goes on
-        self._unsettled: list[Sent] = []  # weights of which engines have not said yet what they hold; oldest first
-        self._parameters = parameter_count(config.model.path)
-        self._resync = False
         self._endless = False  # no answer of the last step came to an end
         self._validated = config.val.size
 
@@ -50,25 +37,16 @@ class Rollouts:
 
         Raises EngineFailed if one has others than the first.
         """
-        try:
-            found = self._problems()
-        except ActorLost as failure:
-            self._renew(failure)
-            found = self._problems()
+        found, *others = self.engines.problems()
+        for i, other in enumerate(others, 1):
+            if other != found:
+                reason = f"engine {i} has {_names(other)}, engine 0 {_names(found)}"
+                raise EngineFailed("the problems of the task", reason, "put the same files on the nodes of all engines")
         self._say_what_is_missing(found)
         if self._lacking:
             reason = f"the saved run was to end before: {self._lacking} steps ahead are sampled of newer weights"
             self.progress.event("samples ahead not saved", reason=reason, steps=self._lacking)
         return found
-
-    def _problems(self) -> Problems:
-        calls = [(f"engine {i}", engine.problems.remote()) for i, engine in enumerate(self.fleet.engines)]
-        first, *others = gather(calls, "its problems", *self.fleet.engine_limit)
-        for i, other in enumerate(others, 1):
-            if other != first:
-                reason = f"engine {i} has {_names(other)}, engine 0 {_names(first)}"
-                raise EngineFailed("the problems of the task", reason, "put the same files on the nodes of all engines")
-        return first
 
     def _say_what_is_missing(self, problems: Problems) -> None:
         for source in problems.sources:
@@ -84,32 +62,24 @@ class Rollouts:
     def train(self) -> tuple[Batch, dict[str, Any]]:
         """Samples of the present step, and metrics of it. Those of steps ahead are asked for, and not waited for."""
         start = time.perf_counter()
-        due = self._mended(self._due)
+        for step in self.ahead.missing(self.progress.step):
+            self.ahead.asked.append(self._ask_for(step))
+        due = self.ahead.asked[0]
+        results = self._delivered(due)
         del self.ahead.asked[0]
-        batch, found = self._taken("train", due.results or [])
+        batch, found = self._taken("train", results)
         found |= {STALENESS: due.staleness, WEIGHTS: due.weights.digest}
         self._judge_ends(batch)
         return batch, found | {SAMPLED_S: time.perf_counter() - start}
-
-    def _due(self) -> Asked:
-        for step in self.ahead.missing(self.progress.step):
-            self.ahead.asked.append(self._ask_for(step))
-        return self._delivered(self.ahead.asked[0])
 
     def _ask_for(self, step: int) -> Asked:
         """Of the weights that were sent last."""
         grpo = self.config.grpo
         indices = range((step - 1) * grpo.train_batch_size, step * grpo.train_batch_size)
-        calls = self._ask("train", step, indices, grpo.group_size, self.config.rollout.temperature)
-        return Asked(step, self._newest, calls)
+        return self._ask("train", step, indices, grpo.group_size, self.config.rollout.temperature)
 
-    def _delivered(self, asked: Asked) -> Asked:
-        """Waits for it, and for the digests of the weights that sampled it."""
-        if asked.results is None:
-            self._agree(asked.weights)
-            what = f"train samples of step {asked.step}"
-            asked.results = gather(asked.calls, what, *self.fleet.engine_limit)
-        return asked
+    def _delivered(self, asked: Asked) -> list[Result]:
+        return self.engines.deliver(asked, f"train samples of step {asked.step}")
 
     def _judge_ends(self, batch: Batch) -> None:
         """Said once, until an answer ends again: a model whose end is not known never stops, and has no reward."""
@@ -122,30 +92,22 @@ class Rollouts:
 
     def validation(self) -> tuple[Batch, dict[str, float]]:
         """The same prompts and random numbers each time, so that runs are paired. On the weights that were sent last."""
-        start = time.perf_counter()
-        batch, found = self._taken("val", self._mended(self._validation))
-        return batch, found | {SAMPLED_S: time.perf_counter() - start}
-
-    def _validation(self) -> list[Result]:
-        calls = self._ask("val", 0, range(self._validated), 1, self.config.rollout.validation_temperature)
+        start, temperature = time.perf_counter(), self.config.rollout.validation_temperature
+        asked = self._ask("val", 0, range(self._validated), 1, temperature)
         self._deliver_all()  # they stand before it in the queues
-        self._agree(self._newest)
-        return gather(calls, "val samples of step 0", *self.fleet.engine_limit)
+        batch, found = self._taken("val", self.engines.deliver(asked, "val samples of step 0"))
+        return batch, found | {SAMPLED_S: time.perf_counter() - start}
 
     def _deliver_all(self) -> None:
         for asked in self.ahead.asked:
             self._delivered(asked)
 
-    def _ask(self, split: str, step: int, indices: range, n: int, temperature: float) -> Calls:
+    def _ask(self, split: str, step: int, indices: range, n: int, temperature: float) -> Asked:
         """Batches of one number of samples, whatever the number of engines: so results do not depend on it."""
         size = self.config.rollout.batch_size * self.config.grpo.group_size // n
-        engines, calls = self.fleet.engines, Calls()
-        for i in range(0, len(indices), size):
-            k = i // size % len(engines)
-            chosen = tuple(indices[i : i + size])
-            ask = Prompts(split, step, chosen, n, temperature, scores_only=split == "val")
-            calls.append((f"engine {k}", engines[k].generate.remote(ask)))
-        return calls
+        chosen = [tuple(indices[i : i + size]) for i in range(0, len(indices), size)]
+        scores_only = split == "val"
+        return self.engines.ask(step, [Prompts(split, step, c, n, temperature, scores_only) for c in chosen])
 
     def _taken(self, split: str, results: list[Result]) -> tuple[Batch, dict[str, Any]]:
         """Samples as one batch, and what was measured of them; counted here, when they are used."""
@@ -157,112 +119,23 @@ class Rollouts:
             self.progress.event("answers undecided", split=split, count=undecided)
         return batch, mismatch.dense_metrics([sums for *_, sums in results])
 
-    # --- weights --------------------------------------------------------------------------------
-
     def sync(self) -> dict[str, str]:
-        """Give the engines, and an anchor that shares their stream, the newest weights.
-
-        Waits until they hold them, and returns their digest as a metric, unless engines sample ahead.
-        """
+        """Give the engines the newest weights. Waits until they hold them, and returns their digest as a metric, unless
+        engines sample ahead."""
         at_once = self.config.rollout.max_staleness == 0
-        weights = self._weights()
-        try:
-            self._send(*weights)
-            self._settle(wait=at_once)
-        except (BaseLost, EngineFailed, ActorLost) as failure:
-            self._mend(failure)
-        return {WEIGHTS: self._newest.digest} if at_once else {}
-
-    def resync(self) -> None:
-        """The next weights are whole ones: somebody has lost the base of a delta."""
-        self._resync = True
-
-    def _weights(self) -> tuple[list[object], int]:
-        whole, self._resync = self._resync, False
-        tick, config = self.progress.tick, self.config
-        return self.fleet.weights(
-            tick, ENGINES_STREAM, whole, exact=config.exact_after(tick // config.grpo.ticks_per_step)
-        )
-
-    def _send(self, references: list[object], nbytes: int) -> None:
-        """Weights of this moment, into the queue of every engine; waits for nothing."""
-        tick, fleet, engines, ledger = self.progress.tick, self.fleet, self.fleet.engines, self.progress.ledger
-        nodes = fleet.nodes(engines)
-        calls: Calls = [(f"engine {i}", e.load_weights.remote(tick, *references)) for i, e in enumerate(engines)]
-        self.line.follow(tick, references)
-        if apart := fleet.nodes(self.line.workers) - nodes:  # the engines' copies are elsewhere
-            ledger.add("snapshot", nbytes * len(apart), 0)
-        dense = self._parameters * self.config.model.itemsize  # what a dense system sends
-        ledger.add("rollout_sync", nbytes * len(nodes), dense * len(nodes))
-        self._newest = Sent(tick // self.config.grpo.ticks_per_step, tick, calls)
-        self._unsettled.append(self._newest)
-
-    def _agree(self, sent: Sent) -> None:
-        """Waits until every engine holds these weights. Raises EngineFailed if one holds others."""
-        if sent.digest:
-            return
-        digests = gather(sent.calls, f"loading the weights of tick {sent.tick}", *self.fleet.engine_limit)
-        if len(set(digests)) > 1:
-            raise EngineFailed(f"the weights of tick {sent.tick}", f"engines hold {digests}", "start the run anew")
-        sent.digest = digests[0]
-
-    def _settle(self, wait: bool) -> None:
-        """`_agree` on all weights that were sent, or on those that have arrived: a failure is found early."""
-        while self._unsettled and (wait or _over(self._unsettled[0].calls)):
-            self._agree(self._unsettled[0])
-            del self._unsettled[0]
-
-    # --- failures -------------------------------------------------------------------------------
-
-    def _mended(self, work: Callable[[], T]) -> T:
-        """What `work` returns; if engines fail in it once more, with engines that are whole."""
-        try:
-            return work()
-        except (BaseLost, EngineFailed, ActorLost) as failure:
-            self._mend(failure)
-        return work()
-
-    def _mend(self, failure: Exception) -> None:
-        """All engines get whole weights, of this moment, and what is in flight is asked of them again."""
-        if isinstance(failure, BaseLost) and not self.ahead.in_flight:
-            self.progress.event("weights resynchronised", reason=str(failure))
-            self.resync()
-        else:
-            self._renew(failure)
-        self._unsettled.clear()
-        self._send(*self._weights())
-        self._settle(wait=True)
-        self.ahead.asked = [a if a.results is not None else self._ask_for(a.step) for a in self.ahead.asked]
-
-    def _renew(self, failure: Exception) -> None:
-        """All of them: they follow one stream, and the new ones begin it with a whole snapshot."""
-        again = self.ahead.in_flight if self.config.rollout.max_staleness else []
-        self.progress.event(
-            "engines started anew", reason=described(failure), **({"asked_again": again} if again else {})
-        )
-        swarm = self.config.swarm
-        calls = [
-            (f"engine {i}", self.fleet.renew("engine", i).__ray_ready__.remote())
-            for i in range(len(self.fleet.engines))
-        ]
-        gather(calls, "its model", swarm.start_timeout_s, "swarm.start_timeout_s")
-        self.resync()
+        sent = self.engines.send(wait=at_once)
+        return {WEIGHTS: sent.digest} if at_once else {}
 
     # --- checkpoints ----------------------------------------------------------------------------
 
     def save(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """What a checkpoint keeps: samples of the steps ahead, which it waits for. Plain numbers, and frames."""
-        self._mended(self._deliver_all)
+        self._deliver_all()
         return self.ahead.save()
 
     def restore(self, folder: Path, state: dict[str, Any]) -> None:
         """Go on from a checkpoint; the engines get whole weights in the next `sync`. Raises CheckpointError."""
         self._lacking = self.ahead.restore(folder, state)
-
-
-def _over(calls: Calls) -> bool:
-    """Whether nothing of it is still to come; waits for nothing."""
-    return not done_of([reference for _, reference in calls])[1]
 
 
 def _names(problems: Problems) -> str:

@@ -25,7 +25,7 @@ from rl import mismatch
 from rl.config import SnapshotConfig
 from rl.device import peak_memory_gb, prefer_determinism
 from rl.objective import MicroBatch, microbatches
-from rl.snapshot import Sender
+from rl.snapshot import BaseLost, Sender
 from swarm import checkpoint
 from swarm.grid import Grid, meeting
 from swarm.manifest import Entry
@@ -228,9 +228,12 @@ class Worker:
         """Frame of this stage's weights after `tick` ticks, and its size; a tied copy is left to its owner.
 
         Each stream has a sender of its own, which knows what its receivers hold. The engines' alone may have a rate.
+        Raises BaseLost if it is asked for earlier weights of a stream that another has sent.
         """
         weights = self.rank.stage.weights
         if stream not in self.senders:
+            if tick < self.done:  # whoever was here before knew them
+                raise BaseLost(self.rank.grid.p, tick, None)
             snapshot = self.setup.snapshot
             bf16 = snapshot.is_bf16(self.setup.rank.model)
             self.senders[stream] = Sender(snapshot, bf16, snapshot.rate if stream == ENGINES_STREAM else None)

@@ -78,7 +78,6 @@ class Lives:
                 self.fleet = self.fleet.again()
                 self.coordinator = self._born()
                 self.begin(newest(self.run_folder))
-                self.coordinator.rollouts.resync()  # an engine that stayed holds weights of a tick that is void
                 break
             except Exception as another:
                 another.__cause__ = another.__cause__ or failure  # of which it comes

@@ -13,6 +13,7 @@ from anchor_service.errors import ActorLost
 from deploy.cluster.kept_actors import new_actors
 from deploy.config import load
 from swarm.coordinator import Coordinator
+from swarm.replay_choice import MiniFrame
 from swarm.telemetry import Telemetry
 from tests.ray.conftest import as_if_killed, ignore, kill_engine_in, lines, of_kind, run_kept, small
 
@@ -129,9 +130,9 @@ def test_a_grid_of_four_keeps_replicas_equal_and_names_a_flipped_bit(tmp_path: P
         assert "ReplicaMismatch" in type(caught.value).__name__ or "ReplicaMismatch" in str(caught.value)
 
 
-def test_a_dead_engine_is_started_anew_as_if_nothing_had_happened_and_a_dead_worker_is_named(tmp_path: Path):
-    """Engines killed before the first weights, and again in the middle of a run: all samples and weights are the same."""
-    config = small("run.steps=3", "anchor.enabled=false", "merger.kind=none")
+def test_dead_engines_and_anchors_are_renewed_as_if_nothing_had_happened_and_a_dead_worker_is_named(tmp_path: Path):
+    """Engines killed before the first weights, and again in the middle of a run; the anchor with a fire under way."""
+    config = small("run.steps=3", "rollout.replicas=2")
     calm = run_kept(config, tmp_path / "calm")
     folder = _made(tmp_path / "deadly")
     with new_actors(config) as actors:
@@ -139,14 +140,25 @@ def test_a_dead_engine_is_started_anew_as_if_nothing_had_happened_and_a_dead_wor
         coordinator = Coordinator(config, actors, telemetry, folder)
         ray.kill(actors.engines[0])
         kill_engine_in(2, coordinator)
+        offer = coordinator.corrections.offer
+
+        def kill(mini: MiniFrame) -> bool:
+            started = offer(mini)
+            if coordinator.progress.tick == 3:
+                assert started
+                ray.kill(actors.anchors[0])
+            return started
+
+        coordinator.corrections.offer = kill
         coordinator.run()
         assert telemetry.digests == calm["weights_digests"]
+        assert lines(folder, "corrections.jsonl") == lines(tmp_path / "calm", "corrections.jsonl")
         ray.kill(actors.workers[0])  # no new engine can mend this
         with pytest.raises(ActorLost, match="worker d0p0 ended before it delivered the weights of tick 6"):
             coordinator.run()
         telemetry.finish("failed", {})
-    restarts = [e["step"] for e in of_kind(folder, "event") if e["event"] == "engines started anew"]
-    assert restarts == [0, 2]
+    events = [(e["event"], e["step"]) for e in of_kind(folder, "event") if e["event"].endswith("renewed")]
+    assert events == [("engine renewed", 0), ("engine renewed", 2), ("anchor renewed", 3)]  # as each is met
 
 
 def _made(folder: Path) -> Path:

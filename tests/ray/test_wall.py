@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import ray
 
+from anchor_service.lag import Due
+from deploy.cluster.kept_actors import new_actors
+from swarm.coordinator import Coordinator
+from swarm.replay_choice import MiniFrame
+from swarm.telemetry import Telemetry
 from tests.ray.conftest import as_if_killed, ignore, lines, of_kind, run_kept, small
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
@@ -100,32 +107,54 @@ def test_a_wall_run_goes_on_from_its_checkpoint(tmp_path: Path):
     assert again and again[: len(versions)] == versions and again == sorted(set(again))
 
 
-def test_lost_bases_are_mended_with_whole_snapshots(tmp_path: Path):
-    """An engine and the anchor no longer know what they hold; the run goes on, and says so."""
-    import ray
-
-    from deploy.cluster.kept_actors import new_actors
-    from swarm.coordinator import Coordinator
-    from swarm.telemetry import Telemetry
-
-    def forget_engine(worker) -> None:
-        worker.receiver.tick = 999
-
-    def forget_anchor(anchor) -> None:
-        anchor.dense.receiver.tick = 999
-
+def test_lost_bases_are_mended_with_whole_snapshots_and_a_dead_anchor_is_renewed_beside_the_run(tmp_path: Path):
+    """An engine and an anchor worker no longer know what they hold, the other is killed; the run goes on, and says so."""
     run = tmp_path / "lost"
     run.mkdir()
-    config = small("anchor.clock=wall", "run.steps=3", "val.every=12")
+    config = small("anchor.clock=wall", "anchor.workers=2", "run.steps=3", "val.every=12")
     with new_actors(config) as actors:
         coordinator = Coordinator(config, actors, Telemetry(run, ignore), run)
         coordinator.run()
         ray.get(
             [actors.engines[0].__ray_call__.remote(forget_engine), actors.anchors[0].__ray_call__.remote(forget_anchor)]
         )
-        coordinator.config = small("anchor.clock=wall", "run.steps=12", "val.every=12", "run.checkpoint_every=1")
+        coordinator.config = small("anchor.clock=wall", "run.steps=14", "val.every=14", "run.checkpoint_every=1")
+        served = kill_the_second_at_its_next_fire(coordinator)
         coordinator.run()
-    events = [r["event"] for r in of_kind(run, "event")]
-    assert events.count("weights resynchronised") == 1 and events.count("snapshot lost") == 1
+    events = [(r["event"], r["tick"]) for r in of_kind(run, "event")]
+    names = [name for name, _ in events]
+    for name in ("weights resynchronised", "snapshot lost", "anchor lost", "anchor renewed"):
+        assert names.count(name) == 1
+    at = dict(events)
+    between = [k for source, k in served if at["anchor lost"] <= source < at["anchor renewed"]]
+    assert set(between) <= {0} and {k for source, k in served if source >= at["anchor renewed"]} == {0, 1}
     merged = [c["first_tick"] for c in lines(run, "corrections.jsonl") if c["first_tick"]]
-    assert merged[-1] > 12  # the anchor is back after its loss
+    assert merged[-1] > 18  # the anchor is back after its losses
+
+
+def kill_the_second_at_its_next_fire(coordinator: Coordinator) -> list[tuple[int, int]]:
+    """And before tick 19 wait for the newcomer: ten ticks take less than its start. Source tick and worker of every fire."""
+    line, anchors, tick = coordinator.corrections.line, coordinator.fleet.anchors, coordinator._tick
+    start, second, served = line.start, anchors[1], list[tuple[int, int]]()
+
+    def started(due: Due, k: int, *rest: Any) -> None:
+        start(due, k, *rest)
+        served.append((due.source_tick, k))
+        if anchors[k] is second:
+            ray.kill(second)
+
+    def held(index: int, mini: MiniFrame) -> dict[str, float]:
+        if coordinator.progress.tick == 18 and line.away:
+            ray.get(anchors[1].__ray_ready__.remote(), timeout=120)
+        return tick(index, mini)
+
+    line.start, coordinator._tick = started, held
+    return served
+
+
+def forget_engine(worker: Any) -> None:
+    worker.receiver.tick = 999
+
+
+def forget_anchor(anchor: Any) -> None:
+    anchor.dense.receiver.tick = 999

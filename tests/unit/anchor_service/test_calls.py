@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from ray.exceptions import ActorUnavailableError, ObjectLostError
+from ray.exceptions import ActorUnavailableError, ObjectLostError, RayTaskError
 
 from anchor_service import calls
 from anchor_service.errors import ActorLost
@@ -51,6 +51,33 @@ def test_an_object_that_is_lost_names_the_nodes_that_died(cluster: dict):
     error = calls.failure(ObjectLostError("ab", None, ""), "the anchor", "a correction")
     assert isinstance(error, ActorLost) and "have been lost due to node failure" in error.reason
     assert "node gpu-8 (10.0.0.7) died" in error.reason and "RAY_record_ref_creation_sites" not in error.reason
+
+
+def test_an_object_is_lost_with_its_node_or_when_its_owner_has_an_error_in_its_place(monkeypatch: pytest.MonkeyPatch):
+    places = {
+        "there": ["beef"],
+        "gone": ["cafe"],
+        "twice": ["cafe", "beef"],
+        "small": [],
+        "bad": ["home"],
+        "own": ["home"],
+    }
+    monkeypatch.setattr(calls, "get_object_locations", lambda refs: {ref: {"node_ids": places[ref]} for ref in refs})
+    monkeypatch.setattr(calls.ray, "nodes", lambda: [NODE, OTHER])
+    monkeypatch.setattr(
+        calls.ray, "get_runtime_context", lambda: type("Context", (), {"get_node_id": staticmethod(lambda: "home")})
+    )
+    monkeypatch.setattr(calls, "raised", lambda ref, who: ObjectLostError("ab", None, "") if ref == "bad" else None)
+    assert [ref for ref in places if calls.lost([ref])] == ["gone", "bad"]
+    assert calls.lost(["there", "gone"]) and not calls.lost([])
+
+
+def test_a_call_whose_argument_is_lost_is_not_its_own_actors_failure(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(calls.ray, "nodes", lambda: [NODE, OTHER])
+    task = RayTaskError("publish", "a traceback", ObjectLostError("ab", None, ""))
+    error = calls.failure(task, "anchor 1", "correction 3")
+    assert isinstance(error, ActorLost) and error.who == "an actor that anchor 1 gets an argument from"
+    assert "node gpu-8 (10.0.0.7) died" in error.reason
 
 
 def test_a_control_store_that_is_gone_does_not_hide_what_happened(monkeypatch: pytest.MonkeyPatch):

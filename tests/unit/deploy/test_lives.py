@@ -36,7 +36,7 @@ class Script:
             if error:
                 raise error
 
-        return SimpleNamespace(progress=progress, run=play, rollouts=SimpleNamespace(resync=lambda: None))
+        return SimpleNamespace(progress=progress, run=play)
 
     def _event(self, name: str, **fields: Any) -> None:
         self.events.append({"event": name} | fields)

@@ -111,6 +111,59 @@ def test_a_lost_base_is_noticed_and_a_whole_snapshot_mends_it():
             assert torch.equal(master, torch.cat(stages))
 
 
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("config", [SnapshotConfig(), RATED], ids=["exact", "at a rate"])
+def test_a_newcomer_gets_what_the_others_hold_and_they_go_on_as_if_nobody_had_asked(config: SnapshotConfig, bf16: bool):
+    """A whole frame of the tick that was sent last, asked for when the stage is ticks ahead of it."""
+    calm, torn = senders(config, bf16), senders(config, bf16)
+    receiver, master = Receiver(config), torch.cat(files())
+    for tick, stages in trained(9):
+        if tick % 3 == 0:
+            parts, same = (frames(ends, stages, tick, exact=tick == 0) for ends in (calm, torn))
+            assert all(np.array_equal(a, b) for a, b in zip(parts, same))
+            receiver.load(parts, tick, master)
+        new, theirs = Receiver(config), torch.zeros_like(master)
+        new.load(frames(torn, stages, tick - tick % 3, whole=True), tick - tick % 3, theirs)
+        assert torch.equal(theirs, master) and new.tick == receiver.tick
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_exact_deltas_are_taken_back_to_the_bit_and_loaded_again(bf16: bool):
+    ends, receiver, master = senders(SnapshotConfig(), bf16), Receiver(SnapshotConfig()), torch.cat(files())
+    sent, held = [], []
+    for tick, stages in trained(5):
+        sent.append(frames(ends, stages, tick, whole=tick == 0))
+        receiver.load(sent[-1], tick, master)
+        held.append(master.clone())
+    for tick in (4, 3, 2):
+        receiver.take_back(sent[tick], master)
+        assert receiver.tick == tick - 1 and torch.equal(master, held[tick - 1])
+    for tick in (2, 3, 4):
+        receiver.load(sent[tick], tick, master)
+        assert torch.equal(master, held[tick])
+
+
+def test_what_is_no_delta_of_what_is_held_is_not_taken_back():
+    ends, receiver, master = senders(SnapshotConfig(), False), Receiver(SnapshotConfig()), torch.cat(files())
+    sent = [frames(ends, stages, tick, whole=tick == 1) for tick, stages in trained(3)]
+    for tick in (0, 1):
+        receiver.load(sent[tick], tick, master)
+    with pytest.raises(FrameError, match="nothing leads back"):
+        receiver.take_back(sent[1], master)
+    with pytest.raises(FrameError, match="tick"):
+        receiver.take_back(sent[2], master)
+    receiver.load(sent[2], 2, master)
+    damaged = sent[2][1].copy()
+    damaged[-3] ^= 4
+    with pytest.raises(FrameError, match="digest"):
+        receiver.take_back([sent[2][0], damaged], master)
+    master[3] += 1e-3
+    before = master.clone()
+    with pytest.raises(BaseLost, match="others are held"):
+        receiver.take_back(sent[2], master)
+    assert torch.equal(master, before) and receiver.tick == 2
+
+
 def test_parts_of_another_tick_stage_or_size_are_refused_and_nothing_is_applied():
     ends, receiver, master = senders(SnapshotConfig(), False), Receiver(SnapshotConfig()), torch.zeros(sum(SIZES))
     first, second = frames(ends, files(), 0, whole=True)

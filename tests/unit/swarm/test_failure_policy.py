@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
+from types import SimpleNamespace
+
 import pytest
 
+from anchor_service.errors import ActorLost
+from swarm import coordinator
 from swarm.config import FaultsConfig
+from swarm.coordinator import PAUSED_S, Coordinator
 from swarm.failure_policy import Decision, Failure, FailurePolicy, Status
+from swarm.messages import MergeOutcome
 
 
 @pytest.mark.parametrize(
@@ -39,3 +46,33 @@ def test_nothing_that_the_run_waits_for_is_gone_without():
     assert policy.decide(Status("anchor", Failure.DEATH, 1, waits=False)) is Decision.WITHOUT
     assert policy.decide(Status("anchor", Failure.DEATH, 1, waits=True)) is Decision.END
     assert policy.decide(Status("engine", Failure.DEATH, 1)) is Decision.END
+
+
+@pytest.mark.parametrize("budget", [0, 1])
+def test_a_diagnoser_that_fails_is_renewed_and_costs_the_diagnosis_of_its_tick(
+    monkeypatch: pytest.MonkeyPatch, budget: int
+):
+    lost, renewed, events = ActorLost("the diagnoser", "the diagnosis of tick 4", "killed"), [], []
+
+    def gather(*_: object) -> None:
+        raise lost
+
+    monkeypatch.setattr(coordinator, "gather", gather)
+    diagnoser = SimpleNamespace(diagnose=SimpleNamespace(remote=lambda *args: None))
+    run = SimpleNamespace(
+        progress=SimpleNamespace(tick=4, event=lambda name, **more: events.append(name)),
+        fleet=SimpleNamespace(
+            diagnosers=[diagnoser],
+            records=lambda tick: [],
+            anchor_limit=(1.0, "anchor.timeout_s"),
+            renew=lambda role, k: renewed.append((role, k)),
+        ),
+        corrections=SimpleNamespace(sources=SimpleNamespace(merged=lambda outcome: None)),
+        policy=FailurePolicy(FaultsConfig(budget=budget)),
+    )
+    diagnose = partial(Coordinator._diagnose, run, SimpleNamespace(reference=None), MergeOutcome())
+    if not budget:
+        with pytest.raises(ActorLost):
+            diagnose()
+        return
+    assert set(diagnose()) == {PAUSED_S} and renewed == [("diagnoser", 0)] and events == ["diagnosis left out"]

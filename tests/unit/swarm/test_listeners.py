@@ -31,7 +31,7 @@ STEP = {
 }
 RECORDS: list[dict[str, Any]] = [
     {"kind": "event", "step": 0, "tick": 0, "event": "started", "workers": 1},
-    {"kind": "event", "step": 1, "tick": 2, "event": "engines started anew", "reason": "two\nlines [/of] it"},
+    {"kind": "event", "step": 1, "tick": 2, "event": "engine renewed", "reason": "two\nlines [/of] it"},
     {"kind": "restored", "step": 4, "tick": 8, "accuracy": 0.5},
     {"kind": "val", "step": 0, "tick": 0, "accuracy": 0.75, "val-core/sums/acc/mean@1": 0.75},
     {"kind": "tick", "step": 1, "tick": 1, "anchor/lag": 3, "anchor/age": 0.0},

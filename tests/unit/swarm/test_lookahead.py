@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,13 +12,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from anchor_service.errors import ActorLost
+from anchor_service.errors import ActorLost, WaitTimeout
 from anchor_service.line import NoFires
 from deploy.config import load
 from rl.engine import EngineFailed
 from rl.snapshot import BaseLost
-from swarm import rollouts
+from swarm import engine_line
 from swarm.checkpoint import CheckpointError
+from swarm.config import FaultsConfig
+from swarm.engine_line import EngineLine
+from swarm.failure_policy import FailurePolicy
 from swarm.progress import Progress
 from swarm.rollouts import STALENESS, Rollouts
 
@@ -26,6 +30,7 @@ FAILURES = {
     "base": BaseLost(0, 2, None),
     "load": EngineFailed("new weights", "they are not in use", "start the run anew"),
     "lost": ActorLost("an engine", "its call", "it was killed"),
+    "hung": WaitTimeout("an engine", "its call", 5.0, "rollout.timeout_s"),
 }
 
 
@@ -33,12 +38,12 @@ class Lazy:
     """An engine: calls queue up, and are done up to the one that is waited for. Call number `fails` fails."""
 
     def __init__(self, fails: int = -1, failure: str = ""):
-        self.held, self.base, self.failure = -1, None, failure
+        self.held, self.failure = 0, failure  # the model's files
         self.queue: list[tuple[str, Any]] = []
         self.done: dict[int, Any] = {}
         self.fails = fails
-        names = "gen", "load", "ready"
-        self.generate, self.load_weights, self.__ray_ready__ = (SimpleNamespace(remote=self._asked(n)) for n in names)
+        names = "gen", "load", "catch_up"
+        self.generate, self.load_weights, self.catch_up = (SimpleNamespace(remote=self._asked(n)) for n in names)
 
     def _asked(self, name: str):
         def remote(*args: Any) -> tuple[Lazy, int]:
@@ -49,6 +54,8 @@ class Lazy:
 
     def until(self, number: int) -> Any:
         for i in range(len(self.done), number + 1):
+            if i >= self.fails >= 0 and self.failure == "hung":
+                raise FAILURES["hung"]
             self.done[i] = self._do(i, *self.queue[i])
         if isinstance(self.done[number], Exception):
             raise self.done[number]
@@ -57,53 +64,71 @@ class Lazy:
     def _do(self, number: int, name: str, args: tuple[Any, ...]) -> Any:
         dead = number > self.fails >= 0 and self.failure == "lost"
         if number == self.fails or dead:
-            self.held = self.base = None
+            self.held = None
             return FAILURES[self.failure]
         if name == "gen":
             (ask,) = args
             held = -1 if self.held is None else self.held  # -1: samples of no known weights
             return np.array([ask.split == "val", ask.step, held, ask.indices[0]], np.int64).view(np.uint8), 0.5, {}
-        if name == "ready":
-            return None
-        tick, (whole, base) = args
-        if not whole and base != self.base:
-            return BaseLost(0, base, self.base)
-        self.held = self.base = tick
+        if name == "catch_up":
+            tick, _, (whole, base, _), *back = args
+            assert whole
+            self.held = tick
+            for _, base, tick in back:
+                assert tick == self.held
+                self.held = base
+            return f"digest of {self.held}"
+        tick, (whole, base, _) = args
+        if not whole and base != self.held:
+            self.held = None
+            return BaseLost(0, base, self.held)
+        self.held = tick
         return f"digest of {tick}"
 
 
 class Run:
     """The coordinator's order of events around `Rollouts`, on lazy engines."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, staleness: int, steps: int, engines: list[Lazy], swift: bool):
+    def __init__(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        staleness: int,
+        steps: int,
+        engines: list[Lazy],
+        swift: bool,
+        *more: str,
+        later: Callable[[], Lazy] = lambda: Lazy(),
+    ):
         sets = [f"rollout.max_staleness={staleness}", f"run.steps={steps}", "rollout.batch_size=2"]
-        self.config = load("k5", [*sets, "grpo.rollout_is=token"])
+        self.config = load("k5", [*sets, "grpo.rollout_is=token", *more])
         self.events: list[str] = []
         self.progress = Progress(SimpleNamespace(event=lambda step, tick, name, **more: self.events.append(name)))
-        self.base, self.engines = None, engines  # both ends begin with the model's files
+        self.tick, self.engines, self.later = 0, engines, later  # both ends begin with the model's files
         self.fleet = SimpleNamespace(
             engines=engines,
             renew=self._renew,
+            arrival=lambda engine: (engine, None),
+            arrived=lambda engine, node: None,
             weights=self._weights,
             nodes=lambda actors: {"the node"} if actors else set(),
             engine_limit=(5.0, "rollout.timeout_s"),
         )
-        monkeypatch.setattr(rollouts, "gather", lambda calls, *_: [engine.until(i) for _, (engine, i) in calls])
-        monkeypatch.setattr(rollouts, "done_of", lambda refs: ([], refs) if not swift else (_do_all(refs), []))
-        monkeypatch.setattr(Rollouts, "_taken", lambda self, split, results: (results, {}))
-        monkeypatch.setattr(Rollouts, "_problems", lambda self: SimpleNamespace(sources=[], validation=None))
-        monkeypatch.setattr(Rollouts, "_judge_ends", lambda self, batch: None)
-        self.rollouts = Rollouts(self.config, self.fleet, self.progress, NoFires())
+
+        _patch(monkeypatch, swift)
+        self.policy = FailurePolicy(FaultsConfig())
+        line = EngineLine(self.config, self.fleet, self.progress, NoFires(), self.policy)
+        self.rollouts = Rollouts(self.config, self.progress, line)
         self.used: list[tuple[int, int, int]] = []  # step, ticks of the weights that sampled it, staleness recorded
 
     def _renew(self, role: str, index: int) -> Lazy:
         assert role == "engine"
-        self.fleet.engines[index] = new = Lazy()
+        self.fleet.engines[index] = new = self.later()
         return new
 
-    def _weights(self, tick: int, stream: str, whole: bool, exact: bool) -> tuple[list[object], int]:
-        base, self.base = self.base, tick
-        return [(whole, base)], 10
+    def _weights(self, tick: int, stream: str, whole: bool, exact: bool = True) -> tuple[list[object], int]:
+        assert not whole or tick == self.tick  # else a step would be made that the others never see
+        base, self.tick = self.tick, tick
+        return [(whole or self.config.snapshot.encoding == "full", base, tick)], 10
 
     def begin(self) -> None:
         self.rollouts.begin()
@@ -127,11 +152,43 @@ class Run:
         assert {int(frame.view(np.int64)[2]) for frame, *_ in results} == {self.progress.tick}
 
 
+def _patch(monkeypatch: pytest.MonkeyPatch, swift: bool) -> None:
+    """Calls of lazy engines in the place of Ray's; `swift`: what is asked for is done at once."""
+
+    def done_of(refs: list[Any]) -> tuple[list[Any], list[Any]]:
+        if swift:
+            _do_all(refs)
+        over = [number is not None and number in engine.done for engine, number in refs]
+        return [ref for ref, is_over in zip(refs, over) if is_over], [ref for ref, o in zip(refs, over) if not o]
+
+    def raised(reference: tuple[Lazy, int], who: str) -> Exception | None:
+        try:
+            reference[0].until(reference[1])
+        except ActorLost as lost:
+            return ActorLost(who, "its call", lost.reason)
+        except Exception as error:
+            return error
+        return None
+
+    def gather(calls: list[tuple[str, Any]], *_: object, **__: object) -> list[Any]:
+        if any(engine.failure == "hung" for _, (engine, _) in calls):  # until the deadline the others work on
+            _do_all([reference for _, reference in calls])
+        return [number is None or engine.until(number) for _, (engine, number) in calls]
+
+    monkeypatch.setattr(engine_line, "gather", gather)
+    monkeypatch.setattr(engine_line, "done_of", done_of)
+    monkeypatch.setattr(engine_line, "raised", raised)
+    monkeypatch.setattr(Rollouts, "_taken", lambda self, split, results: (results, {}))
+    monkeypatch.setattr(EngineLine, "problems", lambda self: [SimpleNamespace(sources=[], validation=None)])
+    monkeypatch.setattr(Rollouts, "_judge_ends", lambda self, batch: None)
+
+
 def _do_all(refs: list[Any]) -> list[Any]:
     for engine, number in refs:
         try:
-            engine.until(number)
-        except (BaseLost, EngineFailed, ActorLost):
+            if number is not None:
+                engine.until(number)
+        except (BaseLost, EngineFailed, ActorLost, WaitTimeout):
             pass
     return refs
 
@@ -183,39 +240,96 @@ def test_nothing_but_the_samples_that_are_due_is_waited_for(monkeypatch: pytest.
 # --- failures ----------------------------------------------------------------------------------
 
 
+def to_the_end(run: Run, steps: int = 8) -> Run:
+    run.begin()
+    for step in range(1, steps + 1):
+        run.step()
+        if step % 3 == 0 or step == steps:
+            run.validate()
+    return run
+
+
 @pytest.mark.parametrize("swift", [False, True])
 @pytest.mark.parametrize("failure", FAILURES)
 @pytest.mark.parametrize("staleness", [0, 1, 3])
-def test_whatever_call_fails_no_sample_of_unknown_or_older_weights_is_used(
+def test_whatever_call_fails_the_samples_are_those_of_a_run_without_failures(
     monkeypatch: pytest.MonkeyPatch, staleness: int, failure: str, swift: bool
 ):
-    for fails in range(1, 30):
-        first = Lazy(fails, failure)
-        run = Run(monkeypatch, staleness, 8, [first, Lazy()], swift)
+    """And nothing that the other engine was asked for is asked a second time."""
+    for fails in (*range(12), 15, 20, 26):
+        first, other, made = Lazy(fails, failure), Lazy(), []
+
+        def later() -> Lazy:
+            made.append(Lazy())  # noqa: B023
+            return made[-1]  # noqa: B023
+
+        sets = f"snapshot.encoding={'full' if fails % 4 == 3 else 'delta'}"
+        run = to_the_end(Run(monkeypatch, staleness, 8, [first, other], swift, sets, later=later))
+        assert run.used == lawful(8, staleness)
+        hung = failure == "hung" and len(first.queue) > fails
+        assert len(run.events) == (hung or fails in first.done)
+        assert set(run.events) <= {"engine renewed", "weights resynchronised"}
+        asked = [
+            [(a.split, a.step, a.indices) for name, (a, *_) in e.queue if name == "gen" and a.split != "val"]
+            for e in (first, other, *made)
+        ]
+        mine = {ask for i, ask in enumerate(asked[0])}
+        assert len(asked[1]) == len(set(asked[1]))
+        assert not (set(asked[1]) - mine) & {ask for of in asked[2:] for ask in of if of.count(ask) > 1}
+
+
+@pytest.mark.parametrize("staleness", [0, 2])
+def test_newcomers_that_fail_too_are_dealt_with_likewise(monkeypatch: pytest.MonkeyPatch, staleness: int):
+    for failure, fails, engines in itertools.product(("lost", "hung", "load"), range(1, 9), (1, 2)):
+        later = iter([Lazy(fails, failure), Lazy(2, failure)])
+        held = [Lazy(3, failure), *(Lazy() for _ in range(engines - 1))]
+        new = lambda: next(later, Lazy())  # noqa: B023, E731
+        run = to_the_end(Run(monkeypatch, staleness, 8, held, False, later=new))
+        assert run.used == lawful(8, staleness) and 1 <= len(run.events) <= 3
+
+
+def test_engines_that_fail_again_and_again_end_the_run_with_the_last_error(monkeypatch: pytest.MonkeyPatch):
+    run = Run(monkeypatch, 0, 8, [Lazy(0, "load")], False, later=lambda: Lazy(0, "load"))
+    with pytest.raises(EngineFailed, match="new weights"):
         run.begin()
-        for step in range(1, 9):
-            run.step()
-            if step % 3 == 0 or step == 8:
-                run.validate()
-        used, law = run.used, lawful(8, staleness)
-        assert [step for step, *_ in used] == list(range(1, 9))
-        assert all(held == TICKS * (step - 1 - stale) for step, held, stale in used)  # what is recorded is true
-        assert all(0 <= stale <= at_most for (_, _, stale), (_, _, at_most) in zip(used, law))
-        assert len(run.events) == (fails in first.done)
-        if staleness == 0:
-            assert used == law
+    assert run.events == ["engine renewed"] * run.policy.faults.a_tick
 
 
-def test_what_was_in_flight_is_asked_again_of_the_newest_weights(monkeypatch: pytest.MonkeyPatch):
-    """Two engines, s=2: one is lost before step 4, so 4, 5 and 6 are sampled from the weights after step 3."""
-    run = Run(monkeypatch, 2, 9, [Lazy(), Lazy()], swift=False)
+def test_all_engines_of_a_node_are_one_failure(monkeypatch: pytest.MonkeyPatch):
+    run = Run(monkeypatch, 0, 8, [Lazy(1, "lost") for _ in range(5)], True)
+    to_the_end(run)
+    assert run.used == lawful(8, 0) and run.events == ["engine renewed"] * 5
+    assert run.policy.dealt == {"engine": 1}
+
+
+def test_others_are_asked_at_once_for_what_a_lost_engine_owes(monkeypatch: pytest.MonkeyPatch):
+    """Batches of the step go on in the engines that are there; the newcomer gets weights and nothing else."""
+    run = Run(monkeypatch, 0, 3, [Lazy(2, "lost"), Lazy(), Lazy()], False)
+    gone, one, two = run.engines
+    run.begin()
+    run.step()
+    owed = [a for name, (a, *_) in gone.queue if name == "gen"]
+    (new,) = set(run.fleet.engines) - {one, two}
+    assert [name for name, _ in new.queue] == ["catch_up", "load"]
+    asked = [[a for name, (a, *_) in engine.queue if name == "gen"] for engine in (one, two)]
+    assert [a for of in asked for a in of if a in owed[1:]] and len(asked[0]) + len(asked[1]) == 8 - (
+        owed[0] not in asked
+    )
+
+
+def test_coded_steps_cannot_be_taken_back_so_what_is_owed_of_older_weights_is_asked_of_the_newest(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """Two engines, s=2: one is lost before step 4, so 4 and 5 are sampled from the weights after step 3."""
+    run = Run(monkeypatch, 2, 9, [Lazy(), Lazy()], False, "snapshot.rate=0.05")
     run.begin()
     for step in range(1, 10):
         if step == 4:
             run.engines[1].fails, run.engines[1].failure = len(run.engines[1].done), "lost"
         run.step()
-    assert run.events == ["engines started anew"]
+    assert run.events == ["engine renewed"]
     assert [stale for *_, stale in run.used] == [0, 1, 2, 0, 1, 2, 2, 2, 2]
+    assert all(held == TICKS * (step - 1 - stale) for step, held, stale in run.used)  # what is recorded is true
 
 
 # --- checkpoints -------------------------------------------------------------------------------
