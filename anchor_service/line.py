@@ -6,6 +6,7 @@ start ─▶ worker k: gradient ─▶ publish ─▶ arrived ─▶ (deliver) �
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,7 @@ class Fire:
     m_bar: object
     corrections: list[object]  # one a stage
     delivered: bool = False
+    since: float | None = None  # when it was started, on the monotonic clock; None: taken up from a checkpoint
 
 
 class FireLine:
@@ -59,7 +61,7 @@ class FireLine:
         report, m = several(worker.gradient.options(num_returns=2).remote(job))
         published = worker.publish.options(num_returns=2 + self.stages).remote(report, m, self.m_bar)
         report, m_bar, *corrections = several(published)
-        self.add(Fire(due, k, report, m_bar, corrections))
+        self.add(Fire(due, k, report, m_bar, corrections, since=time.monotonic()))
 
     def follow(self, tick: int, references: list[object]) -> None:
         """Weights for every anchor worker, in order before the jobs that start from them; waits for nothing."""
@@ -86,6 +88,12 @@ class FireLine:
         waiting = {fire.report: fire for fire in self.under_way.values() if not fire.delivered}
         done, _ = done_of(list(waiting))
         return sorted((waiting[ref] for ref in done), key=lambda fire: fire.due.version)
+
+    def oldest(self) -> Fire | None:
+        """Of those that are not done: all others wait for its M̄. None where there are none."""
+        arrived = {fire.due.version for fire in self.arrived()}
+        waiting = [fire for fire in self.under_way.values() if not fire.delivered and fire.due.version not in arrived]
+        return min(waiting, key=lambda fire: fire.due.version, default=None)
 
     def deliver(self, fire: Fire, ranks: Sequence[ActorHandle[Any]]) -> None:
         """Send each rank its stage's correction, beside whatever tick is running; waits for nothing."""

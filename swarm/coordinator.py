@@ -27,6 +27,7 @@ from swarm import checkpoint
 from swarm.corrections import Corrections
 from swarm.fleet import Fleet
 from swarm.gate import EngineGate, LaunchGate
+from swarm.lookout import Lookout
 from swarm.messages import MergeOutcome, TickPlan, TickReport
 from swarm.nonfinite import judge_loss
 from swarm.progress import Progress
@@ -45,6 +46,7 @@ class Coordinator:
     def __init__(self, config: RunConfig, fleet: Fleet, telemetry: Telemetry, folder: Path):
         self.config, self.fleet, self.telemetry, self.run_folder = config, fleet, telemetry, folder
         self.progress = progress = Progress(telemetry)
+        fleet.lookout = Lookout(config.faults, fleet.named, progress, folder)
         clock, line = _anchor_of(config, fleet)
         self.rollouts = Rollouts(config, fleet, progress, line)
         self.corrections = Corrections(config, fleet, progress, line, clock, ray.put, self.rollouts.resync)
@@ -113,8 +115,10 @@ class Coordinator:
         progress.tick += 1
         diagnosed = self.corrections.sources.diagnosed(progress.tick)
         plans = self._plans(index, keep, diagnosed)
-        limit = self.fleet.tick_limit(due=plans[0][0].correction is not None)
-        reports: list[TickReport] = self.fleet.ask_workers("tick", plans, f"tick {progress.tick}", limit)
+        due = plans[0][0].correction is not None
+        kind = "tick in which a correction is due" if due else "tick"
+        limit = self.fleet.tick_limit(due)
+        reports: list[TickReport] = self.fleet.ask_workers("tick", plans, f"tick {progress.tick}", limit, kind)
         outcome = reports[0].merge  # all ranks decide alike
         metrics, ledger = combine(reports, mini.batch.response_tokens)
         judge_loss(metrics.get(PG_LOSS, 0.0), mini.batch, progress.tick)
@@ -133,9 +137,10 @@ class Coordinator:
         """What each rank is to do in the present tick, on mini-batch `index`."""
         tick, pp = self.progress.tick, self.config.swarm.pp
         references, version = self.corrections.due(tick)
+        anchor = self.corrections.maker(tick)
         return [
-            (TickPlan(tick, index, references and [references[rank % pp]], version, keep, diagnosed and rank < pp),)
-            for rank in range(len(self.fleet.workers))
+            (TickPlan(tick, index, references and [references[k % pp]], version, keep, diagnosed and k < pp, anchor),)
+            for k in range(len(self.fleet.workers))
         ]
 
     def _judge_codec(self, metrics: dict[str, float]) -> None:

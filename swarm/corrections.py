@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -110,12 +111,18 @@ class Corrections:
         references = self.line.under_way[due.version].corrections if due else None
         return references, self.version if self.clock.waits else None
 
+    def maker(self, tick: int) -> int:
+        """The anchor worker that makes what `tick` is the first to merge."""
+        due = self.clock.due(tick)
+        return self.line.under_way[due.version].worker if due else 0
+
     # --- on the wall clock ----------------------------------------------------------------------
 
     def deliver(self) -> None:
         """Pass corrections that are done on to every rank's inbox. On the wall clock only; waits for nothing."""
         if self.clock.waits:
             return
+        self._look_after_fires()
         for fire in self.line.arrived():
             self.clock.finished(fire.due.version)
             try:
@@ -126,6 +133,18 @@ class Corrections:
             self.choice.release(fire.due.version)
             self.line.deliver(fire, self.fleet.workers)
         self.line.check_deliveries()
+
+    def _look_after_fires(self) -> None:
+        """Nobody waits for them, so it is here that one is found to hang. Raises Hung."""
+        lookout, oldest = self.fleet.lookout, self.line.oldest()
+        if lookout is None:
+            return
+        for fire in self.line.arrived():
+            if fire.since is not None:
+                lookout.pace.observe("fire", time.monotonic() - fire.since)
+        if oldest and oldest.since is not None:
+            who, what = f"anchor {oldest.worker}", f"correction {oldest.due.version}"
+            lookout.look_after("fire", who, what, self.fleet.anchor_limit, oldest.since)
 
     def _drop(self, fire: Fire, lost: BaseLost) -> None:
         """The anchor worker has lost the base of a delta: this fire is void, its next snapshot is a whole one."""

@@ -13,13 +13,14 @@ from anchor_service.diagnosis import Diagnoser
 from rl.config import RolloutConfig
 from rl.rollout import RolloutWorker
 from swarm.config import SwarmConfig
+from swarm.lookout import Lookout
 from swarm.worker import Worker
 
 GRACE_S = 15.0  # a rank that waits for another has begun to a little after it was asked
 SETTLE_S = 5.0  # so long after the first rank that lost its peer Ray says what became of that
 
 
-@dataclass(frozen=True)
+@dataclass
 class Fleet:
     """Handles, workers in rank order. `new_engines` kills the engines and starts others."""
 
@@ -32,6 +33,7 @@ class Fleet:
     diagnosers: list[ActorHandle[Diagnoser]]
     new_engines: Callable[[], list[ActorHandle[RolloutWorker]]]
     _node: dict[object, str] = field(default_factory=dict, init=False)  # of each actor that was asked
+    lookout: Lookout | None = field(default=None, init=False)  # that of the run, once it has begun
 
     @property
     def swarm_limit(self) -> tuple[float, str]:
@@ -54,21 +56,51 @@ class Fleet:
         return self.anchor.timeout_s, "anchor.timeout_s"
 
     def ask_workers(
-        self, method: str, arguments: Sequence[Sequence[object]], what: str, limit: tuple[float, str] | None = None
+        self,
+        method: str,
+        arguments: Sequence[Sequence[object]],
+        what: str,
+        limit: tuple[float, str] | None = None,
+        kind: str | None = None,
     ) -> list[Any]:
-        """What `method` returns on every rank, each with arguments of its own; within `swarm_limit` or `limit`."""
+        """What `method` returns on every rank, each with arguments of its own; within `swarm_limit` or `limit`.
+
+        `kind`: of what takes as long as this, if not every call of `method` does.
+        """
         calls = [
             (self.swarm.name_of(rank), getattr(worker, method).remote(*args))
             for rank, (worker, args) in enumerate(zip(self.workers, arguments, strict=True))
         ]
-        return gather(calls, what, *(limit or self.swarm_limit), settle=SETTLE_S)
+        return self.gather(calls, what, limit or self.swarm_limit, kind or method, settle=SETTLE_S)
+
+    def gather(
+        self,
+        calls: Sequence[tuple[str, object]],
+        what: str,
+        limit: tuple[float, str],
+        kind: str,
+        since: float | None = None,
+        settle: float = 0.0,
+    ) -> list[Any]:
+        """What these deliver, looked into if it takes longer than is usual for its `kind`; `since`: when it was asked for."""
+        if self.lookout is None:
+            return gather(calls, what, *limit, settle=settle)
+        with self.lookout.wait(kind, what, limit, since) as alarm:
+            return gather(calls, what, alarm.seconds, alarm.knob, settle=settle, alarm=alarm)
+
+    def named(self) -> dict[str, ActorHandle[Any]]:
+        """Every actor by the name that messages have for it."""
+        found: dict[str, ActorHandle[Any]] = {self.swarm.name_of(rank): w for rank, w in enumerate(self.workers)}
+        for role, held in (("engine", self.engines), ("anchor", self.anchors), ("diagnoser", self.diagnosers)):
+            found |= {f"{role} {i}": actor for i, actor in enumerate(held)}
+        return found
 
     def weights(self, tick: int, stream: str, whole: bool, exact: bool = True) -> tuple[list[object], int]:
         """References to the weights frames of all stages after `tick` ticks, for one stream of consumers; their bytes."""
         ranks = self._first_replica
         pairs = [several(w.weights.options(num_returns=2).remote(tick, stream, whole, exact)) for w in ranks]
         calls = [(f"worker d0p{p}", size) for p, (_, size) in enumerate(pairs)]
-        nbytes = sum(gather(calls, f"the weights of tick {tick}", *self.swarm_limit))
+        nbytes = sum(self.gather(calls, f"the weights of tick {tick}", self.swarm_limit, "weights"))
         return [frame for frame, _ in pairs], nbytes
 
     def nodes(self, actors: Sequence[ActorHandle[Any]]) -> set[str]:

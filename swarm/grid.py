@@ -8,6 +8,7 @@ communicator can wait for each other.
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -20,6 +21,7 @@ from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsa
 
 from anchor_service.errors import WaitTimeout
 from codec.ledger import Ledger
+from swarm.doing import Wait
 from swarm.peers import Peers
 
 _HEADER = 16  # bytes: sequence number and payload size, int64 each
@@ -79,6 +81,7 @@ class Grid:
         self.rank, self.dp, self.pp, self.device, self.ledger = rank, dp, pp, device, ledger
         self.d, self.p = divmod(rank, pp)
         self.timeout_s = timeout_s
+        self.wait: tuple[Wait, float] | None = None  # what this rank waits for, and since when, on the monotonic clock
         self._inflight: list[tuple[dist.Work, Tensor]] = []
         self._dp_group: dist.ProcessGroup | None = None
         self._ends: dist.ProcessGroup | None = None  # of the first and the last stage, all replicas
@@ -127,7 +130,7 @@ class Grid:
                 self._dp_group = across
         if self.pp > 1:
             self._ends = _new_group([*range(0, world, self.pp), *range(self.pp - 1, world, self.pp)], timeout)
-        with self._waiting("another rank", "its first word"):
+        with self._waiting("another rank", "its first word", range(world)):
             self._meet()
 
     def _meet(self) -> None:
@@ -153,9 +156,20 @@ class Grid:
             dist.destroy_process_group()
 
     @contextmanager
-    def _waiting(self, who: str, what: str) -> Generator[None]:
+    def awaits(self, names: Sequence[str], what: str) -> Generator[None]:
+        """While this rank waits: `wait` says for whom."""
+        self.wait = Wait(tuple(names), what), time.monotonic()
         try:
             yield
+        finally:
+            self.wait = None
+
+    @contextmanager
+    def _waiting(self, who: str, what: str, ranks: Sequence[int]) -> Generator[None]:
+        """For ranks that `who` puts in words; this one may be among them."""
+        try:
+            with self.awaits([self._name(*divmod(rank, self.pp)) for rank in ranks if rank != self.rank], what):
+                yield
         except RuntimeError as error:
             if "imed out" in str(error) or "imeout" in str(error):
                 raise WaitTimeout(who, f"{what} to {self.name}", self.timeout_s, "swarm.timeout_s") from error
@@ -172,7 +186,7 @@ class Grid:
         header = torch.tensor([self._sent[way], raw.numel()], dtype=torch.int64, device=self.device)
         self._sent[way] += 1
         peer = self.rank + (1 if way == "fwd" else -1)
-        with self._waiting(self._name(*divmod(peer, self.pp)), "taking what was sent"):
+        with self._waiting(self._name(*divmod(peer, self.pp)), "taking what was sent", [peer]):
             for message in (header, raw) if raw.numel() else (header,):
                 self._inflight.append((_begun(dist.isend(message, peer, group=self._groups[way])), message))
         self.ledger.add("control", _HEADER, _HEADER)
@@ -186,7 +200,7 @@ class Grid:
         sender = self._name(*divmod(peer, self.pp))
         what = "an activation" if way == "fwd" else "a gradient"
         header = torch.empty(2, dtype=torch.int64, device=self.device)
-        with self._waiting(sender, what):
+        with self._waiting(sender, what, [peer]):
             dist.recv(header, peer, group=self._groups[way])
         number, size = header.tolist()
         if number != self._received[way] or not least <= size <= most:
@@ -194,13 +208,14 @@ class Grid:
         self._received[way] += 1
         message = torch.empty(size, dtype=torch.uint8, device=self.device)
         if size:
-            with self._waiting(sender, what):
+            with self._waiting(sender, what, [peer]):
                 dist.recv(message, peer, group=self._groups[way])
         return message
 
     def flush(self) -> None:
         """Wait until everything sent has left."""
-        with self._waiting("a neighbouring stage", "accepting what was sent"):
+        beside = [self.rank + step for step in (-1, 1) if 0 <= self.p + step < self.pp]
+        with self._waiting("a neighbouring stage", "accepting what was sent", beside):
             for work, _ in self._inflight:
                 work.wait()
         self._inflight.clear()
@@ -210,7 +225,8 @@ class Grid:
         if self.pp == 1:
             return value
         value = value.clone()
-        with self._waiting("the stages of a replica", "a norm"):
+        column = range(self.d * self.pp, (self.d + 1) * self.pp)
+        with self._waiting("the stages of a replica", "a norm", column):
             dist.all_reduce(value, group=self._groups["fwd"])
         self._count_ring("control", value.nbytes, self.pp)
         return value
@@ -220,14 +236,14 @@ class Grid:
     def sum_dp(self, tensor: Tensor, channel: str, dense_bytes: float | None = None) -> None:
         """Sum in place over the replicas of this stage; bit-identical on all of them."""
         if self.dp > 1:
-            with self._waiting("the replicas of a stage", f"a sum ({channel})"):
+            with self._waiting("the replicas of a stage", f"a sum ({channel})", self.replicas.ranks):
                 dist.all_reduce(tensor, group=self._dp_group)
             self._count_ring(channel, tensor.nbytes, self.dp, dense_bytes)
 
     def from_first_replica(self, tensor: Tensor, channel: str) -> None:
         """Overwrite `tensor` with that of replica 0."""
         if self.dp > 1:
-            with self._waiting(self._name(0, self.p), f"a broadcast ({channel})"):
+            with self._waiting(self._name(0, self.p), f"a broadcast ({channel})", self.replicas.ranks):
                 dist.broadcast(tensor, src=self.p, group=self._dp_group)
             if self.d == 0:
                 self.ledger.add(channel, (self.dp - 1) * tensor.nbytes, 0)
@@ -253,7 +269,7 @@ class Grid:
             return [value]
         mine = torch.tensor([value], dtype=torch.int64, device=self.device)
         found = [torch.zeros_like(mine) for _ in range(self.dp)]
-        with self._waiting("the replicas of a stage", "a digest"):
+        with self._waiting("the replicas of a stage", "a digest", self.replicas.ranks):
             dist.all_gather(found, mine, group=self._dp_group)
         self.ledger.add("control", 8 * (self.dp - 1), 0)
         return [int(t.item()) for t in found]
@@ -263,7 +279,7 @@ class Grid:
         if self.dp * self.pp == 1:
             return value
         tensor = torch.tensor([value], dtype=torch.int64, device=self.device)
-        with self._waiting("all ranks", "the agreement on a version"):
+        with self._waiting("all ranks", "the agreement on a version", range(self.dp * self.pp)):
             dist.all_reduce(tensor, op=dist.ReduceOp.MIN)
         self._count_ring("control", 8, self.dp * self.pp, dense_bytes=0)
         return int(tensor.item())

@@ -9,7 +9,8 @@ waited for is always the head of the queue: its deadline is that of one batch, w
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ class Sent:
     tick: int
     calls: Calls  # each delivers the digest of what its engine then holds
     digest: str = ""  # of what all of them hold; empty until they have said so
+    since: float = field(default_factory=time.monotonic)  # when they were sent, on the monotonic clock
 
 
 @dataclass
@@ -42,6 +44,7 @@ class Asked:
     weights: Sent  # the last ones before it in every queue
     calls: Calls
     results: list[Result] | None = None  # once they are here
+    since: float = field(default_factory=time.monotonic)  # when they were asked for, on the monotonic clock
 
     @property
     def staleness(self) -> int:

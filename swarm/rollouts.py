@@ -108,7 +108,7 @@ class Rollouts:
         if asked.results is None:
             self._agree(asked.weights)
             what = f"train samples of step {asked.step}"
-            asked.results = gather(asked.calls, what, *self.fleet.engine_limit)
+            asked.results = self._gather(asked.calls, what, "generate train", asked.since)
         return asked
 
     def _judge_ends(self, batch: Batch) -> None:
@@ -127,10 +127,14 @@ class Rollouts:
         return batch, found | {SAMPLED_S: time.perf_counter() - start}
 
     def _validation(self) -> list[Result]:
+        since = time.monotonic()
         calls = self._ask("val", 0, range(self._validated), 1, self.config.rollout.validation_temperature)
         self._deliver_all()  # they stand before it in the queues
         self._agree(self._newest)
-        return gather(calls, "val samples of step 0", *self.fleet.engine_limit)
+        return self._gather(calls, "val samples of step 0", "generate val", since)
+
+    def _gather(self, calls: Calls, what: str, kind: str, since: float) -> list[Any]:
+        return self.fleet.gather(calls, what, self.fleet.engine_limit, kind, since)
 
     def _deliver_all(self) -> None:
         for asked in self.ahead.asked:
@@ -201,7 +205,7 @@ class Rollouts:
         """Waits until every engine holds these weights. Raises EngineFailed if one holds others."""
         if sent.digest:
             return
-        digests = gather(sent.calls, f"loading the weights of tick {sent.tick}", *self.fleet.engine_limit)
+        digests = self._gather(sent.calls, f"loading the weights of tick {sent.tick}", "load", sent.since)
         if len(set(digests)) > 1:
             raise EngineFailed(f"the weights of tick {sent.tick}", f"engines hold {digests}", "start the run anew")
         sent.digest = digests[0]

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
+from functools import partial, wraps
+from typing import Concatenate, ParamSpec, TypeVar, cast
 
 import numpy as np
 import ray
@@ -22,6 +24,7 @@ from rl.device import peak_memory_gb, prefer_determinism
 from rl.objective import MicroBatch, microbatches
 from rl.snapshot import Sender
 from swarm import checkpoint
+from swarm.doing import Doing
 from swarm.grid import Grid, meeting
 from swarm.manifest import Entry
 from swarm.messages import ENGINES_STREAM, Report, TickPlan, TickReport
@@ -49,6 +52,24 @@ def ordinal(gpu: str, visible: str) -> int:
     return visible.split(",").index(gpu) if visible else int(gpu)
 
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _told(method: Callable[Concatenate[Worker, P], T]) -> Callable[Concatenate[Worker, P], T]:
+    """While a worker is at it, `doing` says so."""
+
+    @wraps(method)
+    def told(self: Worker, *args: P.args, **kwargs: P.kwargs) -> T:
+        self.task = method.__name__, time.monotonic()
+        try:
+            return method(self, *args, **kwargs)
+        finally:
+            self.task = None
+
+    return told
+
+
 class Worker:
     """One process of the swarm."""
 
@@ -58,6 +79,7 @@ class Worker:
         self.minis: list[MiniBatch] = []
         self.compared: defaultdict[str, float] = defaultdict(float)
         self.senders: dict[str, Sender] = {}
+        self.task: tuple[str, float] | None = None  # what it was asked for, and when it began, on the monotonic clock
 
     def address(self) -> str:
         """Where the process groups of this swarm meet; asked of rank 0."""
@@ -79,6 +101,7 @@ class Worker:
         grid = Grid(self.setup.index, swarm.dp, swarm.pp, device, Ledger(), swarm.timeout_s, init)
         self.rank = build_rank(setup, grid)
 
+    @_told
     def begin_step(self, tick: int, frame: np.ndarray) -> Report:
         """Take this rank's share of the mini-batches of the step whose first tick is `tick`.
 
@@ -113,11 +136,12 @@ class Worker:
         found, self.compared = dict(self.compared), defaultdict(float)
         return found
 
+    @_told
     def tick(self, plan: TickPlan) -> TickReport:
         """A step is compared once: what was before its first tick is told with what that tick compares."""
         mini = self.minis[plan.mini_batch]
         with explained(self.rank, mini.micros):
-            report = tick(self.rank, plan, mini, self._fetch_correction)
+            report = tick(self.rank, plan, mini, partial(self._due_correction, f"anchor {plan.anchor}"))
         for name, value in self._take_compared().items():
             report.sums[name] = report.sums.get(name, 0.0) + value
         return report
@@ -126,12 +150,18 @@ class Worker:
         """Fetch a correction into the inbox, beside whatever tick is running; its rank merges it when all hold it."""
         self.rank.held.inbox.put(self._fetch_correction(reference))
 
+    def _due_correction(self, anchor: str, reference: object) -> Correction:
+        """`tick` waits for it."""
+        with self.rank.grid.awaits([anchor], "a correction"):
+            return self._fetch_correction(reference)
+
     def _fetch_correction(self, reference: object) -> Correction:
         what = f"a correction that is due to {self.rank.grid.name}"
         (one,) = cast("list[object]", reference)  # in a list Ray leaves it a reference: it is waited for here
         (frame,) = gather([("the anchor", one)], what, self.rank.setup.anchor.timeout_s, "anchor.timeout_s")
         return unpack_correction(frame, self.rank.grid.p, self.rank.stage.weights.numel, self.rank.held.looked)
 
+    @_told
     def weights(self, tick: int, stream: str, whole: bool, exact: bool) -> tuple[np.ndarray, int]:
         """Frame of this stage's weights after `tick` ticks, and its size; a tied copy is left to its owner.
 
@@ -146,10 +176,21 @@ class Worker:
         frame = sender.frame(weights.master[: weights.owned], tick, stage, whole, exact)
         return frame, frame.nbytes
 
+    def doing(self) -> Doing:
+        """Asked in a thread of its own, beside whatever is going on: it reads, and takes no lock."""
+        task, rank = self.task, getattr(self, "rank", None)
+        if task is None:
+            return Doing("nothing", 0.0)
+        phase, wait = (rank.phase, rank.grid.wait) if rank else (None, None)
+        what, since = (f"{task[0]}, {phase[0]}", phase[1]) if phase else task
+        doing, since = (wait[0], wait[1]) if wait else (None, since)
+        return Doing(what, time.monotonic() - since, doing)
+
     def release_cache(self) -> None:
         """Leave what torch only keeps for later to an engine on the same GPU."""
         torch.cuda.empty_cache()
 
+    @_told
     def record(self, tick: int) -> np.ndarray:
         """This stage's weights after `tick` ticks, fp32, with what that tick kept if it is diagnosed."""
         weights, kept = self.rank.stage.weights, self.rank.kept
@@ -157,11 +198,14 @@ class Worker:
         after = weights.master[: weights.owned].detach().cpu().numpy()
         return pack_record(kept | {"after": after}, tick, self.rank.grid.p)
 
+    @_told
     def digest(self) -> int:
         return weights_digest(self.rank.stage.weights.master)
 
+    @_told
     def save(self, folder: str, step: int) -> dict[str, Entry]:
         return checkpoint.save_rank(self.rank, folder, step)
 
+    @_told
     def restore(self, folder: str) -> None:
         checkpoint.restore_rank(self.rank, folder)

@@ -15,6 +15,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from anchor_service.calls import gather
 from anchor_service.errors import WaitTimeout
+from anchor_service.stacks import listen
 from deploy.cluster.actors import ActorPlan, actor_plans
 from deploy.cluster.placement import BLOCKING, ROLES, UNMASKED, counts, demand, lacking, placement, tags
 from deploy.cluster.takedown import bounded
@@ -109,10 +110,11 @@ class ActorGroup:
                 ),
                 runtime_env={"env_vars": env},
             )
-            if role == "worker" and config.anchor.clock == "wall":
-                options["concurrency_groups"] = {"inbox": 1}  # corrections arrive beside a running tick
-            handle = ray.remote(**options)(plan.kind).remote(*plan.arguments)
-            held.append(cast(ActorHandle[Any], handle))
+            if role == "worker":  # beside a running tick corrections arrive, and it says what it is doing
+                options["concurrency_groups"] = {"inbox": 1, "watch": 1}
+            handle = cast(ActorHandle[Any], ray.remote(**options)(plan.kind).remote(*plan.arguments))
+            handle.__ray_call__.remote(listen)
+            held.append(handle)
 
     def construct_again(self, plans: Plans, config: RunConfig, since: float) -> None:
         def construct(actor: Any, *args: object) -> None:  # a closure travels by value: no import in the actor

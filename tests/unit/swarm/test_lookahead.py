@@ -85,8 +85,8 @@ class Run:
             weights=self._weights,
             nodes=lambda actors: {"the node"} if actors else set(),
             engine_limit=(5.0, "rollout.timeout_s"),
+            gather=lambda calls, *_: [engine.until(i) for _, (engine, i) in calls],
         )
-        monkeypatch.setattr(rollouts, "gather", lambda calls, *_: [engine.until(i) for _, (engine, i) in calls])
         monkeypatch.setattr(rollouts, "done_of", lambda refs: ([], refs) if not swift else (_do_all(refs), []))
         monkeypatch.setattr(Rollouts, "_taken", lambda self, split, results: (results, {}))
         monkeypatch.setattr(Rollouts, "_problems", lambda self: SimpleNamespace(sources=[], validation=None))
