@@ -30,7 +30,7 @@ class Fire:
     m_bar: object
     corrections: list[object]  # one a stage
     delivered: bool = False
-    since: float | None = None  # when it was started, on the monotonic clock; None: taken up from a checkpoint
+    since: float | None = None  # from when on it may be done, on the monotonic clock; None: taken up from a checkpoint
 
 
 class FireLine:
@@ -61,7 +61,7 @@ class FireLine:
         report, m = several(worker.gradient.options(num_returns=2).remote(job))
         published = worker.publish.options(num_returns=2 + self.stages).remote(report, m, self.m_bar)
         report, m_bar, *corrections = several(published)
-        self.add(Fire(due, k, report, m_bar, corrections, since=time.monotonic()))
+        self.add(Fire(due, k, report, m_bar, corrections, since=time.monotonic() + least_seconds))
 
     def follow(self, tick: int, references: list[object]) -> None:
         """Weights for every anchor worker, in order before the jobs that start from them; waits for nothing."""

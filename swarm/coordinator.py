@@ -30,6 +30,7 @@ from swarm.gate import EngineGate, LaunchGate
 from swarm.lookout import Lookout
 from swarm.messages import MergeOutcome, TickPlan, TickReport
 from swarm.nonfinite import judge_loss
+from swarm.pace import DUE_TICK, TICK
 from swarm.progress import Progress
 from swarm.replay_choice import MiniFrame
 from swarm.rollouts import SAMPLED_S, Rollouts, sample_metrics
@@ -116,8 +117,7 @@ class Coordinator:
         diagnosed = self.corrections.sources.diagnosed(progress.tick)
         plans = self._plans(index, keep, diagnosed)
         due = plans[0][0].correction is not None
-        kind = "tick in which a correction is due" if due else "tick"
-        limit = self.fleet.tick_limit(due)
+        limit, kind = self.fleet.tick_limit(due), DUE_TICK if due else TICK
         reports: list[TickReport] = self.fleet.ask_workers("tick", plans, f"tick {progress.tick}", limit, kind)
         outcome = reports[0].merge  # all ranks decide alike
         metrics, ledger = combine(reports, mini.batch.response_tokens)

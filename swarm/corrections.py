@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -20,6 +19,7 @@ from swarm import checkpoint
 from swarm.diagnosis_sources import Sources
 from swarm.fleet import Fleet
 from swarm.messages import MergeOutcome
+from swarm.pace import FIRE
 from swarm.progress import Progress
 from swarm.replay_choice import FRAME, MiniFrame, make_choice
 from swarm.run_config import RunConfig
@@ -136,15 +136,10 @@ class Corrections:
 
     def _look_after_fires(self) -> None:
         """Nobody waits for them, so it is here that one is found to hang. Raises Hung."""
-        lookout, oldest = self.fleet.lookout, self.line.oldest()
-        if lookout is None:
-            return
-        for fire in self.line.arrived():
-            if fire.since is not None:
-                lookout.pace.observe("fire", time.monotonic() - fire.since)
-        if oldest and oldest.since is not None:
+        oldest = self.line.oldest()
+        if oldest and oldest.since is not None and self.fleet.lookout:
             who, what = f"anchor {oldest.worker}", f"correction {oldest.due.version}"
-            lookout.look_after("fire", who, what, self.fleet.anchor_limit, oldest.since)
+            self.fleet.lookout.look_after(FIRE, who, what, self.fleet.anchor_limit, oldest.since)
 
     def _drop(self, fire: Fire, lost: BaseLost) -> None:
         """The anchor worker has lost the base of a delta: this fire is void, its next snapshot is a whole one."""
@@ -180,6 +175,9 @@ class Corrections:
         if merged_now:
             self.merged_m_bar = fire.m_bar
         progress.remember("anchor", report["perf/max_memory_gb"])
+        if self.fleet.lookout:
+            took = report["timing_s/anchor_total"] + report["timing_s/anchor_publish"]
+            self.fleet.lookout.pace.observe(FIRE, took)
         copies = [len(self.fleet.nodes(self.fleet.replicas_of(p))) for p in range(self.swarm.pp)]
         progress.ledger.add("correction", sum(n * size for n, size in zip(copies, report["stage_bytes"])), 0)
         first_tick = progress.tick if merged_now else None

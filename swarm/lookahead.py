@@ -34,6 +34,7 @@ class Sent:
     calls: Calls  # each delivers the digest of what its engine then holds
     digest: str = ""  # of what all of them hold; empty until they have said so
     since: float = field(default_factory=time.monotonic)  # when they were sent, on the monotonic clock
+    kind: str = "load"  # what takes as long as this
 
 
 @dataclass

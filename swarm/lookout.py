@@ -7,6 +7,7 @@ wait begins ──── slow_after ──────────────�
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
@@ -45,7 +46,12 @@ class Lookout:
         self.pace.observe(kind, time.monotonic() - (begin if since is None else since))
 
     def look_after(self, kind: str, who: str, what: str, limit: tuple[float, str], since: float) -> None:
-        """Of what nobody waits for, looked at now and then: an event, once, when it is slow. Raises Hung."""
+        """Of what nobody waits for, looked at now and then: an event, once, when it is slow. Raises Hung.
+
+        `limit` holds until it is known what is usual, and no longer: nothing is lost by it.
+        """
+        if self.pace.usual(kind) is not None:
+            limit = math.inf, limit[1]
         alarm, waited = Overdue(self, kind, what, limit, since), time.monotonic() - since
         if waited > alarm.seconds:
             raise alarm.over([who])

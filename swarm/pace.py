@@ -11,6 +11,9 @@ from swarm.config import FaultsConfig
 SEEN = 3  # before so many of a kind were seen nothing is judged: the first ones compile and warm up
 REMEMBERED = 20  # the newest ones say what is usual
 
+TICK, DUE_TICK, FIRE = "tick", "tick in which a correction is due", "fire"
+WITHIN = {DUE_TICK: FIRE}  # what one of a kind may have to wait for as a whole
+
 
 class Pace:
     """Of one run, by kind of request: `tick`, `weights`, `generate train`, …"""
@@ -35,8 +38,9 @@ class Pace:
 
     def hung_after(self, kind: str, limit: tuple[float, str]) -> tuple[float, str]:
         """Seconds after which one is not waited for any longer, and the knob that says so; never more than `limit`."""
-        usual = self.usual(kind)
-        if usual is None:
+        usual = [self.usual(one) for one in (kind, WITHIN.get(kind, kind))]
+        known = [seconds for seconds in usual if seconds is not None]
+        if len(known) < len(usual):
             return limit
         floor = self.faults.hang_floor_s, "faults.hang_floor_s"
-        return min(limit, max(floor, (self.faults.hang_factor * usual, "faults.hang_factor")))
+        return min(limit, max(floor, (self.faults.hang_factor * max(known), "faults.hang_factor")))

@@ -89,8 +89,10 @@ class Rank:
     def timed(self, phase: str) -> Generator[None]:
         start = time.perf_counter()
         self.phase = phase, time.monotonic()
-        yield
-        self.phase = None
+        try:
+            yield
+        finally:
+            self.phase = None
         self.timing[f"timing_s/{phase}"] += time.perf_counter() - start
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -184,9 +184,9 @@ class Rollouts:
     def _weights(self) -> tuple[list[object], int]:
         whole, self._resync = self._resync, False
         tick, config = self.progress.tick, self.config
-        return self.fleet.weights(
-            tick, ENGINES_STREAM, whole, exact=config.exact_after(tick // config.grpo.ticks_per_step)
-        )
+        exact = config.exact_after(tick // config.grpo.ticks_per_step)
+        self._kind = "load whole" if whole else "load exact" if exact else "load coded"
+        return self.fleet.weights(tick, ENGINES_STREAM, whole, exact)
 
     def _send(self, references: list[object], nbytes: int) -> None:
         """Weights of this moment, into the queue of every engine; waits for nothing."""
@@ -198,14 +198,14 @@ class Rollouts:
             ledger.add("snapshot", nbytes * len(apart), 0)
         dense = self._parameters * self.config.model.itemsize  # what a dense system sends
         ledger.add("rollout_sync", nbytes * len(nodes), dense * len(nodes))
-        self._newest = Sent(tick // self.config.grpo.ticks_per_step, tick, calls)
+        self._newest = Sent(tick // self.config.grpo.ticks_per_step, tick, calls, kind=self._kind)
         self._unsettled.append(self._newest)
 
     def _agree(self, sent: Sent) -> None:
         """Waits until every engine holds these weights. Raises EngineFailed if one holds others."""
         if sent.digest:
             return
-        digests = self._gather(sent.calls, f"loading the weights of tick {sent.tick}", "load", sent.since)
+        digests = self._gather(sent.calls, f"loading the weights of tick {sent.tick}", sent.kind, sent.since)
         if len(set(digests)) > 1:
             raise EngineFailed(f"the weights of tick {sent.tick}", f"engines hold {digests}", "start the run anew")
         sent.digest = digests[0]

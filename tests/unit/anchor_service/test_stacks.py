@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -51,6 +52,8 @@ def test_without_py_spy_a_process_writes_its_own_stacks_and_a_stopped_one_is_sai
         assert f"process {pid} on " in said and "py-spy: not installed" in said
         assert said.count("in deep_in_the_tick") == 1
     os.kill(pid, signal.SIGSTOP)
+    while not stacks._state(pid).startswith("T"):
+        time.sleep(0.01)
     said = stacks.look(pid)
     assert "T (stopped)" in said and "it wrote nothing within 0.5 s: no stacks" in said
     os.kill(pid, signal.SIGCONT)

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from swarm.config import FaultsConfig
-from swarm.pace import REMEMBERED, SEEN, Pace
+from swarm.pace import DUE_TICK, FIRE, REMEMBERED, SEEN, Pace
 
 LIMIT = 300.0, "swarm.timeout_s"
 
@@ -39,6 +39,17 @@ def test_a_first_one_that_compiles_is_not_what_is_usual():
 
 def test_the_newest_say_what_is_usual():
     assert pace(*[1.0] * 50, *[9.0] * (REMEMBERED // 2 + 1)).usual("tick") == 9.0
+
+
+def test_a_tick_that_may_wait_for_a_fire_hangs_no_earlier_than_the_fire_would():
+    found = pace()
+    for _ in range(3):
+        found.observe(DUE_TICK, 2.0)
+    assert found.hung_after(DUE_TICK, (900.0, "both")) == (900.0, "both")  # of fires nothing was seen
+    for _ in range(3):
+        found.observe(FIRE, 30.0)
+    assert found.hung_after(DUE_TICK, (900.0, "both")) == (600.0, "faults.hang_factor")
+    assert found.slow_after(DUE_TICK) == 4.0
 
 
 def test_kinds_know_nothing_of_each_other():
