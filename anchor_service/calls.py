@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import ray
 from ray._private.state import actors
@@ -28,12 +29,15 @@ from anchor_service.errors import ActorLost, WaitTimeout
 
 __all__ = [
     "ActorHandle",
+    "Alarm",
+    "answered",
     "answering",
     "done_of",
     "failure",
     "gather",
     "lost",
     "nodes_of",
+    "process_of",
     "raised",
     "replies",
     "several",
@@ -47,6 +51,16 @@ _FIELDS = tuple(f"\t{name}: " for name in ("class_name", "actor_id", "pid", "nam
 _PROCESS = re.compile(r"\(pid=(\d+), ip=([^,)]+)")
 
 
+class Alarm(Protocol):
+    """Who is told of a wait that goes on: once when it is slow, and when it is over in vain."""
+
+    slow_after: float  # seconds; infinite: it never is
+
+    def slow(self, missing: Sequence[str]) -> None: ...
+
+    def over(self, missing: Sequence[str]) -> WaitTimeout: ...
+
+
 def gather(
     calls: Iterable[tuple[str, object]],
     what: str,
@@ -54,22 +68,29 @@ def gather(
     knob: str,
     since: float | None = None,
     settle: float = 0.0,
+    alarm: Alarm | None = None,
 ) -> list[Any]:
     """Objects that named actors deliver, in order. The first failure ends the wait; the deadline names who is missing.
 
     `seconds` count from now, or from `since` on the monotonic clock if several waits share one deadline. A failure
     that is only another's echo (`secondhand`) waits `settle` seconds for one that says more.
-    Raises WaitTimeout, ActorLost, or what an actor raised, with a note of where.
+    Raises WaitTimeout or what the `alarm` makes of it, ActorLost, or what an actor raised, with a note of where.
     """
     names = {reference: name for name, reference in calls}
     found: dict[Any, Any] = {}
     waiting, echo = list(names), None
-    deadline = (time.monotonic() if since is None else since) + seconds
+    begin = time.monotonic() if since is None else since
+    deadline, slow = begin + seconds, begin + (alarm.slow_after if alarm else math.inf)
     while waiting:
-        done, waiting = ray.wait(waiting, num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
+        until = min(deadline, slow)
+        done, waiting = ray.wait(waiting, num_returns=1, timeout=max(0.0, until - time.monotonic()))
         if not done:
-            missing = dict.fromkeys(names[reference] for reference in waiting)
-            raise echo or WaitTimeout(", ".join(missing), what, seconds, knob)
+            missing = list(dict.fromkeys(names[reference] for reference in waiting))
+            if alarm and until < deadline:
+                slow = math.inf
+                alarm.slow(missing)
+                continue
+            raise echo or (alarm.over(missing) if alarm else WaitTimeout(", ".join(missing), what, seconds, knob))
         try:
             found[done[0]] = take(done[0], names[done[0]], what)
         except Exception as error:
@@ -107,6 +128,23 @@ def where(actor: ActorHandle[Any]) -> object:
 
 def _node_of(actor: object) -> str:
     return ray.get_runtime_context().get_node_id()
+
+
+def process_of(actor: ActorHandle[Any]) -> tuple[int | None, str | None]:
+    """Number of an actor's process, and Ray's id of its node, from Ray's control store: the actor is not asked."""
+    known = _actor(actor._actor_id.hex())  # pyright: ignore[reportPrivateUsage]
+    return known.get("Pid"), known.get("Address", {}).get("NodeID")
+
+
+def answered(calls: Mapping[str, object], seconds: float) -> dict[str, Any]:
+    """Of actors that were asked something at once: what those say that answer within `seconds`. Never raises."""
+    waiting, found = cast("list[ray.ObjectRef[Any]]", list(calls.values())), dict[str, Any]()
+    done = ray.wait(waiting, num_returns=len(waiting), timeout=seconds)[0] if waiting else []
+    for name, reference in calls.items():
+        with suppress(Exception):  # one that has died is no answer: whoever waits for it is told why
+            if reference in done:
+                found[name] = ray.get(cast("ray.ObjectRef[Any]", reference))
+    return found
 
 
 def several(returned: object) -> list[object]:

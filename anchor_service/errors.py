@@ -16,6 +16,28 @@ class WaitTimeout(RuntimeError):
         )
 
 
+class Hung(WaitTimeout):
+    """A wait for `what` took far longer than is usual. `who` keeps it waiting, and is not all that were missing."""
+
+    def __init__(
+        self,
+        who: str,
+        what: str,
+        seconds: float,
+        knob: str,
+        usual: float | None = None,
+        doing: str = "",
+        stacks: str = "",
+    ):
+        super().__init__(who, what, seconds, knob)
+        self.args = (who, what, seconds, knob, usual, doing, stacks)
+        self.usual, self.doing, self.stacks = usual, doing, stacks
+
+    def __str__(self) -> str:
+        usual = "" if self.usual is None else f", which usually takes {self.usual:.2g} s"
+        return f"{super().__str__()}{usual}. At the end: {self.doing}. Stacks are in {self.stacks}"
+
+
 class ActorLost(RuntimeError):
     """A process of the run ended before it answered."""
 

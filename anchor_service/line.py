@@ -148,6 +148,12 @@ class FireLine:
         done, _ = done_of(list(waiting))
         return sorted((waiting[ref] for ref in done), key=lambda fire: fire.due.version)
 
+    def oldest(self) -> Fire | None:
+        """Of those that are not done: all others wait for its M̄. None where there are none."""
+        arrived = {fire.due.version for fire in self.arrived()}
+        waiting = [fire for fire in self.under_way.values() if not fire.delivered and fire.due.version not in arrived]
+        return min(waiting, key=lambda fire: fire.due.version, default=None)
+
     def deliver(self, fire: Fire, ranks: Sequence[ActorHandle[Any]], whole: bool) -> None:
         """Send each rank its stage's correction, beside whatever tick is running; waits for nothing.
 

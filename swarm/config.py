@@ -97,6 +97,20 @@ class FaultsConfig(Section):
         description="on a cluster that is there (`--address`) a run that gets SIGTERM may take so long to end its step, and "
         "write a checkpoint if it keeps any; 0: it ends at once",
     )
+    slow_factor: float = Field(
+        default=2.0,
+        gt=1,
+        description="what takes this many times as long as usual (the median of the last 20 of its kind, from the third on) "
+        "is looked into: an event names who keeps the others waiting",
+    )
+    slow_floor_s: float = Field(default=1.0, gt=0, description="nothing is looked into earlier")
+    hang_factor: float = Field(
+        default=20.0,
+        gt=1,
+        description="what takes this many times as long as usual hangs: stacks are written into the run's folder, and who "
+        "keeps the others waiting has failed; never later than `swarm.timeout_s`, `rollout.timeout_s`, `anchor.timeout_s`",
+    )
+    hang_floor_s: float = Field(default=60.0, gt=0, description="nothing hangs earlier")
 
 
 class LinksConfig(Section):

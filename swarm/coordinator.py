@@ -26,18 +26,20 @@ from rl.batch import Batch
 from rl.grpo import PG_LOSS
 from swarm import checkpoint, scale
 from swarm.corrections import Corrections, anchor_of
+from swarm.dealt import Dealt
 from swarm.engine_line import EngineLine
 from swarm.failure_policy import Decision, FailurePolicy, Status, failure_of
 from swarm.fleet import Fleet
 from swarm.gate import EngineGate, LaunchGate, capped_share
+from swarm.lookout import Lookout
 from swarm.messages import MergeOutcome, TickPlan, TickReport
 from swarm.nonfinite import judge_loss
+from swarm.pace import DUE_TICK, TICK
 from swarm.progress import Progress
-from swarm.regroup import Met, Regroup
+from swarm.regroup import Regroup
 from swarm.replay_choice import MiniFrame
 from swarm.rollouts import SAMPLED_S, Rollouts, sample_metrics
 from swarm.run_config import RunConfig
-from swarm.shares import shares
 from swarm.telemetry import Telemetry, combine, replace_text
 
 WAIT_S = "timing_s/anchor_wait"
@@ -52,6 +54,7 @@ class Coordinator:
     ):
         self.config, self.fleet, self.telemetry, self.run_folder = config, fleet, telemetry, folder
         self.progress = progress = Progress(telemetry)
+        fleet.lookout = Lookout(config.faults, fleet.named, progress, folder)
         clock, line = anchor_of(config, fleet)
         self.policy = policy or FailurePolicy(config.faults)
         followers = line if config.anchor.weights == "shared" else NoFires()
@@ -60,9 +63,7 @@ class Coordinator:
         self.corrections = Corrections(config, fleet, progress, line, clock, ray.put, engines, self.policy)
         self.regroup = Regroup(config, fleet, progress, self.policy, line)
         self.gate, self.engine_gate = LaunchGate(config.codec), EngineGate(config.rollout)
-        self.given: list[tuple[int, object]] = []  # of the present step, to each rank: its first tick, its share
-        self.old_logprobs: list[object] = []  # of each rank's share, where one in its place finds them
-        self.without_share: set[int] = set()  # ranks that are new since
+        self.dealt = Dealt(config, fleet, progress, self.regroup, ray.put)
         fleet.mend = self._mend
         self.after_step: Callable[[], None] = lambda: None  # whoever drives the run may end it there
 
@@ -114,58 +115,33 @@ class Coordinator:
     def _begin(self, batch: Batch, minis: list[MiniFrame]) -> dict[str, float]:
         """Give every rank its share of the step's mini-batches."""
         first = self.progress.tick + 1
-        self._deal(minis, first)
-        while True:
-            try:
-                reports, self.old_logprobs = self.fleet.begin_step(self.given)
-                break
-            except Exception as failure:
-                if self.regroup.after(failure, first).dealt_anew:
-                    self._deal(minis, first)
-        self.without_share.clear()
+        reports = self.dealt.begin(minis, first)
         metrics, ledger = combine(reports, batch.response_tokens)
         self.progress.ledger.merge(ledger)
         self.progress.remember("worker", metrics["perf/max_memory_gb"])
         self._judge_codec(metrics)
         return metrics
 
-    def _deal(self, minis: list[MiniFrame], first: int) -> None:
-        """The step's samples among the replicas that there are; `first`: the tick that takes some of them first."""
-        self.given, pp = [], self.config.swarm.pp
-        for share in shares([mini.batch for mini in minis], self.regroup.dp, pp):
-            self.progress.control(share.ranks * share.frame.nbytes, share.ranks * share.dense)
-            self.given += [(first, ray.put(share.frame))] * share.ranks
-
     def _take(self, plans: list[TickPlan], minis: list[MiniFrame]) -> list[TickReport]:
         """One tick; once more where workers are lost in it."""
         tick, pp, met = plans[0].tick, self.config.swarm.pp, None
-        limit = self.fleet.tick_limit(due=plans[0].correction is not None or self.corrections.may_be_fetched)
+        due = plans[0].correction is not None
+        limit, kind = self.fleet.tick_limit(due or self.corrections.may_be_fetched), DUE_TICK if due else TICK
         while True:
             try:
-                self._give_again(minis, met)
+                self.dealt.give_again(minis, met)
                 if met and met.done == tick:
                     return met.reports
                 others = [replace(plan, record=False) for plan in plans]  # one replica is diagnosed
                 asked = [((plans if rank < pp else others)[rank % pp],) for rank in range(len(self.fleet.workers))]
-                return self.fleet.ask_workers("tick", asked, f"tick {tick}", limit)
+                return self.fleet.ask_workers("tick", asked, f"tick {tick}", limit, kind)
             except Exception as failure:
                 met = self.regroup.after(failure, tick)
-                self.without_share |= set(met.fresh)
-
-    def _give_again(self, minis: list[MiniFrame], met: Met | None) -> None:
-        """Ranks that are new get their share of the present step; all of them, where it is dealt anew."""
-        if met and met.dealt_anew:
-            self._deal(minis, met.done + 1)
-            # of other samples now: old log-probs are taken anew, of the present weights
-            _, self.old_logprobs = self.fleet.begin_step(self.given)
-            self.progress.event("step dealt anew", replicas=self.regroup.dp)
-        elif self.without_share:
-            self.fleet.give({rank: (*self.given[rank], self.old_logprobs[rank]) for rank in self.without_share})
-        self.without_share.clear()
+                self.dealt.without |= set(met.fresh)
 
     def _mend(self, failure: Exception) -> None:
         """Workers that were lost between two ticks."""
-        self.without_share |= set(self.regroup.after(failure, self.progress.tick).fresh)
+        self.dealt.without |= set(self.regroup.after(failure, self.progress.tick).fresh)
 
     def _tick(self, index: int, minis: list[MiniFrame]) -> dict[str, float]:
         start, mini = time.perf_counter(), minis[index]
@@ -195,8 +171,10 @@ class Coordinator:
         """What the first ranks of each stage are to do in the present tick, on mini-batch `index`."""
         tick, pp = self.progress.tick, self.config.swarm.pp
         references, version = self.corrections.due(tick)
+        anchor = self.corrections.maker(tick)
         return [
-            TickPlan(tick, index, references and references[stage], version, keep, diagnosed) for stage in range(pp)
+            TickPlan(tick, index, references and references[stage], version, keep, diagnosed, anchor)
+            for stage in range(pp)
         ]
 
     def _judge_codec(self, metrics: dict[str, float]) -> None:

@@ -26,6 +26,7 @@ from swarm.engine_line import EngineLine
 from swarm.failure_policy import FailurePolicy
 from swarm.fleet import Fleet
 from swarm.messages import MergeOutcome
+from swarm.pace import FIRE
 from swarm.progress import Progress
 from swarm.replay_choice import FRAME, MiniFrame, make_choice
 from swarm.run_config import RunConfig
@@ -134,6 +135,13 @@ class Corrections:
         """Whether a tick may have to fetch what is behind the head of a correction, on the wall clock."""
         return not self.clock.waits and self.line.parts > 1
 
+    def maker(self, tick: int) -> int:
+        """The anchor worker that makes what `tick` is the first to merge."""
+        due = self.clock.due(tick)
+        return self.line.under_way[due.version].worker if due else 0
+
+    # --- on the wall clock ----------------------------------------------------------------------
+
     def deliver(self) -> None:
         """On the wall clock, pass corrections that are done on to every rank's inbox. Waits for nothing.
 
@@ -142,6 +150,7 @@ class Corrections:
         self.faults.look()
         if self.clock.waits:
             return
+        self._look_after_fires()
         for fire in self.line.arrived():
             if self.faults.failure(fire):  # since a moment ago: the next tick will see to it
                 continue
@@ -151,6 +160,15 @@ class Corrections:
             self.line.deliver(fire, self.fleet.workers, self._whole)
         for failure in self.line.check_deliveries():
             self.progress.event("correction lost on its way", reason=described(failure))
+
+    def _look_after_fires(self) -> None:
+        """Nobody waits for them, so it is here that one is found to hang. Raises Hung."""
+        oldest = self.line.oldest()
+        if oldest and oldest.job and self.fleet.lookout:
+            who, what = f"anchor {oldest.worker}", f"correction {oldest.due.version}"
+            self.fleet.lookout.look_after(
+                FIRE, who, what, self.fleet.anchor_limit, oldest.since + oldest.job.least_seconds
+            )
 
     # --- after a tick ---------------------------------------------------------------------------
 
@@ -177,6 +195,9 @@ class Corrections:
         progress.remember("anchor", report["perf/max_memory_gb"])
         whole = fire.whole or (merged_now and outcome.whole)
         sizes = [sum(parts if whole else parts[:1]) for parts in report["stage_bytes"]]
+        if self.fleet.lookout:
+            took = report["timing_s/anchor_total"] + report["timing_s/anchor_publish"]
+            self.fleet.lookout.pace.observe(FIRE, took)
         copies = [len(self.fleet.nodes(self.fleet.replicas_of(p))) for p in range(self.swarm.pp)]
         progress.ledger.add("correction", sum(n * size for n, size in zip(copies, sizes)), 0)
         found = {"first_tick": progress.tick if merged_now else None, "bytes": sum(sizes)}

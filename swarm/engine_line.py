@@ -80,7 +80,7 @@ class EngineLine:
 
         def wait() -> list[Result]:
             self._agree(asked.weights)
-            return self._gather(asked.calls, what)
+            return self._gather(asked.calls, what, f"generate {asked.prompts[0].split}", asked.since)
 
         if asked.results is None:
             asked.results = self._mended(wait)
@@ -114,7 +114,8 @@ class EngineLine:
             ledger.add("snapshot", nbytes * len(apart), 0)
         dense = self._parameters * config.model.itemsize  # what a dense system sends
         ledger.add("rollout_sync", nbytes * len(nodes), dense * len(nodes))
-        newest = Sent(step, tick, calls, references=references)
+        kind = "load exact" if config.exact_after(step) else "load coded"
+        newest = Sent(step, tick, calls, references=references, kind=kind)
         self._unsettled.append(newest)
         wanted = [a.weights.tick for a in self._under_way] + [f.due.source_tick for f in self.line.under_way.values()]
         self.sent = [s for s in self.sent if s.tick >= min(wanted, default=tick)] + [newest]
@@ -148,7 +149,7 @@ class EngineLine:
         """Waits until every engine holds these weights, the same to the bit."""
         if sent.digest or not sent.calls:
             return
-        digests = self._gather(sent.calls, f"loading the weights of tick {sent.tick}")
+        digests = self._gather(sent.calls, f"loading the weights of tick {sent.tick}", sent.kind, sent.since)
         (usual, count), *others = Counter(digests).most_common()
         if others:
             cause = EngineFailed(f"the weights of tick {sent.tick}", f"engines hold {digests}", "start the run anew")
@@ -175,11 +176,12 @@ class EngineLine:
                     raise failed.cause from None
                 self._mend(failed.engines)
 
-    def _gather(self, calls: Calls, what: str) -> list[Any]:
+    def _gather(self, calls: Calls, what: str, kind: str = "", since: float | None = None) -> list[Any]:
+        """`kind`, else `what`, takes as long as this; `since`: from when on."""
         for name in [name for name in dict(calls) if name in self._starting]:
             self._wait_for(name)
         try:
-            return gather(calls, what, *self.fleet.engine_limit)
+            return self.fleet.gather(calls, what, self.fleet.engine_limit, kind or what, since)
         except HANDLED as failure:
             engines = _failed(failure, calls)
             if not engines:  # a rank whose weights they wait for

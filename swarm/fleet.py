@@ -14,6 +14,7 @@ from rl.config import RolloutConfig
 from rl.rollout import RolloutWorker
 from swarm.config import SwarmConfig
 from swarm.failure_policy import Role
+from swarm.lookout import Lookout
 from swarm.messages import Report
 from swarm.worker import Worker
 
@@ -48,6 +49,7 @@ class Fleet:
         default=_as_it_is, init=False
     )  # workers that a failure between ticks names
     _node: dict[object, str] = field(default_factory=dict, init=False)  # of each actor that was asked
+    lookout: Lookout | None = field(default=None, init=False)  # that of the run, once it has begun
 
     @property
     def swarm_limit(self) -> tuple[float, str]:
@@ -70,14 +72,44 @@ class Fleet:
         return self.anchor.timeout_s, "anchor.timeout_s"
 
     def ask_workers(
-        self, method: str, arguments: Sequence[Sequence[object]], what: str, limit: tuple[float, str] | None = None
+        self,
+        method: str,
+        arguments: Sequence[Sequence[object]],
+        what: str,
+        limit: tuple[float, str] | None = None,
+        kind: str | None = None,
     ) -> list[Any]:
-        """What `method` returns on every rank, each with arguments of its own; within `swarm_limit` or `limit`."""
+        """What `method` returns on every rank, each with arguments of its own; within `swarm_limit` or `limit`.
+
+        `kind`: of what takes as long as this, if not every call of `method` does.
+        """
         calls = [
             (self.swarm.name_of(rank), getattr(worker, method).remote(*args))
             for rank, (worker, args) in enumerate(zip(self.workers, arguments, strict=True))
         ]
-        return gather(calls, what, *(limit or self.swarm_limit), settle=SETTLE_S)
+        return self.gather(calls, what, limit or self.swarm_limit, kind or method, settle=SETTLE_S)
+
+    def gather(
+        self,
+        calls: Sequence[tuple[str, object]],
+        what: str,
+        limit: tuple[float, str],
+        kind: str,
+        since: float | None = None,
+        settle: float = 0.0,
+    ) -> list[Any]:
+        """What these deliver, looked into if it takes longer than is usual for its `kind`; `since`: when it was asked for."""
+        if self.lookout is None:
+            return gather(calls, what, *limit, settle=settle)
+        with self.lookout.wait(kind, what, limit, since) as alarm:
+            return gather(calls, what, alarm.seconds, alarm.knob, settle=settle, alarm=alarm)
+
+    def named(self) -> dict[str, ActorHandle[Any]]:
+        """Every actor by the name that messages have for it."""
+        found: dict[str, ActorHandle[Any]] = {self.swarm.name_of(rank): w for rank, w in enumerate(self.workers)}
+        for role, held in (("engine", self.engines), ("anchor", self.anchors), ("diagnoser", self.diagnosers)):
+            found |= {f"{role} {i}": actor for i, actor in enumerate(held)}
+        return found
 
     def ask_mended(self, method: str, arguments: Sequence[object], what: str) -> list[Any]:
         """`ask_workers`, all for the same, between two ticks; once more where workers are lost."""
@@ -94,7 +126,8 @@ class Fleet:
             for worker, args in zip(self.workers, arguments, strict=True)
         ]
         calls = [(self.swarm.name_of(rank), report) for rank, (report, _) in enumerate(pairs)]
-        return gather(calls, "the start of a step", *self.swarm_limit, settle=SETTLE_S), [old for _, old in pairs]
+        found = self.gather(calls, "the start of a step", self.swarm_limit, "begin_step", settle=SETTLE_S)
+        return found, [old for _, old in pairs]
 
     def give(self, shares: Mapping[int, Sequence[object]]) -> None:
         """Ranks that are new their share of the step that is under way."""
@@ -110,7 +143,7 @@ class Fleet:
             pairs = [several(w.weights.options(num_returns=2).remote(tick, stream, whole, exact)) for w in ranks]
             calls = [(f"worker d0p{p}", size) for p, (_, size) in enumerate(pairs)]
             try:
-                nbytes = sum(gather(calls, f"the weights of tick {tick}", *self.swarm_limit))
+                nbytes = sum(self.gather(calls, f"the weights of tick {tick}", self.swarm_limit, "weights"))
             except Exception as failure:
                 self.mend(failure)
                 whole = True  # stages that are left have made the step that nobody got

@@ -7,8 +7,8 @@ communicator can wait for each other.
 
 from __future__ import annotations
 
-import socket
-from collections.abc import Generator
+import time
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import cast
@@ -16,10 +16,11 @@ from typing import cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from anchor_service.errors import WaitTimeout
 from codec.ledger import Ledger
+from swarm.doing import Wait
+from swarm.meeting import join
 from swarm.peers import Peers
 
 _HEADER = 16  # bytes: sequence number and payload size, int64 each
@@ -42,24 +43,6 @@ class Desync(RuntimeError):
         return f"{self.sender} sent message (number, bytes) {self.got}, expected {self.expected}: the ranks are out of step"
 
 
-def meeting(ip: str) -> tuple[TCPStore, str]:
-    """Where the ranks of a grid meet, and its `ip:port`; whoever asks keeps the store until the grid is left.
-
-    It listens before its port is told to anyone: a port that was only looked up may be taken by then. And on `ip`
-    alone: left to itself torch listens on every interface, and whoever reaches the store can write to it.
-    """
-    listener = socket.create_server((ip, 0), family=socket.AF_INET6 if ":" in ip else socket.AF_INET)
-    port = listener.getsockname()[1]
-    fd = listener.detach()  # the store's from now on
-    store = TCPStore(ip, port, is_master=True, wait_for_workers=False, master_listen_fd=fd)
-    return store, f"{ip}:{port}"
-
-
-def join(address: str, timeout: timedelta) -> TCPStore:
-    host, _, port = address.rpartition(":")
-    return TCPStore(host, int(port), is_master=False, timeout=timeout)
-
-
 def _new_group(ranks: list[int], timeout: timedelta) -> dist.ProcessGroup:
     """Every rank of the world calls this; only members may use what it returns."""
     return cast(dist.ProcessGroup, dist.new_group(ranks, timeout=timeout))
@@ -78,6 +61,7 @@ class Grid:
     ):
         self.pp, self.device, self.ledger, self.timeout_s = pp, device, ledger, timeout_s
         self.p = rank % pp
+        self.wait: tuple[Wait, float] | None = None  # what this rank waits for, and since when, on the monotonic clock
         self.replicas = self._peers("grad_dp")
         self.ends = self._peers("tied") if self.p in (0, pp - 1) else None
         self.join(rank, dp, init)
@@ -141,7 +125,7 @@ class Grid:
                 self._dp_group = across
         if self.pp > 1:
             self._ends = _new_group([*range(0, world, self.pp), *range(self.pp - 1, world, self.pp)], timeout)
-        with self._waiting("another rank", "its first word"):
+        with self._waiting("another rank", "its first word", range(world)):
             self._meet()
 
     def _meet(self) -> None:
@@ -175,9 +159,20 @@ class Grid:
         self.leave()
 
     @contextmanager
-    def _waiting(self, who: str, what: str) -> Generator[None]:
+    def awaits(self, names: Sequence[str], what: str) -> Generator[None]:
+        """While this rank waits: `wait` says for whom."""
+        self.wait = Wait(tuple(names), what), time.monotonic()
         try:
             yield
+        finally:
+            self.wait = None
+
+    @contextmanager
+    def _waiting(self, who: str, what: str, ranks: Sequence[int]) -> Generator[None]:
+        """For ranks that `who` puts in words; this one may be among them."""
+        try:
+            with self.awaits([self._name(*divmod(rank, self.pp)) for rank in ranks if rank != self.rank], what):
+                yield
         except RuntimeError as error:
             if "imed out" in str(error) or "imeout" in str(error):
                 raise WaitTimeout(who, f"{what} to {self.name}", self.timeout_s, "swarm.timeout_s") from error
@@ -194,7 +189,7 @@ class Grid:
         header = torch.tensor([self._sent[way], raw.numel()], dtype=torch.int64, device=self.device)
         self._sent[way] += 1
         peer = self.rank + (1 if way == "fwd" else -1)
-        with self._waiting(self._name(*divmod(peer, self.pp)), "taking what was sent"):
+        with self._waiting(self._name(*divmod(peer, self.pp)), "taking what was sent", [peer]):
             for message in (header, raw) if raw.numel() else (header,):
                 self._inflight.append((_begun(dist.isend(message, peer, group=self._groups[way])), message))
         self.ledger.add("control", _HEADER, _HEADER)
@@ -208,7 +203,7 @@ class Grid:
         sender = self._name(*divmod(peer, self.pp))
         what = "an activation" if way == "fwd" else "a gradient"
         header = torch.empty(2, dtype=torch.int64, device=self.device)
-        with self._waiting(sender, what):
+        with self._waiting(sender, what, [peer]):
             dist.recv(header, peer, group=self._groups[way])
         number, size = header.tolist()
         if number != self._received[way] or not least <= size <= most:
@@ -216,13 +211,14 @@ class Grid:
         self._received[way] += 1
         message = torch.empty(size, dtype=torch.uint8, device=self.device)
         if size:
-            with self._waiting(sender, what):
+            with self._waiting(sender, what, [peer]):
                 dist.recv(message, peer, group=self._groups[way])
         return message
 
     def flush(self) -> None:
         """Wait until everything sent has left."""
-        with self._waiting("a neighbouring stage", "accepting what was sent"):
+        beside = [self.rank + step for step in (-1, 1) if 0 <= self.p + step < self.pp]
+        with self._waiting("a neighbouring stage", "accepting what was sent", beside):
             for work, _ in self._inflight:
                 work.wait()
         self._inflight.clear()
@@ -232,7 +228,8 @@ class Grid:
         if self.pp == 1:
             return value
         value = value.clone()
-        with self._waiting("the stages of a replica", "a norm"):
+        column = range(self.d * self.pp, (self.d + 1) * self.pp)
+        with self._waiting("the stages of a replica", "a norm", column):
             dist.all_reduce(value, group=self._groups["fwd"])
         self._count_ring("control", value.nbytes, self.pp)
         return value
@@ -242,14 +239,14 @@ class Grid:
     def sum_dp(self, tensor: Tensor, channel: str, dense_bytes: float | None = None) -> None:
         """Sum in place over the replicas of this stage; bit-identical on all of them."""
         if self.dp > 1:
-            with self._waiting("the replicas of a stage", f"a sum ({channel})"):
+            with self._waiting("the replicas of a stage", f"a sum ({channel})", self.replicas.ranks):
                 dist.all_reduce(tensor, group=self._dp_group)
             self._count_ring(channel, tensor.nbytes, self.dp, dense_bytes)
 
     def from_first_replica(self, tensor: Tensor, channel: str) -> None:
         """Overwrite `tensor` with that of replica 0."""
         if self.dp > 1:
-            with self._waiting(self._name(0, self.p), f"a broadcast ({channel})"):
+            with self._waiting(self._name(0, self.p), f"a broadcast ({channel})", self.replicas.ranks):
                 dist.broadcast(tensor, src=self.p, group=self._dp_group)
             if self.d == 0:
                 self.ledger.add(channel, (self.dp - 1) * tensor.nbytes, 0)
@@ -275,7 +272,7 @@ class Grid:
             return [value]
         mine = torch.tensor([value], dtype=torch.int64, device=self.device)
         found = [torch.zeros_like(mine) for _ in range(self.dp)]
-        with self._waiting("the replicas of a stage", "a digest"):
+        with self._waiting("the replicas of a stage", "a digest", self.replicas.ranks):
             dist.all_gather(found, mine, group=self._dp_group)
         self.ledger.add("control", 8 * (self.dp - 1), 0)
         return [int(t.item()) for t in found]
@@ -285,7 +282,7 @@ class Grid:
         if self.dp * self.pp == 1:
             return value
         tensor = torch.tensor([value], dtype=torch.int64, device=self.device)
-        with self._waiting("all ranks", "the agreement on a version"):
+        with self._waiting("all ranks", "the agreement on a version", range(self.dp * self.pp)):
             dist.all_reduce(tensor, op=dist.ReduceOp.MIN)
         self._count_ring("control", 8, self.dp * self.pp, dense_bytes=0)
         return int(tensor.item())

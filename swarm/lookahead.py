@@ -9,6 +9,7 @@ waited for is always the head of the queue: its deadline is that of one batch, w
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ class Sent:
     calls: Calls  # each delivers the digest of what its engine then holds
     digest: str = ""  # of what all of them hold; empty until they have said so
     references: list[object] = field(default_factory=list)  # to their frames, one a stage
+    since: float = field(default_factory=time.monotonic)  # when they were sent, on the monotonic clock
+    kind: str = "load"  # what takes as long as this
 
 
 @dataclass(eq=False)
@@ -45,6 +48,7 @@ class Asked:
     calls: Calls
     prompts: list[Prompts] = field(default_factory=list)  # of each call
     results: list[Result] | None = None  # once they are here
+    since: float = field(default_factory=time.monotonic)  # when they were asked for, on the monotonic clock
 
     @property
     def staleness(self) -> int:

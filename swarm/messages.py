@@ -18,6 +18,7 @@ class TickPlan:
     version: int | None  # version that must be merged in this tick, 0 before the first fire; None: what all ranks hold
     keep_source: bool = False  # a fire starts from the weights before this tick: `delta` will need its G_comp
     record: bool = False  # this tick is diagnosed: keep what `record` will be asked for
+    anchor: int = 0  # worker of the anchor that makes the correction
 
 
 @dataclass(frozen=True)

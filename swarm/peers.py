@@ -14,7 +14,8 @@ from torch import Tensor
 
 from codec.ledger import Ledger
 
-Waiting = Callable[[str, str], AbstractContextManager[None]]  # who is waited for, and for what: see `Grid`
+# who is waited for in words, for what, and their ranks: see `Grid`
+Waiting = Callable[[str, str, Sequence[int]], AbstractContextManager[None]]
 
 
 class WrongSize(RuntimeError):
@@ -43,7 +44,7 @@ class Peers:
     def sum(self, tensor: Tensor, dense_bytes: float) -> None:
         """Sum in place over the peers; bit-identical on all of them."""
         if self.count > 1:
-            with self.waiting(f"those who hold a copy ({self.channel})", "a sum of gradients"):
+            with self.waiting(f"those who hold a copy ({self.channel})", "a sum of gradients", self.ranks):
                 dist.all_reduce(tensor, group=self.group)
             self._add(self._ring * tensor.nbytes, dense_bytes)
 
@@ -75,7 +76,7 @@ class Peers:
         calls = [(dist.irecv, theirs[k], self.ranks[k]) for k in self.others]
         calls += [(dist.isend, mine[k].contiguous(), self.ranks[k]) for k in self.others]
         filled = [dist.P2POp(call, tensor, peer, self.group) for call, tensor, peer in calls if tensor.numel()]
-        with self.waiting(f"those who hold a copy ({self.channel})", what):
+        with self.waiting(f"those who hold a copy ({self.channel})", what, self.ranks):
             for work in dist.batch_isend_irecv(filled) if filled else []:
                 work.wait()
         self.ledger.add(channel, sum(mine[k].nbytes for k in self.others), 0.0)

@@ -73,6 +73,7 @@ class Rank:
         self.optimizer = _optimizer(setup.grpo, stage)
         self.kept: dict[str, np.ndarray] = {}  # of a tick that is diagnosed, until `Worker.record` takes it away
         self.timing: dict[str, float] = defaultdict(float)
+        self.phase: tuple[str, float] | None = None  # of the tick, and when it began, on the monotonic clock
 
     def norm(self, flat: Tensor) -> float:
         """Norm over all stages' parameters, a tied embedding counted once."""
@@ -88,7 +89,11 @@ class Rank:
     @contextmanager
     def timed(self, phase: str) -> Generator[None]:
         start = time.perf_counter()
-        yield
+        self.phase = phase, time.monotonic()
+        try:
+            yield
+        finally:
+            self.phase = None
         self.timing[f"timing_s/{phase}"] += time.perf_counter() - start
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 import traceback
 from collections import defaultdict
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import cast
+from functools import partial, wraps
+from typing import Concatenate, ParamSpec, TypeVar, cast
 
 import numpy as np
 import ray
@@ -19,24 +19,23 @@ from torch import Tensor
 
 from anchor_service.calls import gather
 from anchor_service.messages import Correction, joined, pack_record, unpack_correction, unpack_head
-from codec.frames import FrameError, pack, unpack
 from codec.ledger import Ledger
 from rl import mismatch
 from rl.config import SnapshotConfig
 from rl.device import peak_memory_gb, prefer_determinism
 from rl.objective import MicroBatch, microbatches
 from rl.snapshot import BaseLost, Sender
-from swarm import checkpoint
-from swarm.grid import Grid, meeting
+from swarm import checkpoint, twin
+from swarm.doing import Doing
+from swarm.grid import Grid
 from swarm.manifest import Entry
+from swarm.meeting import meeting
 from swarm.messages import ENGINES_STREAM, Report, Standing, TickPlan, TickReport
 from swarm.nonfinite import explained
 from swarm.rank import MiniBatch, RankSetup, build_rank
 from swarm.replicas import weights_digest
 from swarm.shares import mini_batches
 from swarm.tick import tick
-
-OldLogprobs = list[list[np.ndarray] | None]  # one a mini-batch; None: those of the tick itself
 
 
 @dataclass(frozen=True)
@@ -56,6 +55,24 @@ def ordinal(gpu: str, visible: str) -> int:
     return visible.split(",").index(gpu) if visible else int(gpu)
 
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _told(method: Callable[Concatenate[Worker, P], T]) -> Callable[Concatenate[Worker, P], T]:
+    """While a worker is at it, `doing` says so."""
+
+    @wraps(method)
+    def told(self: Worker, *args: P.args, **kwargs: P.kwargs) -> T:
+        self.task = method.__name__, time.monotonic()
+        try:
+            return method(self, *args, **kwargs)
+        finally:
+            self.task = None
+
+    return told
+
+
 class Worker:
     """One process of the swarm."""
 
@@ -67,6 +84,7 @@ class Worker:
         self.report: TickReport | None = None
         self.compared: defaultdict[str, float] = defaultdict(float)
         self.senders: dict[str, Sender] = {}
+        self.task: tuple[str, float] | None = None  # what it was asked for, and when it began, on the monotonic clock
 
     def address(self) -> str:
         """Where the process groups of this swarm meet; asked of rank 0."""
@@ -92,7 +110,10 @@ class Worker:
         grid = Grid(self.setup.index, dp or swarm.dp, swarm.pp, device, Ledger(), swarm.timeout_s, init)
         self.rank = build_rank(setup, grid)
 
-    def begin_step(self, tick: int, frame: np.ndarray, known: OldLogprobs | None = None) -> tuple[Report, OldLogprobs]:
+    @_told
+    def begin_step(
+        self, tick: int, frame: np.ndarray, known: twin.OldLogprobs | None = None
+    ) -> tuple[Report, twin.OldLogprobs]:
         """Take this rank's share of the mini-batches of the step whose first tick is `tick`.
 
         Old log-probs are recomputed where asked for, and where the tick's own are not the same; `known`: what this
@@ -110,13 +131,15 @@ class Worker:
                 micros = microbatches(batch, np.arange(len(batch)), rank.setup.swarm.micro_batch_size, device)
                 again = known is not None and rank.setup.grpo.old_logprobs != "rollout"
                 old = (
-                    _tensors(known[index], device) if known and again else self._old_logprobs(index, micros, refreshed)
+                    twin.tensors_of(known[index], device)
+                    if known and again
+                    else self._old_logprobs(index, micros, refreshed)
                 )
                 self.minis.append(MiniBatch(micros, old, denominator))
         peaks = {"timing_s/old_log_prob": time.perf_counter() - start, "perf/max_memory_gb": peak_memory_gb(device)}
         sums = {} if self.minis[0].old_logprobs is None else self._take_compared()
         own = rank.setup.grpo.old_logprobs != "rollout"  # else they are among the samples
-        old = [_arrays(mini.old_logprobs) if own else None for mini in self.minis]
+        old = [twin.arrays_of(mini.old_logprobs) if own else None for mini in self.minis]
         return Report(sums, {}, peaks, rank.grid.ledger.drain()), old
 
     def _old_logprobs(self, index: int, micros: list[MicroBatch], refreshed: bool) -> list[Tensor] | None:
@@ -138,12 +161,13 @@ class Worker:
         found, self.compared = dict(self.compared), defaultdict(float)
         return found
 
+    @_told
     def tick(self, plan: TickPlan) -> TickReport:
         """A step is compared once: what was before its first tick is told with what that tick compares."""
         mini = self.minis[plan.mini_batch]
         self.marked = plan.tick
         with self._in_company(), explained(self.rank, mini.micros):
-            report = tick(self.rank, plan, mini, self._fetch_correction)
+            report = tick(self.rank, plan, mini, partial(self._due_correction, f"anchor {plan.anchor}"))
         for name, value in self._take_compared().items():
             report.sums[name] = report.sums.get(name, 0.0) + value
         self.done, self.report = plan.tick, report
@@ -180,22 +204,11 @@ class Worker:
 
     def copied(self) -> np.ndarray:
         """All that the next tick depends on, as a frame, for another replica of this stage."""
-        tensors, fields = self.rank.state()
-        arrays = {name: tensor.detach().cpu().numpy() for name, tensor in tensors.items()}
-        return pack({"kind": "rank", "stage": self.rank.grid.p, "fields": json.dumps(fields)}, arrays)
+        return twin.pack_state(self.rank)
 
     def become(self, frame: np.ndarray, done: int) -> int:
         """Go on after `done` ticks from another replica's `copied`; its bytes. Raises FrameError."""
-        rank = self.rank
-        sender = f"a twin of {rank.grid.name}"
-        header, arrays = unpack(frame, sender)
-        if header.get("stage") != rank.grid.p:
-            raise FrameError(sender, "stage", f"expected {rank.grid.p}, got {header.get('stage')!r}")
-        tensors = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
-        # what that one owes to sums to come it pays itself
-        tensors |= {name: torch.zeros_like(tensors[name]) for name in rank.summed() if name in tensors}
-        rank.restore(tensors, json.loads(header["fields"]))
-        rank.seal.digest, rank.kept = None, {}
+        twin.take_state(self.rank, frame)
         self.marked = self.done = done
         return frame.nbytes
 
@@ -203,6 +216,11 @@ class Worker:
         """Fetch a correction, or the head of it, into the inbox, beside whatever tick is running; its rank merges it when
         all hold it."""
         self.rank.held.inbox.put(self._fetch_correction(references, whole))
+
+    def _due_correction(self, anchor: str, reference: object) -> Correction:
+        """`tick` waits for it."""
+        with self.rank.grid.awaits([anchor], "a correction"):
+            return self._fetch_correction(reference)
 
     def _fetch_correction(self, references: object, whole: bool = False) -> Correction:
         """Of a head, unless the `whole` is asked for, the rest is left to who wants it."""
@@ -224,6 +242,7 @@ class Worker:
         (frame,) = gather([("the anchor", reference)], what, self.rank.setup.anchor.timeout_s, "anchor.timeout_s")
         return frame
 
+    @_told
     def weights(self, tick: int, stream: str, whole: bool, exact: bool) -> tuple[np.ndarray, int]:
         """Frame of this stage's weights after `tick` ticks, and its size; a tied copy is left to its owner.
 
@@ -241,10 +260,21 @@ class Worker:
         frame = sender.frame(weights.master[: weights.owned], tick, stage, whole, exact)
         return frame, frame.nbytes
 
+    def doing(self) -> Doing:
+        """Asked in a thread of its own, beside whatever is going on: it reads, and takes no lock."""
+        task, rank = self.task, getattr(self, "rank", None)
+        if task is None:
+            return Doing("nothing", 0.0)
+        phase, wait = (rank.phase, rank.grid.wait) if rank else (None, None)
+        what, since = (f"{task[0]}, {phase[0]}", phase[1]) if phase else task
+        doing, since = (wait[0], wait[1]) if wait else (None, since)
+        return Doing(what, time.monotonic() - since, doing)
+
     def release_cache(self) -> None:
         """Leave what torch only keeps for later to an engine on the same GPU."""
         torch.cuda.empty_cache()
 
+    @_told
     def record(self, tick: int) -> np.ndarray:
         """This stage's weights after `tick` ticks, fp32, with what that tick kept if it is diagnosed."""
         weights, kept = self.rank.stage.weights, self.rank.kept
@@ -252,19 +282,14 @@ class Worker:
         after = weights.master[: weights.owned].detach().cpu().numpy()
         return pack_record(kept | {"after": after}, tick, self.rank.grid.p)
 
+    @_told
     def digest(self) -> int:
         return weights_digest(self.rank.stage.weights.master)
 
+    @_told
     def save(self, folder: str, step: int) -> dict[str, Entry]:
         return checkpoint.save_rank(self.rank, folder, step)
 
+    @_told
     def restore(self, folder: str) -> None:
         checkpoint.restore_rank(self.rank, folder)
-
-
-def _arrays(tensors: list[Tensor] | None) -> list[np.ndarray] | None:
-    return None if tensors is None else [tensor.detach().cpu().numpy() for tensor in tensors]
-
-
-def _tensors(arrays: list[np.ndarray] | None, device: torch.device) -> list[Tensor] | None:
-    return None if arrays is None else [torch.from_numpy(array.copy()).to(device) for array in arrays]

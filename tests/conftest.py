@@ -26,7 +26,7 @@ from xdist.scheduler import LoadScopeScheduling
 
 from rl.batch import Batch
 from rl.model_files import BUILTIN
-from swarm.grid import meeting
+from swarm.meeting import meeting
 
 torch.set_num_threads(1)
 

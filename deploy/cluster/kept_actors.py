@@ -20,6 +20,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from anchor_service.calls import answering, gather
 from anchor_service.errors import WaitTimeout
+from anchor_service.stacks import listen
 from deploy.cluster.actors import ActorPlan, actor_plans
 from deploy.cluster.placement import A_TRACE, BLOCKING, ROLES, SPARE, UNMASKED, counts, demand, lacking, placement, tags
 from deploy.cluster.takedown import bounded
@@ -186,9 +187,11 @@ class ActorGroup:
             asked = [config.swarm.resource] if config.swarm.resource else []
             options["resources"] = dict.fromkeys([SPARE] if own else asked, A_TRACE)
             options["num_cpus"] = 0 if own else needs["CPU"]
-        if role == "worker" and config.anchor.clock == "wall":
-            options["concurrency_groups"] = {"inbox": 1}  # corrections arrive beside a running tick
-        return cast(ActorHandle[Any], ray.remote(**options)(plan.kind).remote(*plan.arguments))
+        if role == "worker":  # beside a running tick corrections arrive, and it says what it is doing
+            options["concurrency_groups"] = {"inbox": 1, "watch": 1}
+        handle = cast(ActorHandle[Any], ray.remote(**options)(plan.kind).remote(*plan.arguments))
+        handle.__ray_call__.remote(listen)
+        return handle
 
     def construct_again(
         self, plans: Plans, config: RunConfig, since: float, new: Collection[tuple[Role, int]] = ()

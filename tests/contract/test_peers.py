@@ -18,7 +18,8 @@ from codec.ledger import Ledger
 from codec.powersgd_sum import PowerSGDSum
 from rl.policy import Stage
 from rl.spans import spans
-from swarm.grid import Grid, join
+from swarm.grid import Grid
+from swarm.meeting import join
 from swarm.pipeline import Pipeline
 from tests.conftest import make_batch, on_ranks
 from tests.contract.harness import make_rank, mini_batch

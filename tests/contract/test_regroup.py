@@ -13,7 +13,8 @@ import torch
 from anchor_service.messages import Correction
 from codec.config import CodecConfig, GradientConfig
 from merger.config import MergerConfig
-from swarm.grid import Grid, meeting
+from swarm.grid import Grid
+from swarm.meeting import meeting
 from swarm.messages import Standing, TickPlan
 from swarm.rank import Rank
 from swarm.reunion import Reunion, reunion

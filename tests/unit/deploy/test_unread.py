@@ -85,6 +85,7 @@ codec.max_kl anchor.enabled anchor.resource merger.kind merger.placebo val.every
 links.swarm_mbit links.swarm_latency_ms links.anchor_mbit links.anchor_latency_ms links.jitter links.worker_tokens_s
 links.anchor_tokens_s links.engine_tokens_s links.response_tokens links.prompt_tokens links.blank_ticks
 links.engine_nodes links.replica_nodes
+faults.budget faults.a_tick faults.slow_factor faults.slow_floor_s faults.hang_factor faults.hang_floor_s
 """.split()
 
 

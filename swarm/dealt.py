@@ -1,0 +1,62 @@
+"""The samples of the present step, dealt over the replicas that there are: also to a rank in the place of a lost one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from swarm.fleet import Fleet
+from swarm.messages import Report
+from swarm.progress import Progress
+from swarm.regroup import Met, Regroup
+from swarm.replay_choice import MiniFrame
+from swarm.run_config import RunConfig
+from swarm.shares import shares
+
+
+class Dealt:
+    """Of one step after another. `store` puts a frame where actors can fetch it."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        fleet: Fleet,
+        progress: Progress,
+        regroup: Regroup,
+        store: Callable[[np.ndarray], object],
+    ):
+        self.pp, self.fleet, self.progress, self.regroup, self.store = config.swarm.pp, fleet, progress, regroup, store
+        self.given: list[tuple[int, object]] = []  # to each rank: the step's first tick, its share
+        self.old_logprobs: list[object] = []  # of each rank's share, where one in its place finds them
+        self.without: set[int] = set()  # ranks that are new since
+
+    def begin(self, minis: list[MiniFrame], first: int) -> list[Report]:
+        """The step's mini-batches, whose first tick is `first`, to all ranks; once more where workers are lost."""
+        self._deal(minis, first)
+        while True:
+            try:
+                reports, self.old_logprobs = self.fleet.begin_step(self.given)
+                break
+            except Exception as failure:
+                if self.regroup.after(failure, first).dealt_anew:
+                    self._deal(minis, first)
+        self.without.clear()
+        return reports
+
+    def give_again(self, minis: list[MiniFrame], met: Met | None) -> None:
+        """Ranks that are new get their share; all of them, where there are more or fewer replicas than before."""
+        if met and met.dealt_anew:
+            self._deal(minis, met.done + 1)
+            # of other samples now: old log-probs are taken anew, of the present weights
+            _, self.old_logprobs = self.fleet.begin_step(self.given)
+            self.progress.event("step dealt anew", replicas=self.regroup.dp)
+        elif self.without:
+            self.fleet.give({rank: (*self.given[rank], self.old_logprobs[rank]) for rank in self.without})
+        self.without.clear()
+
+    def _deal(self, minis: list[MiniFrame], first: int) -> None:
+        self.given = []
+        for share in shares([mini.batch for mini in minis], self.regroup.dp, self.pp):
+            self.progress.control(share.ranks * share.frame.nbytes, share.ranks * share.dense)
+            self.given += [(first, self.store(share.frame))] * share.ranks
