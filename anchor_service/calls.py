@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import ray
 from ray._private.state import actors
@@ -22,7 +23,7 @@ from ray.exceptions import (
 
 from anchor_service.errors import ActorLost, WaitTimeout
 
-__all__ = ["ActorHandle", "done_of", "failure", "gather", "nodes_of", "several", "take"]
+__all__ = ["ActorHandle", "Place", "done_of", "failure", "gather", "places_of", "several", "take"]
 
 VERDICT_S = 30.0  # Ray takes up to 25 s to call a node dead that sends no heartbeat
 _WHERE = re.compile(r'^ +File "(.+)", line (\d+), in (.+)$', re.MULTILINE)
@@ -65,14 +66,21 @@ def gather(
     return [found[reference] for reference in names]
 
 
-def nodes_of(actors: Sequence[ActorHandle[Any]], seconds: float, knob: str) -> list[str]:
-    """Ray's id of the node that each actor is on."""
-    calls = [(f"actor {i}", actor.__ray_call__.remote(_node_of)) for i, actor in enumerate(actors)]
+class Place(NamedTuple):
+    """Where an actor runs: Ray's id of its node, and its process there."""
+
+    node: str
+    pid: int
+
+
+def places_of(actors: Sequence[ActorHandle[Any]], seconds: float, knob: str) -> list[Place]:
+    """Of each actor."""
+    calls = [(f"actor {i}", actor.__ray_call__.remote(_place_of)) for i, actor in enumerate(actors)]
     return gather(calls, "its node", seconds, knob)
 
 
-def _node_of(actor: object) -> str:
-    return ray.get_runtime_context().get_node_id()
+def _place_of(actor: object) -> Place:
+    return Place(ray.get_runtime_context().get_node_id(), os.getpid())
 
 
 def several(returned: object) -> list[object]:

@@ -58,6 +58,13 @@ class Batch:
     def response_tokens(self) -> int:
         return int(self.response_lengths.sum())
 
+    @property
+    def prompts_digest(self) -> str:
+        """Of the prompts, sample by sample: what was trained on, whoever sampled the answers."""
+        ends = np.cumsum(self.total)
+        first = zip(ends - self.total, self.prompt)
+        return frames.digest(self.prompt, *(self.tokens[start : start + length] for start, length in first))
+
     def take(self, start: int, stop: int) -> Batch:
         """Samples [start, stop)."""
         token = np.concatenate([[0], np.cumsum(self.total)])

@@ -10,6 +10,7 @@ anchor to the ranks, by the object store.
 from __future__ import annotations
 
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import ray
 from anchor_service.calls import gather
 from anchor_service.clock import Clock, Lockstep, make_clock
 from anchor_service.config import correction_payload
+from anchor_service.errors import described
 from anchor_service.line import FireLine, NoFires
 from rl import mismatch
 from rl.batch import Batch
@@ -27,6 +29,7 @@ from swarm import checkpoint
 from swarm.corrections import Corrections
 from swarm.fleet import Fleet
 from swarm.gate import EngineGate, LaunchGate
+from swarm.manifest import NotWritten
 from swarm.messages import MergeOutcome, TickPlan, TickReport
 from swarm.nonfinite import judge_loss
 from swarm.progress import Progress
@@ -37,6 +40,7 @@ from swarm.shares import shares
 from swarm.telemetry import Telemetry, combine, replace_text
 
 TICK_S, PAUSED_S = "timing_s/tick", "timing_s/diagnostics"  # the pace of a run is made of them
+PROMPTS = "training/prompts_digest"  # of each tick: which prompts were trained, and how often, can be counted
 
 
 class Coordinator:
@@ -109,6 +113,7 @@ class Coordinator:
         start = time.perf_counter()
         progress = self.progress
         self.corrections.deliver()  # first: a worker that is done can start again at once
+        self.telemetry.processes(self.fleet.processes())
         keep = self.corrections.offer(mini)
         progress.tick += 1
         diagnosed = self.corrections.sources.diagnosed(progress.tick)
@@ -126,7 +131,8 @@ class Coordinator:
         metrics[TICK_S] = time.perf_counter() - start
         if diagnosed:
             metrics |= self._diagnose(mini, outcome)
-        self.telemetry.tick(progress.step, progress.tick, metrics | progress.ratios())
+        trained = {PROMPTS: mini.batch.prompts_digest}
+        self.telemetry.tick(progress.step, progress.tick, metrics | trained | progress.ratios())
         return metrics
 
     def _plans(self, index: int, keep: bool, diagnosed: bool) -> list[tuple[TickPlan]]:
@@ -201,13 +207,22 @@ class Coordinator:
     def save(self) -> None:
         """A checkpoint of the present step, with what is under way: it waits for samples ahead, and in lockstep for fires."""
         start = time.perf_counter()
+        try:
+            self._write_checkpoint()
+        except NotWritten as failure:  # the one before it is still there
+            self.progress.event("checkpoint not written", reason=described(failure))
+            warnings.warn(f"step {self.progress.step} has no checkpoint, the run goes on: {failure}", stacklevel=2)
+        else:
+            self.progress.event("checkpoint", seconds=time.perf_counter() - start)
+
+    def _write_checkpoint(self) -> None:
+        """Raises NotWritten."""
         step, ranks = self.progress.step, len(self.fleet.workers)
-        writer = checkpoint.CheckpointWriter(self.run_folder, step)
-        files = self.fleet.ask_workers("save", [(str(writer.path), step)] * ranks, "its checkpoint")
-        state, frames = self.corrections.save()
-        samples, batches = self.rollouts.save()
-        writer.commit(self.progress.state() | state | samples, frames | batches, files)
-        self.progress.event("checkpoint", seconds=time.perf_counter() - start)
+        with checkpoint.CheckpointWriter(self.run_folder, step) as writer:
+            files = self.fleet.ask_workers("save", [(str(writer.path), step)] * ranks, "its checkpoint")
+            state, frames = self.corrections.save()
+            samples, batches = self.rollouts.save()
+            writer.commit(self.progress.state() | state | samples, frames | batches, files)
 
     def restore(self, folder: Path) -> None:
         """Go on from a checkpoint. Raises CheckpointError if it does not fit the config."""

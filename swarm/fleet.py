@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from anchor_service.actor import Anchor
-from anchor_service.calls import ActorHandle, gather, nodes_of, several
+from anchor_service.calls import ActorHandle, Place, gather, places_of, several
 from anchor_service.config import AnchorConfig
 from anchor_service.diagnosis import Diagnoser
 from rl.config import RolloutConfig
 from rl.rollout import RolloutWorker
 from swarm.config import SwarmConfig
+from swarm.telemetry import Process
 from swarm.worker import Worker
 
 GRACE_S = 15.0  # a rank that waits for another has begun to a little after it was asked
@@ -31,7 +32,7 @@ class Fleet:
     anchors: list[ActorHandle[Anchor]]
     diagnosers: list[ActorHandle[Diagnoser]]
     new_engines: Callable[[], list[ActorHandle[RolloutWorker]]]
-    _node: dict[object, str] = field(default_factory=dict, init=False)  # of each actor that was asked
+    _place: dict[object, Place] = field(default_factory=dict, init=False)  # of each actor that was asked
 
     @property
     def swarm_limit(self) -> tuple[float, str]:
@@ -73,9 +74,19 @@ class Fleet:
 
     def nodes(self, actors: Sequence[ActorHandle[Any]]) -> set[str]:
         """Nodes that these actors are on: an object goes once to each. An actor is asked once, before it is busy."""
-        unknown = [actor for actor in actors if actor not in self._node]
-        self._node.update(zip(unknown, nodes_of(unknown, *self.swarm_limit), strict=True))
-        return {self._node[actor] for actor in actors}
+        unknown = [actor for actor in actors if actor not in self._place]
+        self._place.update(zip(unknown, places_of(unknown, *self.swarm_limit), strict=True))
+        return {self._place[actor].node for actor in actors}
+
+    def processes(self) -> list[Process]:
+        """Of every actor that was asked where it is; waits for nothing."""
+        roles = {"worker": self.workers, "engine": self.engines, "anchor": self.anchors, "diagnoser": self.diagnosers}
+        return [
+            Process(role, index, *self._place[actor])
+            for role, held in roles.items()
+            for index, actor in enumerate(held)
+            if actor in self._place
+        ]
 
     def replicas_of(self, stage: int) -> list[ActorHandle[Worker]]:
         """The ranks that hold it."""
