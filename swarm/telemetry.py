@@ -9,8 +9,9 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, TextIO
 
 from rl import mismatch
 from swarm.listeners import Board, Listener, Listeners, numbers
@@ -47,7 +48,8 @@ def _values(report: Report) -> dict[str, float]:
     return report.values | report.merge.metrics() if isinstance(report, TickReport) else report.values
 
 
-class Process(NamedTuple):
+@dataclass(frozen=True)
+class Process:
     """A process of the run, for those who look at it from outside."""
 
     role: str
@@ -103,7 +105,7 @@ class Telemetry:
         """Which processes the run consists of now, this one included: processes.json, if it has changed."""
         if found != self._processes:
             self._processes = found
-            lines = [json.dumps(each._asdict()) for each in [Process("driver", 0, "", os.getpid()), *found]]
+            lines = [json.dumps(asdict(each)) for each in [Process("driver", 0, "", os.getpid()), *found]]
             replace_text(self.run / "processes.json", "[" + ",\n ".join(lines) + "]\n")
 
     def final_digest(self, digests: list[str]) -> None:

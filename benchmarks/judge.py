@@ -1,0 +1,233 @@
+"""What became of a run that was given faults: its folder, what was seen of it while it ran, and what it left behind.
+
+A bar is a law that a run keeps or not; the other rows are measurements. Time is effective where it is the usual time of
+what counts at the end: ticks, validations, checkpoints. Whatever was undone, waited for or started again is not.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from benchmarks.chaos import Records, Struck
+from rl.batch import digest_of_prompts
+from rl.model_files import resolve
+from rl.prompts import PromptEncoder
+from rl.tasks import make_task
+from swarm.coordinator import PROMPTS
+from swarm.run_config import RunConfig
+
+SHARED_MEMORY = Path("/dev/shm")
+GONE_S = 30.0  # Ray's processes notice within this that theirs is over
+GROWTH, NOISE_MB = 1.15, 20.0  # of a process that is flat: last quarter of its life over the second
+ORDINARY = {"started", "checkpoint"}  # events of a run without faults
+
+
+@dataclass(frozen=True)
+class Row:
+    """`kept`: None of a measurement."""
+
+    name: str
+    value: str
+    kept: bool | None = None
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """After one fault, until the next: seconds to the next completed tick, seconds beyond the usual, ticks taken again."""
+
+    struck: Struck
+    next_tick: float
+    cost: float
+    undone: int
+
+
+def scheduled_prompts(config: RunConfig) -> list[str]:
+    """The digest of each tick's prompts, from the task alone."""
+    grpo = config.grpo
+    encoder = PromptEncoder(resolve(config.model.path), config.task, grpo.max_prompt_length)
+    judge = encoder.judge if config.task.overlong == "drop" else None
+    task = make_task(config.task, config.run.seed, config.val.size, judge)
+    found: list[str] = []
+    for first in range(0, config.run.steps * grpo.train_batch_size, grpo.ppo_mini_batch_size):
+        texts = [task.example("train", i).prompt for i in range(first, first + grpo.ppo_mini_batch_size)]
+        found.append(digest_of_prompts([p for p in encoder.encode(texts) for _ in range(grpo.group_size)]))
+    return found
+
+
+def kept_records(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def judged(run: Path, config: RunConfig, records: Records, struck: Sequence[Struck]) -> list[Row]:
+    """What the records say of a run that is over."""
+    ticks = [record for record in kept_records(run) if record["kind"] == "tick"]
+    summary = json.loads((run / "summary.json").read_text())
+    scheduled = scheduled_prompts(config)
+    trained = Counter(str(record.get(PROMPTS)) for record in ticks)
+    lacking, beyond = Counter(scheduled) - trained, trained - Counter(scheduled)
+    digests = summary["weights_digests"]
+    stages = {tuple(digests[p :: config.swarm.pp]) for p in range(config.swarm.pp)}
+    events = Counter(r["event"] for _, r in records.seen if r["kind"] == "event" and r["event"] not in ORDINARY)
+    last = f"{summary['steps']} of {config.run.steps}, {summary['status']}"
+    value = f"{len(ticks)} mini-batches, {lacking.total()} never, {beyond.total()} beyond the schedule"
+    return [
+        Row("last step", last, summary["status"] == "completed" and summary["steps"] == config.run.steps),
+        Row("every prompt trained once", value, [record.get(PROMPTS) for record in ticks] == scheduled),
+        Row("replicas end alike", " ".join(digests), bool(digests) and all(len(set(held)) == 1 for held in stages)),
+        Row("faults", _counted(f"{each.fault.kind} {each.fault.role}" for each in struck if each.pid is not None)),
+        Row("faults that found nobody", str(sum(each.pid is None for each in struck))),
+        Row("events", ", ".join(f"{n} x {event}" for event, n in events.most_common()) or "none"),
+        Row("effective training time", f"{effective(records):.3f}"),
+        *recovered(records, struck),
+    ]
+
+
+def _counted(names: Iterable[str]) -> str:
+    return ", ".join(f"{n} {name}" for name, n in Counter(names).most_common()) or "none"
+
+
+def effective(records: Records) -> float:
+    """Usual time of what counts at the end over all the time from the first record to the last."""
+    usual = records.usual()
+    typical = statistics.mean(usual.values()) if usual else 0.0
+    counted = {tick for _, tick in records.ticks()}
+    useful = sum(usual.get(tick % records.ticks_per_step, typical) for tick in counted)
+    useful += sum(_other_work(record) for record in kept_records(records.run))
+    return useful / max(records.seen[-1][0] - records.seen[0][0], 1e-9)
+
+
+def _other_work(record: dict[str, Any]) -> float:
+    """Seconds of what a run does beside ticks."""
+    if record["kind"] == "val":
+        return record["timing_s/testing"]
+    return record["seconds"] if record.get("event") == "checkpoint" else 0.0
+
+
+def recoveries(records: Records, struck: Sequence[Struck]) -> list[Recovery]:
+    """Of the faults that found somebody, and after which a tick was completed. Costs are those until the next fault."""
+    usual, passed, found = records.usual(), records.ticks(), list[Recovery]()
+    typical = statistics.mean(usual.values()) if usual else 0.0
+    hit = sorted((each for each in struck if each.pid is not None), key=lambda each: each.time)
+    for each, until in zip(hit, [*(other.time for other in hit[1:]), float("inf")]):
+        after = [(at, tick) for at, tick in passed if each.time <= at]
+        if not after:
+            continue
+        before = [each.time, *(at for at, _ in passed if at < each.time)][-1]
+        stretch = [(before, 0), *((at, tick) for at, tick in after if at <= max(until, after[0][0]))]
+        cost = sum(
+            _beyond(records, a, b, usual.get(tick % records.ticks_per_step, typical))
+            for (a, _), (b, tick) in pairwise(stretch)
+        )
+        undone = {tick for at, tick in passed if at < each.time} & {tick for _, tick in stretch[1:]}
+        found.append(Recovery(each, after[0][0] - each.time, cost, len(undone)))
+    return found
+
+
+def _beyond(records: Records, before: float, after: float, usual: float) -> float:
+    other = sum(_other_work(record) for at, record in records.seen if before < at <= after)
+    return after - before - usual - other
+
+
+def recovered(records: Records, struck: Sequence[Struck]) -> list[Row]:
+    """A row for each kind of fault: median and worst."""
+    kinds: dict[str, list[Recovery]] = {}
+    for each in recoveries(records, struck):
+        kinds.setdefault(f"{each.struck.fault.kind} {each.struck.fault.role}", []).append(each)
+    return [
+        Row(
+            f"{kind} ({len(those)})",
+            f"next tick after {_spread([r.next_tick for r in those])} s, costs {_spread([r.cost for r in those])} s, "
+            f"{_spread([r.undone for r in those])} ticks taken again",
+        )
+        for kind, those in sorted(kinds.items())
+    ]
+
+
+def _spread(values: Sequence[float]) -> str:
+    return f"{statistics.median(values):.1f} (worst {max(values):.1f})"
+
+
+# --- what is left ----------------------------------------------------------------------------------
+
+
+class Surroundings:
+    """What a machine held before; what it holds more afterwards is left behind. `marker`: in our processes' environment."""
+
+    def __init__(self, marker: str):
+        self.marker = marker
+        self._shared = self._in_shared_memory()
+
+    @staticmethod
+    def _in_shared_memory() -> set[str]:
+        return set(os.listdir(SHARED_MEMORY)) if SHARED_MEMORY.exists() else set()
+
+    def processes(self) -> dict[int, str]:
+        """Ours, this one not counted: number and command line."""
+        found: dict[int, str] = {}
+        for entry in Path("/proc").iterdir():
+            with suppress(OSError):
+                if entry.name.isdigit() and int(entry.name) != os.getpid():
+                    if self.marker.encode() in (entry / "environ").read_bytes():
+                        found[int(entry.name)] = (entry / "cmdline").read_text().replace("\0", " ").strip()
+        return found
+
+    def left(self) -> list[Row]:
+        """Waits up to GONE_S for processes to end."""
+        deadline = time.monotonic() + GONE_S
+        while (running := self.processes()) and time.monotonic() < deadline:
+            time.sleep(0.5)
+        ports = [c.laddr[1] for c in psutil.net_connections() if c.status == psutil.CONN_LISTEN and c.pid in running]
+        shared = self._in_shared_memory() - self._shared
+        return [
+            Row("processes left", ", ".join(running.values()) or "none", not running),
+            Row("ports left", ", ".join(map(str, ports)) or "none", not ports),
+            Row("shared memory left", ", ".join(sorted(shared)) or "none", not shared),
+        ]
+
+
+class Memory:
+    """Resident memory of long-lived processes over their lives: `look` from time to time."""
+
+    def __init__(self) -> None:
+        self.samples: dict[tuple[str, int], list[float]] = {}  # role and process -> MB
+
+    def look(self, processes: dict[int, str]) -> None:
+        for pid, command in processes.items():
+            role = next((r for r in ("raylet", "gcs_server", "northstar run") if r in command), None)
+            with suppress(psutil.Error):
+                if role and not command.startswith("ray::"):
+                    self.samples.setdefault((role, pid), []).append(psutil.Process(pid).memory_info().rss / 1e6)
+
+    def rows(self) -> list[Row]:
+        """Of each role the process that was looked at most often."""
+        found: list[Row] = []
+        for role in sorted({role for role, _ in self.samples}):
+            samples = max((s for (r, _), s in self.samples.items() if r == role), key=len)
+            n = len(samples) // 4
+            if n:
+                early, late = statistics.median(samples[n : 2 * n]), statistics.median(samples[-n:])
+                value = f"{early:.0f} MB in the second quarter, {late:.0f} in the last"
+                found.append(Row(f"memory of {role}", value, late <= early * GROWTH + NOISE_MB))
+        return found
+
+
+def table(rows: Sequence[Row]) -> str:
+    width = max(len(row.name) for row in rows)
+    said = {None: "    ", True: "kept", False: "FAIL"}
+    return "\n".join(f"{said[row.kept]}  {row.name:{width}}  {row.value}" for row in rows)
+
+
+def all_kept(rows: Sequence[Row]) -> bool:
+    return all(row.kept is not False for row in rows)
