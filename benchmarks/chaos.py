@@ -27,6 +27,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from swarm.run_config import RunConfig
+
 LOOK_S = 0.005  # how often the records are looked at: a checkpoint is being written for 50 ms
 FIND_S = 120.0  # so long is waited for a process that is not there yet
 _FAULT = re.compile(r"(kill|hang|pause) (\w+)(?: (\d+))?(?: for ([\d.]+))? at (checkpoint (\d+)|[\d.]+)")
@@ -59,19 +61,23 @@ class Fault:
 
 
 def random_faults(
-    seed: int, n: int, ticks: int, weights: dict[str, float], counts: dict[str, int], checkpoints: Sequence[int] = ()
+    seed: int, n: int, config: RunConfig, weights: dict[str, float], nodes: int = 1, in_checkpoint: float = 0.1
 ) -> list[Fault]:
-    """`n` of them, moments uniform over all but the first and the last tick. `weights`: how often each `kind role` comes,
-    for example {"kill engine": 2, "pause worker": 1}; `counts`: how many of a role there are. With `checkpoints` (steps)
-    one fault in ten is in one of those instead."""
+    """`n` of them, at moments uniform over all but the first and the last tick; a share of them in a checkpoint instead.
+
+    `weights`: how often each kind and role comes, for example {"kill engine": 2, "pause worker": 1}.
+    """
+    swarm, steps, every = config.swarm, config.run.steps, config.run.checkpoint_every
+    counts = {"worker": swarm.dp * swarm.pp, "engine": config.rollout.replicas, "anchor": config.anchor.workers}
+    saved = range(every, steps, every) if every else ()
     rng, found = random.Random(seed), list[Fault]()
     for what in rng.choices(list(weights), list(weights.values()), k=n):
         kind, role = what.split()
+        index = rng.randrange((counts | {"node": nodes}).get(role, 1))
+        inside = bool(saved) and rng.random() < in_checkpoint
+        when = float(rng.choice(saved)) if inside else rng.uniform(1, steps * config.grpo.ticks_per_step - 1)
         seconds = round(rng.uniform(0.5, 5.0), 1) if kind == "pause" else 0.0
-        moment = rng.uniform(1, ticks - 1)
-        inside = bool(checkpoints) and rng.random() < 0.1
-        when = float(rng.choice(checkpoints)) if inside else moment
-        found.append(Fault(kind, role, rng.randrange(counts.get(role, 1)), when, inside, seconds))
+        found.append(Fault(kind, role, index, when, inside, seconds))
     return found
 
 

@@ -188,11 +188,11 @@ class Surroundings:
         deadline = time.monotonic() + GONE_S
         while (running := self.processes()) and time.monotonic() < deadline:
             time.sleep(0.5)
-        ports = [c.laddr[1] for c in psutil.net_connections() if c.status == psutil.CONN_LISTEN and c.pid in running]
+        ports = sum(c.status == psutil.CONN_LISTEN and c.pid in running for c in psutil.net_connections())
         shared = self._in_shared_memory() - self._shared
         return [
             Row("processes left", ", ".join(running.values()) or "none", not running),
-            Row("ports left", ", ".join(map(str, ports)) or "none", not ports),
+            Row("ports left", str(ports or "none"), not ports),
             Row("shared memory left", ", ".join(sorted(shared)) or "none", not shared),
         ]
 

@@ -56,17 +56,11 @@ OVERRIDES = [
 ]
 
 
-def counts(config: RunConfig) -> dict[str, int]:
-    swarm = config.swarm
-    held = {"worker": swarm.dp * swarm.pp, "engine": config.rollout.replicas, "anchor": config.anchor.workers}
-    return held | {"node": len(NODES)}
-
-
 def soak(config: RunConfig, overrides: list[str], faults: list[Fault], folder: Path, limit_s: float) -> list[Row]:
     """One run under these faults; what is kept of the bars, and what was measured."""
     marker, memory, run = f"{os.getpid()}-{time.time_ns()}", Memory(), folder / "run"
     os.environ |= {MARK: marker, "RAY_AUTH_MODE": "disabled"}
-    around = Surroundings(marker)
+    around = Surroundings(f"{MARK}={marker}")
     with raylets_of(NODES, BACK_S) as raylets:
         injector = Injector(run, faults, config.grpo.ticks_per_step, raylets.kill)
         words = command("demo", overrides, run, raylets.address)
@@ -105,9 +99,7 @@ def main() -> None:
     asked = parser.parse_args()
     overrides = [*OVERRIDES, f"run.steps={asked.steps}", *asked.overrides]
     config = load("demo", overrides)
-    ticks, every = asked.steps * config.grpo.ticks_per_step, config.run.checkpoint_every
-    saved = range(every, asked.steps, every) if every else ()
-    faults = random_faults(asked.seed, asked.faults, ticks, asked.only, counts(config), saved)
+    faults = random_faults(asked.seed, asked.faults, config, asked.only, len(NODES))
     with tempfile.TemporaryDirectory(prefix="northstar-soak-") as temporary:
         rows = soak(config, overrides, faults, asked.out or Path(temporary), asked.limit_s)
     print(table(rows))
