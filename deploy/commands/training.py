@@ -136,11 +136,14 @@ def _alone_in(folder: Path) -> Generator[None]:
     """No other command writes there meanwhile. A lock of a process that died is none."""
     from filelock import FileLock, Timeout
 
-    folder.mkdir(parents=True, exist_ok=True)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         held = FileLock(folder / _LOCK).acquire(timeout=0)
     except Timeout:
         message = f"another northstar command is writing to {folder}: wait for it to end, or choose another --out"
+        raise refused(ValueError(message)) from None
+    except OSError as error:
+        message = f"{folder} cannot be written to ({error.strerror}): choose another --out"
         raise refused(ValueError(message)) from None
     with held:
         yield
