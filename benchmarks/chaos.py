@@ -29,7 +29,7 @@ from typing import Any
 
 from swarm.run_config import RunConfig
 
-LOOK_S = 0.005  # how often the records are looked at: a checkpoint is being written for 50 ms
+LOOK_S = 0.01  # how often the records are looked at: a checkpoint is being written for 50 ms
 FIND_S = 120.0  # so long is waited for a process that is not there yet
 _FAULT = re.compile(r"(kill|hang|pause) (\w+)(?: (\d+))?(?: for ([\d.]+))? at (checkpoint (\d+)|[\d.]+)")
 
@@ -103,16 +103,19 @@ class Records:
 
     def look(self) -> None:
         """Take in what was written since."""
+        path = self.run / "metrics.jsonl"
         try:
-            with (self.run / "metrics.jsonl").open() as file:
-                number = os.fstat(file.fileno()).st_ino
-                if number != self._file or os.fstat(file.fileno()).st_size < self._at:
-                    self._file, self._at, self._rest = number, 0, ""
-                file.seek(self._at)
-                text = file.read()
-                self._at = file.tell()
+            now = path.stat()
         except FileNotFoundError:
             return
+        if now.st_ino != self._file or now.st_size < self._at:
+            self._file, self._at, self._rest = now.st_ino, 0, ""
+        if now.st_size == self._at:
+            return
+        with path.open() as file:
+            file.seek(self._at)
+            text = file.read()
+            self._at = file.tell()
         *whole, self._rest = (self._rest + text).split("\n")
         for line in whole:
             if line not in self._lines:

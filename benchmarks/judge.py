@@ -30,6 +30,7 @@ from swarm.run_config import RunConfig
 
 SHARED_MEMORY = Path("/dev/shm")
 GONE_S = 30.0  # Ray's processes notice within this that theirs is over
+SAMPLE_S = 5.0
 GROWTH, NOISE_MB = 1.15, 20.0  # of a process that is flat: last quarter of its life over the second
 ORDINARY = {"started", "checkpoint"}  # events of a run without faults
 
@@ -198,13 +199,18 @@ class Surroundings:
 
 
 class Memory:
-    """Resident memory of long-lived processes over their lives: `look` from time to time."""
+    """Resident memory of long-lived processes over their lives, every SAMPLE_S at most: `look` from time to time."""
 
-    def __init__(self) -> None:
+    def __init__(self, around: Surroundings) -> None:
+        self.around = around
         self.samples: dict[tuple[str, int], list[float]] = {}  # role and process -> MB
+        self._next = 0.0
 
-    def look(self, processes: dict[int, str]) -> None:
-        for pid, command in processes.items():
+    def look(self) -> None:
+        if time.monotonic() < self._next:
+            return
+        self._next = time.monotonic() + SAMPLE_S
+        for pid, command in self.around.processes().items():
             role = next((r for r in ("raylet", "gcs_server", "northstar run") if r in command), None)
             with suppress(psutil.Error):
                 if role and not command.startswith("ray::"):

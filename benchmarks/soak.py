@@ -58,14 +58,15 @@ OVERRIDES = [
 
 def soak(config: RunConfig, overrides: list[str], faults: list[Fault], folder: Path, limit_s: float) -> list[Row]:
     """One run under these faults; what is kept of the bars, and what was measured."""
-    marker, memory, run = f"{os.getpid()}-{time.time_ns()}", Memory(), folder / "run"
+    marker, run = f"{os.getpid()}-{time.time_ns()}", folder / "run"
     os.environ |= {MARK: marker, "RAY_AUTH_MODE": "disabled"}
     around = Surroundings(f"{MARK}={marker}")
+    memory = Memory(around)
     with raylets_of(NODES, BACK_S) as raylets:
         injector = Injector(run, faults, config.grpo.ticks_per_step, raylets.kill)
         words = command("demo", overrides, run, raylets.address)
         with injector:
-            starts = completed(words, injector, marker, limit_s, lambda: memory.look(around.processes()))
+            starts = completed(words, injector, marker, limit_s, memory.look)
     rows = judged(run, config, injector.records, injector.struck)
     return [*rows, *started(starts, injector.struck), *memory.rows(), *around.left()]
 
