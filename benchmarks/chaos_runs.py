@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.chaos import Injector
+from deploy.cluster.loopback import ADDRESS, loopback
 
 MARK = "NORTHSTAR_CHAOS"
 POLL_S = 0.2
@@ -90,9 +91,10 @@ class Raylets:
     def __init__(self, nodes: Sequence[dict[str, Any]], back_s: float):
         from ray.cluster_utils import Cluster
 
-        self.arguments, self.back_s = nodes, back_s
-        self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-        self.held: list[Any] = [self.cluster.add_node(**each) for each in nodes]
+        self.arguments, self.back_s = [each | {"node_ip_address": ADDRESS} for each in nodes], back_s
+        head = {"num_cpus": 0, "include_dashboard": False, "node_ip_address": ADDRESS}
+        self.cluster = Cluster(initialize_head=True, head_node_args=head)
+        self.held: list[Any] = [self.cluster.add_node(**each) for each in self.arguments]
         self._changes: list[threading.Thread] = []
 
     @property
@@ -124,9 +126,10 @@ class Raylets:
 
 @contextmanager
 def raylets_of(nodes: Sequence[dict[str, Any]], back_s: float) -> Generator[Raylets]:
-    """A killed one is back after `back_s`."""
-    raylets = Raylets(nodes, back_s)
-    try:
-        yield raylets
-    finally:
-        raylets.close()
+    """A killed one is back after `back_s`. Nobody else reaches them."""
+    with loopback():
+        raylets = Raylets(nodes, back_s)
+        try:
+            yield raylets
+        finally:
+            raylets.close()

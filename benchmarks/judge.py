@@ -32,6 +32,8 @@ SHARED_MEMORY = Path("/dev/shm")
 GONE_S = 30.0  # Ray's processes notice within this that theirs is over
 SAMPLE_S = 5.0
 GROWTH, NOISE_MB = 1.15, 20.0  # of a process that is flat: last quarter of its life over the second
+UNDONE = {"engine": 0, "anchor": 0, "worker": 3}  # at most so many ticks are taken again after one of them failed
+OFTEN, EFFECTIVE = 0.1, 0.9  # with a fault in at most that share of steps, this share of the time is effective
 ORDINARY = {"started", "checkpoint"}  # events of a run without faults
 
 
@@ -81,6 +83,8 @@ def judged(run: Path, config: RunConfig, records: Records, struck: Sequence[Stru
     digests = summary["weights_digests"]
     stages = {tuple(digests[p :: config.swarm.pp]) for p in range(config.swarm.pp)}
     events = Counter(r["event"] for _, r in records.seen if r["kind"] == "event" and r["event"] not in ORDINARY)
+    hit, share = sum(each.pid is not None for each in struck), effective(records)
+    often = 0 < hit <= OFTEN * config.run.steps
     last = f"{summary['steps']} of {config.run.steps}, {summary['status']}"
     value = f"{len(ticks)} mini-batches, {lacking.total()} never, {beyond.total()} beyond the schedule"
     return [
@@ -90,7 +94,7 @@ def judged(run: Path, config: RunConfig, records: Records, struck: Sequence[Stru
         Row("faults", _counted(f"{each.fault.kind} {each.fault.role}" for each in struck if each.pid is not None)),
         Row("faults that found nobody", str(sum(each.pid is None for each in struck))),
         Row("events", ", ".join(f"{n} x {event}" for event, n in events.most_common()) or "none"),
-        Row("effective training time", f"{effective(records):.3f}"),
+        Row("effective training time", f"{share:.3f}", share >= EFFECTIVE if often else None),
         *recovered(records, struck),
     ]
 
@@ -117,13 +121,13 @@ def _other_work(record: dict[str, Any]) -> float:
 
 
 def recoveries(records: Records, struck: Sequence[Struck]) -> list[Recovery]:
-    """Of the faults that found somebody, and after which a tick was completed. Costs are those until the next fault."""
+    """Of the faults that found somebody and did not come amid another's recovery. Costs are those until the next fault."""
     usual, passed, found = records.usual(), records.ticks(), list[Recovery]()
     typical = statistics.mean(usual.values()) if usual else 0.0
     hit = sorted((each for each in struck if each.pid is not None), key=lambda each: each.time)
     for each, until in zip(hit, [*(other.time for other in hit[1:]), float("inf")]):
         after = [(at, tick) for at, tick in passed if each.time <= at]
-        if not after:
+        if not after or _amid(passed, found[-1].struck if found else None, each):
             continue
         before = [each.time, *(at for at, _ in passed if at < each.time)][-1]
         stretch = [(before, 0), *((at, tick) for at, tick in after if at <= max(until, after[0][0]))]
@@ -136,24 +140,31 @@ def recoveries(records: Records, struck: Sequence[Struck]) -> list[Recovery]:
     return found
 
 
+def _amid(passed: Sequence[tuple[float, int]], last: Struck | None, each: Struck) -> bool:
+    """Whether what was undone after the last fault is not taken again yet, or nothing was completed since."""
+    before = [(at, tick) for at, tick in passed if at < each.time]
+    waits = last is not None and not any(last.time < at for at, _ in before)
+    return waits or (bool(before) and before[-1][1] < max(tick for _, tick in before))
+
+
 def _beyond(records: Records, before: float, after: float, usual: float) -> float:
     other = sum(_other_work(record) for at, record in records.seen if before < at <= after)
     return after - before - usual - other
 
 
 def recovered(records: Records, struck: Sequence[Struck]) -> list[Row]:
-    """A row for each kind of fault: median and worst."""
-    kinds: dict[str, list[Recovery]] = {}
+    """A row for each kind of fault that did not come amid another's recovery: median and worst."""
+    kinds: dict[tuple[str, str], list[Recovery]] = {}
     for each in recoveries(records, struck):
-        kinds.setdefault(f"{each.struck.fault.kind} {each.struck.fault.role}", []).append(each)
-    return [
-        Row(
-            f"{kind} ({len(those)})",
-            f"next tick after {_spread([r.next_tick for r in those])} s, costs {_spread([r.cost for r in those])} s, "
-            f"{_spread([r.undone for r in those])} ticks taken again",
-        )
-        for kind, those in sorted(kinds.items())
-    ]
+        kinds.setdefault((each.struck.fault.role, each.struck.fault.kind), []).append(each)
+    return [_recovery_row(role, kind, those) for (role, kind), those in sorted(kinds.items())]
+
+
+def _recovery_row(role: str, kind: str, those: Sequence[Recovery]) -> Row:
+    undone = [each.undone for each in those]
+    value = f"next tick after {_spread([each.next_tick for each in those])} s, costs "
+    value += f"{_spread([each.cost for each in those])} s, {_spread(undone)} ticks taken again"
+    return Row(f"{kind} {role} ({len(those)})", value, max(undone) <= UNDONE[role] if role in UNDONE else None)
 
 
 def _spread(values: Sequence[float]) -> str:
@@ -211,9 +222,10 @@ class Memory:
             return
         self._next = time.monotonic() + SAMPLE_S
         for pid, command in self.around.processes().items():
-            role = next((r for r in ("raylet", "gcs_server", "northstar run") if r in command), None)
+            program = Path(command.split(" ", 1)[0]).name
+            role = program if program in ("raylet", "gcs_server") else "driver" if "northstar run" in command else None
             with suppress(psutil.Error):
-                if role and not command.startswith("ray::"):
+                if role:
                     self.samples.setdefault((role, pid), []).append(psutil.Process(pid).memory_info().rss / 1e6)
 
     def rows(self) -> list[Row]:

@@ -90,6 +90,8 @@ def test_a_fault_costs_what_it_takes_beyond_the_usual_and_the_ticks_that_were_un
     assert found.next_tick == pytest.approx(9.5) and found.undone == 2
     assert found.cost == pytest.approx(13 - 4)  # from second 5 to second 18 there are four usual ones
     assert effective(records) == pytest.approx(7 / 17)
+    amid = Struck(Fault.parse("kill anchor 0 at 5"), 15.2, 5, 78)  # tick 4 is there again, tick 5 is not
+    assert [each.struck.pid for each in recoveries(records, [Struck(KILL, 5.5, 5, 77), amid])] == [77]
 
 
 def folder(run: Path, trained: list[str], status: str = "completed") -> Records:
