@@ -93,7 +93,7 @@ class Raylets:
 
         self.arguments, self.back_s = [each | {"node_ip_address": ADDRESS} for each in nodes], back_s
         head = {"num_cpus": 0, "include_dashboard": False, "node_ip_address": ADDRESS}
-        self.cluster = Cluster(initialize_head=True, head_node_args=head)
+        self.cluster: Any = Cluster(initialize_head=True, head_node_args=head)
         self.held: list[Any] = [self.cluster.add_node(**each) for each in self.arguments]
         self._changes: list[threading.Thread] = []
 
