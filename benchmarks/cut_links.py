@@ -7,9 +7,9 @@ the node and nothing leaves it, and nobody is told: its cable is out, as seen fr
 
     far            engines and anchor       swarm          the second replica
 
-Ray calls a node dead that has not answered for some 15 to 30 s, and that is for good: so with its own settings a cut of 30 s is the
-loss of a node. PATIENT is asked of the head here, as `docs/reliability.md` advises for such links; RAY_health_check_failure_threshold=5
-is Ray's own.
+Ray calls a node dead that has not answered for some 15 to 30 s, for good, and gives up a call whose connection was silent for 30 s: with
+its own settings (RAY_health_check_failure_threshold=5 RAY_grpc_keepalive_timeout_ms=20000) such a cut is the loss of what is behind it.
+All nodes are PATIENT here, as `docs/reliability.md` advises for such links.
 """
 
 from __future__ import annotations
@@ -35,7 +35,10 @@ from deploy.config import load
 CUT, SECONDS, LIMIT_S = {"far": "nslink-c", "swarm": "nslink-b"}, [30.0], 900.0
 AFTER = 6  # ticks
 SHORT = ["run.steps=8", "val.size=32", "val.every=1000", "swarm.placement=replicas", "swarm.start_timeout_s=90"]
-PATIENT = {"RAY_health_check_failure_threshold": "20"}  # checks, 3 s apart
+PATIENT = {
+    "RAY_health_check_failure_threshold": "20",  # checks, 3 s apart
+    "RAY_grpc_keepalive_timeout_ms": "120000",
+}
 
 
 def cut(name: str, seconds: float) -> None:

@@ -29,7 +29,7 @@ from swarm.coordinator import PROMPTS
 from swarm.run_config import RunConfig
 
 SHARED_MEMORY = Path("/dev/shm")
-GONE_S = 30.0  # Ray's processes notice within this that theirs is over
+GONE_S = 80.0  # Ray's agents of a driver that was killed look for their control store for a minute
 SAMPLE_S = 5.0
 GROWTH, NOISE_MB = 1.15, 20.0  # of a process that is flat: last quarter of its life over the second
 UNDONE = {"engine": 0, "anchor": 0, "worker": 3}  # at most so many ticks are taken again after one of them failed

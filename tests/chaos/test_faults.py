@@ -23,7 +23,10 @@ FAULTS = (  # a row here is a line of docs/reliability.md
 )
 
 
-def test_a_run_under_faults_ends_well_and_has_trained_every_prompt_once(tmp_path: Path):
+def test_a_run_under_faults_ends_well_and_has_trained_every_prompt_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "5")  # how long a killed driver's Ray looks for it
     marker, config = f"test-{os.getpid()}", small(*SIZE)
     around = Surroundings(f"{MARK}={marker}")
     injector = Injector(tmp_path / "run", [Fault.parse(text) for text in FAULTS], config.grpo.ticks_per_step)
@@ -36,4 +39,3 @@ def test_a_run_under_faults_ends_well_and_has_trained_every_prompt_once(tmp_path
     events = [record["event"] for _, record in injector.records.seen if record["kind"] == "event"]
     assert "engines started anew" in events
     assert [record["tick"] for record in of_kind(tmp_path / "run", "tick")] == list(range(1, 13))
-    print(table(rows))
