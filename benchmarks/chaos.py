@@ -29,7 +29,7 @@ from typing import Any
 
 from swarm.run_config import RunConfig
 
-LOOK_S = 0.01  # how often the records are looked at: a checkpoint is being written for 50 ms
+LOOK_S = 0.003  # how often the records are looked at: a checkpoint is being written for 20 ms
 FIND_S = 120.0  # so long is waited for a process that is not there yet
 _FAULT = re.compile(r"(kill|hang|pause) (\w+)(?: (\d+))?(?: for ([\d.]+))? at (checkpoint (\d+)|[\d.]+)")
 
