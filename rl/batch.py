@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -57,6 +58,12 @@ class Batch:
     @property
     def response_tokens(self) -> int:
         return int(self.response_lengths.sum())
+
+    @property
+    def prompts_digest(self) -> str:
+        """What was trained on, whoever sampled the answers."""
+        first = np.cumsum(self.total) - self.total
+        return digest_of_prompts([self.tokens[i : i + n] for i, n in zip(first, self.prompt)])
 
     def take(self, start: int, stop: int) -> Batch:
         """Samples [start, stop)."""
@@ -114,6 +121,12 @@ class Batch:
             there, full = len(getattr(self, name)), whole.get(name, n)
             if there not in (0, full):
                 raise ValueError(f"{name}: {there} entries where there are {full}")
+
+
+def digest_of_prompts(prompts: Sequence[Sequence[int] | np.ndarray]) -> str:
+    """Of token ids, a prompt for each sample."""
+    lengths, tokens = [len(prompt) for prompt in prompts], [token for prompt in prompts for token in prompt]
+    return frames.digest(np.array(lengths, np.int32), np.array(tokens, np.int32))
 
 
 def concat(batches: list[Batch]) -> Batch:

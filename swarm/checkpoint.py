@@ -9,16 +9,16 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from swarm import manifest
-from swarm.manifest import CheckpointError
+from swarm.manifest import CheckpointError, NotWritten
 from swarm.rank import Rank
 
 
@@ -78,13 +78,24 @@ def _check_finite(where: str | Path, tensors: dict[str, Tensor]) -> None:
 
 
 class CheckpointWriter:
-    """A checkpoint folder that appears under its name only when `commit` is called."""
+    """A checkpoint folder that appears under its name only when `commit` is called; else, as a context, it is gone.
+
+    All of it raises NotWritten where the disk takes no more.
+    """
 
     def __init__(self, run: Path, step: int, keep: int = 2):
         self.final, self.keep = folder_of(run, step), keep
         self.path = self.final.with_name(self.final.name + ".partial")
-        shutil.rmtree(self.path, ignore_errors=True)
-        self.path.mkdir(parents=True)
+        for left in self.final.parent.glob("step-*.partial"):  # by a run that was killed in it
+            shutil.rmtree(left, ignore_errors=True)
+        with manifest.writing(self.path):
+            self.path.mkdir(parents=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)  # nothing, if it has its name
 
     def commit(
         self, state: dict[str, Any], frames: dict[str, np.ndarray], ranks: list[dict[str, manifest.Entry]]
@@ -93,17 +104,18 @@ class CheckpointWriter:
 
         Then renamed, and all but the newest `keep` dropped.
         """
-        for name, frame in frames.items():
-            (self.path / f"{name}.frame").write_bytes(frame.tobytes())
-        (self.path / "state.json").write_text(json.dumps(state))
-        own = ["state.json", *(f"{name}.frame" for name in frames)]
-        entries = {name: manifest.entry(self.path / name) for name in own}
-        for rank in ranks:
-            entries |= rank
-        manifest.write(self.path, entries)
-        shutil.rmtree(self.final, ignore_errors=True)
-        self.path.rename(self.final)
-        manifest.sync(self.final.parent)
+        with manifest.writing(self.path):
+            for name, frame in frames.items():
+                (self.path / f"{name}.frame").write_bytes(frame.tobytes())
+            (self.path / "state.json").write_text(json.dumps(state))
+            own = ["state.json", *(f"{name}.frame" for name in frames)]
+            entries = {name: manifest.entry(self.path / name) for name in own}
+            for rank in ranks:
+                entries |= rank
+            manifest.write(self.path, entries)
+            shutil.rmtree(self.final, ignore_errors=True)
+            self.path.rename(self.final)
+            manifest.sync(self.final.parent)
         for old in all_of(self.final.parent.parent)[: -self.keep]:
             shutil.rmtree(old)
 
@@ -133,14 +145,18 @@ def rank_file(folder: str | Path, d: int, p: int) -> Path:
 def save_rank(rank: Rank, folder: str, step: int) -> dict[str, manifest.Entry]:
     """All that this rank needs to go on after `step`; what the manifest is to say of its file, by name.
 
-    Raises CheckpointError where a number is not finite: a checkpoint of it would drop one that is good.
+    Raises CheckpointError where a number is not finite: a checkpoint of it would drop one that is good; NotWritten.
     """
     state, fields = rank.state()
     tensors = {k: v.detach().cpu().contiguous() for k, v in state.items()}
     file = rank_file(folder, rank.grid.d, rank.grid.p)
     _check_finite(f"{rank.grid.name} at step {step}", tensors)
-    save_file(tensors, file, metadata={"fields": json.dumps({"step": step} | fields)})
-    return {file.name: manifest.entry(file)}
+    try:
+        save_file(tensors, file, metadata={"fields": json.dumps({"step": step} | fields)})
+    except SafetensorError as error:  # what the system said is in its text alone
+        raise NotWritten(str(file), str(error)) from None
+    with manifest.writing(file):
+        return {file.name: manifest.entry(file)}
 
 
 def replicas_in(folder: Path) -> int:

@@ -10,6 +10,7 @@ anchor to the ranks, by the object store.
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +33,7 @@ from swarm.failure_policy import Decision, FailurePolicy, Status, failure_of
 from swarm.fleet import Fleet
 from swarm.gate import EngineGate, LaunchGate, capped_share
 from swarm.lookout import Lookout
+from swarm.manifest import NotWritten
 from swarm.messages import MergeOutcome, TickPlan, TickReport
 from swarm.nonfinite import judge_loss
 from swarm.pace import DUE_TICK, TICK
@@ -44,6 +46,7 @@ from swarm.telemetry import Telemetry, combine, replace_text
 
 WAIT_S = "timing_s/anchor_wait"
 TICK_S, PAUSED_S = "timing_s/tick", "timing_s/diagnostics"  # the pace of a run is made of them
+PROMPTS = "training/prompts_digest"  # of each tick: which prompts were trained, and how often, can be counted
 
 
 class Coordinator:
@@ -147,6 +150,7 @@ class Coordinator:
         start, mini = time.perf_counter(), minis[index]
         progress = self.progress
         self.corrections.deliver()  # first: a worker that is done can start again at once
+        self.telemetry.processes(self.fleet.processes())
         keep = self.corrections.offer(mini)
         progress.tick += 1
         diagnosed = self.corrections.sources.diagnosed(progress.tick)
@@ -164,7 +168,8 @@ class Coordinator:
         metrics[TICK_S] = time.perf_counter() - start
         if diagnosed:
             metrics |= self._diagnose(mini, outcome)
-        self.telemetry.tick(progress.step, progress.tick, metrics | progress.ratios())
+        trained = {PROMPTS: mini.batch.prompts_digest}
+        self.telemetry.tick(progress.step, progress.tick, metrics | trained | progress.ratios())
         return metrics
 
     def _plans(self, index: int, keep: bool, diagnosed: bool) -> list[TickPlan]:
@@ -254,13 +259,22 @@ class Coordinator:
     def save(self) -> None:
         """A checkpoint of the present step, with what is under way: it waits for samples ahead, and in lockstep for fires."""
         start = time.perf_counter()
+        try:
+            self._write_checkpoint()
+        except NotWritten as failure:  # the one before it is still there
+            self.progress.event("checkpoint not written", reason=described(failure))
+            warnings.warn(f"step {self.progress.step} has no checkpoint, the run goes on: {failure}", stacklevel=2)
+        else:
+            self.progress.event("checkpoint", seconds=time.perf_counter() - start)
+
+    def _write_checkpoint(self) -> None:
+        """Raises NotWritten."""
         step = self.progress.step
-        writer = checkpoint.CheckpointWriter(self.run_folder, step)
-        files = self.fleet.ask_mended("save", (str(writer.path), step), "its checkpoint")
-        state, frames = self.corrections.save()
-        samples, batches = self.rollouts.save()
-        writer.commit(self.progress.state() | state | samples, frames | batches, files)
-        self.progress.event("checkpoint", seconds=time.perf_counter() - start)
+        with checkpoint.CheckpointWriter(self.run_folder, step) as writer:
+            files = self.fleet.ask_mended("save", (str(writer.path), step), "its checkpoint")
+            state, frames = self.corrections.save()
+            samples, batches = self.rollouts.save()
+            writer.commit(self.progress.state() | state | samples, frames | batches, files)
 
     def restore(self, folder: Path) -> None:
         """Go on from a checkpoint. Raises CheckpointError if it does not fit the config."""

@@ -7,15 +7,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from anchor_service.actor import Anchor
-from anchor_service.calls import ActorHandle, gather, nodes_of, several, where
+from anchor_service.calls import ActorHandle, gather, several
 from anchor_service.config import AnchorConfig
 from anchor_service.diagnosis import Diagnoser
+from anchor_service.places import Place, places_of, where
 from rl.config import RolloutConfig
 from rl.rollout import RolloutWorker
 from swarm.config import SwarmConfig
 from swarm.failure_policy import Role
 from swarm.lookout import Lookout
 from swarm.messages import Report
+from swarm.telemetry import Process
 from swarm.worker import Worker
 
 GRACE_S = 15.0  # a rank that waits for another has begun to a little after it was asked
@@ -48,7 +50,7 @@ class Fleet:
     mend: Callable[[Exception], None] = field(
         default=_as_it_is, init=False
     )  # workers that a failure between ticks names
-    _node: dict[object, str] = field(default_factory=dict, init=False)  # of each actor that was asked
+    _place: dict[object, Place] = field(default_factory=dict, init=False)  # of each actor that was asked
     lookout: Lookout | None = field(default=None, init=False)  # that of the run, once it has begun
 
     @property
@@ -152,22 +154,32 @@ class Fleet:
 
     def nodes(self, actors: Sequence[ActorHandle[Any]]) -> set[str]:
         """Nodes that these actors are on: an object goes once to each. An actor is asked once, before it is busy."""
-        unknown = [actor for actor in actors if actor not in self._node]
+        unknown = [actor for actor in actors if actor not in self._place]
         named = [(self._name_of(actor), actor) for actor in unknown]
-        self._node.update(zip(unknown, nodes_of(named, *self.swarm_limit), strict=True))
-        return {self._node[actor] for actor in actors}
+        self._place.update(zip(unknown, places_of(named, *self.swarm_limit), strict=True))
+        return {self._place[actor].node for actor in actors}
+
+    def processes(self) -> list[Process]:
+        """Of every actor that was asked where it is; waits for nothing."""
+        roles = {"worker": self.workers, "engine": self.engines, "anchor": self.anchors, "diagnoser": self.diagnosers}
+        return [
+            Process(role, index, *self._place[actor])
+            for role, held in roles.items()
+            for index, actor in enumerate(held)
+            if actor in self._place and self._place[actor].pid
+        ]
 
     def succeeds(self, newcomer: ActorHandle[Any], old: ActorHandle[Any]) -> None:
-        """Until it has arrived: it is in the same bundle."""
-        self._node[newcomer] = self._node[old]
+        """Until it has arrived: it is in the same bundle, in a process that nobody knows yet."""
+        self._place[newcomer] = Place(self._place[old].node, 0)
 
     def arrival(self, newcomer: ActorHandle[Any]) -> object:
         """Reference to where a newcomer is, which is there once it is ready; to be asked of it before all else."""
         return where(newcomer)
 
-    def arrived(self, newcomer: ActorHandle[Any], place: str) -> None:
+    def arrived(self, newcomer: ActorHandle[Any], place: Place) -> None:
         """That is where it is."""
-        self._node[newcomer] = place
+        self._place[newcomer] = place
 
     def replicas_of(self, stage: int) -> list[ActorHandle[Worker]]:
         """The ranks that hold it."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,26 @@ Entry = dict[str, Any]  # {"size": bytes, "digest": hex}
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be resumed from."""
+
+
+class NotWritten(RuntimeError):
+    """The system refused to write a file of the run: its disk is full, or read-only."""
+
+    def __init__(self, file: str, reason: str):
+        super().__init__(file, reason)
+        self.file, self.reason = file, reason
+
+    def __str__(self) -> str:
+        return f"{self.file} could not be written: {self.reason}"
+
+
+@contextmanager
+def writing(path: Path) -> Generator[None]:
+    """Raises NotWritten, naming `path` or what of it, for an OSError."""
+    try:
+        yield
+    except OSError as error:
+        raise NotWritten(str(error.filename or path), error.strerror or str(error)) from error
 
 
 def entry(file: Path) -> Entry:

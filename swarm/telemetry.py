@@ -8,12 +8,15 @@ import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 from rl import mismatch
 from swarm.listeners import Board, Listener, Listeners, numbers
 from swarm.loggers import Loggers
+from swarm.manifest import NotWritten, writing
 from swarm.messages import Entries, Report, TickReport
 
 REWOUND = "rewound"  # an event that stays, also where what was written beyond a checkpoint is dropped
@@ -47,8 +50,20 @@ def _values(report: Report) -> dict[str, float]:
     return report.values | report.merge.metrics() if isinstance(report, TickReport) else report.values
 
 
+@dataclass(frozen=True)
+class Process:
+    """A process of the run, for those who look at it from outside."""
+
+    role: str
+    index: int
+    node: str  # Ray's id of it
+    pid: int
+
+
 class Telemetry:
     """The files of one run folder. Lines are written whole and flushed, so a killed run stays readable.
+
+    A line that the disk does not take raises NotWritten: a run that nobody can read must not go on.
 
     `listener` gets every record, TensorBoard and the `loggers` the numbers. One of them that fails is left out from
     then on, with one event and one warning; only a KeyboardInterrupt of a listener ends the run.
@@ -63,6 +78,7 @@ class Telemetry:
         self.last: dict[str, Any] = {}
         self.digests: list[str] = []
         self.seconds: dict[str, float] = defaultdict(float)
+        self._processes: list[Process] = []
         self._metrics = (run / "metrics.jsonl").open("a")
         self._corrections = (run / "corrections.jsonl").open("a")
 
@@ -81,20 +97,25 @@ class Telemetry:
         keys = ("version", "source_tick", "first_tick", "digest", "bytes")
         first = report["first_tick"]
         line = {k: report[k] for k in keys} | {"lag": None if first is None else first - report["source_tick"]}
-        self._corrections.write(json.dumps(line) + "\n")
-        self._corrections.flush()
+        _append(self._corrections, line)
         self._write("fire", step, tick, {k: v for k, v in report.items() if not isinstance(v, list)})
 
     def event(self, step: int, tick: int, name: str, **fields: Any) -> None:
         self._write("event", step, tick, {"event": name} | fields)
+
+    def processes(self, found: list[Process]) -> None:
+        """Which processes the run consists of now, this one included: processes.json, if it has changed."""
+        if found != self._processes:
+            self._processes = found
+            lines = [json.dumps(asdict(each)) for each in [Process("driver", 0, "", os.getpid()), *found]]
+            replace_text(self.run / "processes.json", "[" + ",\n ".join(lines) + "]\n")
 
     def final_digest(self, digests: list[str]) -> None:
         self.digests = digests
 
     def _write(self, kind: str, step: int, tick: int, metrics: dict[str, Any]) -> None:
         record = {"kind": kind, "step": step, "tick": tick} | metrics
-        self._metrics.write(json.dumps(record) + "\n")
-        self._metrics.flush()
+        _append(self._metrics, record)
         self.last[kind] = record
         found = numbers(record)
         if found:  # loggers have one axis, which must not go back: ticks
@@ -109,8 +130,8 @@ class Telemetry:
     def _report_lost(self, step: int, tick: int) -> None:
         for kind, group in (("logger", self.loggers), ("listener", self.listeners)):
             for name, reason in group.failed().items():
-                self.event(step, tick, f"{kind}_failed", **{kind: name}, reason=reason)
                 warnings.warn(f"{kind} {name} failed, the run goes on without it: {reason}", stacklevel=2)
+                self.event(step, tick, f"{kind}_failed", **{kind: name}, reason=reason)
 
     def state(self) -> dict[str, Any]:
         return {"validations": self.validations, "seconds": dict(self.seconds)}
@@ -130,7 +151,7 @@ class Telemetry:
         self.listeners.tell({"kind": "restored", "step": step, "tick": last["tick"], "accuracy": last["accuracy"]})
 
     def finish(self, status: str, extra: dict[str, Any]) -> dict[str, Any]:
-        """Write summary.json, then `close`."""
+        """Write summary.json, then `close`. Raises NotWritten where a run that is completed cannot say so."""
         accuracies = [v["accuracy"] for v in self.validations]
         summary = {
             "status": status,
@@ -142,8 +163,14 @@ class Telemetry:
             "last_step": self.last.get("step"),
             "weights_digests": self.digests,
         } | extra
-        replace_text(self.run / "summary.json", json.dumps(summary, indent=2) + "\n")
-        self.close()
+        try:
+            replace_text(self.run / "summary.json", json.dumps(summary, indent=2) + "\n")
+        except NotWritten as error:
+            if status == "completed":
+                raise
+            warnings.warn(f"how the run ended is not written down: {error}", stacklevel=2)  # and why it did is raised
+        finally:
+            self.close()
         return summary
 
     def close(self) -> None:
@@ -151,22 +178,39 @@ class Telemetry:
         self.loggers.close()
         self.listeners.close()
         last = self.last.get("step") or {"step": 0, "tick": 0}
-        self._report_lost(last["step"], last["tick"])
-        self._metrics.close()
-        self._corrections.close()
+        with suppress(NotWritten):  # it was a warning too
+            self._report_lost(last["step"], last["tick"])
+        for file in (self._metrics, self._corrections):
+            with suppress(OSError):  # of a line that was not written: that was said
+                file.close()
 
 
 def _keep(file: TextIO, wanted: Callable[[dict[str, Any]], bool]) -> TextIO:
     """The file again, with only the lines that are whole and wanted, open for appending."""
     file.close()
     path = Path(file.name)
-    lines = [line for line in path.read_text().splitlines() if line.endswith("}") and wanted(json.loads(line))]
+    lines = [line for line in path.read_text().splitlines() if (record := _whole(line)) and wanted(record)]
     replace_text(path, "".join(f"{line}\n" for line in lines))
     return path.open("a")
 
 
+def _whole(line: str) -> dict[str, Any] | None:
+    """None of a line that a full disk or a death has cut."""
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
+
+
+def _append(file: TextIO, record: dict[str, Any]) -> None:
+    with writing(Path(file.name)):
+        file.write(json.dumps(record) + "\n")
+        file.flush()
+
+
 def replace_text(path: Path, text: str) -> None:
-    """All of it or nothing."""
+    """All of it or nothing. Raises NotWritten."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    os.replace(partial, path)
+    with writing(path):
+        partial.write_text(text)
+        os.replace(partial, path)

@@ -282,4 +282,4 @@ def _connect(fleet: Fleet, config: RunConfig, since: float) -> None:
     others = zip(ROLES[1:], (fleet.engines, fleet.anchors, fleet.diagnosers))
     calls += [(f"{role} {i}", actor.__ray_ready__.remote()) for role, held in others for i, actor in enumerate(held)]
     gather(calls, "its part of the model", *limit, since=since)
-    fleet.nodes([*fleet.workers, *fleet.engines, *fleet.anchors])
+    fleet.nodes([*fleet.workers, *fleet.engines, *fleet.anchors, *fleet.diagnosers])

@@ -28,11 +28,14 @@ def alone_in(folder: Path) -> Generator[None]:
     """No other command writes there meanwhile; raises typer's refusal, which names the other, if one does."""
     from filelock import FileLock, Timeout
 
-    folder.mkdir(parents=True, exist_ok=True)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         held = FileLock(folder / LOCK).acquire(timeout=0)
     except Timeout:
         raise _taken(folder) from None
+    except OSError as error:
+        message = f"{folder} cannot be written to ({error.strerror}): choose another --out"
+        raise refused(ValueError(message)) from None
     with held:
         if _beats_elsewhere(folder / BEAT):
             raise _taken(folder)

@@ -31,12 +31,16 @@ TEXTS = {
     "docs/architecture.md",
     "docs/engines.md",
     "docs/simulate.md",
+    "docs/reliability.md",
 }  # pages with blocks that are pictures or the grammar of a command
 CHECKED = {  # what is not run, and why
     "make test": "would run itself",
     "make setup": "installs packages",
     "make check": "is a part of CI beside the tests",
     "pre-commit install": "writes into the clone's .git",
+    "make soak": "takes twenty minutes of two cores",
+    "make kills": "takes twenty runs: tests/chaos/test_faults.py is one",
+    "make cut-links": "needs root",
     "make chain": "trains a policy for six minutes",
     "make vllm": "installs a package",
     "smollm2-gsm --set rollout.engine=vllm": "needs five minutes of two cores",

@@ -40,6 +40,7 @@ RAY_ALLOWED = {
     "anchor_service/actor.py",
     "anchor_service/calls.py",
     "anchor_service/line.py",
+    "anchor_service/places.py",
     "anchor_service/stacks.py",
     "swarm/worker.py",
     "swarm/coordinator.py",

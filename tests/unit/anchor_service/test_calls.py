@@ -12,6 +12,7 @@ from anchor_service.errors import ActorLost
 from deploy.config import load
 from swarm import fleet
 from swarm.fleet import Fleet
+from swarm.telemetry import Process
 
 NODE = {"NodeID": "beef", "NodeManagerHostname": "gpu-7", "NodeManagerAddress": "10.0.0.7", "Alive": True}
 OTHER = NODE | {"NodeID": "cafe", "NodeManagerHostname": "gpu-8", "Alive": False}
@@ -103,11 +104,11 @@ UNUSED: Any = (None, None)  # `renew` and `again` of a fleet that is whole
 def test_every_actor_is_asked_once_for_its_node(monkeypatch: pytest.MonkeyPatch):
     asked: list[int] = []
 
-    def nodes_of(actors: list, seconds: float, knob: str) -> list[str]:
+    def places_of(actors: list, seconds: float, knob: str) -> list[calls.Place]:
         asked.append(len(actors))
-        return [f"node {i // 2}" for i, _ in enumerate(actors)]
+        return [calls.Place(f"node {i // 2}", 100 + i) for i, _ in enumerate(actors)]
 
-    monkeypatch.setattr(fleet, "nodes_of", nodes_of)
+    monkeypatch.setattr(fleet, "places_of", places_of)
     config = load("demo")
     workers, new = [Asked() for _ in range(4)], Asked()
     changes = (lambda role, index: new, lambda old: new, lambda handle: None, lambda: found)
@@ -119,6 +120,9 @@ def test_every_actor_is_asked_once_for_its_node(monkeypatch: pytest.MonkeyPatch)
     }
     assert found.nodes([workers[3], new]) == {"node 1", "node 0"} and found.nodes([]) == set()
     assert [n for n in asked if n] == [4, 1]
+    assert found.processes() == [
+        Process("worker", i, f"node {i // 2}", 100 + i) for i in range(4)
+    ]  # no engine was asked
 
 
 def test_every_wait_has_one_deadline(monkeypatch: pytest.MonkeyPatch):
