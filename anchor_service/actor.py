@@ -53,6 +53,7 @@ class Anchor:
             "timing_s/anchor_pull": pulled - start,
             "timing_s/anchor_compute": computed - pulled,
             "timing_s/anchor_total": time.perf_counter() - start,
+            "seconds": time.perf_counter() - start,
         }
         return report, m.cpu().numpy().copy()
 
@@ -79,6 +80,7 @@ class Anchor:
             "stage_bytes": [[frame.nbytes for frame in parts] for parts in corrections],
             "anchor/m_norm": new.norm().item(),
             "timing_s/anchor_publish": time.perf_counter() - start,
+            "seconds": report["seconds"] + time.perf_counter() - start,
         }
         return [report, new.numpy(), *frames]
 

@@ -196,8 +196,7 @@ class Corrections:
         whole = fire.whole or (merged_now and outcome.whole)
         sizes = [sum(parts if whole else parts[:1]) for parts in report["stage_bytes"]]
         if self.fleet.lookout:
-            took = report["timing_s/anchor_total"] + report["timing_s/anchor_publish"]
-            self.fleet.lookout.pace.observe(FIRE, took)
+            self.fleet.lookout.pace.observe(FIRE, report.pop("seconds"))
         copies = [len(self.fleet.nodes(self.fleet.replicas_of(p))) for p in range(self.swarm.pp)]
         progress.ledger.add("correction", sum(n * size for n, size in zip(copies, sizes)), 0)
         found = {"first_tick": progress.tick if merged_now else None, "bytes": sum(sizes)}

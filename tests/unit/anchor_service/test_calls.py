@@ -9,6 +9,7 @@ from ray.exceptions import ActorUnavailableError, ObjectLostError, RayTaskError
 
 from anchor_service import calls
 from anchor_service.errors import ActorLost
+from anchor_service.places import Place
 from deploy.config import load
 from swarm import fleet
 from swarm.fleet import Fleet
@@ -104,9 +105,9 @@ UNUSED: Any = (None, None)  # `renew` and `again` of a fleet that is whole
 def test_every_actor_is_asked_once_for_its_node(monkeypatch: pytest.MonkeyPatch):
     asked: list[int] = []
 
-    def places_of(actors: list, seconds: float, knob: str) -> list[calls.Place]:
+    def places_of(actors: list, seconds: float, knob: str) -> list[Place]:
         asked.append(len(actors))
-        return [calls.Place(f"node {i // 2}", 100 + i) for i, _ in enumerate(actors)]
+        return [Place(f"node {i // 2}", 100 + i) for i, _ in enumerate(actors)]
 
     monkeypatch.setattr(fleet, "places_of", places_of)
     config = load("demo")

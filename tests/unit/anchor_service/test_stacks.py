@@ -45,7 +45,7 @@ def test_without_py_spy_a_process_writes_its_own_stacks_and_a_stopped_one_is_sai
     process: Callable[[str], int], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(stacks.shutil, "which", lambda *args, **more: None)
-    monkeypatch.setattr(stacks, "WRITE_S", 0.5)
+    monkeypatch.setattr(stacks, "WRITE_S", 30.0)
     pid = process("listen(None); listen(None)")
     for _ in range(2):  # the second look shows what is new alone
         said = stacks.look(pid)
@@ -54,9 +54,11 @@ def test_without_py_spy_a_process_writes_its_own_stacks_and_a_stopped_one_is_sai
     os.kill(pid, signal.SIGSTOP)
     while not stacks._state(pid).startswith("T"):
         time.sleep(0.01)
+    monkeypatch.setattr(stacks, "WRITE_S", 0.5)
     said = stacks.look(pid)
     assert "T (stopped)" in said and "it wrote nothing within 0.5 s: no stacks" in said
     os.kill(pid, signal.SIGCONT)
+    monkeypatch.setattr(stacks, "WRITE_S", 30.0)
     assert stacks.look(pid).count("in deep_in_the_tick") >= 1
 
 

@@ -28,7 +28,7 @@ class Script:
         self.acts, self.fails, self.restarts = list(acts), again or [], 0
         self.events: list[dict[str, Any]] = []
 
-    def coordinator(self, config: Any, fleet: Any, telemetry: Any, run: Path) -> Any:
+    def coordinator(self, config: Any, fleet: Any, telemetry: Any, run: Path, policy: Any) -> Any:
         progress = SimpleNamespace(tick=0, begin_anew=lambda: None, event=self._event)
 
         def play() -> None:

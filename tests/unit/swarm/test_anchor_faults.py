@@ -142,6 +142,7 @@ class Run:
             nodes=lambda actors: {"the node"},
             replicas_of=lambda p: [],
             anchor_limit=(1.0, "anchor.timeout_s"),
+            lookout=None,
         )
         self._patch(monkeypatch, swift)
         self.clock = make_clock(config.anchor, 0, TICKS, A_STEP)

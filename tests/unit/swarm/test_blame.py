@@ -84,10 +84,10 @@ def test_all_who_are_missing_at_a_deadline_are_named(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("who", ["worker d0p1", "the replicas of a stage", "all ranks", "a neighbouring stage"])
 def test_an_exchange_that_takes_too_long_is_a_workers_and_one_that_broke_off_nobodys(who: str):
     grid = Grid(0, 1, 1, torch.device("cpu"), Ledger())
-    with pytest.raises(WaitTimeout) as slow, grid._waiting(who, "a norm"):
+    with pytest.raises(WaitTimeout) as slow, grid._waiting(who, "a norm", [1]):
         raise RuntimeError("Timed out waiting 300000ms for recv operation to complete")
     assert blamed(slow.value, PP) == [Blame("worker", 1 if who == "worker d0p1" else None, HANG)]
-    with pytest.raises(PeerLost) as broken, grid._waiting(who, "a norm"):
+    with pytest.raises(PeerLost) as broken, grid._waiting(who, "a norm", [1]):
         raise RuntimeError("Connection closed by peer [127.0.0.1]:4711")
     assert blamed(broken.value, PP) == []
 

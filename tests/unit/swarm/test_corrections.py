@@ -10,7 +10,9 @@ from anchor_service.clock import Lockstep
 from anchor_service.lag import Due
 from anchor_service.line import Fire, FireLine
 from deploy.config import load
+from swarm.config import FaultsConfig
 from swarm.corrections import Corrections
+from swarm.failure_policy import FailurePolicy
 from swarm.fleet import Fleet
 from swarm.messages import MergeOutcome
 from swarm.progress import Progress
@@ -32,6 +34,8 @@ class Line(FireLine):
 
 
 class Nodes:
+    lookout = None
+
     def replicas_of(self, stage: int) -> int:
         return stage
 
@@ -58,8 +62,10 @@ def settled(parts: int, outcome: MergeOutcome, delivered_whole: int | None = Non
         line.add(Fire(Due(version, version, None), 0, None, None, [], True, version == delivered_whole))
     progress = Progress(cast("Telemetry", fires))
     progress.tick = 7
-    fleet = cast("Fleet", Nodes())
-    corrections = Corrections(load("k5", ["swarm.pp=2"]), fleet, progress, line, Lockstep([]), id, lambda: None)
+    fleet, policy = cast("Fleet", Nodes()), FailurePolicy(FaultsConfig())
+    corrections = Corrections(
+        load("k5", ["swarm.pp=2"]), fleet, progress, line, Lockstep([]), id, cast("Any", None), policy
+    )
     corrections.log(outcome)
     return progress.ledger.sent["correction"], fires.written
 

@@ -112,7 +112,7 @@ class Run:
             weights=self._weights,
             nodes=lambda actors: {"the node"} if actors else set(),
             engine_limit=(5.0, "rollout.timeout_s"),
-            gather=lambda calls, *_: [engine.until(i) for _, (engine, i) in calls],
+            gather=lambda calls, what, limit, *_: engine_line.gather(calls, what, *limit),
         )
 
         _patch(monkeypatch, swift)
