@@ -59,7 +59,7 @@ def settled(parts: int, outcome: MergeOutcome, delivered_whole: int | None = Non
     """Bytes counted, and what was written, of versions 1 and 2 in tick 7."""
     fires, line = Fires(), Line(parts)
     for version in (1, 2):
-        line.add(Fire(Due(version, version, None), 0, None, None, [], True, version == delivered_whole))
+        line.add(Fire(Due(version, version, None), 0, None, None, [], True, whole=version == delivered_whole))
     progress = Progress(cast("Telemetry", fires))
     progress.tick = 7
     fleet, policy = cast("Fleet", Nodes()), FailurePolicy(FaultsConfig())
