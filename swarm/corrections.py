@@ -175,9 +175,8 @@ class Corrections:
         if merged_now:
             self.merged_m_bar = fire.m_bar
         progress.remember("anchor", report["perf/max_memory_gb"])
-        if self.fleet.lookout:
-            took = report["timing_s/anchor_total"] + report["timing_s/anchor_publish"]
-            self.fleet.lookout.pace.observe(FIRE, took)
+        if self.fleet.lookout and "seconds" in report:  # there is none in checkpoints of before
+            self.fleet.lookout.pace.observe(FIRE, report["seconds"])
         copies = [len(self.fleet.nodes(self.fleet.replicas_of(p))) for p in range(self.swarm.pp)]
         progress.ledger.add("correction", sum(n * size for n, size in zip(copies, report["stage_bytes"])), 0)
         first_tick = progress.tick if merged_now else None
