@@ -52,8 +52,8 @@ class Anchor:
             "perf/max_memory_gb": peak_memory_gb(self.dense.device),
             "timing_s/anchor_pull": pulled - start,
             "timing_s/anchor_compute": computed - pulled,
-            "timing_s/anchor_total": time.perf_counter() - start,
-            "seconds": time.perf_counter() - start,
+            "timing_s/anchor_total": (seconds := time.perf_counter() - start),
+            "seconds": seconds,
         }
         return report, m.cpu().numpy().copy()
 
@@ -79,8 +79,8 @@ class Anchor:
             "digest": digest(*(content_digest(frame).encode() for frame in frames)),
             "stage_bytes": [[frame.nbytes for frame in parts] for parts in corrections],
             "anchor/m_norm": new.norm().item(),
-            "timing_s/anchor_publish": time.perf_counter() - start,
-            "seconds": report["seconds"] + time.perf_counter() - start,
+            "timing_s/anchor_publish": (seconds := time.perf_counter() - start),
+            "seconds": report["seconds"] + seconds,
         }
         return [report, new.numpy(), *frames]
 

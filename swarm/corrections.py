@@ -195,8 +195,9 @@ class Corrections:
         progress.remember("anchor", report["perf/max_memory_gb"])
         whole = fire.whole or (merged_now and outcome.whole)
         sizes = [sum(parts if whole else parts[:1]) for parts in report["stage_bytes"]]
-        if self.fleet.lookout:
-            self.fleet.lookout.pace.observe(FIRE, report.pop("seconds"))
+        seconds = report.pop("seconds", None)  # there is none in checkpoints of before
+        if self.fleet.lookout and seconds is not None:
+            self.fleet.lookout.pace.observe(FIRE, seconds)
         copies = [len(self.fleet.nodes(self.fleet.replicas_of(p))) for p in range(self.swarm.pp)]
         progress.ledger.add("correction", sum(n * size for n, size in zip(copies, sizes)), 0)
         found = {"first_tick": progress.tick if merged_now else None, "bytes": sum(sizes)}
