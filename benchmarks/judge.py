@@ -121,30 +121,24 @@ def _other_work(record: dict[str, Any]) -> float:
 
 
 def recoveries(records: Records, struck: Sequence[Struck]) -> list[Recovery]:
-    """Of the faults that found somebody and did not come amid another's recovery. Costs are those until the next fault."""
+    """Of the faults that found somebody, if neither the one before nor the one after came amid a recovery."""
     usual, passed, found = records.usual(), records.ticks(), list[Recovery]()
     typical = statistics.mean(usual.values()) if usual else 0.0
-    hit = sorted((each for each in struck if each.pid is not None), key=lambda each: each.time)
+    hit, clear = sorted((each for each in struck if each.pid is not None), key=lambda each: each.time), True
     for each, until in zip(hit, [*(other.time for other in hit[1:]), float("inf")]):
-        after = [(at, tick) for at, tick in passed if each.time <= at]
-        if not after or _amid(passed, found[-1].struck if found else None, each):
+        before = [(at, tick) for at, tick in passed if at < each.time]
+        after = [(at, tick) for at, tick in passed if each.time <= at <= until]
+        alone, clear = clear, any(tick >= max((t for _, t in before), default=0) for _, tick in after)
+        if not (alone and clear):
             continue
-        before = [each.time, *(at for at, _ in passed if at < each.time)][-1]
-        stretch = [(before, 0), *((at, tick) for at, tick in after if at <= max(until, after[0][0]))]
+        stretch = [before[-1] if before else (each.time, 0), *after]
         cost = sum(
             _beyond(records, a, b, usual.get(tick % records.ticks_per_step, typical))
             for (a, _), (b, tick) in pairwise(stretch)
         )
-        undone = {tick for at, tick in passed if at < each.time} & {tick for _, tick in stretch[1:]}
+        undone = {tick for _, tick in before} & {tick for _, tick in after}
         found.append(Recovery(each, after[0][0] - each.time, cost, len(undone)))
     return found
-
-
-def _amid(passed: Sequence[tuple[float, int]], last: Struck | None, each: Struck) -> bool:
-    """Whether what was undone after the last fault is not taken again yet, or nothing was completed since."""
-    before = [(at, tick) for at, tick in passed if at < each.time]
-    waits = last is not None and not any(last.time < at for at, _ in before)
-    return waits or (bool(before) and before[-1][1] < max(tick for _, tick in before))
 
 
 def _beyond(records: Records, before: float, after: float, usual: float) -> float:

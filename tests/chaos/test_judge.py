@@ -91,7 +91,9 @@ def test_a_fault_costs_what_it_takes_beyond_the_usual_and_the_ticks_that_were_un
     assert found.cost == pytest.approx(13 - 4)  # from second 5 to second 18 there are four usual ones
     assert effective(records) == pytest.approx(7 / 17)
     amid = Struck(Fault.parse("kill anchor 0 at 5"), 15.2, 5, 78)  # tick 4 is there again, tick 5 is not
-    assert [each.struck.pid for each in recoveries(records, [Struck(KILL, 5.5, 5, 77), amid])] == [77]
+    assert recoveries(records, [Struck(KILL, 5.5, 5, 77), amid]) == []  # which of them cost what?
+    late = Struck(amid.fault, 17.5, 6, 78)
+    assert [each.undone for each in recoveries(records, [Struck(KILL, 5.5, 5, 77), late])] == [2, 0]
 
 
 def folder(run: Path, trained: list[str], status: str = "completed") -> Records:
