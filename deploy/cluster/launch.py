@@ -15,7 +15,7 @@ from typing import Any
 import ray
 
 from anchor_service.errors import WaitTimeout, described
-from deploy.cluster.forkserver import forkserver
+from deploy.cluster.forkserver import forkserver, may_fork
 from deploy.cluster.kept_actors import new_actors
 from deploy.cluster.loopback import ADDRESS, loopback
 from deploy.cluster.placement import placement, tags
@@ -29,6 +29,7 @@ from swarm.run_config import RunConfig
 from swarm.telemetry import Listener, Telemetry, replace_text
 
 KNOCK_S = 10.0
+SETUP = str(Path(__file__).with_name("worker_setup.py"))  # Ray joins it to its folder: an absolute path stays
 
 
 @contextmanager
@@ -45,7 +46,9 @@ def cluster(config: RunConfig, address: str | None, lanes: int = 1) -> Generator
             ray.init(address=address, log_to_driver=False)
         else:
             stack.enter_context(loopback())
-            environment = stack.enter_context(forkserver(config.swarm.threads)) if _may_fork(config) else {}
+            environment = stack.enter_context(forkserver(config.swarm.threads)) if may_fork(config) else {}
+            if environment:
+                ray._private.ray_constants.SETUP_WORKER_FILENAME = SETUP  # pyright: ignore
             needed = lanes * int(placement(config).total["CPU"])
             # Logical CPUs, so that a small machine can run every role; each process uses `swarm.threads` threads
             ray.init(
@@ -61,11 +64,6 @@ def cluster(config: RunConfig, address: str | None, lanes: int = 1) -> Generator
             yield
         finally:
             shut_down()
-
-
-def _may_fork(config: RunConfig) -> bool:
-    """CUDA does not live on in a fork, and what is imported may wake it."""
-    return "cuda" not in (config.swarm.device, config.rollout.device, config.anchor.device)
 
 
 def _knock(address: str) -> None:

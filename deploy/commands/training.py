@@ -5,6 +5,7 @@ What is refused is refused before torch or Ray is imported: both take their time
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -35,6 +36,11 @@ def run_command(
     """Run an experiment to its end: live progress, a run folder, a summary table. Exit 0 only if it ran to the end."""
     config = checked_config(source, set_)
     folder = _run_folder(config, out, resume)
+    with _workers_ahead([config], address):
+        _run(config, folder, resume, address)
+
+
+def _run(config: RunConfig, folder: Path, resume: bool, address: str | None) -> None:
     goes_on = _prepared(config, folder, resume)
     from anchor_service.errors import described
     from deploy.cluster.launch import execute
@@ -80,12 +86,22 @@ def sweep_command(
     address: Address = None,
 ) -> None:
     """Run every cell of a sweep at every seed, and report. Goes on where it was stopped. Exit 0 only if all completed."""
-    from deploy.cluster.sweep_runs import check_runs
     from experiments.sweep import SweepError
 
     try:
         call = _called(source, out, set_, cells, base, seeds)
         first = call.runs(call.sweep.jobs())
+    except SweepError as error:
+        raise refused(error) from error
+    with _workers_ahead([run.config for run in first if run.state != "completed"], address):
+        _sweep(call, first, address, lanes)
+
+
+def _sweep(call: _SweepCall, first: list[SweepRun], address: str | None, lanes: int | None) -> None:
+    from deploy.cluster.sweep_runs import check_runs
+    from experiments.sweep import SweepError
+
+    try:
         check_runs(first)
     except SweepError as error:
         raise refused(error) from error
@@ -96,6 +112,18 @@ def sweep_command(
     if finished and all(run.state == "completed" for run in runs):
         raise typer.Exit(0)
     raise typer.Exit(1 if finished else 130)
+
+
+@contextmanager
+def _workers_ahead(configs: list[RunConfig], address: str | None) -> Generator[None]:
+    """Before torch and Ray: whatever runs here imports torch once, for itself and for its workers."""
+    from deploy.cluster.forkserver import fork_ahead, may_fork
+
+    if address or not configs or not all(map(may_fork, configs)) or "ray" in sys.modules:
+        yield
+        return
+    with fork_ahead(configs[0].swarm.threads):
+        yield
 
 
 # --- a run's folder ------------------------------------------------------------------------------
