@@ -92,9 +92,8 @@ def _distinct_prompts(
 def _whole(values: np.ndarray, least: int = 1) -> list[np.ndarray]:
     """Whole numbers [m] from 0 up -> their bits a number (at least `least`) in a byte, then those bits, lowest first."""
     width = max(least, int(values.max(initial=0)).bit_length())
-    bits = np.empty((values.size, width), np.uint8)
-    for i in range(width):
-        bits[:, i] = values >> i & 1
+    four = values.astype(_SIZE).view(np.uint8).reshape(-1, _SIZE.itemsize)
+    bits = np.unpackbits(four, axis=1, count=width, bitorder="little")
     return [np.array([width], np.uint8), np.packbits(bits, bitorder="little")]
 
 
@@ -151,10 +150,9 @@ class _Reader:
         if not 1 <= width <= _WIDEST:
             self.refuse(field, f"numbers of {width} bits")
         bits = self.bits(count * width, field).reshape(count, width)
-        values = np.zeros(count, np.int64)
-        for i in range(width):
-            values |= bits[:, i].astype(np.int64) << i
-        return values
+        four = np.zeros((count, _SIZE.itemsize), np.uint8)
+        four[:, : -(-width // 8)] = np.packbits(bits, axis=1, bitorder="little")
+        return four.reshape(-1).view(_SIZE).astype(np.int64)
 
     def tokens(self, which: np.ndarray, lengths: np.ndarray, response: np.ndarray) -> np.ndarray:
         """int32, each sample's prompt and response, one after the other."""

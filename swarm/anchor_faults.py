@@ -75,7 +75,7 @@ class AnchorFaults:
                 if self.clock.waits:
                     self._renew(worker, failure)
                 else:
-                    return self._void(worker, failure)
+                    return self.void(worker, failure)
 
     def done(self, fire: Fire) -> None:
         """Waits for a fire, and for those before it; workers that fail meanwhile are renewed."""
@@ -99,7 +99,7 @@ class AnchorFaults:
             what = f"correction {fire.due.version}"
             limit = self.config.anchor.timeout_s
             if fire.due.version in self.line.under_way:
-                self._void(fire.worker, WaitTimeout(f"anchor {fire.worker}", what, limit, "anchor.timeout_s"))
+                self.void(fire.worker, WaitTimeout(f"anchor {fire.worker}", what, limit, "anchor.timeout_s"))
         while failed := self._failed():
             fire, failure = failed
             if self.clock.waits:
@@ -107,7 +107,7 @@ class AnchorFaults:
             elif _echo(fire, failure) and (before := self.line.before(fire.due.version, self.m_bar)) and lost([before]):
                 self.line.publish_again(fire.due.version, self._average([fire]))
             else:
-                self._void(fire.worker, self._own(fire, failure))
+                self.void(fire.worker, self._own(fire, failure))
 
     def failure(self, fire: Fire) -> Exception | None:
         """Of a fire that is over: how its worker, or the stream of that, failed."""
@@ -188,7 +188,7 @@ class AnchorFaults:
 
     # --- on the wall clock ----------------------------------------------------------------------
 
-    def _void(self, k: int, failure: Exception) -> None:
+    def void(self, k: int, failure: Exception) -> None:
         """What worker `k` owes is void. It gets whole weights, or a newcomer its place; or the swarm goes on without it."""
         decision = self.policy.decide(Status("anchor", failure_of(failure), self.progress.tick, waits=False))
         if decision not in (Decision.RENEW, Decision.WITHOUT):
@@ -231,7 +231,7 @@ class AnchorFaults:
                 continue
             del self._starting[k]
             if failure:
-                self._void(k, failure)
+                self.void(k, failure)
                 continue
             self.fleet.arrived(self.line.workers[k], take(ready, f"anchor {k}", "its model"))
             self.line.away.discard(k)

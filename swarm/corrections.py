@@ -14,7 +14,7 @@ import numpy as np
 from anchor_service.calls import gather
 from anchor_service.clock import Clock, Lockstep, make_clock
 from anchor_service.config import correction_payload
-from anchor_service.errors import described
+from anchor_service.errors import Hung, described
 from anchor_service.lag import Due
 from anchor_service.line import Fire, FireLine, NoFires
 from merger import merger_class
@@ -162,13 +162,15 @@ class Corrections:
             self.progress.event("correction lost on its way", reason=described(failure))
 
     def _look_after_fires(self) -> None:
-        """Nobody waits for them, so it is here that one is found to hang. Raises Hung."""
+        """Nobody waits for them, so it is here that one is found to hang: it is void, and its worker renewed."""
         oldest = self.line.oldest()
         if oldest and oldest.job and self.fleet.lookout:
             who, what = f"anchor {oldest.worker}", f"correction {oldest.due.version}"
-            self.fleet.lookout.look_after(
-                FIRE, who, what, self.fleet.anchor_limit, oldest.since + oldest.job.least_seconds
-            )
+            since = oldest.since + oldest.job.least_seconds
+            try:
+                self.fleet.lookout.look_after(FIRE, who, what, self.fleet.anchor_limit, since)
+            except Hung as hung:
+                self.faults.void(oldest.worker, hung)
 
     # --- after a tick ---------------------------------------------------------------------------
 

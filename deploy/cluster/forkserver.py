@@ -3,7 +3,8 @@
     Ray starts a program a worker ─▶ fork_request.py passes on what it was given ─▶ this server forks, and runs that
 
 Ray itself is imported after the fork: its C++ side keeps what the environment said when it was loaded. Without an
-answer of the server a worker starts as it always did.
+answer of the server a worker starts as it always did. A command that has not imported Ray yet is forked itself: what
+it needs of torch and transformers is then imported once for it and for all workers (`fork_ahead`).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import os
 import runpy
 import select
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -22,29 +24,95 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from swarm.run_config import RunConfig
 
 IMPORTED = "rl.rollout", "swarm.tick", "anchor_service.dense_gradient"  # what takes long, and no Ray
 REQUEST = Path(__file__).with_name("fork_request.py")
 OUTPUT = 0, 1, 2
 
 
+_ahead: dict[str, str] | None = None  # what `fork_ahead` offers while it lasts
+
+
+def may_fork(config: RunConfig) -> bool:
+    """CUDA does not live on in a fork, and what is imported may wake it."""
+    devices = config.swarm.device, config.rollout.device, config.anchor.device
+    return sys.platform == "linux" and "cuda" not in devices
+
+
 @contextmanager
 def forkserver(threads: int) -> Generator[dict[str, str]]:
     """A runtime environment for Ray, in which its workers are forked by a server that ends with this process."""
-    if sys.platform != "linux":
-        yield {}
+    if _ahead is not None:
+        yield _ahead
         return
     with tempfile.TemporaryDirectory(prefix="northstar-") as folder:  # nobody else may look into it, and so ask
-        address = f"{folder}/forks"
-        with socket.socket(socket.AF_UNIX) as listener:
-            listener.bind(address)
-            listener.listen()
+        with _listening(folder) as listener:
             server = _started(listener.fileno(), threads)
         try:
-            yield {"py_executable": shlex.join([sys.executable, "-IS", str(REQUEST), address])}
+            yield _offer(folder)
         finally:
             server.kill()
             server.communicate()
+
+
+@contextmanager
+def fork_ahead(threads: int) -> Generator[None]:
+    """Each `forkserver` within this one is a fork that is made of this very process now: before Ray, and any thread.
+
+    A worker returns from here too, by SystemExit: callers hold nothing that a worker's end must not undo.
+    """
+    global _ahead
+    assert "ray" not in sys.modules
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # heeded as torch is imported
+    _import()
+    folder = tempfile.mkdtemp(prefix="northstar-")  # no TemporaryDirectory: a worker would remove it as it ends
+    with _listening(folder) as listener:
+        server, alive = _forked(listener)
+    _ahead = _offer(folder)
+    try:
+        yield
+    finally:
+        _ahead = None
+        os.kill(server, signal.SIGKILL)
+        os.waitpid(server, 0)
+        os.close(alive)
+        shutil.rmtree(folder)
+
+
+def _listening(folder: str) -> socket.socket:
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(_address(folder))
+    listener.listen()
+    return listener
+
+
+def _address(folder: str) -> str:
+    return f"{folder}/forks"
+
+
+def _offer(folder: str) -> dict[str, str]:
+    return {"py_executable": shlex.join([sys.executable, "-IS", str(REQUEST), _address(folder)])}
+
+
+def _import() -> None:
+    for module in IMPORTED:
+        import_module(module)
+
+
+def _forked(listener: socket.socket) -> tuple[int, int]:
+    """The server's process, and the end of a pipe that tells it that this one lives. Raises SystemExit in a worker."""
+    watched, alive = os.pipe()
+    if server := os.fork():
+        os.close(watched)
+        return server, alive
+    os.close(alive)
+    os.setsid()  # Ctrl-C is for the parent alone
+    _serve(listener, watched)
+    sys.exit()
 
 
 def _started(listener: int, threads: int) -> subprocess.Popen[bytes]:
@@ -59,11 +127,14 @@ def _started(listener: int, threads: int) -> subprocess.Popen[bytes]:
 
 
 def main() -> None:
-    for module in IMPORTED:
-        import_module(module)
-    listener = socket.socket(fileno=int(sys.argv[1]))
+    _import()
+    _serve(socket.socket(fileno=int(sys.argv[1])), sys.stdin.fileno())
+
+
+def _serve(listener: socket.socket, watched: int) -> None:
+    """Until `watched` ends this process forks; returns in a worker, when that is done."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # of a worker that ended nothing is left
-    while sys.stdin not in select.select([sys.stdin, listener], [], [])[0]:
+    while watched not in select.select([watched, listener], [], [])[0]:
         asked, _ = listener.accept()
         try:
             output, request = _read(asked)
@@ -77,6 +148,7 @@ def main() -> None:
             return _become(output, *request)
         for file in output:
             os.close(file)
+    os._exit(0)
 
 
 def _read(asked: socket.socket) -> tuple[list[int], tuple[list[str], dict[str, str], str]]:

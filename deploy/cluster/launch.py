@@ -16,7 +16,7 @@ import ray
 
 from anchor_service.errors import WaitTimeout, described
 from deploy.cluster.endings import Notice, can_go_on
-from deploy.cluster.forkserver import forkserver
+from deploy.cluster.forkserver import forkserver, may_fork
 from deploy.cluster.kept_actors import new_actors
 from deploy.cluster.lives import Lives
 from deploy.cluster.loopback import ADDRESS, loopback
@@ -30,6 +30,7 @@ from swarm.run_config import RunConfig
 from swarm.telemetry import Listener, Telemetry, replace_text
 
 KNOCK_S = 10.0
+SETUP = str(Path(__file__).with_name("worker_setup.py"))  # Ray joins it to its folder: an absolute path stays
 
 
 @contextmanager
@@ -46,7 +47,9 @@ def cluster(config: RunConfig, address: str | None, lanes: int = 1) -> Generator
             ray.init(address=address, log_to_driver=False)
         else:
             stack.enter_context(loopback())
-            environment = stack.enter_context(forkserver(config.swarm.threads)) if _may_fork(config) else {}
+            environment = stack.enter_context(forkserver(config.swarm.threads)) if may_fork(config) else {}
+            if environment:
+                ray._private.ray_constants.SETUP_WORKER_FILENAME = SETUP  # pyright: ignore
             needed = lanes * int(placement(config).total["CPU"])
             # Logical CPUs, so that a small machine can run every role; each process uses `swarm.threads` threads
             ray.init(
@@ -62,11 +65,6 @@ def cluster(config: RunConfig, address: str | None, lanes: int = 1) -> Generator
             yield
         finally:
             shut_down()
-
-
-def _may_fork(config: RunConfig) -> bool:
-    """CUDA does not live on in a fork, and what is imported may wake it."""
-    return "cuda" not in (config.swarm.device, config.rollout.device, config.anchor.device)
 
 
 def _knock(address: str) -> None:

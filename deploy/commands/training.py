@@ -5,7 +5,10 @@ What is refused is refused before torch or Ray is imported: both take their time
 
 from __future__ import annotations
 
+import sys
 import time
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -40,6 +43,11 @@ def run_command(
     the same command with --resume can go on: after SIGTERM, or the loss of a process that the run did not get over."""
     config = checked_config(source, set_)
     folder = _run_folder(config, out, resume or auto_resume)
+    with _workers_ahead([config], address):
+        _run(config, folder, resume, auto_resume, address)
+
+
+def _run(config: RunConfig, folder: Path, resume: bool, auto_resume: bool, address: str | None) -> None:
     goes_on = _prepared(config, folder, resume, auto_resume)
     from anchor_service.errors import described
     from deploy.cluster.endings import can_go_on
@@ -87,12 +95,22 @@ def sweep_command(
     address: Address = None,
 ) -> None:
     """Run every cell of a sweep at every seed, and report. Goes on where it was stopped. Exit 0 only if all completed."""
-    from deploy.cluster.sweep_runs import check_runs
     from experiments.sweep import SweepError
 
     try:
         call = _called(source, out, set_, cells, base, seeds)
         first = call.runs(call.sweep.jobs())
+    except SweepError as error:
+        raise refused(error) from error
+    with _workers_ahead([run.config for run in first if run.state != "completed"], address):
+        _sweep(call, first, address, lanes)
+
+
+def _sweep(call: _SweepCall, first: list[SweepRun], address: str | None, lanes: int | None) -> None:
+    from deploy.cluster.sweep_runs import check_runs
+    from experiments.sweep import SweepError
+
+    try:
         check_runs(first)
     except SweepError as error:
         raise refused(error) from error
@@ -103,6 +121,18 @@ def sweep_command(
     if finished and all(run.state == "completed" for run in runs):
         raise typer.Exit(0)
     raise typer.Exit(1 if finished else INTERRUPTED)
+
+
+@contextmanager
+def _workers_ahead(configs: list[RunConfig], address: str | None) -> Generator[None]:
+    """Before torch and Ray: whatever runs here imports torch once, for itself and for its workers."""
+    from deploy.cluster.forkserver import fork_ahead, may_fork
+
+    if address or not configs or not all(map(may_fork, configs)) or "ray" in sys.modules:
+        yield
+        return
+    with fork_ahead(configs[0].swarm.threads):
+        yield
 
 
 # --- a run's folder ------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from tests.ray.conftest import lines, run_kept
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 
-SHORT = ["run.steps=3", "val.size=32"]
+SHORT = ["run.steps=3", "val.size=8", "rollout.replicas=1"]  # an actor that is not forked is five seconds of a core
 
 
 def test_on_three_nodes_each_role_is_on_its_own_and_the_run_is_the_same_to_the_bit(tmp_path: Path):

@@ -18,7 +18,7 @@ from deploy.cluster.kept_actors import new_actors
 from deploy.cluster.launch import cluster, drive
 from deploy.config import load
 
-NODES = {"swarm": 4, "engine": 2, "anchor": 1}  # CPUs of the node of each role
+NODES = {"swarm": 4, "engine": 1, "anchor": 1}  # CPUs of the node of each role
 
 
 def node_of(actor: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,7 @@ def config(model: Path, *overrides: str) -> RunConfig:
     return load_for_planning("k5", [f"model.path={model}", *RUN, *overrides])
 
 
+@cache
 def plan(source: str, *overrides: str) -> Plan:
     return make_plan(load_for_planning(source, list(overrides)))
 

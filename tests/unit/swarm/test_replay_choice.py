@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 import pytest
 
@@ -14,6 +16,7 @@ from tests.conftest import make_batch
 SAMPLES = 6
 
 
+@cache
 def mini(tick: int, samples: int = SAMPLES) -> MiniFrame:
     batch = make_batch(samples, seed=tick)
     frame = batch.to_frame(denominator=batch.response_tokens)
