@@ -14,19 +14,15 @@ from tests.ray.conftest import SMALL, of_kind, small
 
 pytestmark = pytest.mark.slow
 
-SIZE = ("swarm.dp=2", "run.checkpoint_every=2")
+SIZE = ("swarm.dp=2", "run.checkpoint_every=2", "run.steps=4")
 FAULTS = (  # a row here is a line of docs/reliability.md
-    "kill engine 0 at 2.3",
-    "pause worker 1 for 1 at 4.5",
-    "pause anchor 0 for 1 at 6.2",
-    "kill driver at checkpoint 4",
+    "kill engine 0 at 1.3",
+    "pause worker 1 for 1 at 2.5",
+    "pause anchor 0 for 1 at 4.2",
 )
 
 
-def test_a_run_under_faults_ends_well_and_has_trained_every_prompt_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "5")  # how long a killed driver's Ray looks for it
+def test_a_run_under_faults_ends_well_and_has_trained_every_prompt_once(tmp_path: Path):
     marker, config = f"test-{os.getpid()}", small(*SIZE)
     around = Surroundings(f"{MARK}={marker}")
     injector = Injector(tmp_path / "run", [Fault.parse(text) for text in FAULTS], config.grpo.ticks_per_step)
@@ -34,8 +30,8 @@ def test_a_run_under_faults_ends_well_and_has_trained_every_prompt_once(
         words = command("k5", [*SMALL, *SIZE], tmp_path / "run", None)
         starts = completed(words, injector, marker, limit_s=200)
     rows = [*judged(tmp_path / "run", config, injector.records, injector.struck), *around.left()]
-    assert all_kept(rows) and [start.code for start in starts] == [-9, 0], table(rows)
+    assert all_kept(rows) and [start.code for start in starts] == [0], table(rows)
     assert {str(each.fault) for each in injector.struck if each.pid} == {str(Fault.parse(text)) for text in FAULTS}
     events = [record["event"] for _, record in injector.records.seen if record["kind"] == "event"]
     assert "engines started anew" in events
-    assert [record["tick"] for record in of_kind(tmp_path / "run", "tick")] == list(range(1, 13))
+    assert [record["tick"] for record in of_kind(tmp_path / "run", "tick")] == list(range(1, 9))
