@@ -11,7 +11,8 @@ import torch
 
 from anchor_service.calls import gather
 from anchor_service.dense_gradient import DenseGradient, DenseSetup
-from anchor_service.messages import FireJob, content_digest, pack_correction
+from anchor_service.errors import NotFinite
+from anchor_service.messages import VOID, FireJob, content_digest, pack_correction, pack_void
 from anchor_service.replay import unpack_replay
 from codec.frames import digest
 from rl.device import peak_memory_gb
@@ -28,7 +29,7 @@ class Anchor:
         self.dense = DenseGradient.beside(setup)
 
     def gradient(self, job: FireJob) -> tuple[dict[str, Any], np.ndarray]:
-        """M of one job, fp32 [numel] on the host, with a report."""
+        """M of one job, fp32 [numel] on the host, with a report, which says so if M is not finite (`void`)."""
         start = time.perf_counter()
         snapshot, replay = self._pull(job)
         pulled = time.perf_counter()
@@ -38,9 +39,12 @@ class Anchor:
             raise BaseLost(0, job.source_tick, self.dense.receiver.tick)
         batch, denominator = unpack_replay(replay, f"replay of tick {job.source_tick + 1}")
         m = self.dense.gradient(batch, denominator)
-        norm = m.norm().item()
+        norm, void = m.norm().item(), None
         if not math.isfinite(norm):
-            self.dense.check(m, batch, job.source_tick)
+            try:
+                self.dense.check(m, batch, job.source_tick)
+            except NotFinite as error:
+                void = error
         computed = time.perf_counter()
         least = max(job.least_seconds, self.config.slowdown * (computed - start))
         time.sleep(max(0.0, least - (computed - start)))
@@ -48,20 +52,23 @@ class Anchor:
             "version": job.version,
             "source_tick": job.source_tick,
             "first_tick": job.first_tick,
-            "anchor/grad_norm": norm,
             "perf/max_memory_gb": peak_memory_gb(self.dense.device),
             "timing_s/anchor_pull": pulled - start,
             "timing_s/anchor_compute": computed - pulled,
             "timing_s/anchor_total": time.perf_counter() - start,
         }
+        report |= {"anchor/grad_norm": norm} if void is None else {VOID: void}
         return report, m.cpu().numpy().copy()
 
     def publish(self, report: dict[str, Any], m: np.ndarray, m_bar: np.ndarray | None) -> list[Any]:
         """Report, M̄, then one correction frame a stage (each its own object: a stage fetches only its shard).
 
         M̄ ← beta_anc·M̄ + (1-beta_anc)·M. The last M̄ is an argument, so that fires of several anchor
-        workers enter it in the order of their versions, whoever computed them.
+        workers enter it in the order of their versions, whoever computed them. An M that is not finite leaves it as it was.
         """
+        if VOID in report:
+            frames = [pack_void(report[VOID], report["version"], p) for p in range(len(self.dense.stages))]
+            return [_published(report, frames), m_bar, *frames]
         start = time.perf_counter()
         alone = new = torch.from_numpy(m.copy())
         if m_bar is not None:
@@ -71,14 +78,8 @@ class Anchor:
         for p in range(len(self.dense.stages)):
             look = None if self.stride is None else self.dense.look(alone, p, self.stride)
             corrections.append(pack_correction(self.dense.shard(new, p), self.payload, version, source, first, p, look))
-        report = report | {
-            "digest": digest(*(content_digest(c).encode() for c in corrections)),
-            "bytes": sum(c.nbytes for c in corrections),
-            "stage_bytes": [c.nbytes for c in corrections],
-            "anchor/m_norm": new.norm().item(),
-            "timing_s/anchor_publish": time.perf_counter() - start,
-        }
-        return [report, new.numpy(), *corrections]
+        norm = {"anchor/m_norm": new.norm().item(), "timing_s/anchor_publish": time.perf_counter() - start}
+        return [_published(report | norm, corrections), new.numpy(), *corrections]
 
     def follow(self, tick: int, *parts: np.ndarray) -> None:
         """Weights before any job wants them: the first of all, or with anchor.weights = "shared" those of the engines."""
@@ -89,3 +90,10 @@ class Anchor:
         what = f"the snapshot of tick {job.source_tick} or its replay"
         *snapshot, replay = gather(calls, what, self.config.timeout_s, "anchor.timeout_s")
         return snapshot, replay
+
+
+def _published(report: dict[str, Any], corrections: list[np.ndarray]) -> dict[str, Any]:
+    """The report with what was published of it."""
+    sizes = [c.nbytes for c in corrections]
+    found = digest(*(content_digest(c).encode() for c in corrections))
+    return report | {"digest": found, "bytes": sum(sizes), "stage_bytes": sizes}

@@ -92,7 +92,7 @@ class FireLine:
         fire.delivered = True
         for index, rank in enumerate(ranks):
             reference = [fire.corrections[index % self.stages]]
-            self._deliveries.append(rank.deliver.options(concurrency_group="inbox").remote(reference))
+            self._deliveries.append(rank.deliver.options(concurrency_group="inbox").remote(fire.due.version, reference))
 
     def check_deliveries(self) -> None:
         """Raises what a delivery that is over raised; waits for nothing."""

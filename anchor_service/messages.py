@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from anchor_service.errors import NotFinite
 from codec import frames, signs
 
-LOOK = "look_"
+LOOK, VOID = "look_", "void"
 
 
 @dataclass(frozen=True)
@@ -64,10 +65,17 @@ def pack_correction(
     return frames.pack(header, arrays)
 
 
+def pack_void(error: NotFinite, version: int, stage: int) -> np.ndarray:
+    """In the place of a correction whose M is not finite: why."""
+    return frames.pack({"kind": VOID, "version": version, "stage": stage, "error": list(error.args)}, {})
+
+
 def unpack_correction(frame: np.ndarray, stage: int, numel: int, look: int | None = None) -> Correction:
-    """`look`: at how many coordinates M's signs must be there. Raises FrameError if the frame is damaged or meant for
-    another stage, model or merger."""
+    """`look`: at how many coordinates M's signs must be there. Raises FrameError if the frame is damaged, meant for
+    another stage, model or merger, or not finite; NotFinite where M was not, as the anchor itself says."""
     header, arrays = frames.unpack(frame, "the anchor")
+    if header.get("kind") == VOID:
+        raise NotFinite(*map(str, header.get("error", ("an M", "nothing it said", "look at the anchor"))))
     for field, expected in (("kind", "correction"), ("stage", stage), ("numel", numel), ("look", look)):
         if header.get(field) != expected:
             raise frames.FrameError("the anchor", field, f"is {header.get(field)!r}, this rank needs {expected!r}")
@@ -136,4 +144,7 @@ def _dense(arrays: dict[str, np.ndarray], numel: int) -> Tensor:
     if found is None or found.dtype != np.float32 or found.shape != (numel,):
         kind = "missing" if found is None else f"{found.dtype} {found.shape}"
         raise ValueError(f"dense M̄ is {kind}, {numel} parameters need float32 ({numel},)")
-    return torch.from_numpy(found.copy())
+    values = torch.from_numpy(found.copy())
+    if not values.isfinite().all():
+        raise ValueError("dense M̄ holds a NaN or an infinity")
+    return values

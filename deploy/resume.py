@@ -24,6 +24,8 @@ _MAY_CHANGE = {  # where a run goes on: what decides where and how long it runs,
     "rollout.kv_cache_gb",
     "anchor.slowdown",
     "swarm.placement",
+    "swarm.on_nan",
+    "anchor.norm_bound",
     "swarm.activation_checkpointing",
 }
 

@@ -9,6 +9,7 @@ anchor to the ranks, by the object store.
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from swarm.corrections import Corrections
 from swarm.fleet import Fleet
 from swarm.gate import EngineGate, LaunchGate
 from swarm.messages import MergeOutcome, TickPlan, TickReport
-from swarm.nonfinite import judge_loss
+from swarm.nonfinite import Skips, judge_loss
 from swarm.progress import Progress
 from swarm.replay_choice import MiniFrame
 from swarm.rollouts import SAMPLED_S, Rollouts, sample_metrics
@@ -49,6 +50,7 @@ class Coordinator:
         self.rollouts = Rollouts(config, fleet, progress, line)
         self.corrections = Corrections(config, fleet, progress, line, clock, ray.put, self.rollouts.resync)
         self.gate, self.engine_gate = LaunchGate(config.codec), EngineGate(config.rollout)
+        self.skips = Skips()
 
     # --- the run --------------------------------------------------------------------------------
 
@@ -117,14 +119,18 @@ class Coordinator:
         reports: list[TickReport] = self.fleet.ask_workers("tick", plans, f"tick {progress.tick}", limit)
         outcome = reports[0].merge  # all ranks decide alike
         metrics, ledger = combine(reports, mini.batch.response_tokens)
-        judge_loss(metrics.get(PG_LOSS, 0.0), mini.batch, progress.tick)
-        self._judge_codec(metrics)
+        skipped = self.skips.judge(reports)
+        if skipped is not None:
+            progress.event("tick skipped", reason=str(skipped), in_a_row=self.skips.in_a_row)
+        else:
+            judge_loss(metrics.get(PG_LOSS, 0.0), mini.batch, progress.tick)
+            self._judge_codec(metrics)
         progress.ledger.merge(ledger)
         self.corrections.log(outcome)
         metrics |= {"anchor/backwards": self.corrections.fires}
         metrics |= progress.bytes_since_last_tick()
         metrics[TICK_S] = time.perf_counter() - start
-        if diagnosed:
+        if diagnosed and skipped is None:
             metrics |= self._diagnose(mini, outcome)
         self.telemetry.tick(progress.step, progress.tick, metrics | progress.ratios())
         return metrics
@@ -140,7 +146,10 @@ class Coordinator:
 
     def _judge_codec(self, metrics: dict[str, float]) -> None:
         """Once, and early: does the codec leave the policy as it is? Stops the run above `codec.max_kl`."""
-        kl = self.gate.judge(metrics.get(mismatch.LOGPROB_KL), self.progress.tick)
+        kl = metrics.get(mismatch.LOGPROB_KL)
+        if kl is not None and math.isnan(kl) and self.config.swarm.on_nan == "skip":
+            return  # of samples whose tick is skipped
+        kl = self.gate.judge(kl, self.progress.tick)
         if kl is not None:
             self.progress.event("codec changes the policy", **{mismatch.LOGPROB_KL: kl})
 

@@ -13,6 +13,8 @@ from anchor_service.calls import gather
 from anchor_service.clock import Clock
 from anchor_service.lag import Due
 from anchor_service.line import Fire, FireLine
+from anchor_service.messages import VOID
+from anchor_service.norms import NormHistory
 from rl.model_files import parameter_count
 from rl.snapshot import BaseLost
 from swarm import checkpoint
@@ -48,6 +50,7 @@ class Corrections:
         self.store, self.resync = store, resync
         self.whole_frames = config.snapshot.encoding == "full"
         self.sources = Sources(config.diagnostics.every, clock)
+        self.norms = NormHistory(config.anchor.norm_bound)
         self.fires = self.version = self.merged = 0
         self.merged_m_bar: object = None  # of the correction that is held: older than the last if that was refused
         self._last_m_bar: object = None  # of the last fire that left the line
@@ -119,9 +122,13 @@ class Corrections:
         for fire in self.line.arrived():
             self.clock.finished(fire.due.version)
             try:
-                self.line.report(fire)  # raises if the fire failed
+                reason = self._fault(fire.due, self.line.report(fire))  # raises if the fire failed
             except BaseLost as lost:
                 self._drop(fire, lost)
+                continue
+            if reason:
+                self._void(fire)
+                self.progress.event("correction refused", version=fire.due.version, reason=reason)
                 continue
             self.choice.release(fire.due.version)
             self.line.deliver(fire, self.fleet.workers)
@@ -129,11 +136,29 @@ class Corrections:
 
     def _drop(self, fire: Fire, lost: BaseLost) -> None:
         """The anchor worker has lost the base of a delta: this fire is void, its next snapshot is a whole one."""
-        self.line.drop(fire, self._last_m_bar)
-        self.choice.give_back(fire.due.version)
+        self._void(fire)
         if self.anchor.weights == "shared":
             self.resync()
         self._lose(fire.worker, lost)
+
+    def _void(self, fire: Fire) -> None:
+        """Nobody gets it, and M̄ goes on without it."""
+        self.line.drop(fire, self._last_m_bar)
+        self.choice.give_back(fire.due.version)
+
+    def _fault(self, due: Due, report: dict[str, Any]) -> str:
+        """Why no rank is to get this correction; "" if all are. By its report: ranks look at the frames themselves.
+
+        Signs have no size: a lie in them shows in the agreements that `calibrated` measures, and not here.
+        """
+        if VOID in report:
+            if self.swarm.on_nan == "stop":
+                raise report[VOID]
+            return str(report[VOID])
+        said = report["version"], report["source_tick"]
+        if said != (due.version, due.source_tick):
+            return f"it says it is version {said[0]} of source tick {said[1]}, not {due.version} of {due.source_tick}"
+        return self.norms.judge(report["anchor/m_norm"])
 
     def _lose(self, worker: int, lost: BaseLost) -> None:
         stream = f"anchor {worker}"
@@ -148,14 +173,15 @@ class Corrections:
         for fire in self.line.settled(newest) if newest > self.merged else []:
             self._settle(fire, newest, merged_now=fire.due.version == outcome.version)
         if outcome.refused is not None:
-            self.progress.event("correction refused", version=outcome.refused)
+            self.progress.event("correction refused", version=outcome.refused, reason=outcome.reason)
         self.sources.settle(outcome)
         if outcome.expired and not self._expired:
             self.progress.event("correction dropped at max_age", version=outcome.version)
         self._expired = outcome.expired
 
     def _settle(self, fire: Fire, newest: int, merged_now: bool) -> None:
-        progress, report = self.progress, self.line.report(fire)
+        progress, report = self.progress, dict(self.line.report(fire))
+        report.pop(VOID, None)
         self.fires += 1
         self.merged, self._last_m_bar = newest, fire.m_bar
         if merged_now:
@@ -170,7 +196,12 @@ class Corrections:
 
     def save(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """What a checkpoint keeps: plain numbers, and frames. Waits for fires under way, in lockstep."""
-        counters = {"fires": self.fires, "version": self.version, "merged": self.merged}
+        counters = {
+            "fires": self.fires,
+            "version": self.version,
+            "merged": self.merged,
+            "norms": list(self.norms.taken),
+        }
         calls: dict[str, object] = {}
         fires = self._unmerged()
         for fire in fires:
@@ -181,7 +212,9 @@ class Corrections:
         found = gather(calls.items(), "what a checkpoint keeps of the anchor", *self.fleet.anchor_limit)
         frames = dict(zip(calls, found, strict=True))
         pending = [{"due": asdict(fire.due), "report": frames.pop(_report(fire.due))} for fire in fires]
-        if m_bar is not None:
+        if frames.get("m_bar") is None:  # no M so far was finite
+            frames.pop("m_bar", None)
+        else:
             frames["m_bar"] = frames["m_bar"].view(np.uint8)
         frames |= self.choice.save(set(self.line.under_way) - {fire.due.version for fire in fires})
         return counters | {"pending": pending}, frames
@@ -197,6 +230,7 @@ class Corrections:
     def restore(self, folder: Path, state: dict[str, Any]) -> None:
         """Go on from a checkpoint. Raises CheckpointError if it lacks a correction that will be due."""
         self.fires, self.version, self.merged = (state[name] for name in ("fires", "version", "merged"))
+        self.norms.taken.extend(state.get("norms", ()))
         m_bar = checkpoint.read_frame(folder, "m_bar")
         self.line.m_bar = None if m_bar is None else self.store(m_bar.view(np.float32))
         self.choice.restore(checkpoint.read_frame(folder, FRAME))

@@ -57,6 +57,7 @@ class MiniBatch:
     micros: list[MicroBatch]
     old_logprobs: list[Tensor] | None  # one a microbatch, on the last stage; None: those of the tick itself
     denominator: int  # response tokens of the global mini-batch
+    refused: str = ""  # why a codec would not encode what was to become its old log-probs
 
 
 class Rank:
@@ -70,6 +71,9 @@ class Rank:
         self.held = Held(setup.anchor, setup.merger, setup.seed, stage.weights, grid, setup.stride)
         self.seal = Seal(grid)
         self.optimizer = _optimizer(setup.grpo, stage)
+        self.skips = self.held.skips = setup.swarm.on_nan == "skip"
+        for boundary in cuts.values():
+            boundary.lenient = self.skips
         self.kept: dict[str, np.ndarray] = {}  # of a tick that is diagnosed, until `Worker.record` takes it away
         self.timing: dict[str, float] = defaultdict(float)
 
@@ -89,6 +93,11 @@ class Rank:
         start = time.perf_counter()
         yield
         self.timing[f"timing_s/{phase}"] += time.perf_counter() - start
+
+    def times(self) -> dict[str, float]:
+        """Seconds by phase since this was last asked."""
+        found, self.timing = dict(self.timing), defaultdict(float)
+        return found
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors, and plain fields: all that the next tick depends on."""
@@ -115,6 +124,25 @@ class Rank:
             boundary.restore(under(f"codec.{layer}", tensors))
         self.reducer.restore(under("reducer", tensors))
         self.held.restore(tensors, fields)
+
+    # --- a tick that is skipped ---------------------------------------------------------------
+
+    def mark(self) -> None:
+        """Remember what a tick changes before its gradient is summed: codecs alone."""
+        self._mark = {n: {k: v.clone() for k, v in boundary.state().items()} for n, boundary in self.cuts.items()}
+
+    def rollback(self) -> None:
+        """Back to the mark."""
+        for layer, boundary in self.cuts.items():
+            boundary.restore(self._mark[layer])
+            boundary.refused = ""
+
+    def refusal(self) -> str:
+        """What a codec would not encode since this was last asked; "" if there is nothing."""
+        said = [boundary.refused for boundary in self.cuts.values() if boundary.refused]
+        for boundary in self.cuts.values():
+            boundary.refused = ""
+        return said[0] if said else ""
 
 
 def build_rank(setup: RankSetup, grid: Grid) -> Rank:

@@ -89,7 +89,8 @@ class Worker:
         start, refreshed = time.perf_counter(), rank.bases.due(tick)
         for index, (batch, denominator) in enumerate(mini_batches(frame)):
             micros = microbatches(batch, np.arange(len(batch)), rank.setup.swarm.micro_batch_size, device)
-            self.minis.append(MiniBatch(micros, self._old_logprobs(index, micros, refreshed), denominator))
+            old = self._old_logprobs(index, micros, refreshed)
+            self.minis.append(MiniBatch(micros, old, denominator, self.rank.refusal()))
         peaks = {"timing_s/old_log_prob": time.perf_counter() - start, "perf/max_memory_gb": peak_memory_gb(device)}
         sums = {} if self.minis[0].old_logprobs is None else self._take_compared()
         return Report(sums, {}, peaks, rank.grid.ledger.drain())
@@ -118,13 +119,14 @@ class Worker:
         mini = self.minis[plan.mini_batch]
         with explained(self.rank, mini.micros):
             report = tick(self.rank, plan, mini, self._fetch_correction)
-        for name, value in self._take_compared().items():
+        compared = self._take_compared()
+        for name, value in compared.items() if report.skipped is None else ():
             report.sums[name] = report.sums.get(name, 0.0) + value
         return report
 
-    def deliver(self, reference: list[object]) -> None:
+    def deliver(self, version: int, reference: list[object]) -> None:
         """Fetch a correction into the inbox, beside whatever tick is running; its rank merges it when all hold it."""
-        self.rank.held.inbox.put(self._fetch_correction(reference))
+        self.rank.held.receive(version, lambda: self._fetch_correction(reference), waits=False)
 
     def _fetch_correction(self, reference: object) -> Correction:
         what = f"a correction that is due to {self.rank.grid.name}"

@@ -47,6 +47,7 @@ def _run(
         if t in arrivals:
             state.held.inbox.put(Correction(*arrivals[t], None, torch.full((n,), -1, dtype=torch.int8), ""))
         state.stage.weights.grad.fill_(1.0)
+        state.held.agree(TickPlan(t, 0, None, None))
         outcome = state.held.merge(TickPlan(t, 0, None, None), state.stage.weights.grad, state.norm)
         found.append((outcome, state.stage.weights.grad[0].item()))
     return found
