@@ -12,7 +12,7 @@ import torch
 from anchor_service.calls import gather
 from anchor_service.dense_gradient import DenseGradient, DenseSetup
 from anchor_service.errors import NotFinite
-from anchor_service.messages import VOID, FireJob, content_digest, pack_correction, pack_void
+from anchor_service.messages import NORM, VOID, FireJob, content_digest, pack_correction, pack_void
 from anchor_service.replay import unpack_replay
 from codec.frames import digest
 from rl.device import peak_memory_gb
@@ -44,7 +44,7 @@ class Anchor:
             try:
                 self.dense.check(m, batch, job.source_tick)
             except NotFinite as error:
-                void = error
+                void = list(error.args)
         computed = time.perf_counter()
         least = max(job.least_seconds, self.config.slowdown * (computed - start))
         time.sleep(max(0.0, least - (computed - start)))
@@ -67,7 +67,7 @@ class Anchor:
         workers enter it in the order of their versions, whoever computed them. An M that is not finite leaves it as it was.
         """
         if VOID in report:
-            frames = [pack_void(report[VOID], report["version"], p) for p in range(len(self.dense.stages))]
+            frames = [pack_void(NotFinite(*report[VOID]), report["version"], p) for p in range(len(self.dense.stages))]
             return [_published(report, frames), m_bar, *frames]
         start = time.perf_counter()
         alone = new = torch.from_numpy(m.copy())
@@ -78,8 +78,13 @@ class Anchor:
         for p in range(len(self.dense.stages)):
             look = None if self.stride is None else self.dense.look(alone, p, self.stride)
             corrections.append(pack_correction(self.dense.shard(new, p), self.payload, version, source, first, p, look))
-        norm = {"anchor/m_norm": new.norm().item(), "timing_s/anchor_publish": time.perf_counter() - start}
-        return [_published(report | norm, corrections), new.numpy(), *corrections]
+        norm = new.norm().item()
+        report = report | {
+            NORM: norm,
+            "anchor/m_norm": norm,
+            "timing_s/anchor_publish": time.perf_counter() - start,
+        }
+        return [_published(report, corrections), new.numpy(), *corrections]
 
     def follow(self, tick: int, *parts: np.ndarray) -> None:
         """Weights before any job wants them: the first of all, or with anchor.weights = "shared" those of the engines."""

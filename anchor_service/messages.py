@@ -12,7 +12,8 @@ from torch import Tensor
 from anchor_service.errors import NotFinite
 from codec import frames, signs
 
-LOOK, VOID = "look_", "void"
+LOOK = "look_"
+VOID, NORM = "void", "norm"  # of a report: why there is no correction; else the norm of M̄, by which it is judged
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,10 @@ import numpy as np
 
 from anchor_service.calls import gather
 from anchor_service.clock import Clock
+from anchor_service.errors import NotFinite
 from anchor_service.lag import Due
 from anchor_service.line import Fire, FireLine
-from anchor_service.messages import VOID
+from anchor_service.messages import NORM, VOID
 from anchor_service.norms import NormHistory
 from rl.model_files import parameter_count
 from rl.snapshot import BaseLost
@@ -152,13 +153,14 @@ class Corrections:
         Signs have no size: a lie in them shows in the agreements that `calibrated` measures, and not here.
         """
         if VOID in report:
+            error = NotFinite(*report[VOID])
             if self.swarm.on_nan == "stop":
-                raise report[VOID]
-            return str(report[VOID])
+                raise error
+            return str(error)
         said = report["version"], report["source_tick"]
         if said != (due.version, due.source_tick):
             return f"it says it is version {said[0]} of source tick {said[1]}, not {due.version} of {due.source_tick}"
-        return self.norms.judge(report["anchor/m_norm"])
+        return self.norms.judge(report[NORM])
 
     def _lose(self, worker: int, lost: BaseLost) -> None:
         stream = f"anchor {worker}"
@@ -180,8 +182,8 @@ class Corrections:
         self._expired = outcome.expired
 
     def _settle(self, fire: Fire, newest: int, merged_now: bool) -> None:
-        progress, report = self.progress, dict(self.line.report(fire))
-        report.pop(VOID, None)
+        progress = self.progress
+        report = {name: value for name, value in self.line.report(fire).items() if name not in (NORM, VOID)}
         self.fires += 1
         self.merged, self._last_m_bar = newest, fire.m_bar
         if merged_now:

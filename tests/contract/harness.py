@@ -46,14 +46,8 @@ def make_rank(
     on_nan: Literal["stop", "skip"] = "skip",
 ) -> Rank:
     grid = Grid(rank, dp, pp, torch.device(on), Ledger(), timeout_s, init)
-    swarm = SwarmConfig(
-        dp=dp,
-        pp=pp,
-        boundaries=list(boundaries),
-        check_every=check_every,
-        activation_checkpointing=checkpointing,
-        on_nan=on_nan,
-    )
+    layout: dict[str, Any] = {"dp": dp, "pp": pp, "boundaries": list(boundaries)}
+    swarm = SwarmConfig(**layout, check_every=check_every, activation_checkpointing=checkpointing, on_nan=on_nan)
     setup = RankSetup(
         model=ModelConfig(path=str(folder), dtype=dtype),
         codec=codec or CodecConfig(kind="powersgd", rank=8),

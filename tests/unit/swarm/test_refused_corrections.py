@@ -12,7 +12,7 @@ from anchor_service.actor import Anchor
 from anchor_service.errors import NotFinite
 from anchor_service.lag import Due
 from anchor_service.line import Fire, FireLine
-from anchor_service.messages import VOID, unpack_correction
+from anchor_service.messages import NORM, VOID, unpack_correction
 from anchor_service.norms import NormHistory
 from swarm.corrections import Corrections
 
@@ -26,7 +26,7 @@ class Line(FireLine):
         super().__init__([], 1, 1.0, None)
         self.delivered: list[int] = []
         for version, report in enumerate(reports, 1):
-            said = {"version": version, "source_tick": version, "anchor/m_norm": 1.0} | report
+            said = {"version": version, "source_tick": version, NORM: 1.0} | report
             self.add(Fire(Due(version, version, None), 0, said, f"M̄ {version}", []))
 
     def arrived(self) -> list[Fire]:
@@ -57,11 +57,11 @@ def _driver(reports: list[dict[str, Any]], on_nan: str = "skip") -> tuple[Correc
 @pytest.mark.parametrize(
     ("lie", "reason"),
     [
-        ({"anchor/m_norm": 50.0}, "anchor.norm_bound"),
-        ({"anchor/m_norm": float("inf")}, "its norm is inf"),
+        ({NORM: 50.0}, "anchor.norm_bound"),
+        ({NORM: float("inf")}, "its norm is inf"),
         ({"source_tick": 40}, "of source tick 40, not 6"),
         ({"version": 5}, "version 5"),
-        ({VOID: VOIDED}, "its gradient at the weights of tick 4 is not finite"),
+        ({VOID: list(VOIDED.args)}, "its gradient at the weights of tick 4 is not finite"),
     ],
 )
 def test_a_correction_that_cannot_be_is_given_to_nobody_and_m_bar_goes_on_without_it(lie: dict[str, Any], reason: str):
@@ -74,7 +74,7 @@ def test_a_correction_that_cannot_be_is_given_to_nobody_and_m_bar_goes_on_withou
 
 
 def test_an_m_that_is_not_finite_stops_a_run_that_is_to_stop():
-    driver, _ = _driver([{VOID: VOIDED}], on_nan="stop")
+    driver, _ = _driver([{VOID: list(VOIDED.args)}], on_nan="stop")
     with pytest.raises(NotFinite, match="tick 4"):
         driver.deliver()
 
@@ -83,7 +83,9 @@ def test_an_m_that_is_not_finite_stops_a_run_that_is_to_stop():
 def test_the_anchor_says_so_in_place_of_a_correction_and_keeps_m_bar(m_bar: np.ndarray | None):
     anchor = object.__new__(Anchor)
     anchor.dense = SimpleNamespace(stages=[0, 1])
-    report, kept, *frames = anchor.publish({"version": 7, VOID: VOIDED}, np.full(3, np.nan, np.float32), m_bar)
+    report, kept, *frames = anchor.publish(
+        {"version": 7, VOID: list(VOIDED.args)}, np.full(3, np.nan, np.float32), m_bar
+    )
     assert kept is m_bar and report["bytes"] == sum(report["stage_bytes"]) == sum(f.nbytes for f in frames)
     for stage, frame in enumerate(frames):
         with pytest.raises(NotFinite) as caught:
