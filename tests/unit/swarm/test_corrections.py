@@ -11,6 +11,8 @@ from anchor_service.lag import Due
 from anchor_service.line import Fire, FireLine
 from deploy.config import load
 from swarm.corrections import Corrections
+from swarm.engine_line import EngineLine
+from swarm.failure_policy import FailurePolicy
 from swarm.fleet import Fleet
 from swarm.messages import MergeOutcome
 from swarm.progress import Progress
@@ -55,11 +57,13 @@ def settled(parts: int, outcome: MergeOutcome, delivered_whole: int | None = Non
     """Bytes counted, and what was written, of versions 1 and 2 in tick 7."""
     fires, line = Fires(), Line(parts)
     for version in (1, 2):
-        line.add(Fire(Due(version, version, None), 0, None, None, [], True, version == delivered_whole))
+        line.add(Fire(Due(version, version, None), 0, None, None, [], True, whole=version == delivered_whole))
     progress = Progress(cast("Telemetry", fires))
     progress.tick = 7
     fleet = cast("Fleet", Nodes())
-    corrections = Corrections(load("k5", ["swarm.pp=2"]), fleet, progress, line, Lockstep([]), id, lambda: None)
+    config, engines = load("k5", ["swarm.pp=2"]), cast("EngineLine", None)
+    policy = FailurePolicy(config.faults)
+    corrections = Corrections(config, fleet, progress, line, Lockstep([]), id, engines, policy)
     corrections.log(outcome)
     return progress.ledger.sent["correction"], fires.written
 
