@@ -11,7 +11,8 @@ import torch
 
 from anchor_service.calls import gather
 from anchor_service.dense_gradient import DenseGradient, DenseSetup
-from anchor_service.messages import FireJob, content_digest, pack_correction, pack_head
+from anchor_service.errors import NotFinite
+from anchor_service.messages import NORM, VOID, FireJob, content_digest, pack_correction, pack_head, pack_void
 from anchor_service.replay import unpack_replay
 from codec.frames import digest
 from rl.device import peak_memory_gb
@@ -28,7 +29,7 @@ class Anchor:
         self.dense = DenseGradient.beside(setup)
 
     def gradient(self, job: FireJob) -> tuple[dict[str, Any], np.ndarray]:
-        """M of one job, fp32 [numel] on the host, with a report."""
+        """M of one job, fp32 [numel] on the host, with a report, which says so if M is not finite (`void`)."""
         start = time.perf_counter()
         snapshot, replay = self._pull(job)
         pulled = time.perf_counter()
@@ -38,9 +39,12 @@ class Anchor:
             raise BaseLost(0, job.source_tick, self.dense.receiver.tick)
         batch, denominator = unpack_replay(replay, f"replay of tick {job.source_tick + 1}")
         m = self.dense.gradient(batch, denominator)
-        norm = m.norm().item()
+        norm, void = m.norm().item(), None
         if not math.isfinite(norm):
-            self.dense.check(m, batch, job.source_tick)
+            try:
+                self.dense.check(m, batch, job.source_tick)
+            except NotFinite as error:
+                void = list(error.args)
         computed = time.perf_counter()
         least = max(job.least_seconds, self.config.slowdown * (computed - start))
         time.sleep(max(0.0, least - (computed - start)))
@@ -48,13 +52,13 @@ class Anchor:
             "version": job.version,
             "source_tick": job.source_tick,
             "first_tick": job.first_tick,
-            "anchor/grad_norm": norm,
             "perf/max_memory_gb": peak_memory_gb(self.dense.device),
             "timing_s/anchor_pull": pulled - start,
             "timing_s/anchor_compute": computed - pulled,
             "timing_s/anchor_total": (seconds := time.perf_counter() - start),
             "seconds": seconds,
         }
+        report |= {"anchor/grad_norm": norm} if void is None else {VOID: void}
         return report, m.cpu().numpy().copy()
 
     def publish(self, report: dict[str, Any], m: np.ndarray, m_bar: np.ndarray | None) -> list[Any]:
@@ -62,8 +66,12 @@ class Anchor:
         fetches only its shard, and of that the frame only if it wants it).
 
         M̄ ← beta_anc·M̄ + (1-beta_anc)·M. The last M̄ is an argument, so that fires of several anchor
-        workers enter it in the order of their versions, whoever computed them.
+        workers enter it in the order of their versions, whoever computed them. An M that is not finite leaves it as it was.
         """
+        if VOID in report:
+            parts, error = 1 if self.stride is None else 2, NotFinite(*report[VOID])
+            stages = range(len(self.dense.stages))
+            return _published(report, m_bar, [[pack_void(error, report["version"], p)] * parts for p in stages])
         start = time.perf_counter()
         alone = new = torch.from_numpy(m.copy())
         if m_bar is not None:
@@ -74,15 +82,14 @@ class Anchor:
             whole = pack_correction(self.dense.shard(new, p), self.payload, version, source, first, p)
             heads = [] if self.stride is None else [self._head(alone, new, p, self.stride, whole)]
             corrections.append([*heads, whole])
-        frames = [frame for parts in corrections for frame in parts]
+        norm = new.norm().item()
         report = report | {
-            "digest": digest(*(content_digest(frame).encode() for frame in frames)),
-            "stage_bytes": [[frame.nbytes for frame in parts] for parts in corrections],
-            "anchor/m_norm": new.norm().item(),
+            NORM: norm,
+            "anchor/m_norm": norm,
             "timing_s/anchor_publish": (seconds := time.perf_counter() - start),
             "seconds": report["seconds"] + seconds,
         }
-        return [report, new.numpy(), *frames]
+        return _published(report, new.numpy(), corrections)
 
     def _head(self, m: torch.Tensor, m_bar: torch.Tensor, p: int, stride: int, whole: np.ndarray) -> np.ndarray:
         return pack_head(self.dense.look(m, p, stride), self.dense.look(m_bar, p, stride), whole)
@@ -100,3 +107,13 @@ class Anchor:
         what = f"the snapshot of tick {job.source_tick} or its replay"
         *snapshot, replay = gather(calls, what, self.config.timeout_s, "anchor.timeout_s")
         return snapshot, replay
+
+
+def _published(report: dict[str, Any], m_bar: np.ndarray | None, corrections: list[list[np.ndarray]]) -> list[Any]:
+    """The report, with what it says of the frames of each stage; M̄; then the frames."""
+    frames = [frame for parts in corrections for frame in parts]
+    found = {
+        "digest": digest(*(content_digest(frame).encode() for frame in frames)),
+        "stage_bytes": [[frame.nbytes for frame in parts] for parts in corrections],
+    }
+    return [report | found, m_bar, *frames]

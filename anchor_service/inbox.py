@@ -11,20 +11,30 @@ class Inbox:
     """Versions held by one rank. `put` may be called from another thread than the tick's."""
 
     def __init__(self) -> None:
-        self._held: dict[int, Correction] = {}
+        self._held: dict[int, Correction | str] = {}
         self._lock = threading.Lock()
 
     def put(self, correction: Correction) -> None:
         with self._lock:
             self._held[correction.version] = correction
 
+    def refuse(self, version: int, reason: str) -> None:
+        """It has come, and must not be merged: all ranks are to pass it over."""
+        with self._lock:
+            self._held[version] = reason
+
+    def waiting(self) -> dict[int, Correction | str]:
+        """All of it, oldest first."""
+        with self._lock:
+            return dict(sorted(self._held.items()))
+
     def newest(self) -> int:
         """Highest version held; 0 if none."""
         with self._lock:
             return max(self._held, default=0)
 
-    def adopt(self, version: int) -> Correction:
-        """Take the agreed version out, to be merged from now on; it and all older ones leave the inbox.
+    def adopt(self, version: int) -> Correction | str:
+        """Take the agreed version out, to be merged from now on, or why not; it and all older ones leave the inbox.
 
         Raises KeyError if this rank does not hold it.
         """
@@ -33,12 +43,7 @@ class Inbox:
             self._held = {v: c for v, c in self._held.items() if v > version}
             return found
 
-    def held(self) -> dict[int, Correction]:
-        """All of it, by version."""
-        with self._lock:
-            return dict(self._held)
-
-    def put_back(self, corrections: dict[int, Correction]) -> None:
-        """What `held` gave before some of it was taken out; what has come since stays."""
+    def put_back(self, corrections: dict[int, Correction | str]) -> None:
+        """What `waiting` gave before some of it was taken out; what has come since stays."""
         with self._lock:
             self._held = corrections | self._held

@@ -111,11 +111,15 @@ class FireLine:
         return self.under_way[max(earlier)].m_bar if earlier else settled
 
     def publish_again(self, first: int, m_bar: object) -> None:
-        """All fires from version `first` on, after an M̄ of `m_bar`: what they were to get has come to nothing."""
+        """All fires from version `first` on, after an M̄ of `m_bar`: what they were to get has come to nothing.
+
+        One that was done before this run went on stays as it is: its M is gone.
+        """
         self.m_bar = m_bar
         for fire in [self.under_way[v] for v in sorted(self.under_way) if v >= first]:
-            fire.since = time.monotonic()
-            self._publish(fire)
+            if fire.job is not None:
+                fire.since = time.monotonic()
+                self._publish(fire)
             self.m_bar = fire.m_bar
 
     def owed(self, k: int) -> list[Fire]:
@@ -169,8 +173,8 @@ class FireLine:
     def deliver_to(self, fire: Fire, ranks: Mapping[int, ActorHandle[Any]]) -> None:
         """As it was delivered to the others."""
         for index, rank in ranks.items():
-            references = fire.corrections[index % self.stages]
-            self._deliveries.append(rank.deliver.options(concurrency_group="inbox").remote(references, fire.whole))
+            said = fire.due.version, fire.corrections[index % self.stages], fire.whole
+            self._deliveries.append(rank.deliver.options(concurrency_group="inbox").remote(*said))
 
     def check_deliveries(self) -> list[Exception]:
         """Of deliveries that are over, what was lost with the node that it lay on; of a rank that is gone its next tick

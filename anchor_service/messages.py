@@ -10,10 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from anchor_service.errors import NotFinite
 from codec import frames, signs
 from codec.state import prefixed, under
 
 LOOK, LOOK_BAR = "look", "look_bar"
+VOID, NORM = "void", "norm"  # of a report: why there is no correction; else the norm of M̄, by which it is judged
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,14 @@ def pack_head(look: Tensor, look_bar: Tensor, whole: np.ndarray) -> np.ndarray:
     return frames.pack(head, arrays)
 
 
+def pack_void(error: NotFinite, version: int, stage: int) -> np.ndarray:
+    """In the place of a correction, or of its head, whose M is not finite: why."""
+    return frames.pack({"kind": VOID, "version": version, "stage": stage, "error": list(error.args)}, {})
+
+
 def unpack_correction(frame: np.ndarray, stage: int, numel: int) -> Correction:
-    """Raises FrameError if the frame is damaged or meant for another stage or model."""
+    """Raises FrameError if the frame is damaged, meant for another stage or model, or not finite; NotFinite where M was
+    not, as the anchor itself says."""
     header, arrays = _unpacked(frame, kind="correction", stage=stage, numel=numel)
     try:
         values = signs.decode(arrays, numel) if header.get("payload") == "sign" else _dense(arrays, numel)
@@ -116,8 +124,12 @@ def joined(head: Correction, whole: Correction) -> Correction:
 
 
 def _unpacked(frame: np.ndarray, **needs: object) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Header and arrays of a frame whose header has what this rank needs, and the numbers that every correction has."""
+    """Header and arrays of a frame whose header has what this rank needs, and the numbers that every correction has.
+
+    Raises FrameError, or NotFinite of a void one."""
     header, arrays = frames.unpack(frame, "the anchor")
+    if header.get("kind") == VOID:
+        raise NotFinite(*map(str, header.get("error", ("an M", "nothing it said", "look at the anchor"))))
     for field, expected in needs.items():
         if header.get(field) != expected:
             raise frames.FrameError("the anchor", field, f"is {header.get(field)!r}, this rank needs {expected!r}")
@@ -173,4 +185,7 @@ def _dense(arrays: dict[str, np.ndarray], numel: int) -> Tensor:
     if found is None or found.dtype != np.float32 or found.shape != (numel,):
         kind = "missing" if found is None else f"{found.dtype} {found.shape}"
         raise ValueError(f"dense M̄ is {kind}, {numel} parameters need float32 ({numel},)")
-    return torch.from_numpy(found.copy())
+    values = torch.from_numpy(found.copy())
+    if not values.isfinite().all():
+        raise ValueError("dense M̄ holds a NaN or an infinity")
+    return values

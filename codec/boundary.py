@@ -55,6 +55,7 @@ class Boundary:
         self.make = lambda: make_codec(config, hidden, seed + index)
         self.device = torch.device("cpu")
         self.forward, self.backward = self.make()
+        self.lenient, self.refused = False, ""  # what a codec would not encode, and whether zeros go in its place
         self.exact_first, self.share_prefixes = config.sends_first_exactly, config.shares_prefixes
         self.begin_tick()
 
@@ -78,7 +79,7 @@ class Boundary:
         coded, exact = self._split(rows)
         sent = kept[coded] if exact.numel() else kept
         room = Room(len(rows), 2 * exact.numel() * self.hidden)
-        payload, x_hat = self.forward.encode(sent, room, observe)
+        payload, x_hat = self._coded(self.forward, sent, room, observe)
         if observe:
             assert x_hat is not None  # an observer is told what arrives
             self._note(sent, x_hat, rows)
@@ -108,7 +109,7 @@ class Boundary:
         if self.share_prefixes:
             sums = dx.new_zeros(len(rows.kept), self.hidden, dtype=torch.float32)
             kept = sums.index_add_(0, rows.source, dx.float()).to(dx.dtype)
-        payload, dx_hat = self.backward.encode(kept, Room(len(rows)), observe=True)
+        payload, dx_hat = self._coded(self.backward, kept, Room(len(rows)), observe=True)
         assert dx_hat is not None  # as above
         self.seen["bwd"].add(kept, dx_hat)
         self.ledger.add("boundary_bwd", payload.numel(), dx.nbytes)
@@ -120,6 +121,16 @@ class Boundary:
             return self.backward.decode(payload, len(rows), dtype)
         kept = self.backward.decode(payload, len(rows.kept), dtype)
         return kept.new_zeros(len(rows), self.hidden).index_copy_(0, rows.kept, kept)
+
+    def _coded(self, codec: Codec, x: Tensor, room: Room, observe: bool) -> tuple[Tensor, Tensor | None]:
+        """A codec that refuses numbers must not keep others waiting, if they will agree that the tick is void."""
+        try:
+            return codec.encode(x, room, observe)
+        except ValueError as error:
+            if not self.lenient:
+                raise
+            self.refused = self.refused or str(error)
+            return codec.encode(torch.zeros_like(x), room, observe)
 
     def _note(self, sent: Tensor, x_hat: Tensor, rows: Rows) -> None:
         """Fidelity of coded rows, token 0 left out also where it is coded: it would hide all others."""

@@ -62,14 +62,16 @@ class Basis(Tables):
         self.v = summed
 
     def refresh(self) -> UInt8[Tensor, " bytes"]:
-        """Q ← orth(V)."""
-        return as_bytes(orthonormalise(self.v))
+        """Q ← orth(V). Where V is of no rows, after a tick that was skipped, Q stays."""
+        return as_bytes(orthonormalise(self.v)) if self.v.any() else torch.empty(0, dtype=torch.uint8)
 
     def limit(self) -> int:
         return 4 * self.q.numel()
 
     def load(self, tables: UInt8[Tensor, " bytes"]) -> dict[str, float]:
         """Take over a new basis; returns how it differs from the last one."""
+        if not tables.numel():
+            return {}
         q = as_numbers(tables, tuple(self.q.shape), torch.float32, "basis Q").to(self.q.device, copy=True)
         metrics = {"codec/q_drift": max(0.0, 1.0 - (self.q.T @ q).square().sum().item() / q.shape[1])}
         if self.v.any():  # the sender's side

@@ -25,6 +25,8 @@ _MAY_CHANGE = {  # where a run goes on: what decides where and how long it runs,
     "anchor.slowdown",
     "swarm.dp",  # each replica has all that the ticks need; `checkpoint.restore_rank`
     "swarm.placement",
+    "swarm.on_nan",
+    "anchor.norm_bound",
     "swarm.activation_checkpointing",
 }
 

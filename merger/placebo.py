@@ -33,9 +33,11 @@ class OwnAverage:
         """G_comp of the tick that starts from the weights after `source` ticks, for a fire to come."""
         self.sources[source] = g_comp.clone()
 
-    def fire(self, source: int, g_comp: Tensor) -> tuple[Tensor, Tensor]:
+    def fire(self, source: int, g_comp: Tensor) -> tuple[Tensor, Tensor] | None:
         """Signs of the average with the gradient of `source` in it, and of that gradient alone, int8 [n] each."""
-        g = self.sources.pop(source)
+        g = self.sources.pop(source, None)
+        if g is None:
+            return None
         alone = g.sign().char()
         self.average = g if self.average is None else self.average.lerp_(g, 1 - self.beta)
         return self.average.sign().char(), alone
@@ -80,8 +82,8 @@ class Placebo(Protocol):
 
     def keep(self, source: int, g_comp: Tensor) -> None: ...
 
-    def fire(self, source: int, g_comp: Tensor) -> tuple[Tensor, Tensor]:
-        """What takes the place of sign(M̄), and of sign(M)."""
+    def fire(self, source: int, g_comp: Tensor) -> tuple[Tensor, Tensor] | None:
+        """What takes the place of sign(M̄), and of sign(M); None if the tick of `source` was skipped."""
         ...
 
     def state(self) -> dict[str, Tensor]: ...

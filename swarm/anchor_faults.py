@@ -194,10 +194,7 @@ class AnchorFaults:
         if decision not in (Decision.RENEW, Decision.WITHOUT):
             raise failure
         owed = self.line.owed(k)
-        for fire in owed:
-            self.choice.give_back(fire.due.version)
-            self.clock.finished(fire.due.version, void=True)
-        self.line.drop(owed, self._average(owed))
+        self._drop(owed)
         versions = [fire.due.version for fire in owed]
         if isinstance(failure, BaseLost) and decision is Decision.RENEW:
             self.lose(k, failure)
@@ -208,6 +205,17 @@ class AnchorFaults:
         self.progress.event(name, worker=k, reason=described(failure), void=versions)
         if decision is Decision.RENEW:
             self._starting[k] = self.fleet.arrival(self.fleet.renew("anchor", k)), time.monotonic()
+
+    def refuse(self, fire: Fire, reason: str) -> None:
+        """Of a worker that is well: no rank gets it, and M̄ goes on without it."""
+        self._drop([fire])
+        self.progress.event("correction refused", version=fire.due.version, reason=reason)
+
+    def _drop(self, fires: list[Fire]) -> None:
+        for fire in fires:
+            self.choice.give_back(fire.due.version)
+            self.clock.finished(fire.due.version, void=True)
+        self.line.drop(fires, self._average(fires))
 
     def _average(self, owed: list[Fire]) -> object:
         """M̄ before these fires, or before the next one; nothing if it was lost with its node."""

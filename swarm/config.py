@@ -37,6 +37,11 @@ class SwarmConfig(Section):
     check_every: int = Field(
         default=1, ge=0, description="compare the replicas' weight digests every so many ticks; 0: never"
     )
+    on_nan: Literal["stop", "skip"] = Field(
+        default="skip",
+        description="a NaN or an infinity in a tick's samples, passes, loss or gradient, or in a correction: `skip`: all ranks "
+        "leave that tick or that correction out, and the fifth such tick in a row stops the run; `stop`: the first does",
+    )
     timeout_s: float = Field(
         default=300.0,
         gt=0,

@@ -31,11 +31,11 @@ from swarm.dealt import Dealt
 from swarm.engine_line import EngineLine
 from swarm.failure_policy import Decision, FailurePolicy, Status, failure_of
 from swarm.fleet import Fleet
-from swarm.gate import EngineGate, LaunchGate, capped_share
+from swarm.gate import RunGates
 from swarm.lookout import Lookout
 from swarm.manifest import NotWritten
 from swarm.messages import MergeOutcome, TickPlan, TickReport
-from swarm.nonfinite import judge_loss
+from swarm.nonfinite import Skips, judge_loss
 from swarm.pace import DUE_TICK, TICK
 from swarm.progress import Progress
 from swarm.regroup import Regroup
@@ -65,7 +65,7 @@ class Coordinator:
         self.rollouts = Rollouts(config, progress, engines)
         self.corrections = Corrections(config, fleet, progress, line, clock, ray.put, engines, self.policy)
         self.regroup = Regroup(config, fleet, progress, self.policy, line)
-        self.gate, self.engine_gate = LaunchGate(config.codec), EngineGate(config.rollout)
+        self.gates, self.skips = RunGates(config, progress), Skips()
         self.dealt = Dealt(config, fleet, progress, self.regroup, ray.put)
         fleet.mend = self._mend
         self.after_step: Callable[[], None] = lambda: None  # whoever drives the run may end it there
@@ -81,7 +81,7 @@ class Coordinator:
         self.rollouts.sync()
         self.corrections.begin()
         if progress.step == 0:
-            self._judge_share()
+            self.gates.share()
             self._validate()
         while progress.step < config.run.steps:
             self._step()
@@ -98,7 +98,7 @@ class Coordinator:
         self.regroup.between_steps(scale.wanted(self.run_folder))
         progress.step += 1
         batch, timing = self.rollouts.train()
-        self._judge_engine(timing)
+        self.gates.engine(timing)
         self.rollouts.engines.sleep()
         minis = self._mini_batches(batch)
         metrics = self._begin(batch, minis)
@@ -122,7 +122,7 @@ class Coordinator:
         metrics, ledger = combine(reports, batch.response_tokens)
         self.progress.ledger.merge(ledger)
         self.progress.remember("worker", metrics["perf/max_memory_gb"])
-        self._judge_codec(metrics)
+        self.gates.codec(metrics)
         return metrics
 
     def _take(self, plans: list[TickPlan], minis: list[MiniFrame]) -> list[TickReport]:
@@ -157,8 +157,12 @@ class Coordinator:
         reports = self._take(self._plans(index, keep, diagnosed), minis)
         outcome = reports[0].merge  # all ranks decide alike
         metrics, ledger = combine(reports, mini.batch.response_tokens)
-        judge_loss(metrics.get(PG_LOSS, 0.0), mini.batch, progress.tick)
-        self._judge_codec(metrics)
+        skipped = self.skips.judge(reports)
+        if skipped is not None:
+            progress.event("tick skipped", reason=str(skipped), in_a_row=self.skips.in_a_row)
+        else:
+            judge_loss(metrics.get(PG_LOSS, 0.0), mini.batch, progress.tick)
+            self.gates.codec(metrics)
         progress.ledger.merge(ledger)
         self.corrections.log(outcome)
         metrics |= {"anchor/backwards": self.corrections.fires}
@@ -166,7 +170,7 @@ class Coordinator:
             metrics[WAIT_S] = metrics.get(WAIT_S, 0.0) + self.corrections.waited
         metrics |= progress.bytes_since_last_tick()
         metrics[TICK_S] = time.perf_counter() - start
-        if diagnosed:
+        if diagnosed and skipped is None:
             metrics |= self._diagnose(mini, outcome)
         trained = {PROMPTS: mini.batch.prompts_digest}
         self.telemetry.tick(progress.step, progress.tick, metrics | trained | progress.ratios())
@@ -181,24 +185,6 @@ class Coordinator:
             TickPlan(tick, index, references and references[stage], version, keep, diagnosed, anchor)
             for stage in range(pp)
         ]
-
-    def _judge_codec(self, metrics: dict[str, float]) -> None:
-        """Once, and early: does the codec leave the policy as it is? Stops the run above `codec.max_kl`."""
-        kl = self.gate.judge(metrics.get(mismatch.LOGPROB_KL), self.progress.tick)
-        if kl is not None:
-            self.progress.event("codec changes the policy", **{mismatch.LOGPROB_KL: kl})
-
-    def _judge_engine(self, metrics: dict[str, float]) -> None:
-        """Once, at the first measurement: does the engine compute what a plain forward does?"""
-        kl = self.engine_gate.judge(metrics.get(mismatch.DENSE_K3))
-        if kl is not None:
-            self.progress.event("engine differs from the model", **{mismatch.DENSE_K3: kl})
-
-    def _judge_share(self) -> None:
-        """Once, before the first tick: does a cap keep the merger from the share that it is set to?"""
-        capped = capped_share(self.config.anchor, self.config.merger)
-        if capped is not None:
-            self.progress.event("share of the correction is capped", **capped)
 
     def _diagnose(self, mini: MiniFrame, outcome: MergeOutcome) -> dict[str, float]:
         """What this tick's correction was worth. The swarm waits for it; it is not part of `timing_s/tick`."""

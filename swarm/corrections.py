@@ -17,6 +17,8 @@ from anchor_service.config import correction_payload
 from anchor_service.errors import Hung, described
 from anchor_service.lag import Due
 from anchor_service.line import Fire, FireLine, NoFires
+from anchor_service.messages import NORM, VOID
+from anchor_service.norms import NormHistory
 from merger import merger_class
 from rl.model_files import parameter_count
 from swarm import checkpoint
@@ -28,6 +30,7 @@ from swarm.fleet import Fleet
 from swarm.messages import MergeOutcome
 from swarm.pace import FIRE
 from swarm.progress import Progress
+from swarm.refusal import fault_of
 from swarm.replay_choice import FRAME, MiniFrame, make_choice
 from swarm.run_config import RunConfig
 
@@ -58,6 +61,7 @@ class Corrections:
         self.faults = AnchorFaults(config, fleet, progress, line, clock, self.choice, engines, policy)
         self.whole_frames = config.snapshot.encoding == "full"
         self.sources = Sources(config.diagnostics.every, clock)
+        self.norms = NormHistory(config.anchor.norm_bound)
         self.fires = self.version = self.merged = 0
         self.merged_m_bar: object = None  # of the correction that is held: older than the last if that was refused
         self._expired = False
@@ -154,8 +158,11 @@ class Corrections:
         for fire in self.line.arrived():
             if self.faults.failure(fire):  # since a moment ago: the next tick will see to it
                 continue
+            report = self.line.report(fire)  # raises what else it failed with
+            if reason := fault_of(fire.due, report, self.norms, self.swarm.on_nan):
+                self.faults.refuse(fire, reason)
+                break  # those behind it are published again, after another M̄
             self.clock.finished(fire.due.version)
-            self.line.report(fire)  # raises what else it failed with
             self.choice.release(fire.due.version)
             self.line.deliver(fire, self.fleet.workers, self._whole)
         for failure in self.line.check_deliveries():
@@ -180,7 +187,7 @@ class Corrections:
         for fire in self.line.settled(newest) if newest > self.merged else []:
             self._settle(fire, outcome)
         if outcome.refused is not None:
-            self.progress.event("correction refused", version=outcome.refused)
+            self.progress.event("correction refused", version=outcome.refused, reason=outcome.reason)
         self.sources.settle(outcome)
         if outcome.expired and not self._expired:
             self.progress.event("correction dropped at max_age", version=outcome.version)
@@ -188,7 +195,8 @@ class Corrections:
 
     def _settle(self, fire: Fire, outcome: MergeOutcome) -> None:
         """Of a correction whose head was enough, the head alone was sent."""
-        progress, report = self.progress, self.line.report(fire)
+        progress = self.progress
+        report = {name: value for name, value in self.line.report(fire).items() if name not in (NORM, VOID)}
         merged_now = fire.due.version == outcome.version
         self.fires += 1
         self.merged, self.faults.m_bar = outcome.newest, fire.m_bar
@@ -209,7 +217,8 @@ class Corrections:
 
     def save(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """What a checkpoint keeps: plain numbers, and frames. Waits for fires under way, in lockstep."""
-        counters = {"fires": self.fires, "version": self.version, "merged": self.merged}
+        counters: dict[str, Any] = {"fires": self.fires, "version": self.version, "merged": self.merged}
+        counters["norms"] = list(self.norms.taken)
         calls: dict[str, object] = {}
         fires = self._unmerged()
         if self.clock.waits and fires:
@@ -223,7 +232,9 @@ class Corrections:
         found = gather(calls.items(), "what a checkpoint keeps of the anchor", *self.fleet.anchor_limit)
         frames = dict(zip(calls, found, strict=True))
         pending = [{"due": asdict(fire.due), "report": frames.pop(_report(fire.due))} for fire in fires]
-        if m_bar is not None:
+        if frames.get("m_bar") is None:  # no M so far was finite
+            frames.pop("m_bar", None)
+        else:
             frames["m_bar"] = frames["m_bar"].view(np.uint8)
         frames |= self.choice.save(set(self.line.under_way) - {fire.due.version for fire in fires})
         return counters | {"pending": pending}, frames
@@ -238,6 +249,7 @@ class Corrections:
     def restore(self, folder: Path, state: dict[str, Any]) -> None:
         """Go on from a checkpoint. Raises CheckpointError if it lacks a correction that will be due."""
         self.fires, self.version, self.merged = (state[name] for name in ("fires", "version", "merged"))
+        self.norms.taken.extend(state.get("norms", ()))
         m_bar = checkpoint.read_frame(folder, "m_bar")
         self.line.m_bar = None if m_bar is None else self.store(m_bar.view(np.float32))
         self.choice.restore(checkpoint.read_frame(folder, FRAME))

@@ -12,8 +12,11 @@ from codec.config import CodecConfig
 from merger import merger_class
 from merger.config import MergerConfig
 from merger.holds import Holds
+from rl import mismatch
 from rl.config import RolloutConfig
 from rl.mismatch import COMFORT
+from swarm.progress import Progress
+from swarm.run_config import RunConfig
 
 WARM = 2  # ticks after which a basis made of the run's own statistics has been in use
 
@@ -109,3 +112,32 @@ def capped_share(anchor: AnchorConfig, merger: MergerConfig) -> dict[str, Any] |
         f"(merger.cap / √τ, τ = {tau:.3g} ticks); lower merger.dose or anchor.cadence, or raise merger.cap"
     )
     return {"share": asked, "cap": cap, "tau": tau, "reason": reason}
+
+
+class RunGates:
+    """All of one run's. What deserves a warning is an event."""
+
+    def __init__(self, config: RunConfig, progress: Progress):
+        self.config, self.progress = config, progress
+        self._codec, self._engine = LaunchGate(config.codec), EngineGate(config.rollout)
+
+    def codec(self, metrics: dict[str, float]) -> None:
+        """Once, and early: does the codec leave the policy as it is? Stops the run above `codec.max_kl`."""
+        kl = metrics.get(mismatch.LOGPROB_KL)
+        if kl is not None and math.isnan(kl) and self.config.swarm.on_nan == "skip":
+            return  # of samples whose tick is skipped
+        kl = self._codec.judge(kl, self.progress.tick)
+        if kl is not None:
+            self.progress.event("codec changes the policy", **{mismatch.LOGPROB_KL: kl})
+
+    def engine(self, metrics: dict[str, float]) -> None:
+        """Once, at the first measurement: does the engine compute what a plain forward does?"""
+        kl = self._engine.judge(metrics.get(mismatch.DENSE_K3))
+        if kl is not None:
+            self.progress.event("engine differs from the model", **{mismatch.DENSE_K3: kl})
+
+    def share(self) -> None:
+        """Once, before the first tick: does a cap keep the merger from the share that it is set to?"""
+        capped = capped_share(self.config.anchor, self.config.merger)
+        if capped is not None:
+            self.progress.event("share of the correction is capped", **capped)

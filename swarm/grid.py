@@ -277,15 +277,15 @@ class Grid:
         self.ledger.add("control", 8 * (self.dp - 1), 0)
         return [int(t.item()) for t in found]
 
-    def min_world(self, value: int) -> int:
-        """The smallest of all ranks' numbers."""
+    def min_world(self, first: int, second: int) -> tuple[int, int]:
+        """The smallest of all ranks' numbers, of each of two."""
         if self.dp * self.pp == 1:
-            return value
-        tensor = torch.tensor([value], dtype=torch.int64, device=self.device)
+            return first, second
+        tensor = torch.tensor([first, second], dtype=torch.int32, device=self.device)
         with self._waiting("all ranks", "the agreement on a version", range(self.dp * self.pp)):
             dist.all_reduce(tensor, op=dist.ReduceOp.MIN)
-        self._count_ring("control", 8, self.dp * self.pp, dense_bytes=0)
-        return int(tensor.item())
+        self._count_ring("control", tensor.nbytes, self.dp * self.pp, dense_bytes=0)
+        return int(tensor[0].item()), int(tensor[1].item())
 
     def _count_ring(self, channel: str, nbytes: int, ranks: int, dense_bytes: float | None = None) -> None:
         share = 2 * (ranks - 1) / ranks

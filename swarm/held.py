@@ -1,8 +1,8 @@
 """The correction that a rank holds: adopted when all ranks have it, merged at a growing age, or stood in for.
 
 inbox ── agree: MIN of the versions held ──▶ adopt ──▶ merge, age 0 ─▶ merge, age 1 ─▶ … ─▶ the next version
-                                               │ └─ of a head: learn, and fetch the whole if it is wanted
-                                               └─ beyond max_lag: refused        └─ beyond max_age: left out
+  │                                            │ └─ of a head: learn, and fetch the whole if it is wanted
+  └─ of bad form or source on a rank ────────▶ └─ refused by all; or beyond max_lag  └─ beyond max_age: left out
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 
 from anchor_service.config import AnchorConfig, correction_payload
-from anchor_service.errors import ReplicaMismatch
+from anchor_service.errors import NotFinite, ReplicaMismatch
 from anchor_service.inbox import Inbox
 from anchor_service.messages import Correction
+from anchor_service.norms import NormHistory
 from anchor_service.ring import anchor_should_fire
+from codec.frames import FrameError
 from codec.state import prefixed, under
 from merger import make_merger
 from merger.config import MergerConfig
@@ -49,7 +51,9 @@ class Held:
         self.merging = bool(merger.placebo) or correction_payload(anchor, merger) is not None
         self.at = self._looks_at(weights, stride)
         self.sizes = {name: math.prod(shape) for name, shape in zip(weights.names, weights.shapes)}
-        self.inbox = Inbox()
+        self.inbox, self.norms = Inbox(), NormHistory(anchor.norm_bound)
+        self.skips = False  # whether a correction that is damaged is passed over, or ends the run
+        self.agreed = 1  # twice the version that all ranks hold, and 1 if all of them can use it
         self._begin()
 
     def _begin(self) -> None:
@@ -76,6 +80,65 @@ class Held:
     def looked(self) -> int | None:
         return None if self.at is None else self.at.numel()
 
+    # --- what comes, and what all ranks can use of it -------------------------------------------
+
+    def receive(self, version: int | None, fetch: Callable[[], Correction], waits: bool = True) -> None:
+        """Correction `version` into the inbox; or why it is none, where that does not end the run.
+
+        `waits`: in lockstep, where M is what this very anchor has always computed. Else it is measured by those before it.
+        """
+        try:
+            found = fetch()
+            if found.version != version:
+                raise FrameError("the anchor", "version", f"is {found.version}, {version} was to come")
+        except (FrameError, NotFinite) as error:
+            if version is None or not self.skips:
+                raise
+            self.inbox.refuse(version, str(error))
+            return
+        reason = ""
+        if not waits and found.values is not None and found.values.is_floating_point():
+            reason = self.norms.judge(found.values.norm().item())
+        self.inbox.refuse(found.version, reason) if reason else self.inbox.put(found)
+
+    def agree(self, plan: TickPlan, fine: bool = True) -> bool:
+        """Whether every rank is `fine`. On the way all agree on a version: a MIN, of numbers that are odd if it can be used."""
+        mine = self._usable(plan)
+        if self.skips or (self.merging and self.placebo is None):
+            all_fine, self.agreed = self.grid.min_world(int(fine), mine)
+            return bool(all_fine)
+        return fine
+
+    def _usable(self, plan: TickPlan) -> int:
+        """Of the newest version held; the oldest that must not be merged comes before it, so that all pass it over."""
+        waiting = self.inbox.waiting()
+        for version, correction in waiting.items():
+            if version > self.seen and (reason := self._fault(correction, plan)):
+                self.inbox.refuse(version, reason)
+                return 2 * version
+        return 2 * max(self.seen, *waiting, 0) + 1
+
+    def _fault(self, correction: Correction | str, plan: TickPlan) -> str:
+        """Why it must not be merged, by its source; "" if it may be."""
+        if isinstance(correction, str):
+            return correction
+        source, oldest = correction.source_tick, self.correction.source_tick if self.correction else 0
+        if oldest <= source < plan.tick:
+            return ""
+        reason = f"is {source}, of a correction that tick {plan.tick} merges after that of source {oldest}"
+        error = FrameError("the anchor", "source_tick", reason)
+        if not self.skips:
+            raise error
+        return str(error)
+
+    # --- a tick -----------------------------------------------------------------------------------
+
+    def skip(self, plan: TickPlan) -> MergeOutcome:
+        """Instead of `merge`, in a tick without a gradient: what has come is taken over and ages."""
+        if not self.merging or self.placebo is not None:
+            return MergeOutcome()
+        return self._standing(plan, self._adopt(plan))
+
     def merge(self, plan: TickPlan, g_comp: Tensor, norm: Callable[[Tensor], float]) -> MergeOutcome:
         """Merge the version that every rank holds, in place of the gradient [n]. All ranks decide alike."""
         if not self.merging:
@@ -86,15 +149,11 @@ class Held:
         if self.at is not None:
             held = None if self.correction is None else self.correction.look_bar
             self.merger.watch(g_comp[self.at], plan.tick - 1 if starts else None, held)
-        refused = self._adopt(plan) if self.placebo is None else self._stand_in(self.placebo, plan, g_comp, starts)
-        held, since = self.correction, self.merger.holds.since
-        if held is None or since is None:
-            return MergeOutcome(refused=refused)
-        age, lag = plan.tick - since, plan.tick - held.source_tick
-        outcome = MergeOutcome(held.version, held.source_tick, lag, age, held.values is not None, refused=refused)
-        if self.anchor.max_age is not None and age > self.anchor.max_age:
-            return replace(outcome, expired=True)
-        agree, flips = self._apply(g_comp, held, age, norm)
+        reason = self._adopt(plan) if self.placebo is None else self._stand_in(self.placebo, plan, g_comp, starts)
+        held, outcome = self.correction, self._standing(plan, reason)
+        if held is None or outcome.expired:
+            return outcome
+        agree, flips = self._apply(g_comp, held, outcome.age, norm)
         outcome = replace(outcome, merged=True, dose=self.merger.dose, merger=self.merger.metrics())
         return replace(outcome, sign_agreement=agree, flip_fraction=flips)
 
@@ -111,6 +170,15 @@ class Held:
         agree, flips = self._in_place(g_comp, held.values)
         return agree / g_comp.numel(), flips / g_comp.numel()
 
+    def _standing(self, plan: TickPlan, reason: str) -> MergeOutcome:
+        """What is held, if anything, and `reason`, if any, why the version that came was refused."""
+        held, since, outcome = self.correction, self.merger.holds.since, MergeOutcome()
+        if held is not None and since is not None:
+            age, lag = plan.tick - since, plan.tick - held.source_tick
+            outcome = MergeOutcome(held.version, held.source_tick, lag, age, held.values is not None)
+            outcome = replace(outcome, expired=self.anchor.max_age is not None and age > self.anchor.max_age)
+        return replace(outcome, refused=self.seen if reason else None, reason=reason)
+
     def _in_place(self, g_comp: Tensor, correction: Tensor) -> tuple[int, int]:
         """One sweep over the gradient: merge, and count agreeing and flipped signs, while a block is in the cache."""
         agree, flips = g_comp.new_zeros((), dtype=torch.int64), g_comp.new_zeros((), dtype=torch.int64)
@@ -122,10 +190,10 @@ class Held:
             g.copy_(merged)
         return int(agree.item()), int(flips.item())
 
-    def _adopt(self, plan: TickPlan) -> int | None:
-        """Agree on the newest version that all ranks hold, and take it over; the version, if it comes too late."""
+    def _adopt(self, plan: TickPlan) -> str:
+        """Take over the newest version that all ranks hold; or why not, the same on all of them but in its wording."""
         mine = max(self.inbox.newest(), self.seen)
-        version = self.grid.min_world(mine)
+        version, usable = divmod(self.agreed, 2)
         if plan.version is not None and version != plan.version:
             held = f"{self.grid.name} holds {mine}, all ranks hold {version}"
             raise ReplicaMismatch(f"version {plan.version} is due but not held", plan.tick, version, [held])
@@ -133,16 +201,20 @@ class Held:
             held = f"{self.grid.name} has merged {self.seen}, all ranks hold {version}"
             raise ReplicaMismatch("a rank lost a version it had merged", plan.tick, version, [held])
         if version == self.seen:
-            return None
+            return ""
         held, self.seen = self.inbox.adopt(version), version
+        if isinstance(held, str) or not usable:
+            return held if isinstance(held, str) else "another rank has refused it"
         source = self.sources.get(held.source_tick)
         self.sources = {s: g for s, g in self.sources.items() if s > held.source_tick}
         max_lag = self.anchor.max_lag
         if max_lag is not None and plan.tick - held.source_tick > max_lag:
-            return version
+            return f"it is {plan.tick - held.source_tick} ticks late, beyond anchor.max_lag {max_lag}"
+        if self.merger.needs_source and source is None:  # the tick that started this fire keeps it
+            return f"tick {held.source_tick + 1}, which it starts from, was skipped"
         self._learn(held, plan)
         self.correction = self._wanted(held, source)
-        return None
+        return ""
 
     def _learn(self, correction: Correction, plan: TickPlan) -> None:
         """From this tick on it is merged, with what it has taught."""
@@ -174,18 +246,22 @@ class Held:
         anchor = self.anchor
         return anchor_should_fire(plan.tick - 1 + anchor.delay_k, anchor.cadence, anchor.delay_k)
 
-    def _stand_in(self, placebo: Placebo, plan: TickPlan, g_comp: Tensor, starts: bool) -> None:
+    def _stand_in(self, placebo: Placebo, plan: TickPlan, g_comp: Tensor, starts: bool) -> str:
         """Take over the placebo's correction in the ticks in which an anchor's would come."""
         anchor = self.anchor
         if starts:
             placebo.keep(plan.tick - 1, g_comp)
         if anchor_should_fire(plan.tick, anchor.cadence, anchor.delay_k):
             source = plan.tick - anchor.delay_k
+            fired = placebo.fire(source, g_comp)
+            if fired is None:
+                return ""
             self.seen += 1
-            signs, alone = placebo.fire(source, g_comp)
+            signs, alone = fired
             look, bar = (None, None) if self.at is None else (alone[self.at], signs[self.at])
             self.correction = Correction(self.seen, source, plan.tick, signs, self.config.placebo or "", look, bar)
             self._learn(self.correction, plan)
+        return ""
 
     def stand_in(self) -> dict[str, Tensor]:
         """What a diagnosis cannot get from an anchor, as there is none: the placebo's correction."""

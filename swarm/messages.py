@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from anchor_service.errors import NotFinite
+
 ENGINES_STREAM = "engines"  # of weights: whoever follows it gets the same frames
 Entries = dict[str, tuple[float, float]]  # channel -> bytes sent, and what a dense system would have sent
 
@@ -32,7 +34,8 @@ class MergeOutcome:
     whole: bool = False  # ranks hold all of it; else its head alone, as nothing of it would be merged
     merged: bool = False  # whether this tick merged it, with a dose of 0 too
     expired: bool = False  # it was not, being older than `anchor.max_age`
-    refused: int | None = None  # version that came in this tick, beyond `anchor.max_lag`
+    refused: int | None = None  # version that came in this tick and is not merged
+    reason: str = ""  # why: damaged, of a wrong source, or beyond `anchor.max_lag`
     dose: float = 0.0  # with which it was merged
     sign_agreement: float = 0.0  # share of coordinates in which its sign is that of G_comp; of a head those looked at
     flip_fraction: float = 0.0  # share of coordinates whose sign the merge has turned
@@ -76,6 +79,7 @@ class TickReport(Report):
     """worker -> coordinator: the same of a tick, with what it merged."""
 
     merge: MergeOutcome
+    skipped: NotFinite | None = None  # why all ranks left this tick out
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,15 @@
 
 The first of these that is not finite is named. The passes are done again for it, watched: the weights are still
 those of the tick, and a healthy tick pays nothing.
+
+With swarm.on_nan = "skip" the ranks look before any gradient is summed: weights, Adam, error feedback and what is held
+are untouched then, and the codecs go back to what they were before the tick.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, suppress
 from enum import IntEnum
 from typing import Any
@@ -22,11 +25,13 @@ from anchor_service.errors import NotFinite
 from rl.batch import Batch
 from rl.grpo import PG_LOSS
 from rl.objective import MicroBatch
+from swarm.messages import TickPlan, TickReport
 from swarm.pipeline import Loss
 from swarm.rank import MiniBatch, Rank
 
 Tensors = tuple[Tensor, ...] | Tensor
 POSITIONS = 1 << 12  # more than twice the layers of any model
+MOST_SKIPPED = 5  # ticks in a row: more than two steps of the presets, so it is not their samples
 
 
 class Kind(IntEnum):
@@ -38,9 +43,11 @@ class Kind(IntEnum):
     REFERENCE = 4
     FORWARD = 5
     OLD = 6
-    BACKWARD = 7
-    GRADIENT = 8
-    CORRECTION = 9
+    LOSS = 7
+    BACKWARD = 8
+    GRADIENT = 9
+    CORRECTION = 10
+    CODEC = 11
 
 
 RANGE = 'model.dtype = "float32" has the range for it, or the model itself is broken'
@@ -51,9 +58,11 @@ CLUES = {
     Kind.REFERENCE: "the log-probs of the reference policy",
     Kind.FORWARD: "the forward pass: {where}",
     Kind.OLD: "the log-probs from the start of the step",
+    Kind.LOSS: "the loss, all that it is made of being finite",
     Kind.BACKWARD: "the backward pass: {where}",
     Kind.GRADIENT: "the gradient of {where}, all that flows through the layers being finite",
     Kind.CORRECTION: "the anchor's correction",
+    Kind.CODEC: "what a codec was to encode",
 }
 FIXES = {
     Kind.WEIGHTS: "the checkpoint that was loaded holds them (model.path), or the tick before made them: lower grpo.lr",
@@ -62,23 +71,74 @@ FIXES = {
     Kind.REFERENCE: "look at the model; grpo.kl_loss_coef = 0 does without them",
     Kind.FORWARD: RANGE,
     Kind.OLD: RANGE,
+    Kind.LOSS: RANGE,
     Kind.BACKWARD: "lower grpo.lr if the run was well so far; " + RANGE,
     Kind.GRADIENT: "lower grpo.lr if the run was well so far; " + RANGE,
     Kind.CORRECTION: "look at the anchor: its weights, its device, anchor.beta_anc",
+    Kind.CODEC: "look at codec.kind and its rates",
 }
 
 
-def first_seen(rank: Rank, what: str, mini: MiniBatch, loss: Loss) -> NotFinite:
-    """The error to raise; every rank of the replica calls this. The gradient is lost by it."""
+def left_out(rank: Rank, plan: TickPlan, mini: MiniBatch, loss: Loss, sums: dict[str, float]) -> TickReport | None:
+    """The report of a tick that all ranks skip, as one of them has bad numbers; None if they go on."""
+    kind, what = _bad(rank, mini, sums) if rank.skips else (None, "")
+    if rank.held.agree(plan, kind is None):
+        return None
+    what = f"{what or 'something of another rank'} in tick {plan.tick}"
+    known = (
+        [] if kind in (None, Kind.GRADIENT) else [code(kind, 0)]
+    )  # of a gradient the layer is found, by another pass
+    error = first_seen(rank, what, mini, loss, known)
+    rank.rollback()
+    if rank.bases.due(plan.tick):  # that is not the tick's: the schedule of Q holds
+        rank.bases.refresh(plan.tick)
+    outcome = rank.held.skip(plan)
+    return TickReport({}, {"actor/skipped": 1.0}, rank.times(), rank.grid.ledger.drain(), outcome, error)
+
+
+def _bad(rank: Rank, mini: MiniBatch, sums: dict[str, float]) -> tuple[Kind | None, str]:
+    """Whether this rank's part of a tick is not finite, and in words what of it."""
+    if refused := rank.refusal() or mini.refused:
+        return Kind.CODEC, refused
+    if not math.isfinite(sums.get(PG_LOSS, 0.0)):
+        return Kind.LOSS, f"{PG_LOSS} is {sums[PG_LOSS]}"
+    if not all(micro.rollout_logprobs.isfinite().all() for micro in mini.micros):  # the anchor's loss is made of them
+        return Kind.ENGINE, "a log-prob of the engine is not finite"
+    largest = max(abs(edge.item()) for edge in rank.stage.weights.grad.aminmax())
+    return (None, "") if math.isfinite(largest) else (Kind.GRADIENT, f"the largest entry of the gradient is {largest}")
+
+
+class Skips:
+    """Ticks in a row that all ranks have skipped."""
+
+    in_a_row = 0
+
+    def judge(self, reports: Sequence[TickReport]) -> NotFinite | None:
+        """Why this tick was; None if it took its step. Raises it where they are MOST_SKIPPED in a row."""
+        errors = [report.skipped for report in reports if report.skipped is not None]
+        self.in_a_row = self.in_a_row + 1 if errors else 0
+        if not errors:
+            return None
+        error = next((error for error in errors if not error.secondhand), errors[0])
+        if self.in_a_row == MOST_SKIPPED:
+            error.add_note(
+                f"{MOST_SKIPPED} ticks in a row could not be used: nothing was trained since before the first"
+            )
+            raise error
+        return error
+
+
+def first_seen(rank: Rank, what: str, mini: MiniBatch, loss: Loss, found: Sequence[int] = ()) -> NotFinite:
+    """The error to raise; every rank of the replica calls this. The gradient is lost by it. `found`: known already."""
     with torch.no_grad():
-        found = held(rank, mini.micros, mini.old_logprobs or [])
+        seen = [*found, *held(rank, mini.micros, mini.old_logprobs or [])]
     watch = Watch(rank)
     rank.stage.weights.grad.zero_()
     with suppress(Exception), watch:  # a codec may refuse what it is to encode: what was seen until then counts
         rank.pipeline.train(mini.micros, loss)
-    found += watch.found
-    found += [code(Kind.GRADIENT, layer) for layer in bad_layers(rank, rank.stage.weights.grad)]
-    first = _first_of_replica(rank, found)
+    seen += watch.found
+    seen += [code(Kind.GRADIENT, layer) for layer in bad_layers(rank, rank.stage.weights.grad)]
+    first = _first_of_replica(rank, seen)
     if first is None:
         return _elsewhere(rank, what)
     return _named(rank, what, first)

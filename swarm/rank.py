@@ -58,6 +58,7 @@ class MiniBatch:
     micros: list[MicroBatch]
     old_logprobs: list[Tensor] | None  # one a microbatch, on the last stage; None: those of the tick itself
     denominator: int  # response tokens of the global mini-batch
+    refused: str = ""  # why a codec would not encode what was to become its old log-probs
 
 
 class Rank:
@@ -71,6 +72,9 @@ class Rank:
         self.held = Held(setup.anchor, setup.merger, setup.seed, stage.weights, grid, setup.stride)
         self.seal = Seal(grid)
         self.optimizer = _optimizer(setup.grpo, stage)
+        self.skips = self.held.skips = setup.swarm.on_nan == "skip"
+        for boundary in cuts.values():
+            boundary.lenient = self.skips
         self.kept: dict[str, np.ndarray] = {}  # of a tick that is diagnosed, until `Worker.record` takes it away
         self.timing: dict[str, float] = defaultdict(float)
         self.phase: tuple[str, float] | None = None  # of the tick, and when it began, on the monotonic clock
@@ -95,6 +99,11 @@ class Rank:
         finally:
             self.phase = None
         self.timing[f"timing_s/{phase}"] += time.perf_counter() - start
+
+    def times(self) -> dict[str, float]:
+        """Seconds by phase since this was last asked."""
+        found, self.timing = dict(self.timing), defaultdict(float)
+        return found
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors, and plain fields: all that the next tick depends on."""
@@ -134,21 +143,29 @@ class Rank:
         self.reducer.restore(under("reducer", tensors))
         self.held.restore(tensors, fields)
 
-    # --- a tick that breaks off ---------------------------------------------------------------
+    # --- a tick that breaks off, or is skipped -------------------------------------------------
 
     def mark(self) -> None:
         """Remember what a tick changes before its optimizer does: up to there it can be taken back."""
         tensors, fields = self._exchanged()
-        # a correction is never written to
-        kept = {k: v if k.startswith(("correction", "source.")) else v.clone() for k, v in tensors.items()}
-        self._mark = kept, deepcopy(fields), self.held.inbox.held()
+        self._mark = _copied(tensors), deepcopy(fields), self.held.inbox.waiting()
 
     def rollback(self) -> None:
-        """Back to the mark, from wherever the tick broke off before its optimizer."""
+        """Back to the mark, from wherever the tick broke off before its optimizer; again and again, if need be."""
         tensors, fields, inbox = self._mark
-        self._restore_exchanged(tensors, fields)
+        self._restore_exchanged(_copied(tensors), deepcopy(fields))
         self.held.inbox.put_back(inbox)
+        self.refusal()
         self.seal.digest, self.kept = None, {}
+
+    def refusal(self) -> str:
+        """What a codec would not encode since this was last asked; "" if there is nothing."""
+        said = [boundary.refused for boundary in self.cuts.values() if boundary.refused]
+        for boundary in self.cuts.values():
+            boundary.refused = ""
+        return said[0] if said else ""
+
+    # --- a grid that is another ----------------------------------------------------------------
 
     def has_own(self, tick: int) -> bool:
         """Whether `tick` needs what no other replica holds: debts to the sum of gradients, statistics not summed yet."""
@@ -165,6 +182,11 @@ class Rank:
             self.reducer.join()
             if owed and self.reducer.state():
                 self.reducer.restore(owed)
+
+
+def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of what a tick writes to: it never writes to a correction, nor to what `delta` keeps of a source."""
+    return {k: v if k.startswith(("correction", "source.")) else v.clone() for k, v in tensors.items()}
 
 
 def build_rank(setup: RankSetup, grid: Grid) -> Rank:

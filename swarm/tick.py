@@ -3,9 +3,9 @@
     coordinator ── plan ──▶ rank (d, p)                                       anchor
                             │ refresh Q if due      V summed over d, orth once, sent up the pipeline
                             │ forward / backward    Y ─▶ next stage, dY ◀─ next stage
-                            │ G_comp                summed over d (waits for the slowest replica), and over tied copies
                             │ correction            waits only in the tick that first merges it ◀── M̄
-                            │ agree                 MIN of the versions held, over all ranks
+                            │ agree                 MIN of the versions held, over all ranks; and are all numbers finite?
+                            │ G_comp                summed over d (waits for the slowest replica), and over tied copies
                             │ G = merge(G_comp, correction, age)
                             │ clip (norm over p), Adam
                             └ compare digests       over d
@@ -17,7 +17,6 @@ wait ends at `swarm.timeout_s` or `anchor.timeout_s` with an error that names wh
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Callable
 
 from torch import Tensor
@@ -27,7 +26,7 @@ from rl import mismatch
 from rl.grpo import LossTerms
 from rl.objective import MicroBatch, loss_terms
 from swarm.messages import TickPlan, TickReport
-from swarm.nonfinite import first_seen
+from swarm.nonfinite import first_seen, left_out
 from swarm.pipeline import Loss
 from swarm.rank import MiniBatch, Rank
 
@@ -36,7 +35,7 @@ def tick(rank: Rank, plan: TickPlan, mini: MiniBatch, fetch: Callable[[object], 
     """θ_{T-1} -> θ_T. `fetch` resolves the plan's references to a correction."""
     weights, every = rank.stage.weights, rank.setup.swarm.check_every
     rank.seal.check(plan, weights.master)
-    if not rank.grid.alone:
+    if rank.skips or not rank.grid.alone:
         rank.mark()
     with rank.timed("q_refresh"):
         values = rank.bases.refresh(plan.tick)
@@ -45,13 +44,16 @@ def tick(rank: Rank, plan: TickPlan, mini: MiniBatch, fetch: Callable[[object], 
         weights.grad.zero_()
         sums = rank.pipeline.train(mini.micros, loss)
     values |= rank.bases.close()
+    if plan.correction is not None:
+        with rank.timed("anchor_wait"):
+            rank.held.receive(plan.version, lambda: fetch(plan.correction))
+    skipped = left_out(rank, plan, mini, loss, sums)
+    if skipped is not None:
+        return skipped
     with rank.timed("reduce"):
         rank.reducer(weights.grad)
     if plan.record:
         rank.keep(before=weights.master, g_comp=weights.grad)
-    if plan.correction is not None:
-        with rank.timed("anchor_wait"):
-            rank.held.inbox.put(fetch(plan.correction))
     with rank.timed("merge"):
         outcome = rank.held.merge(plan, weights.grad, rank.norm)
         if plan.record and outcome.merged:
@@ -64,8 +66,7 @@ def tick(rank: Rank, plan: TickPlan, mini: MiniBatch, fetch: Callable[[object], 
     if every and plan.tick % every == 0:
         with rank.timed("check"):
             rank.seal.compare(plan, weights.master)
-    timing, rank.timing = dict(rank.timing), defaultdict(float)
-    return TickReport(sums, values, timing, rank.grid.ledger.drain(), outcome)
+    return TickReport(sums, values, rank.times(), rank.grid.ledger.drain(), outcome)
 
 
 def _loss(rank: Rank, plan: TickPlan, mini: MiniBatch) -> Loss:

@@ -135,7 +135,7 @@ class Worker:
                     if known and again
                     else self._old_logprobs(index, micros, refreshed)
                 )
-                self.minis.append(MiniBatch(micros, old, denominator))
+                self.minis.append(MiniBatch(micros, old, denominator, rank.refusal()))
         peaks = {"timing_s/old_log_prob": time.perf_counter() - start, "perf/max_memory_gb": peak_memory_gb(device)}
         sums = {} if self.minis[0].old_logprobs is None else self._take_compared()
         own = rank.setup.grpo.old_logprobs != "rollout"  # else they are among the samples
@@ -168,7 +168,8 @@ class Worker:
         self.marked = plan.tick
         with self._in_company(), explained(self.rank, mini.micros):
             report = tick(self.rank, plan, mini, partial(self._due_correction, f"anchor {plan.anchor}"))
-        for name, value in self._take_compared().items():
+        compared = self._take_compared()
+        for name, value in compared.items() if report.skipped is None else ():
             report.sums[name] = report.sums.get(name, 0.0) + value
         self.done, self.report = plan.tick, report
         return report
@@ -212,10 +213,10 @@ class Worker:
         self.marked = self.done = done
         return frame.nbytes
 
-    def deliver(self, references: list[object], whole: bool) -> None:
+    def deliver(self, version: int, references: list[object], whole: bool) -> None:
         """Fetch a correction, or the head of it, into the inbox, beside whatever tick is running; its rank merges it when
         all hold it."""
-        self.rank.held.inbox.put(self._fetch_correction(references, whole))
+        self.rank.held.receive(version, lambda: self._fetch_correction(references, whole), waits=False)
 
     def _due_correction(self, anchor: str, reference: object) -> Correction:
         """`tick` waits for it."""

@@ -16,6 +16,7 @@ from deploy.estimate.batches import Sizes, answers, dealt, replay_bytes
 from deploy.estimate.delta_size import Course, Walk, walk
 from deploy.estimate.parameters import Group, Params, copy_groups, parameters, stage_parameters
 from deploy.estimate.workload import (
+    agreed_on,
     engine_nodes,
     evenly,
     expected_fires,
@@ -238,7 +239,7 @@ def _control_bytes(config: RunConfig, params: Params, ticks: int, fires: float) 
     asked = merger.norms * merging_share(config, ticks) + merger.learns * fires
     norms = 2 * 8 * wires * (1 + asked)  # of the gradient, to clip it; of what the merger asks for
     digests = 8 * (swarm.dp - 1) * ranks * (ticks // swarm.check_every) / ticks if swarm.check_every else 0
-    agreements = 2 * 8 * (ranks - 1) if correction_payload(config.anchor, config.merger) else 0
+    agreements = 2 * 8 * (ranks - 1) if agreed_on(config) else 0
     m_bar = FP32 * params.total * fires if config.anchor.workers > 1 else 0
     either = headers + norms
     sizes = _payload_sizes(config, params)

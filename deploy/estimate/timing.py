@@ -12,12 +12,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from anchor_service.config import correction_payload
 from codec.costs import FP32, CodecCost, GradientCost, gradient_cost
 from deploy.estimate.batches import answers, dealt, replay_bytes
 from deploy.estimate.bytes import correction_bytes, cost_of_codec, snapshot_bytes
 from deploy.estimate.parameters import check_fits, copy_groups, own_shapes, parameters, stage_parameters
 from deploy.estimate.workload import (
+    agreed_on,
     engine_nodes,
     microbatch_count,
     prompt_tokens,
@@ -190,7 +190,7 @@ class Durations:
             tied = 2 * (copies - 1) * (cost.sent / copies / self.swarm_rate * slowest + cost.sums * self.latency)
             before = max(before, max(reduced[0], reduced[-1]) + tied)
         before += self._refresh() if refresh and self.codec.ways else 0.0
-        agreed = self._tree(self.dp * self.pp) if correction_payload(self.config.anchor, self.config.merger) else 0.0
+        agreed = self._tree(self.dp * self.pp) if agreed_on(self.config) else 0.0
         after = agreed + self._tree(self.pp) + self._tree(self.dp)  # version, norm, digests
         return Work(float(before), after, self.bare_tick)
 

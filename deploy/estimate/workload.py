@@ -10,6 +10,11 @@ from codec.schedule import q_should_refresh
 from swarm.run_config import RunConfig
 
 
+def agreed_on(config: RunConfig) -> bool:
+    """Whether all ranks speak once before they sum: of corrections that they hold, and of numbers that are not finite."""
+    return config.swarm.on_nan == "skip" or correction_payload(config.anchor, config.merger) is not None
+
+
 def samples_per_tick(config: RunConfig) -> int:
     return config.grpo.ppo_mini_batch_size * config.grpo.group_size
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -43,11 +43,11 @@ def make_rank(
     dtype: str = "float32",
     checkpointing: bool = False,
     on: str = "cpu",
+    on_nan: Literal["stop", "skip"] = "skip",
 ) -> Rank:
     grid = Grid(rank, dp, pp, torch.device(on), Ledger(), timeout_s, init)
-    swarm = SwarmConfig(
-        dp=dp, pp=pp, boundaries=list(boundaries), check_every=check_every, activation_checkpointing=checkpointing
-    )
+    layout: dict[str, Any] = {"dp": dp, "pp": pp, "boundaries": list(boundaries)}
+    swarm = SwarmConfig(**layout, check_every=check_every, activation_checkpointing=checkpointing, on_nan=on_nan)
     setup = RankSetup(
         model=ModelConfig(path=str(folder), dtype=dtype),
         codec=codec or CodecConfig(kind="powersgd", rank=8),

@@ -28,7 +28,7 @@ def _merged_versions(rank: int, init: str, folder: Path) -> tuple[list[int], lis
         version = 0
         while not done.is_set():
             version += 1
-            state.held.inbox.put(Correction(version, version - 1, None, torch.ones(n, dtype=torch.int8), ""))
+            state.held.inbox.put(Correction(version, 0, None, torch.ones(n, dtype=torch.int8), ""))
             time.sleep(rng.expovariate(200))
 
     thread = threading.Thread(target=deliver)
@@ -36,12 +36,13 @@ def _merged_versions(rank: int, init: str, folder: Path) -> tuple[list[int], lis
     versions, ages = [], []
     for t in range(1, TICKS + 1):
         state.stage.weights.grad.fill_(float(t))
+        state.held.agree(TickPlan(t, 0, None, None))
         outcome = state.held.merge(TickPlan(t, 0, None, None), state.stage.weights.grad, state.norm)
         versions.append(outcome.version or 0)
         ages.append(outcome.age if outcome.merged else -1)
     done.set()
     thread.join()
-    state.grid.min_world(0)  # leave together
+    state.grid.min_world(0, 0)  # leave together
     return versions, ages
 
 
@@ -66,9 +67,9 @@ def test_a_rank_that_takes_what_it_holds_itself_would_be_caught(untied_model: Pa
         signs = torch.ones(state.stage.weights.numel, dtype=torch.int8)
         state.held.inbox.put(Correction(1, 0, None, signs, ""))
         if rank == 1:
-            state.held.inbox.put(Correction(2, 1, None, -signs, ""))
+            state.held.inbox.put(Correction(2, 0, None, -signs, ""))
             agree = state.grid.min_world
-            state.grid.min_world = lambda mine: max(agree(mine), mine)
+            state.grid.min_world = lambda fine, mine: (agree(fine, mine)[0], mine)
         try:
             tick(state, TickPlan(1, 0, None, None), mini_batch(state, make_batch()), lambda c: c)
         except ReplicaMismatch as error:

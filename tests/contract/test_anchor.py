@@ -49,6 +49,7 @@ def _run(
         if t in arrivals:
             state.held.inbox.put(Correction(*arrivals[t], None, torch.full((n,), -1, dtype=torch.int8), ""))
         state.stage.weights.grad.fill_(1.0)
+        state.held.agree(TickPlan(t, 0, None, None))
         outcome = state.held.merge(TickPlan(t, 0, None, None), state.stage.weights.grad, state.norm)
         found.append((outcome, state.stage.weights.grad[0].item()))
     return found
@@ -86,7 +87,9 @@ def test_of_a_head_the_rest_is_fetched_only_when_the_merger_gives_it_a_share(unt
             state.held.inbox.put(head)
         g = torch.randn(n, generator=generator)
         merged = g.clone()
-        outcome = state.held.merge(TickPlan(t, 0, None, None, keep_source=t in (2, 4, 6)), merged, state.norm)
+        plan = TickPlan(t, 0, None, None, keep_source=t in (2, 4, 6))
+        state.held.agree(plan)
+        outcome = state.held.merge(plan, merged, state.norm)
         assert outcome.whole == (outcome.dose > 0) == (t in (5, 6)) and fetched == [2] * (t >= 5)
         expected = g + outcome.dose * (g.abs() * bars[1] - g) if outcome.whole else g
         torch.testing.assert_close(merged, expected, rtol=1e-6, atol=1e-7)

@@ -181,7 +181,7 @@ def test_errors_survive_pickling():
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run(untied_model: Path):
-    state = make_rank(untied_model)
+    state = make_rank(untied_model, on_nan="stop")
     batch = make_batch()
     batch.advantages[0] = float("inf")
     with pytest.raises(FloatingPointError, match=r"gradient norm of tick 1 is (nan|inf)"):

@@ -84,7 +84,7 @@ PLACES: dict[Callable[[Rank, Batch], None], tuple[str, str]] = {
 
 @pytest.mark.parametrize("fault", PLACES, ids=lambda fault: fault.__name__)
 def test_the_first_place_is_named_with_its_knob(untied_model: Path, fault: Callable[[Rank, Batch], None]):
-    state, batch = make_rank(untied_model), make_batch()
+    state, batch = make_rank(untied_model, on_nan="stop"), make_batch()
     fault(state, batch)
     error = say(state, batch)
     first, knob = PLACES[fault]
@@ -97,14 +97,14 @@ def test_the_first_place_is_named_with_its_knob(untied_model: Path, fault: Calla
 
 def test_a_correction_and_a_merge_that_bring_it_are_named(untied_model: Path):
     merger = MergerConfig(kind="delta")
-    state = make_rank(untied_model, merger=merger, anchor=AnchorConfig(payload="dense"))
+    state = make_rank(untied_model, on_nan="stop", merger=merger, anchor=AnchorConfig(payload="dense"))
     state.held.sources[0] = torch.zeros(state.stage.weights.numel)
     values = torch.zeros(state.stage.weights.numel)
     values[7] = NAN
     error = say(state, make_batch(), Correction(1, 0, None, values, ""))
     assert error.first == "the anchor's correction" and "anchor" in error.fix
 
-    state = make_rank(untied_model, merger=merger, anchor=AnchorConfig(payload="dense"))
+    state = make_rank(untied_model, on_nan="stop", merger=merger, anchor=AnchorConfig(payload="dense"))
     state.held.sources[0] = torch.zeros(state.stage.weights.numel)
     state.held.merger.apply = lambda g, c: g * NAN
     error = say(state, make_batch(), Correction(1, 0, None, torch.zeros(state.stage.weights.numel), ""))
@@ -112,7 +112,7 @@ def test_a_correction_and_a_merge_that_bring_it_are_named(untied_model: Path):
 
 
 def _in_a_grid(rank: int, init: str, folder: Path, fault: str) -> tuple[str, bool]:
-    state = make_rank(folder, rank, dp=2, pp=2, init=init, timeout_s=20)
+    state = make_rank(folder, rank, dp=2, pp=2, init=init, timeout_s=20, on_nan="stop")
     batch = make_batch()
     if fault == "stage" and rank % 2 == 1:
         state.stage.layers[0].register_forward_hook(lambda m, given, made: made * NAN)
@@ -134,14 +134,14 @@ def test_a_replica_without_the_sample_that_brought_it_leaves_the_word_to_the_oth
 
 def test_a_codec_that_refuses_what_is_not_finite_has_its_cause_named(untied_model: Path):
     codec = CodecConfig(kind="transform", total_rate=0.3)
-    state, batch = make_rank(untied_model, codec=codec), make_batch()
+    state, batch = make_rank(untied_model, codec=codec, on_nan="stop"), make_batch()
     break_weights(state, batch)
     state.stage.weights.master[5] = NAN  # below the boundary too
     mini = mini_batch(state, batch)
     with pytest.raises(NotFinite, match=r"hold a NaN.*First seen in the weights of the embedding.*model\.path"):
         with explained(state, mini.micros):
             tick(state, TickPlan(1, 0, None, 0), mini, lambda c: c)
-    state, batch = make_rank(untied_model, codec=codec), make_batch()
+    state, batch = make_rank(untied_model, codec=codec, on_nan="stop"), make_batch()
     break_a_layer(state, batch)
     mini = mini_batch(state, batch)
     with pytest.raises(ValueError, match="hold a NaN") as caught:

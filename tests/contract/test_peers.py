@@ -155,7 +155,7 @@ def _our_round(rank: int, init: str) -> np.ndarray:
         flat = _matrix(rank, i).flatten()
         reduce(flat)
         found.append(flat.view(24, 18).numpy().copy())
-    grid.min_world(0)  # leave together
+    grid.min_world(0, 0)  # leave together
     return np.stack(found)
 
 

@@ -31,7 +31,7 @@ class BrokenOff(RuntimeError):
 def _break_off(rank: Rank, t: int) -> None:
     """Tick `t` up to its optimizer, with a correction that comes in it."""
     comes = not rank.held.placebo and not rank.held.merger.needs_source and rank.held.seen == 0
-    plan = TickPlan(t, 0, _correction(rank, 1, 0) if comes else None, None, keep_source=True)
+    plan = TickPlan(t, 0, _correction(rank, 1, 0) if comes else None, 1 if comes else None, keep_source=True)
     step = rank.optimizer.step
 
     def broken() -> None:
@@ -195,6 +195,7 @@ def test_corrections_come_back_with_the_tick(untied_model: Path):
     rank = make_rank(untied_model, merger=MergerConfig())
     rank.held.inbox.put(Correction(1, 0, None, torch.ones(rank.stage.weights.numel, dtype=torch.int8), ""))
     rank.mark()
+    rank.held.agree(TickPlan(1, 0, None, None))
     rank.held.merge(TickPlan(1, 0, None, None), rank.stage.weights.grad, rank.norm)
     assert rank.held.seen == 1 and rank.held.inbox.newest() == 0
     rank.rollback()

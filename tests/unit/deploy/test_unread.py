@@ -62,6 +62,7 @@ UNREAD = {  # a setting that does nothing: what was chosen beside it, and what r
     "anchor.device=cuda": (NO_ANCHOR, "anchor.enabled false", "or diagnostics.every=7"),
     "anchor.micro_batch_size=4": (NO_ANCHOR, "anchor.enabled false", "or diagnostics.every=7"),
     "anchor.slowdown=2.0": (NO_ANCHOR, "anchor.enabled false", "set anchor.enabled=true"),
+    "anchor.norm_bound=5.0": ("", "anchor.clock 'lockstep'", "set anchor.clock=wall"),
     "anchor.timeout_s=9.0": (NO_ANCHOR, "anchor.enabled false", "or diagnostics.every=7"),
     "snapshot.rate=0.05": ("snapshot.encoding=full", "snapshot.encoding 'full'", "set snapshot.encoding=delta"),
     "task.reward_timeout_s=3.0": ("", "task.reward", "set task.reward=MODULE:FUNCTION"),
@@ -79,7 +80,7 @@ rollout.engine rollout.replicas rollout.temperature rollout.batch_size rollout.v
 rollout.device rollout.resource rollout.placement rollout.mismatch_every rollout.max_mismatch_kl rollout.max_staleness
 snapshot.dtype snapshot.encoding
 swarm.dp swarm.pp swarm.boundaries swarm.device swarm.placement swarm.resource swarm.micro_batch_size
-swarm.activation_checkpointing swarm.threads swarm.check_every swarm.timeout_s swarm.start_timeout_s
+swarm.activation_checkpointing swarm.threads swarm.check_every swarm.on_nan swarm.timeout_s swarm.start_timeout_s
 faults.budget faults.a_tick faults.spare_s faults.grace_s
 codec.max_kl anchor.enabled anchor.resource merger.kind merger.placebo val.every val.size diagnostics.every
 links.swarm_mbit links.swarm_latency_ms links.anchor_mbit links.anchor_latency_ms links.jitter links.worker_tokens_s

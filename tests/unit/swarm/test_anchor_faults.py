@@ -17,6 +17,7 @@ from anchor_service import line as anchor_line
 from anchor_service.clock import make_clock
 from anchor_service.errors import ActorLost, WaitTimeout
 from anchor_service.line import FireLine
+from anchor_service.messages import NORM
 from deploy.config import load
 from rl.snapshot import BaseLost
 from swarm import anchor_faults
@@ -109,7 +110,10 @@ class Lazy:
             self._follow(job.source_tick, job.snapshot[0])
         if self.held != job.source_tick:
             raise BaseLost(0, job.source_tick, self.held)
-        return [{"version": job.version}, f"M(θ{self.held}, {job.replay[0]})"]
+        return [
+            {"version": job.version, "source_tick": job.source_tick, NORM: 1.0},
+            f"M(θ{self.held}, {job.replay[0]})",
+        ]
 
     def _publish(self, report: dict[str, Any], m: str, m_bar: Word | None) -> list[Any]:
         new = (*(m_bar or ()), m)
@@ -197,7 +201,7 @@ class Run:
         base, self.tick_of[stream] = self.tick_of.get(stream, 0), tick
         return [(whole or full, base, tick)], 10
 
-    def _deliver(self, reference: list[Ref], whole: bool) -> Ref:
+    def _deliver(self, version: int, reference: list[Ref], whole: bool) -> Ref:
         self.delivered.append(reference[0].value())
         return reference[0]
 

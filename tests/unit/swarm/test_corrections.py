@@ -10,8 +10,8 @@ from anchor_service.clock import Lockstep
 from anchor_service.lag import Due
 from anchor_service.line import Fire, FireLine
 from deploy.config import load
-from swarm.config import FaultsConfig
 from swarm.corrections import Corrections
+from swarm.engine_line import EngineLine
 from swarm.failure_policy import FailurePolicy
 from swarm.fleet import Fleet
 from swarm.messages import MergeOutcome
@@ -62,10 +62,10 @@ def settled(parts: int, outcome: MergeOutcome, delivered_whole: int | None = Non
         line.add(Fire(Due(version, version, None), 0, None, None, [], True, whole=version == delivered_whole))
     progress = Progress(cast("Telemetry", fires))
     progress.tick = 7
-    fleet, policy = cast("Fleet", Nodes()), FailurePolicy(FaultsConfig())
-    corrections = Corrections(
-        load("k5", ["swarm.pp=2"]), fleet, progress, line, Lockstep([]), id, cast("Any", None), policy
-    )
+    fleet = cast("Fleet", Nodes())
+    config, engines = load("k5", ["swarm.pp=2"]), cast("EngineLine", None)
+    policy = FailurePolicy(config.faults)
+    corrections = Corrections(config, fleet, progress, line, Lockstep([]), id, engines, policy)
     corrections.log(outcome)
     return progress.ledger.sent["correction"], fires.written
 
