@@ -17,6 +17,7 @@ from rl.engine import Engine, Key, PlainModel, Samples
 from rl.rollout import ENGINES
 
 LENGTH = 400
+IMPORTED = [__name__, "vllm.entrypoints.llm"]  # ten seconds of a core, once for all engines of a test's process
 
 
 class EngineHere:
@@ -35,7 +36,8 @@ class EngineProcess:
     """Calls `function(engine, *args)` over there, for functions of a module."""
 
     def __init__(self, kind: str, folder: Path, dtype: str, **rollout: Any):
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(IMPORTED)
         self.pipe, other = context.Pipe()
         self.process = context.Process(target=_serve, args=(other, kind, folder, dtype, rollout), daemon=True)
         self.process.start()
