@@ -51,7 +51,8 @@ def test_where_the_lock_does_not_reach_the_heartbeat_does(
 
     def beat() -> None:
         while not over.wait(0.05):
-            (tmp_path / BEAT).write_text(json.dumps({"host": "node1", "pid": 7, "beat": time.time(), "at": 0}))
+            (tmp_path / "half").write_text(json.dumps({"host": "node1", "pid": 7, "beat": time.time(), "at": 0}))
+            (tmp_path / "half").rename(tmp_path / BEAT)
 
     other = threading.Thread(target=beat)
     other.start()
