@@ -89,9 +89,8 @@ class Regroup:
 
     def _standings(self, failure: Exception, fresh: set[int]) -> list[Standing | None]:
         """Of every rank; None: lost, and another has been started in its place."""
-        for rank in _named(failure, self.pp):
-            if rank not in fresh:
-                self._renew(rank, fresh)
+        for rank in _named(failure, self.pp):  # a newcomer too, if it failed on the way
+            self._renew(rank, fresh)
         ranks = [rank for rank in range(len(self.fleet.workers)) if rank not in fresh]
         calls = [(self.fleet.swarm.name_of(r), self.fleet.workers[r].standing.remote()) for r in ranks]
         said = dict(zip(ranks, replies(calls, "where it stands", *self.fleet.swarm_limit)))
