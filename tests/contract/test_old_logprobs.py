@@ -49,7 +49,7 @@ def _steps(rank: int, init: str, options: dict, size: int, passes: bool, old: st
         first = step * size + 1
         found = shares(minis, options["dp"], options["pp"])
         frame = [share.frame for share in found for _ in range(share.ranks)][rank]
-        told.append(("begin", worker.begin_step(first, frame)))
+        told.append(("begin", worker.begin_step(first, frame)[0]))
         forwards.append(told[-1][1].ledger.get("boundary_fwd", (0.0, 0.0))[0])
         for i in range(size):
             report = worker.tick(TickPlan(first + i, i, None, 0))

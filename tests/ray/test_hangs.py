@@ -30,7 +30,7 @@ def stop_before(tick: int, pid: int, coordinator: Coordinator) -> list[float]:
     ask, stopped = coordinator.fleet.ask_workers, list[float]()
 
     def ask_workers(method: str, *rest: Any, **more: Any) -> list[Any]:
-        if method == "tick" and coordinator.progress.tick == tick:
+        if method == "tick" and coordinator.progress.tick == tick and not stopped:
             os.kill(pid, signal.SIGSTOP)
             stopped.append(time.time())
         return ask(method, *rest, **more)
