@@ -31,7 +31,6 @@ __all__ = [
     "ActorHandle",
     "Alarm",
     "answered",
-    "answering",
     "done_of",
     "failure",
     "gather",
@@ -142,20 +141,6 @@ def done_of(references: list[object]) -> tuple[list[object], list[object]]:
     waiting = cast("list[ray.ObjectRef[Any]]", references)
     done, others = ray.wait(waiting, num_returns=len(waiting), timeout=0)
     return list(done), list(others)
-
-
-def answering(references: Sequence[object], seconds: float) -> list[bool]:
-    """Which of these calls deliver within `seconds`; waits for all of them, or that long."""
-    done, _ = ray.wait(cast("list[ray.ObjectRef[Any]]", list(references)), num_returns=len(references), timeout=seconds)
-    return [reference in done and _good(reference) for reference in references]
-
-
-def _good(reference: object) -> bool:
-    try:
-        ray.get(cast("ray.ObjectRef[Any]", reference))
-    except RayError:
-        return False
-    return True
 
 
 def take(reference: object, who: str, what: str) -> Any:

@@ -71,6 +71,8 @@ def _one(name: str, pp: int) -> list[tuple[Role, int | None]]:
     if other := _OTHER.fullmatch(name):
         role: Role = "engine" if other[1] == "engine" else "anchor" if other[1] == "anchor" else "diagnoser"
         return [(role, int(other[2]))]
+    if name.startswith("those who hold a copy"):  # of a gradient, by channel
+        return [("worker", None)]
     if asked := _DELIVERS.fullmatch(name):
         return [(role, None) for role in _ARGUMENTS.get(asked[1], ())]
     return [(role, None) for role in _SPOKEN.get(name, ())]

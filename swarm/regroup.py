@@ -8,7 +8,6 @@ Nothing is read from a disk. Where no other worker can be had in time, a replica
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from anchor_service.calls import ActorHandle, done_of, gather, replies
 from anchor_service.errors import ActorLost, WaitTimeout, described
 from anchor_service.line import FireLine
+from swarm.blame import blamed
 from swarm.failure_policy import Decision, Failure, FailurePolicy, Status
 from swarm.fleet import Fleet
 from swarm.grid import PeerLost
@@ -25,16 +25,6 @@ from swarm.reunion import Reunion, reunion
 from swarm.run_config import RunConfig
 from swarm.worker import Worker
 
-_NAME = re.compile(r"worker d(\d+)p(\d+)")
-# what `Grid` calls those for whom a rank waits where it cannot say which of them is late
-_SEVERAL = (
-    "another rank",
-    "the replicas of",
-    "the stages of",
-    "a neighbouring stage",
-    "all ranks",
-    "those who hold a copy",
-)
 Handle = ActorHandle[Worker]
 
 
@@ -66,15 +56,16 @@ class Regroup:
         """`failure` was met while `tick` was to be taken, or after it. Raises it if the run cannot go on from here."""
         start, fresh = time.monotonic(), set[int]()
         while True:
-            if not _of_workers(failure):
+            blames = blamed(failure, self.pp)
+            if any(blame.role != "worker" for blame in blames) or not (blames or isinstance(failure, PeerLost)):
                 raise failure
-            standings = self._standings(failure, fresh)
+            standings = self._standings({blame.index for blame in blames if blame.index is not None}, fresh)
             plan = reunion(standings, self.pp, tick)
             if plan is None or not (
                 (plan.exact and not self._loses_stream(fresh)) or self.config.anchor.clock == "wall"
             ):
                 raise failure  # in lockstep a run ends in the same bits whatever died: it goes back to its checkpoint
-            kind = Failure.HANG if isinstance(failure, WaitTimeout) else Failure.DEATH
+            kind = blames[0].failure if blames else Failure.DEATH
             if self.policy.decide(Status("worker", kind, tick)) is not Decision.REGROUP:
                 raise failure
             try:
@@ -85,11 +76,12 @@ class Regroup:
             break
         taken = [s.report for s in standings if s and s.done == tick and s.report] if plan.done == tick else []
         self._say(failure, plan, fresh, time.monotonic() - start)
-        return Met(plan.done, taken, sorted(r for r in fresh if r < len(self.fleet.workers)), dealt_anew)
+        return Met(plan.done, taken, sorted(fresh), dealt_anew)
 
-    def _standings(self, failure: Exception, fresh: set[int]) -> list[Standing | None]:
-        """Of every rank; None: lost, and another has been started in its place."""
-        for rank in _named(failure, self.pp):  # a newcomer too, if it failed on the way
+    def _standings(self, named: set[int], fresh: set[int]) -> list[Standing | None]:
+        """Of every rank; None: lost, and another has been started in its place. Ranks that are `named` are replaced
+        whatever they say: a newcomer too, if it failed on the way."""
+        for rank in sorted(named):
             self._renew(rank, fresh)
         ranks = [rank for rank in range(len(self.fleet.workers)) if rank not in fresh]
         calls = [(self.fleet.swarm.name_of(r), self.fleet.workers[r].standing.remote()) for r in ranks]
@@ -227,21 +219,3 @@ class Regroup:
         self._join(set(range(first * self.pp, len(self.fleet.workers))), [False] * len(self.fleet.workers))
         self._copy(0, range(first, self.dp), self.progress.tick)
         self.progress.event("replicas changed", replicas=self.dp)
-
-
-def _of_workers(failure: Exception) -> bool:
-    """Whether it says that a worker was lost, or that one was not heard."""
-    if isinstance(failure, PeerLost):
-        return True
-    return isinstance(failure, (ActorLost, WaitTimeout)) and all(map(_is_worker, failure.who.split(", ")))
-
-
-def _is_worker(who: str) -> bool:
-    return bool(_NAME.fullmatch(who)) or who.startswith(_SEVERAL)
-
-
-def _named(failure: Exception, pp: int) -> list[int]:
-    """Ranks that are replaced whatever they say: dead, or silent for longer than they may be."""
-    if not isinstance(failure, (ActorLost, WaitTimeout)):
-        return []
-    return sorted({int(d) * pp + int(p) for d, p in _NAME.findall(failure.who)})

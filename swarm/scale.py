@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
+
+from swarm.telemetry import replace_text
 
 
 def _file(run: Path) -> Path:
@@ -13,9 +14,7 @@ def _file(run: Path) -> Path:
 
 def ask_for(run: Path, dp: int) -> None:
     """Whole or not at all."""
-    part = _file(run).with_suffix(".partial")
-    part.write_text(json.dumps({"dp": dp}))
-    os.replace(part, _file(run))
+    replace_text(_file(run), json.dumps({"dp": dp}))
 
 
 def wanted(run: Path) -> int | None:

@@ -122,6 +122,7 @@ class Worker:
         rank, device = self.rank, self.rank.grid.device
         self.minis, self.compared = [], defaultdict(float)
         start, refreshed = time.perf_counter(), rank.bases.due(tick)
+        own = rank.setup.grpo.old_logprobs != "rollout"  # else they are among the samples
         with self._in_company():
             if known is None:
                 self.marked, self.done = tick, tick - 1
@@ -129,16 +130,14 @@ class Worker:
                     rank.mark()
             for index, (batch, denominator) in enumerate(mini_batches(frame)):
                 micros = microbatches(batch, np.arange(len(batch)), rank.setup.swarm.micro_batch_size, device)
-                again = known is not None and rank.setup.grpo.old_logprobs != "rollout"
                 old = (
                     twin.tensors_of(known[index], device)
-                    if known and again
+                    if known and own
                     else self._old_logprobs(index, micros, refreshed)
                 )
                 self.minis.append(MiniBatch(micros, old, denominator, rank.refusal()))
         peaks = {"timing_s/old_log_prob": time.perf_counter() - start, "perf/max_memory_gb": peak_memory_gb(device)}
         sums = {} if self.minis[0].old_logprobs is None else self._take_compared()
-        own = rank.setup.grpo.old_logprobs != "rollout"  # else they are among the samples
         old = [twin.arrays_of(mini.old_logprobs) if own else None for mini in self.minis]
         return Report(sums, {}, peaks, rank.grid.ledger.drain()), old
 

@@ -18,7 +18,7 @@ from ray.util.placement_group import (
 )
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from anchor_service.calls import answering, gather
+from anchor_service.calls import answered, gather
 from anchor_service.errors import WaitTimeout
 from anchor_service.stacks import listen
 from deploy.cluster.actors import ActorPlan, actor_plans
@@ -152,8 +152,9 @@ class ActorGroup:
         self.whole = True
         every: list[tuple[Role, int]] = [(role, i) for role in ROLES for i in range(len(self.plans[role]))]
         asked = [who for who in every if who[0] not in self._once]
-        there = answering([self.actors[role][i].__ray_ready__.remote() for role, i in asked], ANSWER_S)
-        new = {who for who in every if who not in asked or not there[asked.index(who)]}
+        calls = {f"{role} {i}": self.actors[role][i].__ray_ready__.remote() for role, i in asked}
+        there = answered(calls, ANSWER_S)
+        new = {who for who in every if "{} {}".format(*who) not in there}
         for role, index in new:
             self.renew(role, index)
         return new

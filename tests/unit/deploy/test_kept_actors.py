@@ -35,6 +35,6 @@ def test_others_come_for_those_that_are_silent_and_those_that_serve_one_run(
     renewed: list[tuple[str, int]] = []
     monkeypatch.setattr(group, "renew", lambda role, index: renewed.append((role, index)))
     # the last that is asked says nothing: of the anchors the second, as there is no diagnoser
-    monkeypatch.setattr(kept_actors, "answering", lambda calls, seconds: [True] * (len(calls) - 1) + [False])
+    monkeypatch.setattr(kept_actors, "answered", lambda calls, seconds: dict.fromkeys([*calls][:-1]))
     expected = {("anchor", 1)} | {(role, i) for role in roles for i in range(2)}
     assert group.renew_silent() == set(renewed) == expected and len(renewed) == len(expected)
