@@ -1,7 +1,7 @@
 """Whether the anchor was worth its bytes: of a run, by what it merged; of a sweep, by the arms that had none.
 
 A held correction is one noisy pattern of signs for as long as it is held. How large a share w of the step it may be is
-bounded by that: w ≤ cap/√τ, with cap = `merger.cap`, τ = C(1+β)/(1-β) for a mean hold of C ticks and β = `anchor.beta_anc`.
+bounded by that: w ≤ cap/τ, with cap = `merger.cap`, τ = C(1+β)/(1-β) for a mean hold of C ticks and β = `anchor.beta_anc`.
 """
 
 from __future__ import annotations
@@ -88,12 +88,12 @@ def _full_share(settings: dict[str, Any]) -> float:
 
 
 def _bound(run: Run, merged: Collection[float]) -> float:
-    """cap/√τ, with the τ that the merger kept or, where it keeps none, that of the holds in the run's record."""
+    """cap/τ, with the τ that the merger kept or, where it keeps none, that of the holds in the run's record."""
     settings = flat(run.settings)
-    cap, beta = settings.get("merger.cap", 2.0), settings.get("anchor.beta_anc", 0.5)
+    cap, beta = settings.get("merger.cap", 12.0), settings.get("anchor.beta_anc", 0.5)
     if kept := [tau for tau in _series(run, "merger/tau").values() if tau > 0]:
-        return float(np.mean(cap / np.sqrt(kept)))
-    return cap / math.sqrt(_hold(run, merged) * (1 + beta) / (1 - beta))
+        return float(np.mean(cap / np.array(kept)))
+    return cap / (_hold(run, merged) * (1 + beta) / (1 - beta))
 
 
 def _hold(run: Run, merged: Collection[float]) -> float:

@@ -89,8 +89,8 @@ class Merger(Protocol):
         """The merged gradient of all parameters, or of any block of them; neither argument is written to."""
         ...
 
-    def watch(self, g_comp: Tensor, source: int | None, held: Tensor | None) -> None:
-        """In each tick, if it `looks`: G_comp before it is merged, and what is held until now. `source`: if a fire starts here."""
+    def watch(self, g_comp: Tensor, source: int | None) -> None:
+        """In each tick, if it `looks`: G_comp before it is merged. `source`: if a fire starts here."""
 
     def learn(self, source: int, m: Tensor, total: Total) -> None:
         """At each fire, if it `looks`: signs of M alone, int8, of the fire that started at `source`."""

@@ -34,11 +34,11 @@ class MergerSettings(Section):
         description="`delta` in every tick in which it is held, in the first alone, or in equal shares of the mean hold",
     )
     cap: float = Field(
-        default=2.0,
+        default=12.0,
         gt=0,
-        description="a correction's share of a step is at most cap / √τ, τ = C(1+beta_anc)/(1-beta_anc), C the mean hold",
+        description="a correction's share of a step is at most cap / τ, τ = C(1+beta_anc)/(1-beta_anc), C the mean hold",
     )
     hold_cap: bool = Field(default=False, description="`cap` for signed_ema too")
     prior: float = Field(
-        default=0.0, ge=-1, le=1, description="sign(M)·sign(M̄) as if it had been the mean of 8 fires before the first"
+        default=0.03, ge=-1, le=1, description="how far signs of two M agree, as if seen in 3 pairs before the first"
     )

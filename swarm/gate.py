@@ -109,7 +109,7 @@ def capped_share(anchor: AnchorConfig, merger: MergerConfig) -> dict[str, Any] |
     cap, tau = holds.bound(merger.cap), holds.tau()
     reason = (
         f"merger.dose {merger.dose:g} asks for {asked:.3g} of a step, and merger.hold_cap keeps it to {cap:.3g} "
-        f"(merger.cap / √τ, τ = {tau:.3g} ticks); lower merger.dose or anchor.cadence, or raise merger.cap"
+        f"(merger.cap / τ, τ = {tau:.3g} ticks); lower merger.dose or anchor.cadence, or raise merger.cap"
     )
     return {"share": asked, "cap": cap, "tau": tau, "reason": reason}
 

@@ -147,8 +147,7 @@ class Held:
         if self.merger.needs_source and starts:
             self.sources[plan.tick - 1] = g_comp.clone()
         if self.at is not None:
-            held = None if self.correction is None else self.correction.look_bar
-            self.merger.watch(g_comp[self.at], plan.tick - 1 if starts else None, held)
+            self.merger.watch(g_comp[self.at], plan.tick - 1 if starts else None)
         reason = self._adopt(plan) if self.placebo is None else self._stand_in(self.placebo, plan, g_comp, starts)
         held, outcome = self.correction, self._standing(plan, reason)
         if held is None or outcome.expired:

@@ -1,6 +1,6 @@
 """Would an anchor be worth its bytes? What a probe measured, put through `calibrated`'s own rule at a config's delay and cadence. No torch.
 
-    a_G, a_M, h of a few mini-batches ──▶ merger.calibrated ──▶ w after all fires of the run ──▶ a sentence
+    a_G, a, h of a few mini-batches ──▶ merger.calibrated ──▶ w after all fires of the run ──▶ a sentence
 
 Of independent estimates of one direction the best mixture weighs them by what they tell: where w is not bounded,
 w/(1-w) is what the correction adds to what the codec's own gradients tell.
@@ -20,7 +20,7 @@ from codec.ledger import ANCHOR
 from deploy.config import ConfigError
 from deploy.estimate.bytes import tick_bytes
 from deploy.estimate.workload import expected_fires, total_ticks
-from merger.calibrated import Agreements, Calibrated, Mean
+from merger.calibrated import Agreements, Calibrated, Mean, pairs
 from merger.holds import Holds
 from swarm.run_config import RunConfig
 
@@ -44,8 +44,8 @@ class Measured:
     averaged: int  # other mini-batches in the place of m_G
     a_g: float
     a_g_error: float
-    a_m: float
-    a_m_error: float
+    a: float  # of two M: `merger.calibrated` makes a_M of it
+    a_error: float
     h: float
     h_error: float
 
@@ -118,10 +118,10 @@ class Worth:
         firsts = sorted({d.first_tick for d in due if d.first_tick})
         for tick in firsts:
             found.holds.fire(tick)
-        compared = sum(d.source_tick >= firsts[0] for d in due)  # a correction was held when they started
-        own = _constant(len(due), seen.a_g - errors * seen.a_g_error)
-        old = _constant(compared, seen.a_m + errors * seen.a_m_error)
-        found.seen = Agreements(own, old, seen.h**2, 1.0, seen.averaged)
+        compared = sum(pairs(sum(first <= d.source_tick for first in firsts)) for d in due)
+        own = _constant(len(due), len(due), seen.a_g - errors * seen.a_g_error)
+        others = _constant(len(due), compared, seen.a + errors * seen.a_error)
+        found.seen = Agreements(own, others, seen.h**2, 1.0, seen.averaged)
         return found
 
     @property
@@ -179,8 +179,8 @@ class Worth:
         }
 
 
-def _constant(n: int, value: float) -> Mean:
-    return Mean(n, n * value, n * value * value)
+def _constant(n: int, weight: float, value: float) -> Mean:
+    return Mean(n, weight, weight * value, weight * value * value)
 
 
 def prediction_in_words(found: Worth) -> str:

@@ -4,7 +4,7 @@
                     ╰────────▶ model [boundary] model ─▶ G_b
 
     a_G   sign(M_b) · sign(mean of G_a over a ≠ b)
-    a_M   sign(M_b) · sign(mean of as many M_a, a ≠ b, as M̄ averages)
+    a     sign(M_b) · sign(M_c), all pairs
     h     ‖mean of G_a over a ≠ b‖ / ‖G_b‖
 
 M_b never meets what shares its samples, as in a run. Codecs are as they were calibrated; of gradients' own codec nothing is seen.
@@ -75,27 +75,25 @@ class Gradients:
         return weights.grad[self.at].cpu()
 
 
-def agreements(compressed: Tensor, dense: Tensor, beta: float) -> Agreements:
-    """Of G and M [B, coordinates], each a fire that is compared with the other mini-batches alone; `beta` of M̄."""
+def agreements(compressed: Tensor, dense: Tensor) -> Agreements:
+    """Of G and M [B, coordinates], each a fire that is compared with the other mini-batches alone."""
     count = len(dense)
     found = Agreements(averaged=count - 1)
     signs, double = dense.sign().char(), compressed.double()
     others = (double.sum(0) - double) / (count - 1)
-    kept = min(count - 1, max(1, round((1 + beta) / (1 - beta))))  # whose noise M̄ averages
-    firsts = range(1, count - kept + 1, kept)
-    stand_ins = [torch.stack([dense.roll(-i, 0) for i in range(a, a + kept)]).sum(0) for a in firsts]
+    all_signs = signs.sum(0, dtype=torch.int32)
     for b in range(count):
         own, n = sign_products(signs[b], others[b].sign().char())
-        old, old_n = map(sum, zip(*(sign_products(signs[b], m[b].sign().char()) for m in stand_ins)))
-        if n and old_n:
+        there = int(signs[b].count_nonzero())
+        if n and there:
             found.compressed.add(own / n)
-            found.anchor.add(old / old_n)
+            found.anchor.add(int((signs[b] * (all_signs - signs[b])).sum()) / (there * (count - 1)), count - 1)
         found.average += others[b].square().sum().item()
         found.single += double[b].square().sum().item()
     return found
 
 
-def measured(compressed: Tensor, dense: Tensor, samples: int, beta: float) -> Measured | None:
+def measured(compressed: Tensor, dense: Tensor, samples: int) -> Measured | None:
     """Of mini-batches of `samples` answers; those without a gradient do not count. None if too few are left.
 
     Errors are by jackknife: two mini-batches are compared with many of the same others.
@@ -107,13 +105,13 @@ def measured(compressed: Tensor, dense: Tensor, samples: int, beta: float) -> Me
         return None
 
     def numbers(kept: Tensor) -> np.ndarray:
-        seen = agreements(compressed[kept], dense[kept], beta)
+        seen = agreements(compressed[kept], dense[kept])
         return np.array([seen.compressed.value, seen.anchor.value, seen.h])
 
-    a_g, a_m, h = numbers(torch.arange(count)).tolist()
+    a_g, a, h = numbers(torch.arange(count)).tolist()
     without = np.stack([numbers(torch.arange(count) != b) for b in range(count)])
     errors = np.sqrt((count - 1) * without.var(0)).tolist()
-    return Measured(count, samples, coordinates, count - 1, a_g, errors[0], a_m, errors[1], h, errors[2])
+    return Measured(count, samples, coordinates, count - 1, a_g, errors[0], a, errors[1], h, errors[2])
 
 
 def compare_batches(
@@ -130,6 +128,6 @@ def compare_batches(
         return None
     gradients = Gradients(folder, layers, config)
     dense, compressed = (torch.stack([gradients.of(batch, cuts) for batch in batches]) for cuts in ({}, boundaries))
-    found = measured(compressed, dense, len(batches[0]), config.anchor.beta_anc)
+    found = measured(compressed, dense, len(batches[0]))
     say(f"compared gradients of {len(batches)} mini-batches of {len(batches[0])} answers, with and without the codec")
     return found

@@ -86,7 +86,7 @@ def agreements_table(worth: Worth) -> Table:
     table.add_row(
         f"a_G  signs of M and of the mean of {m.averaged} G_comp", f"{m.a_g:.4f}", f"{m.a_g_error:.4f}", chance
     )
-    table.add_row("a_M  signs of M and of an average of other M", f"{m.a_m:.4f}", f"{m.a_m_error:.4f}", chance)
+    table.add_row("a    signs of M and of another M", f"{m.a:.4f}", f"{m.a_error:.4f}", chance)
     table.add_row(
         "h    norm of that mean of G_comp over one's", f"{m.h:.3f}", f"{m.h_error:.3f}", f"{m.averaged**-0.5:.3f}"
     )

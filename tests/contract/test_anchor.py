@@ -70,11 +70,12 @@ def test_a_correction_held_longer_than_max_age_is_dropped_until_a_fresh_one_come
 
 
 def test_of_a_head_the_rest_is_fetched_only_when_the_merger_gives_it_a_share(untied_model: Path):
-    """Fires start in ticks 2, 4 and 6, each merged in the next. The second M agrees with the first, the third with nobody."""
-    state = make_rank(untied_model, merger=MergerConfig(kind="calibrated"))
+    """Fires start in ticks 2, 4 and 6, each merged in the next. The second M agrees with the first, the third with neither."""
+    state = make_rank(untied_model, merger=MergerConfig(kind="calibrated", prior=0.0))
     generator, n = torch.Generator().manual_seed(0), state.stage.weights.numel
     bars = [torch.randn(n, generator=generator).sign().char() for _ in range(3)]
-    looks, fetched = [bars[2], bars[0], -bars[1]], []
+    m = torch.randn(n, generator=generator).sign().char()
+    looks, fetched = [m, m, -m], []
 
     def fetch(version: int) -> Correction:
         fetched.append(version)

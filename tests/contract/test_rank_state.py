@@ -44,7 +44,7 @@ class Counting(Merger):
 KINDS = {
     "signed_ema, powersgd": (MergerConfig(), CodecConfig(kind="powersgd", rank=8)),
     "delta, transform": (MergerConfig(kind="delta"), CodecConfig(total_rate=0.3)),
-    "calibrated, of no share": (MergerConfig(kind="calibrated"), CodecConfig(kind="none")),
+    "calibrated, of no share": (MergerConfig(kind="calibrated", prior=0.0), CodecConfig(kind="none")),
     "calibrated": (MergerConfig(kind="calibrated", prior=0.5), CodecConfig(kind="none")),
     "a placebo": (MergerConfig(placebo="own"), CodecConfig(kind="none")),
     "a merger that counts": (MergerConfig(kind=f"{__name__}:Counting"), CodecConfig(kind="none")),

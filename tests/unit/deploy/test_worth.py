@@ -39,10 +39,10 @@ def by_theory(signal: float, codec: float, shared: float) -> tuple[float, float,
     """Of normal numbers that correlate by ρ a share 1 - arccos(ρ)/π has one sign."""
     noise, averaged = 1 + shared**2, BATCHES - 1
     own = signal * codec / math.sqrt((signal**2 + 1) * (codec**2 + noise / averaged))
-    old = signal**2 / math.sqrt((signal**2 + 1) * (signal**2 + 1 / 3))  # of three others, as β = ½ averages
+    other = signal**2 / (signal**2 + 1)
     h = math.sqrt((codec**2 + noise / averaged) / (codec**2 + noise))
-    a_g, a_m = (2 * (1 - math.acos(rho) / math.pi) - 1 for rho in (own, old))
-    return a_g, a_m, h
+    a_g, a = (2 * (1 - math.acos(rho) / math.pi) - 1 for rho in (own, other))
+    return a_g, a, h
 
 
 @pytest.mark.parametrize(
@@ -50,28 +50,28 @@ def by_theory(signal: float, codec: float, shared: float) -> tuple[float, float,
 )
 def test_agreements_are_those_of_the_correlation_and_no_batch_meets_itself(signal: float, codec: float, shared: float):
     """With `shared` noise G_b and M_b agree, by 0.6 at 3: as nothing is compared with its own batch, nothing shows of it."""
-    found = agreements(*gradients(signal, codec, shared), beta=0.5)
-    a_g, a_m, h = by_theory(signal, codec, shared)
+    found = agreements(*gradients(signal, codec, shared))
+    a_g, a, h = by_theory(signal, codec, shared)
     close = 4 / math.sqrt(N)
     assert found.compressed.value == pytest.approx(a_g, abs=close)
-    assert found.anchor.value == pytest.approx(a_m, abs=close)
+    assert found.anchor.value == pytest.approx(a, abs=close)
     assert found.h == pytest.approx(h, rel=0.02)
     assert (found.averaged, found.compressed.n, found.anchor.n) == (BATCHES - 1, BATCHES, BATCHES)
 
 
-def test_an_average_of_one_fire_is_one_other_batch():
+def test_each_batch_is_compared_with_each_other_one():
     compressed, dense = gradients(0.5, 0.5, 0.0)
     signs = dense.sign()
     pairs = [(signs[a] * signs[b]).mean().item() for a in range(BATCHES) for b in range(BATCHES) if a != b]
-    assert agreements(compressed, dense, beta=0.0).anchor.value == pytest.approx(sum(pairs) / len(pairs), rel=1e-6)
+    assert agreements(compressed, dense).anchor.value == pytest.approx(sum(pairs) / len(pairs), rel=1e-6)
 
 
 @pytest.mark.parametrize("signal", [0.0, 0.5])
 def test_a_standard_error_is_how_far_one_probe_is_from_the_next(signal: float):
     """By jackknife it is the larger by √2 where there is no signal: batches that meet each other are counted twice."""
     drawn = (gradients(signal, signal, 0.0, seed, n=100) for seed in range(40))
-    found = [measured(compressed[:5], dense[:5], samples=4, beta=0.5) for compressed, dense in drawn]
-    for name in ("a_g", "a_m"):
+    found = [measured(compressed[:5], dense[:5], samples=4) for compressed, dense in drawn]
+    for name in ("a_g", "a"):
         values = torch.tensor([getattr(m, name) for m in found])
         errors = torch.tensor([getattr(m, f"{name}_error") for m in found])
         assert 0.75 < (errors.mean() / values.std()).item() < 1.9
@@ -79,11 +79,11 @@ def test_a_standard_error_is_how_far_one_probe_is_from_the_next(signal: float):
 
 def test_mini_batches_without_a_gradient_do_not_count():
     compressed, dense = gradients(0.3, 0.3, 0.0, n=2000)
-    rest = measured(compressed[2:], dense[2:], 4, 0.5)
+    rest = measured(compressed[2:], dense[2:], 4)
     compressed[0], dense[1] = 0.0, 0.0
-    assert measured(compressed, dense, 4, 0.5) == rest and rest is not None and rest.batches == BATCHES - 2
+    assert measured(compressed, dense, 4) == rest and rest is not None and rest.batches == BATCHES - 2
     dense[2:6] = 0.0
-    assert measured(compressed, dense, 4, 0.5) is None
+    assert measured(compressed, dense, 4) is None
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_mini_batches_are_of_whole_groups_and_smaller_than_a_runs_where_answers_
 
 
 def seen(**changed: Any) -> Measured:
-    numbers = {"a_g": 0.005, "a_g_error": 0.0, "a_m": 0.05, "a_m_error": 0.0, "h": 0.35, "h_error": 0.0}
+    numbers = {"a_g": 0.005, "a_g_error": 0.0, "a": 0.03, "a_error": 0.0, "h": 0.35, "h_error": 0.0}
     return Measured(batches=9, samples=64, coordinates=65_536, averaged=8, **numbers | changed)
 
 
@@ -115,26 +115,20 @@ def worth(*overrides: str, **changed: Any) -> Worth:
 @pytest.mark.parametrize("lag", [5, 20])
 @pytest.mark.parametrize("agreed", [(0.02, 0.05), (0.1, 0.03), (-0.01, 0.02), (0.1, 0.0), (0.1, -0.02)])
 def test_the_share_is_the_mergers_own_after_the_fires_of_the_run(lag: int, agreed: tuple[float, float]):
-    """150 ticks: at {5, 5} 30 fires, 29 of which started under a correction; at {20, 20} 7 and 6."""
-    found = worth(f"anchor.delay_k={lag}", f"anchor.cadence={lag}", a_g=agreed[0], a_m=agreed[1])
-    merger = Calibrated(found.config.merger)
-    merger.holds, merger.seen.averaged = Holds(lag, 0.5), 8
-    for fire in range(150 // lag):
-        merger.seen.compressed.add(agreed[0])
-        if fire:
-            merger.seen.anchor.add(agreed[1])
-    merger.seen.average, merger.seen.single = 0.35**2, 1.0
-    assert found.share == pytest.approx(merger.share(0), rel=1e-12)
+    """150 ticks: at {5, 5} 30 fires, merged from tick 5 on, at {20, 20} 7; the k-th started under k - 1 of them."""
+    found = worth(f"anchor.delay_k={lag}", f"anchor.cadence={lag}", a_g=agreed[0], a=agreed[1])
     fires, tau = 150 // lag, 3 * lag
-    a_g = max(0.0, agreed[0]) + 0.5 * 0.03 / math.sqrt(fires)
-    r = 8 * 0.35 * agreed[1] * (fires - 1) / (fires - 1 + 8) / (a_g * tau)
-    by_hand = min(0.75, 2 / math.sqrt(tau), r / (1 + r)) if agreed[1] > 0 else 0.0
-    assert (found.share, found.tau, found.bound) == pytest.approx((by_hand, tau, 2 / math.sqrt(tau)))
+    earlier = sum(0.9**i for k in range(fires) for i in range(k))
+    a = (3 * 0.03 + earlier * agreed[1]) / (3 + earlier)
+    a_m = a / math.sqrt(1 / 3 + 2 / 3 * math.sin(math.pi / 2 * max(a, 0)))
+    r = 8 * 0.35 * a_m / ((max(0.0, agreed[0]) + 0.5 * 0.03 / math.sqrt(fires)) * tau)
+    by_hand = min(0.75, 12 / tau, r / (1 + r)) if a > 0 else 0.0
+    assert (found.share, found.tau, found.bound) == pytest.approx((by_hand, tau, 12 / tau))
 
 
 def test_the_range_is_of_agreements_a_standard_error_off():
-    found = worth(a_g_error=0.005, a_m_error=0.02)
-    low, high = worth(a_g=0.01, a_m=0.03).share, worth(a_g=0.0, a_m=0.07).share
+    found = worth(a_g_error=0.005, a_error=0.02)
+    low, high = worth(a_g=0.01, a=0.01).share, worth(a_g=0.0, a=0.05).share
     assert found.between == pytest.approx((low, high)) and low < found.share < high
 
 
@@ -151,16 +145,21 @@ def test_where_nothing_is_merged_it_is_that_of_a_calibrated_anchor():
     [
         ([], {}, 1, "expected to be worth its bytes"),
         (
-            [],
+            ["anchor.cadence=10"],
             {"a_g": 0.2},
             -1,
             "No difference is to be expected of the anchor, which may be harmful without the calibration",
         ),
-        (["merger.hold_cap=true"], {"a_g": 0.2}, 0, "No difference is to be expected of the anchor: "),
+        (
+            ["merger.hold_cap=true", "anchor.cadence=10"],
+            {"a_g": 0.2},
+            0,
+            "No difference is to be expected of the anchor: ",
+        ),
         (["merger.dose=0.3"], {"a_g": 0.2}, 0, "No difference is to be expected of the anchor: "),
-        (["anchor.delay_k=20", "anchor.cadence=20"], {"a_g": 0.0}, -1, "within the bound 0.26"),
-        ([], {"a_m": 0.0}, -1, "a share of 0 of the step"),
-        ([], {"a_m_error": 0.06}, 1, "the verdict may be the other one"),
+        (["anchor.delay_k=20", "anchor.cadence=20"], {"a_g": 0.0}, -1, "within the bound 0.2"),
+        (["anchor.cadence=10"], {"a": -0.01}, -1, "a share of 0 of the step"),
+        ([], {"a_error": 0.06}, 1, "the verdict may be the other one"),
     ],
 )
 def test_the_sentence(
@@ -235,7 +234,7 @@ def test_what_is_no_probes_file_is_refused(tmp_path: Path, text: str):
 @pytest.mark.parametrize("value", [None, "0.1", math.nan, True])
 def test_numbers_that_are_none_are_refused(tmp_path: Path, value: Any):
     numbers = worth().numbers()
-    numbers["measured"]["a_m"] = value
+    numbers["measured"]["a"] = value
     (tmp_path / "probe.json").write_text(json.dumps({"worth": numbers}))
     with pytest.raises(ProbeMismatch, match="'worth' is not there"):
         make_plan(load_for_planning("k5", []), probe=tmp_path / "probe.json")

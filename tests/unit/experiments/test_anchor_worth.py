@@ -51,18 +51,18 @@ CALIBRATED, SIGNED = '[merger]\nkind = "calibrated"\n', '[merger]\nkind = "signe
 @pytest.mark.parametrize(
     ("ages", "config", "metrics", "says"),
     [
-        (holds(20, 20, 20), SIGNED, {}, f"a share of 0.75 of the step, {BEYOND.format(0.26)}"),
-        (holds(1, 1, 1), SIGNED, {}, f"a share of 0.75 of the step, {WITHIN.format(1.2)}"),
-        (holds(20, 20), SIGNED + "dose = 0.5\nalpha = 0.5\n", {"dose": 0.5}, f"a share of 0.25 of the step, {WITHIN.format(0.26)}"),
-        ([None, *holds(20, 20, 3)], SIGNED + "[anchor]\nbeta_anc = 0.0\n", {}, f"0.75 of the step, {BEYOND.format(0.45)}"),
-        ([*holds(4), None, None, *holds(6, 1)], SIGNED, {}, f"0.75 of the step, {BEYOND.format(0.52)}"),
-        (holds(5), SIGNED, {}, f"0.75 of the step, {BEYOND.format(0.52)}"),
-        (holds(20, 20), CALIBRATED, {"w": 0.05}, f"a share of 0.05 of the step, {WITHIN.format(0.26)}; it would be 0.75, beyond the bound, without the calibration"),
-        (holds(2, 2), CALIBRATED, {"w": 0.4, "tau": [2.0, 2.0, 6.0, 6.0]}, f"a share of 0.4 of the step, {WITHIN.format(1.1)}"),
-        (holds(2, 2), CALIBRATED, {"w": [math.nan, 0.0, 0.0, 0.0], "tau": 6.0}, f"a share of 0 of the step, {WITHIN.format(0.82)}"),
-        (holds(2, 2), CALIBRATED, {"w": 2 / math.sqrt(60), "tau": 60.0}, f"a share of 0.26 of the step, {WITHIN.format(0.26)}; it would be 0.75, beyond the bound, without the calibration"),
-        (holds(2, 2), CALIBRATED + "cap = 1.0\n", {"w": 0.4, "tau": 6.0}, f"a share of 0.4 of the step, {WITHIN.format(0.41)}; it would be 0.75, beyond the bound, without the calibration"),
-        (holds(20, 20), SIGNED + "hold_cap = true\ncap = 8.0\n", {}, f"a share of 0.75 of the step, {WITHIN.format(1)}"),
+        (holds(20, 20, 20), SIGNED, {}, f"a share of 0.75 of the step, {BEYOND.format(0.2)}"),
+        (holds(1, 1, 1), SIGNED, {}, f"a share of 0.75 of the step, {WITHIN.format(4)}"),
+        (holds(20, 20), SIGNED + "dose = 0.3\nalpha = 0.5\n", {"dose": 0.3}, f"a share of 0.15 of the step, {WITHIN.format(0.2)}"),
+        ([None, *holds(20, 20, 3)], SIGNED + "[anchor]\nbeta_anc = 0.0\n", {}, f"0.75 of the step, {BEYOND.format(0.6)}"),
+        ([*holds(4), None, None, *holds(6, 1)], SIGNED, {}, f"0.75 of the step, {WITHIN.format(0.8)}"),
+        (holds(6), SIGNED, {}, f"0.75 of the step, {BEYOND.format(0.67)}"),
+        (holds(20, 20), CALIBRATED, {"w": 0.05}, f"a share of 0.05 of the step, {WITHIN.format(0.2)}; it would be 0.75, beyond the bound, without the calibration"),
+        (holds(2, 2), CALIBRATED, {"w": 0.4, "tau": [2.0, 2.0, 6.0, 6.0]}, f"a share of 0.4 of the step, {WITHIN.format(4)}"),
+        (holds(2, 2), CALIBRATED, {"w": [math.nan, 0.0, 0.0, 0.0], "tau": 6.0}, f"a share of 0 of the step, {WITHIN.format(2)}"),
+        (holds(2, 2), CALIBRATED, {"w": 12 / 60, "tau": 60.0}, f"a share of 0.2 of the step, {WITHIN.format(0.2)}; it would be 0.75, beyond the bound, without the calibration"),
+        (holds(2, 2), CALIBRATED + "cap = 3.0\n", {"w": 0.4, "tau": 6.0}, f"a share of 0.4 of the step, {WITHIN.format(0.5)}; it would be 0.75, beyond the bound, without the calibration"),
+        (holds(20, 20), SIGNED + "hold_cap = true\ncap = 60.0\n", {}, f"a share of 0.75 of the step, {WITHIN.format(1)}"),
         ([None, None], SIGNED, {}, "nothing was merged"),
         (holds(5), '[merger]\nkind = "delta"\n', {}, None),
     ],
@@ -70,7 +70,7 @@ CALIBRATED, SIGNED = '[merger]\nkind = "calibrated"\n', '[merger]\nkind = "signe
 def test_a_run_compares_its_share_with_the_bound_of_its_holds(
     tmp_path: Path, ages: list[int | None], config: str, metrics: dict[str, Any], says: str | None
 ):
-    """cap/√τ with τ = C(1+β)/(1-β): C = 20 and β = ½ give 2/√60 = 0.258; a last hold that nothing followed does not count."""
+    """cap/τ with τ = C(1+β)/(1-β): C = 20 and β = ½ give 12/60 = 0.2; a last hold that nothing followed does not count."""
     words = anchor_in_words(load_run(run(tmp_path / "r", ages, config, **metrics)))
     assert words is not None and words.startswith(SPENT)
     assert words.endswith(says) if says else words == SPENT

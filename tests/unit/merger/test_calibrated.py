@@ -38,9 +38,7 @@ def run(merger: Calibrated, ticks: range, signal: float = 0.3, anchor: float | N
     anchor = signal if anchor is None else anchor
     shares = []
     for t in ticks:
-        last = (t - 1 - DELAY - 2) // CADENCE * CADENCE + 2  # source of what was held before this tick
-        held = noisy(10_000 + last, anchor).sign().char() if last >= 2 else None
-        merger.watch(noisy(t, signal), t - 1 if (t - 1) % CADENCE == 2 else None, held)
+        merger.watch(noisy(t, signal), t - 1 if (t - 1) % CADENCE == 2 else None)
         source = t - DELAY
         if source >= 2 and (source - 2) % CADENCE == 0:
             merger.holds.fire(t)
@@ -51,7 +49,7 @@ def run(merger: Calibrated, ticks: range, signal: float = 0.3, anchor: float | N
     return shares
 
 
-def slow_share(ticks: int, signal: float, cap: float = 2.0, prior: float = 0.0) -> float:
+def slow_share(ticks: int, signal: float, cap: float = 12.0, prior: float = 0.03) -> float:
     """In the last of `ticks`, by the formula of the docstring."""
     average, averages, sizes = None, {}, {}
     for t in range(1, ticks + 1):
@@ -62,14 +60,17 @@ def slow_share(ticks: int, signal: float, cap: float = 2.0, prior: float = 0.0) 
     fires = [s for s in averages if s + DELAY <= ticks]
     m = {s: np.sign(noisy(10_000 + s, signal).double().numpy()) for s in range(2, ticks, CADENCE)}
     own = [float(np.mean(m[s] * np.sign(averages[s]))) for s in fires]
-    olds = {s: max((old for old in m if old + DELAY <= s), default=None) for s in fires}
-    old = [float(np.mean(m[s] * m[o])) for s, o in olds.items() if o is not None]
+    pairs, weights = 3 * prior, 3.0
+    for s in fires:
+        for k, earlier in enumerate(reversed([o for o in m if o + DELAY <= s])):  # older ones count less
+            pairs, weights = pairs + 0.9**k * float(np.mean(m[s] * m[earlier])), weights + 0.9**k
     a_g = max(0.0, float(np.mean(own))) + 0.5 * 0.03 / math.sqrt(len(own))
-    a_m = (8 * prior + sum(old)) / (8 + len(old))
+    a = pairs / weights
+    a_m = a / math.sqrt(1 / 3 + 2 / 3 * math.sin(math.pi * max(a, 0.0) / 2))
     h = math.sqrt(sum(sizes[s][0] for s in fires) / sum(sizes[s][1] for s in fires))
     tau = CADENCE * 1.5 / 0.5
     r = 19 * h * a_m / (a_g * tau)
-    return min(0.75, cap / math.sqrt(tau), r / (1 + r)) if a_m > 0 else 0.0
+    return min(0.75, cap / tau, r / (1 + r)) if a_m > 0 else 0.0
 
 
 @pytest.mark.parametrize("signal", [0.0, 0.1, 0.5])
@@ -88,7 +89,7 @@ def test_an_anchor_that_disagrees_with_itself_gets_nothing_and_leaves_the_gradie
 
 def test_before_the_first_fire_has_been_compared_nothing_is_merged():
     merger = calibrated()
-    merger.watch(noisy(1, 0.3), 0, None)  # the first tick: no average before it
+    merger.watch(noisy(1, 0.3), 0)  # the first tick: no average before it
     merger.holds.fire(6)
     merger.learn(0, noisy(2, 0.3).sign().char(), list)
     assert merger.share(0) == 0.0
@@ -96,7 +97,7 @@ def test_before_the_first_fire_has_been_compared_nothing_is_merged():
 
 def test_a_good_codec_keeps_more_of_itself_than_a_noisy_one_and_a_long_hold_takes_less():
     good, poor = (run(calibrated(), range(1, 60), signal, anchor=0.5)[-1] for signal in (0.5, 0.0))
-    assert 0 < good < poor <= 2 / math.sqrt(CADENCE * 3)
+    assert 0 < good < poor <= 0.75
     merger = calibrated()
     run(merger, range(1, 60), signal=0.5)
     shares = [merger.share(age) for age in (0, CADENCE - 1, 20, 200, 5000)]
@@ -116,13 +117,13 @@ def test_a_share_is_the_same_from_a_state_and_from_two_stages():
     numbers: list[list[float]] = []
     for t in range(1, 10):
         for k, half in enumerate(halves):
-            half.watch(noisy(t, 0.3).chunk(2)[k], t - 1 if t == 3 else None, None)
+            half.watch(noisy(t, 0.3).chunk(2)[k], t - 1 if t == 3 else None)
     m = noisy(10_002, 0.3).sign().char().chunk(2)
     halves[0].learn(2, m[0], lambda found: numbers.append(found) or found)
     halves[1].learn(2, m[1], lambda found: [a + b for a, b in zip(found, numbers[0])])
     one = calibrated()
     for t in range(1, 10):
-        one.watch(noisy(t, 0.3), t - 1 if t == 3 else None, None)
+        one.watch(noisy(t, 0.3), t - 1 if t == 3 else None)
     one.learn(2, torch.cat(m), list)
     assert halves[1].share(0) == pytest.approx(one.share(0), rel=1e-12)
 
@@ -142,7 +143,7 @@ def test_of_a_window_only_what_lies_before_it_counts():
 
 def test_a_hold_is_the_mean_of_what_was_seen_or_what_goes_on_now():
     holds = Holds(4, 0.5)
-    assert (holds.mean(), holds.tau(), holds.bound(2.0)) == (4, 12, pytest.approx(2 / math.sqrt(12)))
+    assert (holds.mean(), holds.tau(), holds.bound(6.0)) == (4, 12, 0.5)
     for tick in (6, 16, 26):
         holds.fire(tick)
     assert holds.mean() == (4 + 10 + 10) / 3 and holds.mean(age=99) == 100
@@ -152,7 +153,7 @@ def test_signed_ema_keeps_to_the_cap_where_it_is_asked_to():
     merger = SignedEMA(MergerConfig(hold_cap=True))
     merger.holds = Holds(20, 0.5)
     merger.prepare(TRUE, TRUE, age=0)
-    assert merger.dose * 0.75 == pytest.approx(2 / math.sqrt(60))
+    assert merger.dose * 0.75 == pytest.approx(12 / 60)
     merger = SignedEMA(MergerConfig(hold_cap=True, dose=0.1))
     merger.holds = Holds(20, 0.5)
     merger.prepare(TRUE, TRUE, age=0)

@@ -87,9 +87,9 @@ def test_an_engine_whose_log_probs_are_no_numbers_does_not_pass():
     ("config", "asked"),
     [
         ({"hold_cap": True}, 0.75),
-        ({"hold_cap": True, "dose": 0.3}, None),
+        ({"hold_cap": True, "dose": 0.2}, None),
         ({"hold_cap": True, "dose": 0.5, "alpha": 0.0}, 0.5),
-        ({"hold_cap": True, "cap": 8.0}, None),
+        ({"hold_cap": True, "cap": 48.0}, None),
         ({}, None),
     ],
 )
@@ -97,7 +97,7 @@ def test_a_share_beyond_the_cap_is_told_where_the_cap_cuts_it(config: dict[str, 
     found = capped_share(AnchorConfig(cadence=20), MergerConfig(**config))
     assert (found and found["share"]) == asked
     if found:
-        assert found["tau"] == 60 and found["cap"] == pytest.approx(2 / math.sqrt(60))
-        assert "merger.hold_cap keeps it to 0.258" in found["reason"] and f"asks for {asked:g}" in found["reason"]
+        assert found["tau"] == 60 and found["cap"] == pytest.approx(12 / 60)
+        assert "merger.hold_cap keeps it to 0.2 " in found["reason"] and f"asks for {asked:g}" in found["reason"]
         assert capped_share(AnchorConfig(cadence=20, enabled=False), MergerConfig(**config)) is None
         assert capped_share(AnchorConfig(cadence=20, enabled=False), MergerConfig(**config, placebo="own")) == found
