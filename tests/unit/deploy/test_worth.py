@@ -19,8 +19,6 @@ from deploy.estimate.bytes import tick_bytes
 from deploy.estimate.plan import load_for_planning, make_plan
 from deploy.estimate.worth import Measured, ProbeMismatch, Worth, prediction_in_words, settings_of
 from deploy.probe.anchor_trial import agreements, measured, pieces_of
-from merger.calibrated import Calibrated
-from merger.holds import Holds
 from tests.conftest import make_batch
 
 N, BATCHES = 40_000, 8
