@@ -80,7 +80,7 @@ class Anchor:
         corrections: list[list[np.ndarray]] = []
         for p in range(len(self.dense.stages)):
             whole = pack_correction(self.dense.shard(new, p), self.payload, version, source, first, p)
-            heads = [] if self.stride is None else [self._head(alone, new, p, self.stride, whole)]
+            heads = [] if self.stride is None else [pack_head(self.dense.look(alone, p, self.stride), whole)]
             corrections.append([*heads, whole])
         norm = new.norm().item()
         report = report | {
@@ -90,9 +90,6 @@ class Anchor:
             "seconds": report["seconds"] + seconds,
         }
         return _published(report, new.numpy(), corrections)
-
-    def _head(self, m: torch.Tensor, m_bar: torch.Tensor, p: int, stride: int, whole: np.ndarray) -> np.ndarray:
-        return pack_head(self.dense.look(m, p, stride), self.dense.look(m_bar, p, stride), whole)
 
     def follow(self, tick: int, *parts: np.ndarray) -> None:
         """Weights before any job wants them: the first of all, or with anchor.weights = "shared" those of the engines."""

@@ -14,7 +14,7 @@ from anchor_service.errors import NotFinite
 from codec import frames, signs
 from codec.state import prefixed, under
 
-LOOK, LOOK_BAR = "look", "look_bar"
+LOOK = "look"
 VOID, NORM = "void", "norm"  # of a report: why there is no correction; else the norm of M̄, by which it is judged
 
 
@@ -43,7 +43,6 @@ class Correction:
     values: Tensor | None  # int8 signs or float32 M̄, [numel of the stage]; None: of a head, or never fetched
     digest: str  # of the frame that has the values
     look: Tensor | None = None  # int8 signs of M alone, at the coordinates of `merger.look`, for a merger that looks
-    look_bar: Tensor | None = None  # the same of M̄
     fetch: Callable[[], Correction] | None = None  # of a head: the whole
 
 
@@ -64,13 +63,12 @@ def pack_correction(
     return frames.pack(header, arrays)
 
 
-def pack_head(look: Tensor, look_bar: Tensor, whole: np.ndarray) -> np.ndarray:
-    """Head of the correction frame `whole`: M and M̄ at the coordinates that a merger looks at, whose signs are sent."""
+def pack_head(look: Tensor, whole: np.ndarray) -> np.ndarray:
+    """Head of the correction frame `whole`: M alone at the coordinates that a merger looks at, whose signs are sent."""
     header, _ = frames.unpack(whole, "the anchor")
-    arrays = prefixed(LOOK, signs.encode(look)) | prefixed(LOOK_BAR, signs.encode(look_bar))
     kept = {field: header[field] for field in ("version", "source_tick", "first_tick", "stage", "numel")}
     head = kept | {"kind": "head", "look": look.numel(), "whole": frames.digest_of(whole)}
-    return frames.pack(head, arrays)
+    return frames.pack(head, prefixed(LOOK, signs.encode(look)))
 
 
 def pack_void(error: NotFinite, version: int, stage: int) -> np.ndarray:
@@ -96,12 +94,12 @@ def unpack_correction(frame: np.ndarray, stage: int, numel: int) -> Correction:
 
 
 def unpack_head(frame: np.ndarray, stage: int, numel: int, look: int) -> Correction:
-    """Without its values. Raises FrameError as `unpack_correction` does, and where other than `look` signs of each are in it."""
+    """Without its values. Raises FrameError as `unpack_correction` does, and where other than `look` signs are in it."""
     header, arrays = _unpacked(frame, kind="head", stage=stage, numel=numel, look=look)
     if type(header.get("whole")) is not str:
         raise frames.FrameError("the anchor", "whole", f"is {header.get('whole')!r}, not a digest")
     try:
-        seen, seen_bar = (signs.decode(under(name, arrays), look) for name in (LOOK, LOOK_BAR))
+        seen = signs.decode(under(LOOK, arrays), look)
     except ValueError as error:
         raise frames.FrameError("the anchor", "arrays", str(error)) from error
     return Correction(
@@ -111,7 +109,6 @@ def unpack_head(frame: np.ndarray, stage: int, numel: int, look: int) -> Correct
         values=None,
         digest=header["whole"],
         look=seen,
-        look_bar=seen_bar,
     )
 
 
@@ -120,7 +117,7 @@ def joined(head: Correction, whole: Correction) -> Correction:
     if whole.digest != head.digest:
         reason = f"is {whole.digest}, the head of correction {head.version} says {head.digest}"
         raise frames.FrameError("the anchor", "digest", reason)
-    return replace(whole, look=head.look, look_bar=head.look_bar)
+    return replace(whole, look=head.look)
 
 
 def _unpacked(frame: np.ndarray, **needs: object) -> tuple[dict[str, Any], dict[str, np.ndarray]]:

@@ -160,11 +160,11 @@ class Held:
         self, g_comp: Tensor, held: Correction, age: int, norm: Callable[[Tensor], float]
     ) -> tuple[float, float]:
         """In place of the gradient. Shares of coordinates whose signs agree, and that it has turned; of a head it leaves
-        the gradient as it is, and those looked at stand for all."""
+        the gradient as it is, and signs of M alone where it was looked at stand for all of M̄'s."""
         if held.values is None:
-            assert self.at is not None and held.look_bar is not None
+            assert self.at is not None and held.look is not None
             self.merger.dose = 0.0
-            return (held.look_bar == g_comp[self.at].sign()).double().mean().item(), 0.0
+            return (held.look == g_comp[self.at].sign()).double().mean().item(), 0.0
         self.merger.prepare(g_comp, held.values, age, norm)
         agree, flips = self._in_place(g_comp, held.values)
         return agree / g_comp.numel(), flips / g_comp.numel()
@@ -224,16 +224,15 @@ class Held:
     def _wanted(self, held: Correction, source: Tensor | None) -> Correction:
         """What the merger wants of it: all ranks have learned the same, so they fetch alike."""
         device = self.grid.device
-        bar = None if held.look_bar is None else held.look_bar.to(device)
-        if bar is not None and not self.merger.wants():
-            return replace(held, values=None, look=None, look_bar=bar, fetch=None)
+        if held.look is not None and not self.merger.wants():
+            return replace(held, values=None, look=held.look.to(device), fetch=None)
         whole = held if held.fetch is None else held.fetch()
         assert whole.values is not None
         values = whole.values.to(device)
         if self.merger.needs_source:
             assert source is not None  # the tick that started this fire has kept it
             values = values - source
-        return replace(held, values=values, look=None, look_bar=bar, fetch=None)
+        return replace(held, values=values, look=None, fetch=None)
 
     def _total(self, numbers: list[float]) -> list[float]:
         return self.grid.sum_pp(torch.tensor(numbers, dtype=torch.float64, device=self.grid.device)).tolist()
@@ -257,8 +256,8 @@ class Held:
                 return ""
             self.seen += 1
             signs, alone = fired
-            look, bar = (None, None) if self.at is None else (alone[self.at], signs[self.at])
-            self.correction = Correction(self.seen, source, plan.tick, signs, self.config.placebo or "", look, bar)
+            look = None if self.at is None else alone[self.at]
+            self.correction = Correction(self.seen, source, plan.tick, signs, self.config.placebo or "", look)
             self._learn(self.correction, plan)
         return ""
 
@@ -276,7 +275,7 @@ class Held:
         fields: dict[str, Any] = {"seen": self.seen, "holds": self.merger.holds.fields()}
         if self.correction is not None:
             held = self.correction
-            parts = {"correction": held.values, "look_bar": held.look_bar}
+            parts = {"correction": held.values, "look": held.look if held.values is None else None}
             tensors |= {name: part for name, part in parts.items() if part is not None}
             fields["correction"] = {k: getattr(held, k) for k in ("version", "source_tick", "first_tick", "digest")}
         return tensors, fields
@@ -292,5 +291,5 @@ class Held:
         self.seen = fields["seen"]
         self.merger.holds.restore(fields["holds"])
         if "correction" in fields:
-            parts = {"values": here.get("correction"), "look_bar": here.get("look_bar")}
+            parts = {"values": here.get("correction"), "look": here.get("look")}
             self.correction = Correction(**parts, **fields["correction"])

@@ -116,9 +116,9 @@ def correction_bytes(config: RunConfig, stages: list[int]) -> list[int]:
 
 
 def head_bytes(config: RunConfig, stages: list[int]) -> list[int]:
-    """Of those, what a merger that looks is sent whatever it makes of it: signs of M and of M̄ at some coordinates."""
+    """Of those, what a merger that looks is sent whatever it makes of it: signs of M at some coordinates."""
     stride = stride_of(sum(stages)) if merger_class(config.merger.kind).looks else 0
-    return [2 * -(-n // stride // 8) if stride else 0 for n in stages]
+    return [-(-n // stride // 8) if stride else 0 for n in stages]
 
 
 # --- bytes of a tick -----------------------------------------------------------------------------

@@ -59,7 +59,7 @@ def _correction(rank: Rank, version: int, source: int) -> Correction:
     if rank.held.at is None:
         return whole
     look = values[rank.held.at]
-    return Correction(version, source, None, None, "", look, look, lambda: joined(whole, whole))
+    return Correction(version, source, None, None, "", look, lambda: joined(whole, whole))
 
 
 def _go(rank: Rank, ticks: range) -> None:

@@ -310,7 +310,7 @@ def test_what_a_run_may_not_send_is_said_where_it_is_counted(tiny: Path):
     """A merger that looks does not fetch what has no share: of two stages of 2^20 parameters each 32nd is looked at."""
     looks, signs = (make_plan(config(tiny, f"merger.kind={kind}")) for kind in ("calibrated", "signed_ema"))
     assert "Corrections are an upper bound" in assumptions(looks) and "upper bound" not in assumptions(signs)
-    stages, whole, head = [1 << 20] * 2, (1 << 20) // 8, 2 * (1 << 15) // 8
+    stages, whole, head = [1 << 20] * 2, (1 << 20) // 8, (1 << 15) // 8
     assert head_bytes(looks.config, stages) == [head] * 2 and head_bytes(signs.config, stages) == [0] * 2
     assert correction_bytes(looks.config, stages) == [whole + head] * 2
     assert correction_bytes(signs.config, stages) == [whole] * 2
