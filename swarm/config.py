@@ -90,11 +90,12 @@ class FaultsConfig(Section):
         default=1000, ge=0, description="failures that a run deals with before it ends; 0: the first one ends it"
     )
     a_tick: int = Field(default=3, ge=1, description="failures of one role within one tick that it deals with")
-    spare_s: float = Field(
-        default=60.0,
+    spare_s: float | None = Field(
+        default=None,
         gt=0,
         description="so long is waited for a process in the place of a lost worker; then a replica less goes on, until "
-        "there is one",
+        "there is one; default: 60 in lockstep, where fewer replicas change the bits; on the wall clock 0.5 where the "
+        "others can share its samples evenly, else 60",
     )
     grace_s: float = Field(
         default=20.0,

@@ -27,6 +27,8 @@ from swarm.worker import Worker
 
 Handle = ActorHandle[Worker]
 
+SPARE_S, AT_ONCE_S = 60.0, 0.5  # for another process; where nothing is gained by waiting no longer than a fork may take
+
 
 @dataclass(frozen=True)
 class Met:
@@ -118,8 +120,14 @@ class Regroup:
         """Ranks for which no other worker could be had in time."""
         ranks = sorted(fresh)
         calls = [(self.fleet.swarm.name_of(r), self.fleet.workers[r].__ray_ready__.remote()) for r in ranks]
-        said = replies(calls, "another process", self.config.faults.spare_s, "faults.spare_s")
+        said = replies(calls, "another process", self._patience(fresh), "faults.spare_s")
         return [rank for rank, answer in zip(ranks, said) if isinstance(answer, Exception)]
+
+    def _patience(self, fresh: set[int]) -> float:
+        """Seconds for which the others wait for those that are `fresh`."""
+        rest = self.dp - len({rank // self.pp for rank in fresh})
+        at_once = self.config.anchor.clock == "wall" and rest > 0 and self._samples % rest == 0
+        return self.config.faults.spare_s or (AT_ONCE_S if at_once else SPARE_S)
 
     def _without(self, replicas: set[int], plan: Reunion, fresh: set[int], missing: list[int]) -> Reunion:
         """Drop replicas whose places stay empty: what is there of them waits to be taken in again."""
@@ -127,7 +135,7 @@ class Regroup:
         kept = [d for d in range(self.dp) if d not in replicas]
         if not kept or self._samples % len(kept):
             who = ", ".join(self.fleet.swarm.name_of(rank) for rank in missing)
-            raise WaitTimeout(who, "another process", self.config.faults.spare_s, "faults.spare_s")
+            raise WaitTimeout(who, "another process", self._patience(fresh), "faults.spare_s")
         for d in sorted(replicas):
             self._await(workers[d * pp : (d + 1) * pp])
         number = {d: i for i, d in enumerate(kept)}
