@@ -87,11 +87,13 @@ WALL = ("swarm.dp=2", "swarm.pp=2", "anchor.clock=wall", "codec.kind=transform",
 CODED = ("codec.gradient.kind=sparse", "codec.gradient.bits=1.0", "grpo.old_logprobs=rollout", "val.every=8")
 
 
-def test_on_the_wall_clock_a_twin_s_state_will_do(tmp_path: Path):
+def test_on_the_wall_clock_the_others_go_on_and_a_twin_s_state_will_do(tmp_path: Path):
     """What the lost replica owed and had learnt is gone, and said to be; corrections on their way come to the new one too."""
-    summary = _with(small(*WALL, *CODED), tmp_path / "run", {3: _kill(1, 0.05), 9: _kill(2, 0.02)})
+    run, config = tmp_path / "run", small(*WALL, *CODED, "faults.spare_s=0.01")
+    summary = _with(config, run, {3: _kill(1, 0.05), 7: _until_ready, 11: _kill(2, 0.02)})
     assert summary["status"] == "completed"
-    events = [e for e in of_kind(tmp_path / "run", "event") if e["event"] == "workers regrouped"]
-    assert len(events) == 2
-    ticks = of_kind(tmp_path / "run", "tick")
+    events = [e for e in of_kind(run, "event") if e["event"] in ("replica missing", "replicas changed")]
+    assert [e["event"] for e in events[:3]] == ["replica missing", "replicas changed", "replica missing"]
+    assert [e["replicas"] for e in events[:3]] == [1, 2, 1]
+    ticks = of_kind(run, "tick")
     assert [r["tick"] for r in ticks] == list(range(1, 17)) and any("anchor/version" in r for r in ticks)
