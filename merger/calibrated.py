@@ -12,8 +12,9 @@ At each fire, M_s being the gradient at the weights after s ticks, with means ov
     w    = min(0.75, cap/τ, r/(1+r))      0 while nothing has been seen, or where a_M ≤ 0
 
 a_M is what a correction is worth by the time that it is used, a_G·N/h what as many compressed gradients are: r weighs the one, a
-τth of which is new in a tick, against the other. Both start from a prior: a is `prior` as if seen in a few pairs, and a_G has half
-its own standard error on top, so that a codec whose gradient cannot be told from noise gets the share that the hold allows.
+τth of which is new in a tick, against the other. a starts from `prior` as if seen in a few pairs. Of a_G what lies beyond its
+standard error counts, and half of that error, so that beside a codec whose gradient cannot be told from noise the anchor gets the
+share that the hold allows.
 ρ: numbers that are jointly normal agree in sign by 2/π·asin of their correlation.
 """
 
@@ -144,7 +145,8 @@ class Calibrated(Merger):
     @property
     def a_g(self) -> float:
         mean = self.seen.compressed
-        return max(0.0, mean.value) + 0.5 * SPREAD / math.sqrt(mean.n)
+        error = SPREAD / math.sqrt(mean.n)
+        return max(0.0, mean.value - error) + 0.5 * error
 
     @property
     def a_m(self) -> float:

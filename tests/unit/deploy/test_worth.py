@@ -119,7 +119,7 @@ def test_the_share_is_the_mergers_own_after_the_fires_of_the_run(lag: int, agree
     earlier = sum(0.9**i for k in range(fires) for i in range(k))
     a = (3 * 0.03 + earlier * agreed[1]) / (3 + earlier)
     a_m = a / math.sqrt(1 / 3 + 2 / 3 * math.sin(math.pi / 2 * max(a, 0)))
-    r = 8 * 0.35 * a_m / ((max(0.0, agreed[0]) + 0.5 * 0.03 / math.sqrt(fires)) * tau)
+    r = 8 * 0.35 * a_m / ((max(0.0, agreed[0] - 0.03 / math.sqrt(fires)) + 0.5 * 0.03 / math.sqrt(fires)) * tau)
     by_hand = min(0.75, 12 / tau, r / (1 + r)) if a > 0 else 0.0
     assert (found.share, found.tau, found.bound) == pytest.approx((by_hand, tau, 12 / tau))
 

@@ -64,7 +64,7 @@ def slow_share(ticks: int, signal: float, cap: float = 12.0, prior: float = 0.03
     for s in fires:
         for k, earlier in enumerate(reversed([o for o in m if o + DELAY <= s])):  # older ones count less
             pairs, weights = pairs + 0.9**k * float(np.mean(m[s] * m[earlier])), weights + 0.9**k
-    a_g = max(0.0, float(np.mean(own))) + 0.5 * 0.03 / math.sqrt(len(own))
+    a_g = max(0.0, float(np.mean(own)) - 0.03 / math.sqrt(len(own))) + 0.5 * 0.03 / math.sqrt(len(own))
     a = pairs / weights
     a_m = a / math.sqrt(1 / 3 + 2 / 3 * math.sin(math.pi * max(a, 0.0) / 2))
     h = math.sqrt(sum(sizes[s][0] for s in fires) / sum(sizes[s][1] for s in fires))
