@@ -125,8 +125,8 @@ def test_the_share_is_the_mergers_own_after_the_fires_of_the_run(lag: int, agree
 
 
 def test_the_range_is_of_agreements_a_standard_error_off():
-    found = worth(a_g_error=0.005, a_error=0.02)
-    low, high = worth(a_g=0.01, a=0.01).share, worth(a_g=0.0, a=0.05).share
+    found = worth(a_g=0.02, a_g_error=0.005, a_error=0.02)
+    low, high = worth(a_g=0.025, a=0.01).share, worth(a_g=0.015, a=0.05).share
     assert found.between == pytest.approx((low, high)) and low < found.share < high
 
 
