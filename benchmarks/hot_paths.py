@@ -73,14 +73,16 @@ def boundary() -> None:
         cut.decode(cut.encode(x, rows, observe), rows, x.dtype)
         cut.decode_backward(cut.encode_backward(dx, rows), rows, dx.dtype)
 
-    rows = Rows(torch.arange(TOKENS) % (TOKENS // SAMPLES) == 0, torch.arange(TOKENS))
+    rows = Rows(torch.arange(TOKENS) % (TOKENS // SAMPLES) == 0, torch.arange(TOKENS), torch.arange(TOKENS))
     jobs: dict[str, Callable[[], object]] = {"stage of 15 layers": pass_through_the_stage}
     for kind in (
         {"kind": "powersgd", "rank_ratio": 0.05},
+        {"kind": "random_k", "rank_ratio": 0.05},
         {"coder": "fixed", "total_rate": 0.05},
         {"coder": "entropy", "total_rate": 0.05},
         {"coder": "fixed", "total_rate": 0.125},
         {"coder": "entropy", "total_rate": 0.125},
+        {"coder": "entropy", "total_rate": 0.125, "dither": True},
     ):
         cut = Boundary(CodecConfig.model_validate(kind), 0, HIDDEN, 0, Ledger())
         name = ", ".join(str(value) for value in kind.values())

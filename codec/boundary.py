@@ -24,6 +24,7 @@ from codec.interface import Codec, CodecError, Room, as_bytes, checked_codecs
 from codec.ledger import Ledger
 from codec.named import imported
 from codec.powersgd import powersgd
+from codec.random_k import random_k
 from codec.rows import Rows
 from codec.state import prefixed, under
 from codec.transform.way import transform
@@ -32,6 +33,7 @@ Factory = Callable[[CodecConfig, int, int], tuple[Codec, Codec]]  # of a config,
 CODECS: dict[str, Factory] = {
     "none": dense,
     "powersgd": powersgd,
+    "random_k": random_k,
     "transform": transform,
 }
 
@@ -70,6 +72,11 @@ class Boundary:
         self.backward.to(device)
         return self
 
+    @property
+    def keyed(self) -> bool:
+        """Whether what comes out depends on the keys of the rows."""
+        return self.forward.keyed or self.backward.keyed
+
     def way(self, name: str) -> Codec:
         return self.forward if name == "fwd" else self.backward
 
@@ -79,6 +86,7 @@ class Boundary:
         coded, exact = self._split(rows)
         sent = kept[coded] if exact.numel() else kept
         room = Room(len(rows), 2 * exact.numel() * self.hidden)
+        self._rekey("fwd", rows)
         payload, x_hat = self._coded(self.forward, sent, room, observe)
         if observe:
             assert x_hat is not None  # an observer is told what arrives
@@ -91,6 +99,7 @@ class Boundary:
     def decode(self, payload: Tensor, rows: Rows, dtype: torch.dtype) -> Tensor:
         """Payload -> [N, H], downstream side. Raises CodecError."""
         coded, exact = self._split(rows)
+        self._rekey("fwd", rows)
         if not exact.numel():
             kept = self.forward.decode(payload, len(coded), dtype)
         else:
@@ -105,6 +114,7 @@ class Boundary:
 
     def encode_backward(self, dx: Tensor, rows: Rows) -> Tensor:
         """Gradient [N, H] -> payload, downstream side. Rows that share a prefix send the sum of their gradients."""
+        self._rekey("bwd", rows)
         kept = dx
         if self.share_prefixes:
             sums = dx.new_zeros(len(rows.kept), self.hidden, dtype=torch.float32)
@@ -117,10 +127,18 @@ class Boundary:
 
     def decode_backward(self, payload: Tensor, rows: Rows, dtype: torch.dtype) -> Tensor:
         """Payload -> gradient [N, H], upstream side. Raises CodecError."""
+        self._rekey("bwd", rows)
         if not self.share_prefixes:
             return self.backward.decode(payload, len(rows), dtype)
         kept = self.backward.decode(payload, len(rows.kept), dtype)
         return kept.new_zeros(len(rows), self.hidden).index_copy_(0, rows.kept, kept)
+
+    def _rekey(self, name: str, rows: Rows) -> None:
+        """Of the rows that the codec will be given, those that go as they are left out."""
+        codec = self.way(name)
+        if codec.keyed:
+            keys = rows.keys[rows.kept] if self.share_prefixes else rows.keys
+            codec.rekey(keys[self._split(rows)[0]] if name == "fwd" else keys)
 
     def _coded(self, codec: Codec, x: Tensor, room: Room, observe: bool) -> tuple[Tensor, Tensor | None]:
         """A codec that refuses numbers must not keep others waiting, if they will agree that the tick is void."""

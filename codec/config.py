@@ -8,7 +8,8 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-KINDS = ("none", "powersgd", "transform")
+KINDS = ("none", "powersgd", "random_k", "transform")
+_RANKED = ("powersgd", "random_k")  # kinds that have a rank
 GRADIENT_KINDS = ("none", "powersgd", "sign", "sparse")
 NODE_TAG = r"^[a-z][a-z0-9_-]*$"  # a custom Ray resource that some nodes have; CPU, GPU and node:… are none
 
@@ -76,13 +77,13 @@ class CodecConfig(Section):
     kind: str = Field(
         default="transform",
         description="`transform`: few bits for every direction, by importance; `powersgd`: few directions, as "
-        "published; `none`: the dense control; `package.module:function`: your own",
+        "published; `random_k`: few coordinates, drawn for each token, without bias; `none`: the dense control; `package.module:function`: your own",
     )
     rank: int | None = Field(
-        default=None, ge=1, description="powersgd: numbers sent for each token; this or `rank_ratio`"
+        default=None, ge=1, description="powersgd, random_k: numbers sent for each token; this or `rank_ratio`"
     )
     rank_ratio: float | None = Field(
-        default=None, gt=0, le=1, description="powersgd: rank as a share of the hidden size"
+        default=None, gt=0, le=1, description="powersgd, random_k: rank as a share of the hidden size"
     )
     backward_basis: Literal["forward", "own"] = Field(
         default="forward", description="powersgd: dX through X's basis, as published, or through one of its own"
@@ -97,6 +98,11 @@ class CodecConfig(Section):
     coder: Literal["fixed", "entropy"] = Field(
         default="entropy", description="transform: a fixed number of bits for each coefficient, or an entropy coder"
     )
+    dither: bool = Field(
+        default=False,
+        description="transform, entropy coder: random numbers, drawn for each token, added before rounding and subtracted "
+        "after it, so that rounding has no bias; more variance at equal bytes",
+    )
     side_share: float = Field(
         default=0.1, gt=0, le=1, description="transform: tables may cost this share of the bytes; else they wait"
     )
@@ -107,7 +113,7 @@ class CodecConfig(Section):
         description="transform: share of the gradients' covariance in how errors of X are counted; 0: all alike",
     )
     first_token: Literal["coded", "exact"] | None = Field(
-        default=None, description="token 0 of a sample in the forward; default: exact for transform, coded for powersgd"
+        default=None, description="token 0 of a sample in the forward; default: exact for transform, else coded"
     )
     share_prefixes: bool | None = Field(
         default=None, description="rows that samples have in common cross once; default: on for transform, else off"
@@ -131,8 +137,13 @@ class CodecConfig(Section):
     def _fits(self) -> CodecConfig:
         if self.rank is not None and self.rank_ratio is not None:
             raise ValueError(f"rank {self.rank} and rank_ratio {self.rank_ratio} are both set: remove one of them")
-        if self.kind == "powersgd" and self.rank is None and self.rank_ratio is None:
-            raise ValueError("powersgd needs a rank: set rank or rank_ratio (0.05 is the published share)")
+        if self.kind in _RANKED and self.rank is None and self.rank_ratio is None:
+            raise ValueError(f"{self.kind} needs a rank: set rank or rank_ratio (0.05 is the published share)")
+        if self.dither and self.kind == "transform" and self.coder == "fixed":
+            raise ValueError(
+                'dither true needs coder "entropy": dither takes the bias from steps of one size, and those of "fixed" '
+                'are of many; set coder = "entropy", or dither = false'
+            )
         single = self.rate is not None or self.backward_rate is not None
         if single and self.total_rate is not None:
             raise ValueError("total_rate is set beside rate or backward_rate: remove one or the other")
@@ -163,7 +174,7 @@ class CodecConfig(Section):
 
     def check_hidden(self, hidden: int) -> None:
         """Raises ValueError if this codec cannot cut a model of hidden size `hidden`."""
-        if self.kind == "powersgd":
+        if self.kind in _RANKED:
             self.rank_for(hidden)
 
     def rank_for(self, hidden: int) -> int:
@@ -184,6 +195,7 @@ def _own(kind: str) -> bool:
 
 _CUT = When("swarm.boundaries", ([2],), bool)  # without one there is no codec
 _POWERSGD = When("codec.kind", ("powersgd",), _own), _CUT
+_RANK = When("codec.kind", _RANKED, _own), _CUT
 _TRANSFORM = When("codec.kind", ("transform",), _own), _CUT
 _REPLICAS = When("swarm.dp", (2,), lambda dp: dp > 1)
 _STAGES = When("swarm.pp", (2,), lambda pp: pp > 1)  # the two ends of a tied embedding; an untied one has none
@@ -192,13 +204,14 @@ _CODED = When("codec.gradient.kind", ("powersgd", "sparse"), _own)
 
 READING: Reading = {
     "codec.kind": ((_CUT,), (When("codec.kind", ("none",)),)),
-    "codec.rank": (_POWERSGD,),
-    "codec.rank_ratio": (_POWERSGD,),
+    "codec.rank": (_RANK,),
+    "codec.rank_ratio": (_RANK,),
     "codec.backward_basis": (_POWERSGD,),
     "codec.rate": (_TRANSFORM,),
     "codec.backward_rate": (_TRANSFORM,),
     "codec.total_rate": (_TRANSFORM,),
     "codec.coder": (_TRANSFORM,),
+    "codec.dither": ((*_TRANSFORM, When("codec.coder", ("entropy",))),),
     "codec.side_share": (_TRANSFORM,),
     "codec.sensitivity": (_TRANSFORM,),
     "codec.first_token": ((_CUT,),),

@@ -50,7 +50,7 @@ class Tokens:
 
 @dataclass(frozen=True)
 class CodecCost:
-    """Bytes at one boundary. Exact for `none` and `powersgd` as published; of a transform the total is, held by its rate."""
+    """Bytes at one boundary. Exact but for shared prefixes; of a transform the total is, held by its rate."""
 
     name: str  # as a table shows it
     forward: float  # of a token
@@ -103,13 +103,22 @@ def _powersgd(config: CodecConfig, shape: BoundaryShape, tokens: Tokens) -> Code
     )
 
 
+def _random_k(config: CodecConfig, shape: BoundaryShape, tokens: Tokens) -> CodecCost:
+    k, dense = (
+        config.rank_for(shape.hidden),
+        float(BF16 * shape.hidden),
+    )  # values go in bf16, whatever the model's dtype
+    exact = (dense - BF16 * k) / tokens.sample if config.sends_first_exactly else 0.0
+    return CodecCost(f"random_k k={k}", forward=BF16 * k + exact, backward=float(BF16 * k), dense=dense)
+
+
 def _transform(config: CodecConfig, shape: BoundaryShape, tokens: Tokens) -> CodecCost:
     hidden, dense = shape.hidden, float(BF16 * shape.hidden)  # its rates are shares of bf16, whatever the model's dtype
     tables = hidden * (DIRECTIONS * (hidden + 8) + 2)
     side = tables / tokens.run  # the first ones travel with a payload, and all are paid from the rate
     forward, backward = config.rates
     return CodecCost(
-        name=f"transform {config.coder} {100 * forward:g} / {100 * backward:g} %",
+        name=f"transform {config.coder}{' dither' if config.dither else ''} {100 * forward:g} / {100 * backward:g} %",
         forward=max(dense * forward - side, 0),
         backward=max(dense * backward - side, 0),
         dense=dense,
@@ -121,7 +130,7 @@ def _transform(config: CodecConfig, shape: BoundaryShape, tokens: Tokens) -> Cod
     )
 
 
-COSTS: dict[str, Cost] = {"none": _none, "powersgd": _powersgd, "transform": _transform}
+COSTS: dict[str, Cost] = {"none": _none, "powersgd": _powersgd, "random_k": _random_k, "transform": _transform}
 
 
 # --- the gradient's sum over replicas ----------------------------------------------------------------

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from jaxtyping import Float, Shaped, UInt8
+from jaxtyping import Float, Int64, Shaped, UInt8
 from torch import Tensor
 
 
@@ -56,6 +56,7 @@ class Codec(Protocol):
 
     tables: Tables | None = None
     rate: Rate | None = None
+    keyed: bool = False  # it draws random numbers: `rekey` comes before each encode and decode
     summed: tuple[str, ...] = ()  # names in `state` of what replicas are still to sum, each having gathered its own
 
     @abstractmethod
@@ -76,6 +77,9 @@ class Codec(Protocol):
     def limits(self, n: int, dtype: torch.dtype) -> tuple[int, int]:
         """The least and the most bytes that a payload of n rows can have."""
         ...
+
+    def rekey(self, keys: Int64[Tensor, " n"]) -> None:
+        """A number for each row to come: both ends have the same, and others in another tick (codec/keyed.py)."""
 
     def to(self, device: torch.device) -> None:
         """Before the first tick: where rows will lie."""

@@ -7,12 +7,14 @@ they go back, which is exact. Both ends know the tokens, so nothing is sent for 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from codec.keyed import mix, row_keys
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,7 @@ class Rows:
 
     first: Tensor  # bool [N]: token 0 of a sample, whose hidden state is out of all proportion
     keeper: Tensor  # int64 [N]: the first row with the same tokens up to and including its own
+    keys: Tensor  # int64 [N]: what a codec may draw random numbers from, new in every tick; both ends know them
 
     def __len__(self) -> int:
         return len(self.keeper)
@@ -35,9 +38,13 @@ class Rows:
         """Where each row is found among the kept ones, int64 [N]."""
         return torch.searchsorted(self.kept, self.keeper)
 
+    def redrawn(self, draw: int) -> Rows:
+        """The same rows with other keys, for each `draw` others."""
+        return replace(self, keys=mix(self.keys + draw))
 
-def rows_of(ids: np.ndarray, real: np.ndarray, device: torch.device) -> Rows:
-    """Tokens [B, L] and the mask of real ones, right-padded."""
+
+def rows_of(ids: np.ndarray, real: np.ndarray, device: torch.device, tick: int = 0) -> Rows:
+    """Tokens [B, L] and the mask of real ones, right-padded; `tick` trains them."""
     at = np.cumsum(real.reshape(-1)).reshape(real.shape) - 1  # [B, L]: position in packed order
     keeper, prefix = at.copy(), np.zeros(len(ids), np.int64)
     for t in range(ids.shape[1]):
@@ -49,7 +56,8 @@ def rows_of(ids: np.ndarray, real: np.ndarray, device: torch.device) -> Rows:
         keeper[alive, t] = at[alive[first[prefix[alive]]], t]
     starts = np.zeros(real.shape, bool)
     starts[:, 0] = True
-    return Rows(torch.from_numpy(starts[real]).to(device), torch.from_numpy(keeper[real]).to(device))
+    found = starts[real], keeper[real], row_keys(ids, real, tick)
+    return Rows(*(torch.from_numpy(array).to(device) for array in found))
 
 
 def pack_rows(hidden: Tensor, real: Tensor) -> Tensor:

@@ -34,12 +34,12 @@ class MicroBatch:
     tokens: int  # real tokens
 
 
-def microbatches(batch: Batch, samples: np.ndarray, size: int, device: torch.device) -> list[MicroBatch]:
-    """`samples` in the given order, `size` at a time. What the batch does not have is empty in them."""
-    return [_microbatch(batch, samples[i : i + size], device) for i in range(0, len(samples), size)]
+def microbatches(batch: Batch, samples: np.ndarray, size: int, device: torch.device, tick: int = 0) -> list[MicroBatch]:
+    """`samples` in the given order, `size` at a time, trained by `tick`. What the batch does not have is empty in them."""
+    return [_microbatch(batch, samples[i : i + size], device, tick) for i in range(0, len(samples), size)]
 
 
-def _microbatch(batch: Batch, samples: np.ndarray, device: torch.device) -> MicroBatch:
+def _microbatch(batch: Batch, samples: np.ndarray, device: torch.device, tick: int) -> MicroBatch:
     token_at = np.concatenate([[0], np.cumsum(batch.total)])
     response_at = np.concatenate([[0], np.cumsum(batch.response_lengths)])
     total = batch.total[samples]
@@ -62,7 +62,7 @@ def _microbatch(batch: Batch, samples: np.ndarray, device: torch.device) -> Micr
         advantages=per_token(advantages),
         rollout_logprobs=per_token(batch.rollout_logprobs),
         ref_logprobs=per_token(batch.ref_logprobs) if len(batch.ref_logprobs) else None,
-        rows=rows_of(ids, real, device),
+        rows=rows_of(ids, real, device, tick),
         tokens=int(real.sum()),
     )
 

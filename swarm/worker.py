@@ -129,7 +129,8 @@ class Worker:
                 if not rank.grid.alone:
                     rank.mark()
             for index, (batch, denominator) in enumerate(mini_batches(frame)):
-                micros = microbatches(batch, np.arange(len(batch)), rank.setup.swarm.micro_batch_size, device)
+                size = rank.setup.swarm.micro_batch_size
+                micros = microbatches(batch, np.arange(len(batch)), size, device, tick + index)
                 old = (
                     twin.tensors_of(known[index], device)
                     if known and own

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from codec.config import CodecConfig
 from codec.transform.entropy import EntropyCoder
 from codec.transform.fixed import GAIN_BITS, FixedCoder
 from codec.transform.lloyd_max import MAX_BITS, allocate
@@ -22,6 +23,10 @@ TRIALS = 14  # halvings of an interval of 18 nepers: the first step is right to 
 
 class Coder(Protocol):
     """One side of a way: coefficients z [N, k] to bytes and back."""
+
+    def rekey(self, keys: Tensor) -> None:
+        """Before each encode and decode of a way that is dithered: a key for each row, int64 [N]."""
+        ...
 
     def rebase(self, deviations: Tensor) -> None:
         """New directions, with these standard deviations [k]."""
@@ -63,6 +68,8 @@ class Coder(Protocol):
 class Fixed:
     """The knob is a number of bits a row."""
 
+    def rekey(self, keys: Tensor) -> None: ...
+
     def worthwhile(self, variances: Tensor, bits: float) -> int:
         deviations = variances.sqrt().float().cpu().numpy()
         return int(np.count_nonzero(allocate(deviations, math.ceil(SPARE_BITS * bits))))
@@ -101,8 +108,13 @@ class Fixed:
 class Entropy:
     """The knob is the step. Learns from what it codes; see codec/transform/symbol_statistics.py."""
 
-    def __init__(self) -> None:
+    def __init__(self, dithered: bool) -> None:
         self.known: EntropyCoder | None = None
+        self.dithered = dithered
+        self.keys: Tensor | None = None  # of the rows to come, if they are dithered
+
+    def rekey(self, keys: Tensor) -> None:
+        self.keys = keys
 
     @property
     def coder(self) -> EntropyCoder:
@@ -117,16 +129,16 @@ class Entropy:
     def rebase(self, deviations: Tensor) -> None:
         self.deviations = deviations
         if self.known is None:
-            self.known = EntropyCoder(deviations)
+            self.known = EntropyCoder(deviations, self.dithered)
         else:
             self.known.rebase(deviations)
 
     def encode(self, z: Tensor, knob: float) -> tuple[Tensor, Tensor, int]:
-        body, z_hat, stats = self.coder.encode(z, knob)
+        body, z_hat, stats = self.coder.encode(z, knob, self.keys)
         return torch.from_numpy(body).to(z.device), z_hat, stats.escapes
 
     def decode(self, body: Tensor, n: int, knob: float) -> Tensor:
-        return self.coder.decode(body.cpu().numpy(), n, knob)
+        return self.coder.decode(body.cpu().numpy(), n, knob, self.keys)
 
     def most_bytes(self, n: int, k: int) -> int:
         return 1024 + 4 * n + 8 * n * k  # a symbol of least probability, 31 plain bits and a sign: below 64 bits
@@ -140,7 +152,7 @@ class Entropy:
         low, high = low - 12, high + 6
         for _ in range(TRIALS):
             middle = (low + high) / 2
-            body = EntropyCoder(self.deviations).encode(z, math.exp(middle))[0]
+            body = EntropyCoder(self.deviations, self.dithered).encode(z, math.exp(middle), self.keys)[0]
             low, high = (middle, high) if 8 * body.size > bits * len(z) else (low, middle)
         return math.exp(high)
 
@@ -157,4 +169,6 @@ class Entropy:
             self.coder.restore(state)
 
 
-CODERS = {"fixed": Fixed, "entropy": Entropy}
+def make_coder(config: CodecConfig) -> Coder:
+    """One side of a way."""
+    return Fixed() if config.coder == "fixed" else Entropy(config.dither)

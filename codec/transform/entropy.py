@@ -11,6 +11,12 @@ symbols of a class are coded in one call (codec/transform/ans.py), which is what
 
 Rounding looks at the price: the dead zone around 0 is wider where a nonzero symbol is dear. Nothing is
 clamped: a large |q| costs more bits. A row of zeros costs its energy and nothing else.
+
+With subtractive dither  q = round(z / step + u),  ẑ = (q - u) · step,  u uniform in ±1/2 and drawn from a key of the row
+(codec/keyed.py): whatever z is, the error is uniform in ±step/2 and of mean 0. It needs steps of one size and no dead zone, so
+it costs bytes, or at equal bytes error. Only a row that is 0 as a whole stays 0.
+
+References: Schuchman 1964, "Dither Signals and Their Effect on Quantization Noise", IEEE Trans. Commun. Technol. 12(4).
 """
 
 from __future__ import annotations
@@ -22,6 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from codec.keyed import uniforms
 from codec.transform.ans import WordReader, WordWriter
 from codec.transform.symbol_statistics import CLASSES, ENERGIES, Contexts, first_counts, tally
 from codec.transform.symbols import DIRECT, MAGNITUDE_BITS, pack_bits, plain_bits, symbols_of, unpack_bits
@@ -45,18 +52,19 @@ class EncodeStats:
 class EntropyCoder:
     """One end of one direction of a link. Sender and receiver stay in step as long as no payload is lost."""
 
-    def __init__(self, deviations: Tensor):
+    def __init__(self, deviations: Tensor, dithered: bool = False):
         """`deviations`: float32 [k], of each coefficient over the rows; decoded rows lie on their device.
 
-        Raises ValueError if one is negative or not finite.
+        `dithered`: both ends give the keys of the rows with them, int64 [N]. Raises ValueError if one is negative or not finite.
         """
         self.device = deviations.device
-        self.contexts = Contexts(deviations.detach().cpu().numpy())
+        self.dithered = dithered
+        self.contexts = Contexts(deviations.detach().cpu().numpy(), dithered)
         # Never learns: what is rounded to what must depend on nothing but rows, step and tables. Log-probs that
         # are computed before an update and in it are then equal, and so are those of another layout.
         self.prior = first_counts()
 
-    def encode(self, z: Tensor, step: float) -> tuple[np.ndarray, Tensor, EncodeStats]:
+    def encode(self, z: Tensor, step: float, keys: Tensor | None = None) -> tuple[np.ndarray, Tensor, EncodeStats]:
         """Coefficients [N, k] -> (body, uint8; what decode makes of it, float32 [N, k]; statistics). Then learns.
 
         Raises ValueError if z holds a NaN, an infinity or 2^31 steps, or if `step` is no positive float32.
@@ -66,21 +74,31 @@ class EntropyCoder:
         a = z.abs() / step
         if a.numel() and not a.max() < 2.0**MAGNITUDE_BITS:
             raise ValueError(f"the largest coefficient is {a.max().item():g} steps of {step:g}: cannot be coded")
-        energy = _energies(a)
-        classes = self.contexts.classes(energy, step)
-        q = torch.copysign(self._rounded(a, classes), z).to(torch.int32)
-        q_here = q.cpu().numpy()
-        energy[~q_here.any(axis=1)] = 0  # nothing else of such a row is sent
-        body, stats = self._write(q_here, energy, classes)
-        return body, _values(q, step), stats
+        dither = self._dither(keys)
+        if dither is None:
+            energy = _energies((a + _PLAIN_OFFSET).floor_())
+            classes = self.contexts.classes(energy, step)
+            q = torch.copysign(self._rounded(a, classes), z).to(torch.int32)
+            sent = q.any(1)  # of other rows nothing but their energy is
+        else:
+            sent = z.any(1)
+            q = (z / step).add_(dither).round_().mul_(sent[:, None]).to(torch.int32)
+            energy = _energies(q.abs())
+            classes = self.contexts.classes(energy, step)
+        energy[~sent.cpu().numpy()] = 0
+        body, stats = self._write(q.cpu().numpy(), energy, classes)
+        return body, _values(q, step, dither, sent), stats
 
-    def decode(self, body: np.ndarray, n: int, step: float) -> Tensor:
+    def decode(self, body: np.ndarray, n: int, step: float, keys: Tensor | None = None) -> Tensor:
         """Body of `n` rows -> float32 [n, k], bit for bit what encode gave. Then learns.
 
         Raises ValueError naming what is wrong with the body; nothing was learnt then.
         """
         step = _checked(step)
-        return _values(torch.from_numpy(self._read(body, n, step)).to(self.device), step)
+        q, rows = self._read(body, n, step)
+        sent = torch.zeros(n, dtype=torch.bool, device=self.device)
+        sent[torch.from_numpy(rows).to(self.device)] = True
+        return _values(torch.from_numpy(q).to(self.device), step, self._dither(keys), sent)
 
     def rebase(self, deviations: Tensor) -> None:
         """A new basis: what is known of each coefficient starts from its deviation, the histograms stay."""
@@ -97,6 +115,13 @@ class EntropyCoder:
     def digest(self) -> int:
         """64 bits over all that both ends must share."""
         return self.contexts.digest()
+
+    def _dither(self, keys: Tensor | None) -> Tensor | None:
+        """float32 [N, k]; None without it."""
+        if not self.dithered:
+            return None
+        assert keys is not None  # `Codec.rekey` comes before rows
+        return uniforms(keys, self.contexts.deviations.size)
 
     def _rounded(self, a: Tensor, classes: np.ndarray) -> Tensor:
         """|z| in steps, float32 [N, k], and the class of each -> |q|, float32 [N, k].
@@ -133,8 +158,8 @@ class EntropyCoder:
         self.contexts.learn(energy, seen)
         return np.concatenate([part.view(np.uint8) for part in parts]), stats
 
-    def _read(self, body: np.ndarray, n: int, step: float) -> np.ndarray:
-        """Inverse of `_write`: int32 [n, k]. Learns."""
+    def _read(self, body: np.ndarray, n: int, step: float) -> tuple[np.ndarray, np.ndarray]:
+        """Inverse of `_write`: int32 [n, k], and which rows were sent at all. Learns."""
         words, plain = _split(body, n)
         reader = WordReader(words)
         energy = reader.take(n, self.contexts.energy_counts[0])
@@ -148,7 +173,7 @@ class EntropyCoder:
         q = np.zeros((n, self.contexts.deviations.size), np.int32)
         q[rows] = _with_plain_bits(symbols, plain).reshape(rows.size, q.shape[1])
         self.contexts.learn(energy, tally(classes, symbols))
-        return q
+        return q, rows
 
 
 def _checked(step: float) -> float:
@@ -160,14 +185,14 @@ def _checked(step: float) -> float:
     return rounded
 
 
-def _energies(a: Tensor) -> np.ndarray:
-    """|z| in steps, [N, k] -> class of each row's Σ|q|, int32 [N], 1 and up. It is sent, so any would do."""
-    total = (a + _PLAIN_OFFSET).floor_().sum(1)
-    return (2 * total.log2() + 1).round_().clamp_(1, ENERGIES - 1).to(torch.int32).cpu().numpy()
+def _energies(magnitudes: Tensor) -> np.ndarray:
+    """|q| [N, k], or about them -> class of each row's Σ|q|, int32 [N], 1 and up. It is sent, so any would do."""
+    return (2 * magnitudes.sum(1).log2() + 1).round_().clamp_(1, ENERGIES - 1).to(torch.int32).cpu().numpy()
 
 
-def _values(q: Tensor, step: float) -> Tensor:
-    return q.float().mul_(step)
+def _values(q: Tensor, step: float, dither: Tensor | None, sent: Tensor) -> Tensor:
+    values = q.float()
+    return values.mul_(step) if dither is None else values.sub_(dither).mul_(step).mul_(sent[:, None])
 
 
 def _by_class(classes: np.ndarray) -> tuple[np.ndarray, list[tuple[int, slice]]]:

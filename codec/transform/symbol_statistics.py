@@ -45,8 +45,9 @@ _SHARES = 1 / _powers(sqrt(sqrt(sqrt(2.0))), 8 * 40)[::-1]  # eighths of an octa
 class Contexts:
     """The shared expectations of one direction of a link. Both ends call `learn` with the same symbols."""
 
-    def __init__(self, deviations: np.ndarray):
+    def __init__(self, deviations: np.ndarray, dithered: bool = False):
         """`deviations`: float32 [k]. Raises ValueError if one is negative or not finite."""
+        self.dithered = dithered
         self.counts = first_counts()  # int64 [CLASSES, SYMBOLS]
         self.energy_counts = np.full((1, ENERGIES), _SEEN, np.int64)
         self.rebase(deviations)
@@ -66,10 +67,10 @@ class Contexts:
     def _shares(self, step: float) -> np.ndarray:
         """Share of each coefficient in Σ|q| of a row, in eighths of an octave, int16 [k].
 
-        As of Laplacian coefficients: mean |q| = Σ P(|z| > (j - 0.4) step) over j = 1, 2, …
+        As of Laplacian coefficients: mean |q| = Σ P(|z| > (j - 0.4) step) over j = 1, 2, …; dithered, mean |z| in steps.
         """
         width = np.clip(self.deviations.astype(np.float64) / (step * sqrt(2)), 1e-6, 1e6)  # mean |z| in steps
-        mean = _decay(0.6 / width) / (1 - _decay(1 / width))
+        mean = width if self.dithered else _decay(0.6 / width) / (1 - _decay(1 / width))
         below = np.searchsorted(_SHARES, mean / fsum(mean), "right")  # fsum is exact in any order
         return (below - _SHARES.size).astype(np.int16)
 

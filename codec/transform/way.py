@@ -22,7 +22,7 @@ from torch import Tensor
 from codec.config import CodecConfig
 from codec.interface import Codec, CodecError, Room
 from codec.state import prefixed, under
-from codec.transform.coders import CODERS, Coder
+from codec.transform.coders import Coder, make_coder
 from codec.transform.directions import Directions, packed_size
 from codec.transform.moments import Moments
 from codec.transform.payload import HEADER_BYTES, Payload, pack_payload, unpack_payload
@@ -38,15 +38,28 @@ class Transform(Codec):
 
     summed = ("moments.fresh",)
 
-    def __init__(self, config: CodecConfig, hidden: int, share: float, centred: bool, back: Transform | None = None):
+    def __init__(
+        self,
+        config: CodecConfig,
+        hidden: int,
+        share: float,
+        centred: bool,
+        back: Transform | None = None,
+        seed: int = 0,
+    ):
         self.hidden, self.centred = hidden, centred
-        self.sender, self.receiver = CODERS[config.coder](), CODERS[config.coder]()
+        self.keyed, self.seed = config.dither, seed
+        self.sender, self.receiver = make_coder(config), make_coder(config)
         self.rate = self.held = HeldRate(share, config.side_share, self.sender)
         gradients = None if back is None else back.axes
         self.tables = self.axes = PrincipalAxes(
             hidden, centred, self.sender, self.receiver, self.held, gradients, config.sensitivity
         )
         self.bits = self.symbols = self.escapes = self.rows = 0.0  # of this tick
+
+    def rekey(self, keys: Tensor) -> None:
+        for coder in (self.sender, self.receiver):
+            coder.rekey(keys ^ self.seed)
 
     def to(self, device: torch.device) -> None:
         self.axes.to(device)
@@ -133,6 +146,8 @@ class Transform(Codec):
         axes, held = self.axes, self.held
         numbers = torch.tensor([held.knob, held.wanted, axes.refreshed, axes.age], dtype=torch.float64)
         found = {"numbers": numbers} | axes.state()
+        if self.keyed:
+            found["seed"] = torch.tensor(self.seed)
         for name, part in self._parts().items():
             found |= prefixed(name, part.state())
         return found
@@ -142,6 +157,8 @@ class Transform(Codec):
         axes.restore(state)
         held.knob, held.wanted, refreshed, age = state["numbers"].tolist()
         axes.refreshed, axes.age = bool(refreshed), int(age)
+        if self.keyed:
+            self.seed = int(state["seed"])
         for name, part in self._parts().items():
             part.restore(under(name, state))
 
@@ -167,5 +184,5 @@ def _nothing(like: Tensor) -> Tensor:
 def transform(config: CodecConfig, hidden: int, seed: int) -> tuple[Codec, Codec]:
     """The two ways of one boundary; dX has directions of its own, as a basis from X is a random one for it."""
     forward, backward = config.rates
-    back = Transform(config, hidden, backward, centred=False)
-    return Transform(config, hidden, forward, centred=True, back=back), back
+    back = Transform(config, hidden, backward, centred=False, seed=2 * seed + 1)
+    return Transform(config, hidden, forward, centred=True, back=back, seed=2 * seed), back

@@ -49,6 +49,10 @@ def probe_command(
     source: ConfigSource,
     set_: Annotated[list[str] | None, set_option("override a key, for example codec.rank=16")] = None,
     tokens: Annotated[int, typer.Option(min=1, help="response tokens to score; twice as many others calibrate")] = 2000,
+    boundaries: Annotated[
+        str | None,
+        typer.Option(metavar="N,N,…", help="with so many boundaries too, evenly over the layers; fewer codecs"),
+    ] = None,
     json_file: JsonFile = None,
 ) -> None:
     """Measure what codecs do to the policy and its gradient, before a run, on its model, tasks and boundaries.
@@ -57,11 +61,12 @@ def probe_command(
     """
     config = checked_config(source, set_)
     from deploy.display.run_display import console
-    from deploy.probe.probe import probe
+    from deploy.probe.probe import numbers_of_boundaries, probe
     from deploy.probe.tables import advice, show_probe
 
     try:
-        found = probe(config, tokens, lambda line: console.print(line, highlight=False))
+        counts = numbers_of_boundaries(boundaries or "")
+        found = probe(config, tokens, lambda line: console.print(line, highlight=False), counts=counts)
     except ValueError as error:
         raise refused(error) from error
     show_probe(found, console)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,12 +32,13 @@ HEAD_ROWS = 256  # rows of logits at a time: two of [HEAD_ROWS, V] are alive
 KEPT = 1 << 21  # coordinates of a gradient that are compared, evenly spaced over it
 REFRESHES = 2  # of the statistics on the calibration samples, as a run has made soon after its start
 SETTLING = 4  # rounds in which a held rate finds its step
+DRAWS = 8  # of the keys of a codec that has any: bias and variance of its gradient are told apart by them
 
 
 class Halves:
-    """The model cut at its first boundary: below it every codec sees the same, so that half runs once for all.
+    """The model cut at the first of its boundaries: below it every codec sees the same, so that half runs once for all.
 
-    `lower` has gradients, for they show what the backward payloads are worth; `upper` has none.
+    `boundaries`: all that any trial has, increasing. `lower` has gradients, for they show what the backward payloads are worth; `upper` has none.
     """
 
     def __init__(
@@ -127,19 +129,21 @@ class Calibration:
 
 
 class Trial:
-    """One codec at every boundary of the model, and what has been measured of it so far."""
+    """One codec at the boundaries `layers` (default: all of the halves'), and what has been measured of it so far."""
 
-    def __init__(self, codec: CodecConfig, halves: Halves, seed: int):
+    def __init__(self, codec: CodecConfig, halves: Halves, seed: int, layers: list[int] | None = None):
         self.codec, self.halves = codec, halves
+        self.layers = halves.boundaries if layers is None else layers
         self.ledger = Ledger()
         device = halves.lower.weights.master.device
         self.boundaries = {
-            layer: Boundary(codec, i, halves.hidden, seed, self.ledger) for i, layer in enumerate(halves.boundaries)
+            layer: Boundary(codec, i, halves.hidden, seed, self.ledger) for i, layer in enumerate(self.layers)
         }
         for boundary in self.boundaries.values():
             boundary.to(device)
         self.sums: dict[str, float] = defaultdict(float)
-        self.gradient: Tensor | float = 0.0  # of the lower half's weights, sampled
+        draws = DRAWS if any(boundary.keyed for boundary in self.boundaries.values()) else 1
+        self.gradients: list[Tensor | float] = [0.0] * draws  # of the lower half's weights, sampled; one for each draw
         self.side = {"fwd": 0.0, "bwd": 0.0}  # bytes of tables at all boundaries
 
     def calibrate(self, micros: list[Calibration], dense_of_run: dict[str, float]) -> None:
@@ -187,25 +191,26 @@ class Trial:
         return min(b.seen["bwd"].cosine("cosine").get("cosine", 0.0) for b in self.boundaries.values())
 
     def run(self, hidden: Tensor, dense: Tensor, micro: MicroBatch, head: Head, with_gradient: bool) -> None:
-        """One microbatch: forward through the codec, and back through it if asked to.
+        """One microbatch: forward through the codec, and back through it if asked to, with every draw of its keys.
 
         `hidden` [B, L, H] is the lower half's output with its graph, `dense` [R, H] the upper half's without codec.
         """
-        entry = hidden.detach().requires_grad_(with_gradient)
-        # the statistics are those of the calibration, but fidelity is of the rows that are scored
-        cuts = {
-            layer: lambda rows, b=b: b.virtual(rows, micro.rows, observe=True) for layer, b in self.boundaries.items()
-        }
-        with torch.set_grad_enabled(with_gradient):
-            rows = self.halves.above(entry, micro, cuts)
-        sums, gradient = head.compare(dense, rows.detach(), micro, with_gradient)
-        for name, value in sums.items():
-            self.sums[name] += value.item()
-        if with_gradient:
-            rows.backward(gradient)
-            assert entry.grad is not None
-            self.gradient = self.gradient + self.halves.weight_gradient(hidden, entry.grad)
+        for draw in range(len(self.gradients) if with_gradient else 1):
+            entry = hidden.detach().requires_grad_(with_gradient)
+            with torch.set_grad_enabled(with_gradient):
+                rows = self.halves.above(entry, micro, self._cuts(micro.rows.redrawn(draw) if draw else micro.rows))
+            sums, gradient = head.compare(dense, rows.detach(), micro, with_gradient)
+            for name, value in sums.items() if draw == 0 else ():
+                self.sums[name] += value.item()
+            if with_gradient:
+                rows.backward(gradient)
+                assert entry.grad is not None
+                self.gradients[draw] = self.gradients[draw] + self.halves.weight_gradient(hidden, entry.grad)
         for boundary in self.boundaries.values():  # hold the rate as a run does, tick by tick
             for rate in (boundary.forward.rate, boundary.backward.rate):
                 if rate is not None and (spent := rate.spent()).any():
                     rate.steer(spent)
+
+    def _cuts(self, rows: Rows) -> dict[int, Callable[[Tensor], Tensor]]:
+        """The statistics are those of the calibration, but fidelity is of the rows that are scored."""
+        return {layer: partial(b.virtual, rows=rows, observe=True) for layer, b in self.boundaries.items()}

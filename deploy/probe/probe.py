@@ -7,7 +7,7 @@ training split and scored on answers of the validation split, at equal weights. 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,18 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from anchor_service.diagnosis import cosine
 from codec.boundary import Boundary
 from codec.config import CodecConfig
-from codec.costs import CodecCost
 from deploy.config import ConfigError
-from deploy.estimate.bytes import cost_of_codec, tick_bytes
-from deploy.estimate.workload import forward_passes, samples_per_tick, total_ticks
 from deploy.estimate.worth import Worth
 from deploy.preflight import preflight
 from deploy.probe.anchor_trial import compare_batches
 from deploy.probe.codec_trial import Calibration, Halves, Head, Trial
-from rl import mismatch
+from deploy.probe.scores import Score, codec_in_run, dense_of_run, scored_trial
 from rl.batch import Batch, Prompts, concat
 from rl.model_files import model_shape, resolve
 from rl.objective import MicroBatch, microbatches
@@ -36,33 +32,13 @@ from swarm.run_config import RunConfig
 
 CALIBRATION = 2  # times as many tokens as are scored; a run pools over far more
 GRADIENT_EVERY = 3  # microbatches: a gradient costs as much as three forwards
-SKETCHES = (0.05, 0.125)  # ranks of PowerSGD that are compared, as shares of the hidden size
+SKETCHES = (
+    0.05,
+    0.125,
+)  # ranks of PowerSGD and of random coordinates, as shares of the hidden size, and rates with dither
 RATES = (0.025, 0.05, 0.125, 0.25)  # of the transform, each way
 
 Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Score:
-    """One codec. Bytes are a token's at one boundary, side information as the run's schedule spreads it over tokens."""
-
-    name: str
-    codec: dict[str, Any]
-    own: bool  # the codec of the config itself
-    compresses: bool
-    kl: float  # nats a token, KL(without ‖ with codec) over the whole vocabulary
-    k1: float  # its estimate from the sampled tokens, as `codec/logprob_kl` will report it
-    corr: float
-    outside: dict[str, float]  # share of tokens whose ratio leaves [1/f, f]
-    fvu: float  # of the worst boundary
-    dx_cosine: float  # of the worst boundary
-    gradient_cosine: float  # of the weights below the first boundary
-    forward_bytes: float
-    backward_bytes: float
-    side_bytes: float
-    dense_bytes: float  # one way
-    payload_rate: float
-    total_rate: float
 
 
 @dataclass(frozen=True)
@@ -76,6 +52,11 @@ class Probe:
     drawn_advantages: bool  # no answer was better than another
     scores: list[Score]
     worth: Worth | None  # of the anchor; None where gradients are drawn, or of too few mini-batches
+
+    @property
+    def lowest(self) -> int:
+        """The layer below which gradients were compared."""
+        return min(score.boundaries[0] for score in self.scores)
 
     def numbers(self) -> dict[str, Any]:
         """For --json."""
@@ -93,10 +74,17 @@ class Probe:
         }
 
 
-def probe(config: RunConfig, tokens: int, say: Say, candidates: list[CodecConfig] | None = None) -> Probe:
+def probe(
+    config: RunConfig,
+    tokens: int,
+    say: Say,
+    candidates: list[CodecConfig] | None = None,
+    counts: Sequence[int] = (),
+) -> Probe:
     """Score `candidates` (default: `compared_with`) on at least `tokens` response tokens, with `swarm.threads` threads.
 
-    Raises ConfigError if the config has no boundary.
+    `counts`: with so many boundaries too, beside the config's own. Raises ConfigError if the config has none, or the
+    model has not so many layers.
     """
     if not config.swarm.boundaries:
         raise ConfigError("swarm.boundaries is empty: nothing crosses a link, so there is no codec to probe")
@@ -104,13 +92,14 @@ def probe(config: RunConfig, tokens: int, say: Say, candidates: list[CodecConfig
     folder = resolve(config.model.path)
     shape = model_shape(str(folder))
     assert shape is not None  # a folder has one
-    candidates = candidates or compared_with(config, shape.hidden)
+    cuts = sets_of_boundaries(shape.layers, config.swarm.boundaries, counts)
+    candidates = candidates or compared_with(config, shape.hidden, SKETCHES[:1] if len(cuts) > 1 else SKETCHES)
     calibration, scored = _answers(config, tokens, say)
     drawn = not (calibration.advantages.any() and scored.advantages.any())
     if drawn:
         say("no answer was better than another: advantages are drawn, +1 or -1")
         calibration, scored = _with_drawn_advantages(calibration, 0), _with_drawn_advantages(scored, 1)
-    scores, gradient_tokens, own = _trials(folder, shape.layers, candidates, calibration, scored, config, say)
+    scores, gradient_tokens, own = _trials(folder, shape.layers, cuts, candidates, calibration, scored, config, say)
     found = None
     if own and not drawn:
         answers = concat([calibration, scored])
@@ -122,6 +111,7 @@ def probe(config: RunConfig, tokens: int, say: Say, candidates: list[CodecConfig
 def _trials(
     folder: Path,
     layers: int,
+    cuts: list[list[int]],
     candidates: list[CodecConfig],
     calibration: Batch,
     scored: Batch,
@@ -130,29 +120,56 @@ def _trials(
 ) -> tuple[list[Score], int, dict[int, Boundary]]:
     """Of all candidates; the response tokens of gradients, and the boundaries of the config's own codec as they were left."""
     dtype, device = getattr(torch, config.model.dtype), torch.device(config.swarm.device)
-    halves = Halves(folder, layers, config.swarm.boundaries, dtype, device, config.model.attention)
-    trials = [Trial(codec, halves, config.run.seed) for codec in candidates]
+    every = sorted({layer for cut in cuts for layer in cut})
+    halves = Halves(folder, layers, every, dtype, device, config.model.attention)
+    trials = [Trial(codec, halves, config.run.seed, cut) for codec in candidates for cut in cuts]
     calibrate(halves, trials, calibration, config, say)
     reference, gradient_tokens = score(halves, trials, scored, config, say)
     mean_length = float(scored.total.mean())
-    own = next((trial.boundaries for trial in trials if trial.codec == config.codec), {})
-    return [_score(trial, reference, config, mean_length) for trial in trials], gradient_tokens, own
+    scores = [scored_trial(trial, reference, config, mean_length) for trial in trials]
+    own = next((trial.boundaries for trial, found in zip(trials, scores) if found.own), {})
+    return scores, gradient_tokens, own
 
 
-def compared_with(config: RunConfig, hidden: int) -> list[CodecConfig]:
-    """The run's own, PowerSGD as published, and the transform at the same bytes; each once."""
-    others = [CodecConfig(kind="powersgd", rank=max(1, round(rate * hidden))) for rate in SKETCHES]
-    others += [
-        CodecConfig(coder=coder, rate=rate, backward_rate=rate) for rate in RATES for coder in ("fixed", "entropy")
+def sets_of_boundaries(layers: int, own: list[int], counts: Sequence[int]) -> list[list[int]]:
+    """The config's own boundaries, and for each other number of them as many, evenly over the model; fewest first.
+
+    Raises ConfigError for a number that does not fit between the layers.
+    """
+    wrong = [n for n in counts if not 0 < n < layers]
+    if wrong:
+        raise ConfigError(f"--boundaries {wrong[0]}: {layers} layers have places for 1 to {layers - 1} boundaries")
+    even = {n: [(2 * layers * i + n + 1) // (2 * (n + 1)) for i in range(1, n + 1)] for n in counts}
+    return [cut for _, cut in sorted((even | {len(own): own}).items())]
+
+
+def numbers_of_boundaries(text: str) -> list[int]:
+    """Numbers of boundaries, as they are typed: 1,3,7. Raises ConfigError."""
+    numbers = [part.strip() for part in text.split(",")] if text else []
+    wrong = [number for number in numbers if not number.isdigit()]
+    if wrong:
+        raise ConfigError(f"--boundaries {text}: {wrong[0]!r} is no number of boundaries; for example 1,3,7")
+    return [int(number) for number in numbers]
+
+
+def compared_with(config: RunConfig, hidden: int, sketches: Sequence[float] = SKETCHES) -> list[CodecConfig]:
+    """The run's own, PowerSGD as published, random coordinates, and the transform at the same bytes; each once.
+
+    With fewer `sketches` than there are: the transform at these rates alone.
+    """
+    rates = RATES if len(sketches) == len(SKETCHES) else sketches
+    others = [
+        CodecConfig(kind=kind, rank=max(1, round(rate * hidden)))
+        for kind in ("powersgd", "random_k")
+        for rate in sketches
     ]
+    others += [
+        CodecConfig(coder=coder, rate=rate, backward_rate=rate) for rate in rates for coder in ("fixed", "entropy")
+    ]
+    others += [CodecConfig(dither=True, rate=rate, backward_rate=rate) for rate in sketches]
     others.append(CodecConfig())
-    found = {_cost(config, codec, hidden).name: codec for codec in others}
-    return list((found | {_cost(config, config.codec, hidden).name: config.codec}).values())
-
-
-def _cost(config: RunConfig, codec: CodecConfig, hidden: int) -> CodecCost:
-    """Of that codec in this run."""
-    return cost_of_codec(config.model_copy(update={"codec": codec}), hidden)
+    found = {codec_in_run(config, codec, hidden).name: codec for codec in others}
+    return list((found | {codec_in_run(config, config.codec, hidden).name: config.codec}).values())
 
 
 # --- the samples -----------------------------------------------------------------------------------
@@ -214,8 +231,8 @@ def calibrate(halves: Halves, trials: list[Trial], batch: Batch, config: RunConf
             hidden = halves.lower(micro.ids, micro.real, {})
         halves.dense(hidden, micro, head, {i: lambda x, i=i: tap(i, x) for i in halves.boundaries})
     for trial in trials:
-        cost = _cost(config, trial.codec, halves.hidden)
-        trial.calibrate(calibrations, _dense_of_run(config, cost, halves.hidden, float(batch.total.mean())))
+        cost = codec_in_run(config, trial.codec, halves.hidden)
+        trial.calibrate(calibrations, dense_of_run(config, cost, halves.hidden, float(batch.total.mean())))
     say(f"calibrated {len(trials)} codecs on {int(batch.total.sum()):,} tokens, prompts included")
 
 
@@ -245,54 +262,3 @@ def score(halves: Halves, trials: list[Trial], batch: Batch, config: RunConfig, 
 def _micros(batch: Batch, config: RunConfig) -> Iterator[MicroBatch]:
     longest_first = np.argsort(-batch.total, kind="stable")
     yield from microbatches(batch, longest_first, config.swarm.micro_batch_size, torch.device(config.swarm.device))
-
-
-# --- the result ------------------------------------------------------------------------------------
-
-
-def _score(trial: Trial, reference: Tensor, config: RunConfig, mean_length: float) -> Score:
-    found, ledger = mismatch.metrics(trial.sums), trial.ledger
-    cost = _cost(config, trial.codec, trial.halves.hidden)
-    forward, backward = (
-        config.model.itemsize * trial.halves.hidden * ledger.sent[channel] / ledger.dense[channel]
-        for channel in ("boundary_fwd", "boundary_bwd")
-    )
-    passes = forward_passes(config, cost.ways > 0)
-    side = _side_bytes(trial, cost, config, mean_length)
-    return Score(
-        name=cost.name,
-        codec=trial.codec.model_dump(exclude_none=True, mode="json"),
-        own=trial.codec == config.codec,
-        compresses=not trial.codec.is_lossless,
-        kl=trial.sums["kl"] / trial.sums[f"{mismatch.PREFIX}tokens"],
-        k1=found[mismatch.LOGPROB_KL],
-        corr=found["codec/logprob_corr"],
-        outside={name: found[f"codec/ratio_outside_{name}"] for name in mismatch.OUTSIDE},
-        fvu=trial.fvu,
-        dx_cosine=trial.dx_cosine,
-        gradient_cosine=cosine(torch.as_tensor(trial.gradient), reference) or 0.0,  # 0 where one of them is zero
-        forward_bytes=forward,
-        backward_bytes=backward,
-        side_bytes=side,
-        dense_bytes=cost.dense,
-        payload_rate=(passes * forward + backward) / ((passes + 1) * cost.dense),
-        total_rate=(passes * forward + backward + side) / ((passes + 1) * cost.dense),
-    )
-
-
-def _dense_of_run(config: RunConfig, cost: CodecCost, hidden: int, mean_length: float) -> dict[str, float]:
-    """Bytes of one boundary over the whole run, dense in bf16, by way."""
-    dense = 2 * hidden * total_ticks(config) * samples_per_tick(config) * mean_length
-    return {"fwd": forward_passes(config, cost.ways > 0) * dense, "bwd": dense}
-
-
-def _side_bytes(trial: Trial, cost: CodecCost, config: RunConfig, mean_length: float) -> float:
-    """What the run sends beside the payloads, for each token at one boundary.
-
-    Tables by the refresh schedule; those that a run sends about once as they were here, spread over the run.
-    """
-    tokens, boundaries = samples_per_tick(config) * mean_length, len(config.swarm.boundaries)
-    if cost.once:
-        return sum(trial.side.values()) / (boundaries * tokens * total_ticks(config))
-    sent, _ = tick_bytes(config.model_copy(update={"codec": trial.codec}))["basis"]
-    return sent / (tokens * boundaries)

@@ -7,7 +7,9 @@ from rich.console import Console
 from rich.table import Table
 
 from deploy.estimate.worth import Worth, prediction_in_words
-from deploy.probe.probe import Probe, Score
+from deploy.probe.codec_trial import DRAWS
+from deploy.probe.probe import Probe
+from deploy.probe.scores import Score
 from rl.mismatch import COMFORT, OUTSIDE
 
 LOST = 0.35  # nats a token: above it the clip is everywhere
@@ -15,6 +17,7 @@ LOST = 0.35  # nats a token: above it the clip is everywhere
 
 def show_probe(found: Probe, console: Console) -> None:
     console.print(scores_table(found))
+    console.print(gradients_table(found))
     console.print(definitions(found), highlight=False)
     for line in advice(found):
         console.print(line)
@@ -32,11 +35,37 @@ def scores_table(found: Probe) -> Table:
     for column in ("rate", "KL", *(f">{f}" for f in OUTSIDE), "FVU", "cos dX", "cos g"):
         table.add_column(column, justify="right", no_wrap=True)
     for s in found.scores:
+        if s.boundaries != found.config.swarm.boundaries:
+            continue
         cells = [f"{s.total_rate:.1%}", f"{abs(s.kl):.2g}", *(f"{share:.1%}" for share in s.outside.values())]
         cells += [f"{s.fvu:.2g}", f"{s.dx_cosine:.3f}", f"{s.gradient_cosine:.3f}"]
-        name = s.name.removeprefix("transform ").replace(" / ", "/")
-        table.add_row(f"{name} *" if s.own else name, *cells, style="bold" if s.own else None)
+        table.add_row(_short(s), *cells, style="bold" if s.own else None)
     return table
+
+
+def gradients_table(found: Probe) -> Table:
+    """Bias and variance of the gradient apart, by codec and number of boundaries; fits 80 columns."""
+    table = Table(
+        title="bytes, policy and gradient by number of boundaries",
+        title_justify="left",
+        title_style="bold",
+        box=SIMPLE,
+        padding=0,
+    )
+    table.add_column("codec", no_wrap=True)
+    for column in ("cuts", "bytes", "KL", "cos g", "bias", "below", "variance"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for s in found.scores:
+        cells = [f"{len(s.boundaries)}", f"{s.token_bytes:,.0f}", f"{abs(s.kl):.2g}", f"{s.gradient_cosine:.3f}"]
+        cells += [f"{s.gradient_bias:.3g}", f"{s.gradient_bias_bound:.3g}"]
+        cells.append(f"{s.gradient_variance:.3g}" if s.draws > 1 else "")
+        table.add_row(_short(s), *cells, style="bold" if s.own else None)
+    return table
+
+
+def _short(s: Score) -> str:
+    name = s.name.removeprefix("transform ").replace(" / ", "/")
+    return f"{name} *" if s.own else name
 
 
 def definitions(found: Probe) -> str:
@@ -47,8 +76,11 @@ def definitions(found: Probe) -> str:
         f"tokens of the validation split scored at temperature {config.rollout.temperature:g}, gradients on "
         f"{found.gradient_tokens:,} of them; codecs calibrated on {found.calibration_tokens:,} of the training split."
         f"{drawn} * configured. KL(without ‖ with codec) in nats a token, over the whole vocabulary. >f: tokens whose "
-        f"probability changes by more than a factor f. FVU and cos dX at the worst boundary; cos gradient of the weights below the first boundary, both directions "
-        f"compressed. Rates are all bytes over dense bytes (of bf16 for the transform, else of the model's dtype), a tick's "
+        f"probability changes by more than a factor f. FVU and cos dX at the worst boundary; g is the gradient of the weights below "
+        f"layer {found.lowest}, both directions compressed. Of codecs that draw random numbers it was taken with "
+        f"{DRAWS} draws: bias is how far their mean is from the dense gradient, below two standard errors more, variance the "
+        f"mean squared deviation of one draw from that mean, all in norms of the dense gradient. Bytes: a token's in a tick, at "
+        f"all boundaries. Rates are all bytes over dense bytes (of bf16 for the transform, else of the model's dtype), a tick's "
         f"forwards and backward together; side: statistics, bases and tables, spread over the tokens of the run, and "
         f"part of the total rate alone."
     )
@@ -57,7 +89,8 @@ def definitions(found: Probe) -> str:
 def advice(found: Probe) -> list[str]:
     """What to expect of the configured codec, and the cheapest that keeps the policy."""
     lines = [_expect(s) for s in found.scores if s.own and s.compresses]
-    kept = [s for s in found.scores if s.compresses and s.kl <= COMFORT]
+    here = found.config.swarm.boundaries
+    kept = [s for s in found.scores if s.compresses and s.kl <= COMFORT and s.boundaries == here]
     cheapest = min(kept, key=lambda s: s.total_rate, default=None)
     if cheapest is None:
         lines.append(

@@ -90,8 +90,10 @@ def test_several_boundaries_mixed_virtual_and_wire(untied_model: Path):
 CODECS = {
     "powersgd": CodecConfig(kind="powersgd", rank=8),
     "own basis": CodecConfig(kind="powersgd", rank=8, backward_basis="own", first_token="exact"),
+    "random_k": CodecConfig(kind="random_k", rank=8),
     "fixed": CodecConfig(coder="fixed", total_rate=0.2),
     "entropy": CodecConfig(coder="entropy", total_rate=0.2),
+    "dithered": CodecConfig(dither=True, total_rate=0.2),
 }
 
 
@@ -105,14 +107,15 @@ def test_virtual_and_wire_give_the_same_numbers_to_the_bit(untied_model: Path, c
     np.testing.assert_array_equal(np.concatenate([first["flat"], last["flat"]]), virtual["flat"])
 
 
-@pytest.mark.parametrize("coder", ["fixed", "entropy"])
-def test_with_equal_tables_and_microbatches_a_quantiser_does_not_see_the_layout(untied_model: Path, coder: str):
+@pytest.mark.parametrize("name", ["random_k", "fixed", "entropy"])
+def test_with_equal_tables_and_microbatches_a_quantiser_does_not_see_the_layout(untied_model: Path, name: str):
     """One sample a microbatch, and the tables of a run of one worker: then what is quantised is the same on any grid.
 
     Up to rounding: a coefficient between two steps may fall to either side, and then differs by a whole one. Of the
     first tick: each replica's coder learns from its own half, so they spend other bytes and a held rate other steps.
+    `random_k` has no tables, and its values are rounded to bf16.
     """
-    options = dict(codec=CodecConfig(coder=coder, total_rate=0.2), size=1)
+    options = dict(codec=CODECS[name], size=1)
     (warm,) = _layout(untied_model, 1, 1, **options)
     options["state"] = warm["codec"]
     (reference,) = _layout(untied_model, 1, 1, **options)

@@ -43,6 +43,7 @@ class Counting(Merger):
 
 KINDS = {
     "signed_ema, powersgd": (MergerConfig(), CodecConfig(kind="powersgd", rank=8)),
+    "signed_ema, random_k": (MergerConfig(), CodecConfig(kind="random_k", rank=8)),
     "delta, transform": (MergerConfig(kind="delta"), CodecConfig(total_rate=0.3)),
     "calibrated, of no share": (MergerConfig(kind="calibrated", prior=0.0), CodecConfig(kind="none")),
     "calibrated": (MergerConfig(kind="calibrated", prior=0.5), CodecConfig(kind="none")),

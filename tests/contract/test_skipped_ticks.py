@@ -30,6 +30,7 @@ NAN, TICKS = float("nan"), 6
 OWED = GradientConfig(kind="powersgd", rank=2), GradientConfig(kind="sparse", bits=2.0)
 CODECS = {
     "powersgd": CodecConfig(kind="powersgd", rank=8, gradient=OWED[0]),
+    "random_k": CodecConfig(kind="random_k", rank=8, gradient=OWED[0]),
     "transform": CodecConfig(kind="transform", total_rate=0.3, gradient=OWED[1]),
 }
 
@@ -106,6 +107,7 @@ def _both(rank: int, init: str, folder: Path, codec: CodecConfig, grid: tuple[in
     [
         ("powersgd", 3, _advantages, "the advantages of the samples"),
         ("powersgd", 4, _engine, "the log-probs that the engine recorded"),  # in a tick that refreshes Q
+        ("random_k", 3, _advantages, "the advantages of the samples"),
         ("transform", 3, _overflow, "the forward pass: what layer 0 gives"),
         ("transform", 1, _advantages, "the advantages of the samples"),
     ],

@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 
 def on(device: str, rows: Rows) -> Rows:
-    return Rows(rows.first.to(device), rows.keeper.to(device))
+    return Rows(rows.first.to(device), rows.keeper.to(device), rows.keys.to(device))
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)

@@ -64,8 +64,12 @@ CONFIGS = {
     "powersgd, own basis for dX": CodecConfig(kind="powersgd", rank=6, backward_basis="own"),
     "powersgd, first token exact": CodecConfig(kind="powersgd", rank=6, first_token="exact"),
     "powersgd, shared prefixes": CodecConfig(kind="powersgd", rank=6, share_prefixes=True),
+    "random_k": CodecConfig(kind="random_k", rank=6),
+    "random_k, first token exact": CodecConfig(kind="random_k", rank=6, first_token="exact"),
+    "random_k, shared prefixes": CodecConfig(kind="random_k", rank=6, share_prefixes=True),
     "transform fixed": CodecConfig(kind="transform", coder="fixed", total_rate=0.2),
     "transform entropy": CodecConfig(kind="transform", coder="entropy", total_rate=0.2),
+    "transform dithered": CodecConfig(kind="transform", dither=True, total_rate=0.2),
     "transform, every row for itself": CodecConfig(kind="transform", share_prefixes=False, first_token="coded"),
     "a third party's": CodecConfig(kind="tests.unit.codec.test_codecs:halved"),
 }
@@ -256,7 +260,7 @@ def test_sharing_prefixes_is_exact(share: bool):
 def test_the_gradients_of_a_shared_row_are_summed_in_fp32():
     """512 ones are 512 in bf16; added one by one in bf16 they stay at 256."""
     count = 512
-    rows = Rows(torch.zeros(count, dtype=torch.bool), torch.zeros(count, dtype=torch.int64))
+    rows = Rows(torch.zeros(count, dtype=torch.bool), torch.zeros(count, dtype=torch.int64), torch.arange(count))
     b = boundary(CodecConfig(kind="none", share_prefixes=True))
     payload = b.encode_backward(torch.ones(count, HIDDEN, dtype=torch.bfloat16), rows)
     back = b.decode_backward(payload, rows, torch.bfloat16)

@@ -22,6 +22,8 @@ EXACT = {
     "powersgd": CodecConfig(kind="powersgd", rank=6),
     "own basis": CodecConfig(kind="powersgd", rank=6, backward_basis="own"),
     "first token exact": CodecConfig(kind="powersgd", rank=6, first_token="exact"),
+    "random_k": CodecConfig(kind="random_k", rank=6),
+    "random_k, first token exact": CodecConfig(kind="random_k", rank=6, first_token="exact"),
 }
 
 
@@ -46,7 +48,8 @@ def test_a_token_costs_what_it_sends(config: CodecConfig, dtype: torch.dtype):
     found = cost(config, dtype.itemsize)
     assert ledger.sent["boundary_fwd"] == pytest.approx(tokens * found.forward, rel=1e-12)
     assert ledger.sent["boundary_bwd"] == tokens * found.backward
-    assert ledger.dense["boundary_fwd"] == tokens * found.dense
+    itemsize = 2 if config.kind == "random_k" else dtype.itemsize  # its rates are shares of bf16, as its values are
+    assert found.dense == HIDDEN * itemsize and ledger.dense["boundary_fwd"] == x.nbytes
     tables = [boundary.refresh_alone(way).numel() for way in ("fwd", "bwd")]
     assert [n for n in tables if n] == [found.tables] * found.ways
 

@@ -43,7 +43,7 @@ def through(c: PowerSGD, x: torch.Tensor) -> torch.Tensor:
 
 def apart(n: int) -> Rows:
     """n rows that have nothing to do with each other."""
-    return Rows(torch.zeros(n, dtype=torch.bool), torch.arange(n))
+    return Rows(torch.zeros(n, dtype=torch.bool), torch.arange(n), torch.arange(n))
 
 
 FORTY = apart(40)

@@ -19,14 +19,24 @@ from swarm.run_config import RunConfig
 NO_ANCHOR = "anchor.enabled=false merger.kind=none"
 PLACEBO = "anchor.enabled=false merger.placebo=random"
 UNREAD = {  # a setting that does nothing: what was chosen beside it, and what reads it
-    "codec.rank=100000": ("codec.kind=transform", "codec.kind 'powersgd' reads it", "set codec.kind=powersgd"),
-    "codec.rank=8": ("codec.kind=none", "codec.kind 'powersgd' reads it", "set codec.kind=powersgd"),
+    "codec.rank=100000": (
+        "codec.kind=transform",
+        "codec.kind 'powersgd' or 'random_k' reads it",
+        "set codec.kind=powersgd",
+    ),
+    "codec.rank=8": ("codec.kind=none", "codec.kind 'powersgd' or 'random_k' reads it", "set codec.kind=powersgd"),
     "codec.rank_ratio=0.5": ("codec.kind=transform", "codec.kind 'transform'", "set codec.kind=powersgd"),
     "codec.backward_basis=own": ("codec.kind=transform", "codec.kind 'transform'", "set codec.kind=powersgd"),
     "codec.total_rate=0.1": ("", "codec.kind 'powersgd': codec.kind 'transform' reads it", "set codec.kind=transform"),
     "codec.rate=0.1": ("codec.backward_rate=0.1", "codec.kind 'transform' reads it", "set codec.kind=transform"),
     "codec.backward_rate=0.1": ("codec.rate=0.1", "codec.kind 'transform' reads it", "set codec.kind=transform"),
     "codec.coder=fixed": ("codec.kind=none", "codec.kind 'none'", "set codec.kind=transform"),
+    "codec.dither=true": ("", "codec.kind 'powersgd'", "set codec.kind=transform"),
+    "codec.backward_basis=forward": (
+        "codec.kind=random_k codec.rank=4",
+        "codec.kind 'random_k'",
+        "set codec.kind=powersgd",
+    ),
     "codec.side_share=0.2": ("", "codec.kind 'powersgd'", "set codec.kind=transform"),
     "codec.sensitivity=0.2": ("", "codec.kind 'powersgd'", "set codec.kind=transform"),
     "codec.q_cadence=3": ("codec.kind=none", "codec.kind 'none'", "'powersgd' or 'transform' reads it"),
