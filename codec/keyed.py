@@ -67,7 +67,7 @@ def coordinates(keys: Int64[Tensor, " n"], hidden: int, k: int) -> Int64[Tensor,
     return order[:, :k].long()
 
 
-def uniforms(keys: Int64[Tensor, " n"], k: int) -> Float32[Tensor, "n k"]:
+def centred_uniforms(keys: Int64[Tensor, " n"], k: int) -> Float32[Tensor, "n k"]:
     """For each key k numbers, uniform in (-1/2, 1/2) and of mean 0 exactly."""
     whole = _shifted(_drawn(keys, k), 64 - _UNIFORM_BITS)
     return (whole.float() + 0.5) * 2.0**-_UNIFORM_BITS - 0.5

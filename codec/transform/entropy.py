@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from codec.keyed import uniforms
+from codec.keyed import centred_uniforms
 from codec.transform.ans import WordReader, WordWriter
 from codec.transform.symbol_statistics import CLASSES, ENERGIES, Contexts, first_counts, tally
 from codec.transform.symbols import DIRECT, MAGNITUDE_BITS, pack_bits, plain_bits, symbols_of, unpack_bits
@@ -121,7 +121,7 @@ class EntropyCoder:
         if not self.dithered:
             return None
         assert keys is not None  # `Codec.rekey` comes before rows
-        return uniforms(keys, self.contexts.deviations.size)
+        return centred_uniforms(keys, self.contexts.deviations.size)
 
     def _rounded(self, a: Tensor, classes: np.ndarray) -> Tensor:
         """|z| in steps, float32 [N, k], and the class of each -> |q|, float32 [N, k].

@@ -22,8 +22,9 @@ from deploy.config import ConfigError, load
 from deploy.estimate.plan import make_plan
 from deploy.estimate.worth import Measured, Worth
 from deploy.probe.anchor_trial import Gradients
-from deploy.probe.codec_trial import Halves, Trial
-from deploy.probe.probe import Probe, calibrate, compared_with, probe, score
+from deploy.probe.codec_trial import DRAWS, Halves, Trial
+from deploy.probe.probe import Probe, calibrate, compared_with, numbers_of_boundaries, probe, score, sets_of_boundaries
+from deploy.probe.scores import gradient_error
 from deploy.probe.tables import advice
 from rl.batch import Batch
 from rl.spans import spans
@@ -159,6 +160,59 @@ def test_microbatches_add_up(untied_model: Path):
     assert found[0] == pytest.approx(found[1], rel=1e-3)
 
 
+# --- draws of keys, and numbers of boundaries ----------------------------------------------------
+
+
+@pytest.mark.parametrize(("bias", "noise"), [(0.0, 3.0), (2.0, 0.0), (2.0, 3.0)])
+def test_bias_and_variance_of_a_gradient_are_told_apart(bias: float, noise: float):
+    """With 8 draws the mean alone would say that unbiased ones are off by noise / √8."""
+    generator, size = torch.Generator().manual_seed(1), 20_000
+
+    def unit() -> torch.Tensor:
+        return torch.nn.functional.normalize(torch.randn(size, generator=generator), dim=0)
+
+    dense, direction = 5 * unit(), unit()
+    found = gradient_error([dense + 5 * (bias * direction + noise * unit()) for _ in range(DRAWS)], dense)
+    assert found.bias == pytest.approx(bias, abs=0.02 if bias else 0.2) and found.bias <= found.bound < bias + 0.3
+    assert found.variance == pytest.approx(noise**2, rel=0.05)
+    assert found.cosine == pytest.approx((1 + bias**2 + noise**2) ** -0.5, abs=0.02)
+    one = gradient_error([dense + 5 * bias * direction], dense)
+    assert (one.bias, one.bound, one.variance) == pytest.approx((bias, bias, 0.0), abs=1e-6)
+    assert gradient_error([dense], torch.zeros(size)).bias == 0.0
+
+
+def test_a_trial_at_fewer_boundaries_is_what_it_is_alone_and_draws_of_keys_leave_the_policy_as_it_was(
+    untied_model: Path,
+):
+    """Beside trials at more of them; and the mean over draws is that of trials whose answers have those keys."""
+    config, batch = load("k5", [f"model.path={untied_model}", "swarm.boundaries=[1, 3]"]), make_batch()
+    codec = CodecConfig(kind="random_k", rank=24)
+    found = []
+    for cuts in ([[1]], [[1], [1, 3]]):
+        halves = Halves(untied_model, 4, cuts[-1], torch.float32, torch.device("cpu"))
+        trials = [Trial(codec, halves, 3, cut) for cut in cuts]
+        calibrate(halves, trials, make_batch(seed=1), config, ignore)
+        score(halves, trials, batch, config, ignore)
+        found.append(trials)
+    (alone,), (fewer, more) = found
+    assert alone.sums == fewer.sums and len(alone.gradients) == DRAWS
+    assert all(torch.equal(a, b) for a, b in zip(alone.gradients, fewer.gradients))
+    assert not any(torch.equal(fewer.gradients[0], other) for other in fewer.gradients[1:])
+    assert more.sums["kl"] > fewer.sums["kl"]
+
+
+def test_boundaries_are_spread_evenly_beside_the_configs_own():
+    assert sets_of_boundaries(30, [14], [7, 1, 3]) == [[14], [8, 15, 23], [4, 8, 11, 15, 19, 23, 26]]
+    for layers in range(2, 40):
+        for cut in sets_of_boundaries(layers, [1], range(1, layers)):
+            assert cut == sorted(set(cut)) and 0 < cut[0] and cut[-1] < layers
+    with pytest.raises(ConfigError, match="--boundaries 30: 30 layers have places for 1 to 29"):
+        sets_of_boundaries(30, [15], [3, 30])
+    assert numbers_of_boundaries("1, 3,7") == [1, 3, 7] and numbers_of_boundaries("") == []
+    with pytest.raises(ConfigError, match="'x' is no number of boundaries"):
+        numbers_of_boundaries("1,x")
+
+
 # --- the laws, on the built-in model -------------------------------------------------------------
 
 
@@ -231,11 +285,28 @@ def test_each_codec_is_compared_once_and_the_configured_one_is_among_them():
 def test_the_command_prints_a_table_and_writes_the_numbers(tmp_path: Path):
     out = tmp_path / "probe.json"
     overrides = [x for o in SMALL for x in ("--set", o)]
-    result = CliRunner().invoke(app, ["probe", "k5", *overrides, "--tokens", "20", "--json", str(out)])
+    result = CliRunner().invoke(
+        app, ["probe", "k5", *overrides, "--tokens", "20", "--boundaries", "3", "--json", str(out)]
+    )
     assert result.exit_code == 0, result.output
     assert "Configured, powersgd r=4" in result.output
     data = json.loads(out.read_text())
-    assert {s["name"] for s in data["scores"]} >= {"powersgd r=4", "powersgd r=16", "transform entropy 5 / 5 %"}
+    names = {
+        "powersgd r=4",
+        "powersgd r=6",
+        "random_k k=6",
+        "transform entropy 5 / 5 %",
+        "transform entropy dither 5 / 5 %",
+    }
+    found = {(s["name"], len(s["boundaries"])): s for s in data["scores"]}
+    assert found.keys() >= {(name, n) for name in names for n in (1, 3)}
+    for name in names:
+        assert found[name, 3]["token_bytes"] > 2.5 * found[name, 1]["token_bytes"]
+        assert (
+            (found[name, 1]["gradient_variance"] > 0)
+            == (found[name, 1]["draws"] > 1)
+            == ("k=" in name or "dither" in name)
+        )
     assert data["tokens"] >= 20 and data["advice"]
     assert " ".join(data["worth"]["words"].split()) in " ".join(result.output.split())
     assert make_plan(load("k5"), probe=out).worth == Worth(load("k5"), Measured(**data["worth"]["measured"]))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from codec.keyed import coordinates, mix, row_keys, uniforms
+from codec.keyed import centred_uniforms, coordinates, mix, row_keys
 from codec.rows import rows_of
 
 MASK = (1 << 64) - 1
@@ -59,7 +59,7 @@ def test_every_set_of_coordinates_is_as_likely_as_any_other():
 
 
 def test_uniform_numbers_are_uniform_and_exact():
-    found = uniforms(torch.arange(50_000), 4)
+    found = centred_uniforms(torch.arange(50_000), 4)
     step = [(((drawn >> 41) + 0.5) / 2**23 - 0.5) for drawn in plain_drawn(11, 4)]
     assert found[11].tolist() == step
     assert found.abs().max() < 0.5

@@ -80,7 +80,7 @@ BAD = {
     "a rank ratio above 1": Bad(["codec.rank_ratio", "1.5", "less than or equal to 1"], ["codec.rank_ratio=1.5"]),
     "a rank ratio of 0": Bad(["codec.rank_ratio", "0", "greater than 0"], ["codec.rank_ratio=0"]),
     "rank and rank ratio": Bad(["codec", "rank 16", "rank_ratio 0.05", "remove one"], [*POWERSGD, "codec.rank_ratio=0.05"]),
-    "random_k without a rank": Bad(["codec", "random_k needs a rank", "set rank or rank_ratio"], ["codec.kind=random_k", "codec.rank=none"]),
+    "random_k without a rank": Bad(["codec", "random_k needs a rank", "set rank or rank_ratio"], ["codec.kind=random_k"]),
     "dither of unequal steps": Bad(["codec", 'dither true needs coder "entropy"'], ["codec.kind=transform", "codec.coder=fixed", "codec.dither=true"]),
     "powersgd without a rank": Bad(["codec", "set rank or rank_ratio"], ["codec.kind=powersgd"]),
     "an unknown codec": Bad(["codec.kind", "'powersg'", "'none', 'powersgd', 'random_k', 'transform'", "did you mean 'powersgd'"], ["codec.kind=powersg"]),
