@@ -183,7 +183,7 @@ def test_a_dithered_way_has_no_bias_in_the_directions_that_are_sent():
     directions = b.backward.axes.directions
     kept = torch.zeros_like(dx).index_add_(0, rows.keeper, dx)
     inside = directions.synthesise(directions.analyse(kept))[rows.kept]
-    found = over_keys(b, "bwd", dx, rows, 400)[:, rows.kept]
+    found = over_keys(b, "bwd", dx, rows, 200)[:, rows.kept]
     assert_mean(found, inside)
     plain = boundary(DITHERED.model_copy(update={"dither": False}))
     list(ticks(plain, plain, Stream(), 4))
