@@ -57,7 +57,7 @@ Numbers = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Part:
+class GpuPart:
     """One process. `numbers` reads what it has left, its output among it; `missing`: why it cannot run here."""
 
     name: str
@@ -67,11 +67,11 @@ class Part:
     missing: str = ""
 
 
-def check_parts(device: str, gpus: int, model: Sequence[str], folder: Path, has_vllm: bool) -> list[Part]:
+def check_parts(device: str, gpus: int, model: Sequence[str], folder: Path, has_vllm: bool) -> list[GpuPart]:
     """`model`: settings that all runs get last; `folder`: where they write."""
     merge = [sys.executable, "-m", "benchmarks.merge_bandwidth", "--device", device]
     tests = [sys.executable, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", "tests/gpu"]
-    grid = [*SETTINGS, *layout(device, gpus)]
+    grid = [*SETTINGS, *on_gpus(device, gpus)]
     beside = [
         "rollout.engine=vllm",
         f"rollout.device={device}",
@@ -82,12 +82,14 @@ def check_parts(device: str, gpus: int, model: Sequence[str], folder: Path, has_
     runs = [_run(kind, [*grid, *of_kind(kind), *model], folder, 120) for kind in KINDS]
     vllm = _run("vllm", [*grid, *of_kind("transform"), *beside, *model], folder, 150)
     if not has_vllm:
-        vllm = Part(vllm.name, vllm.command, vllm.limit_s, vllm.numbers, "vllm is not installed: make vllm VLLM=vllm")
-    first = Part("merge", merge, 60, lambda output: json.loads(output.splitlines()[-1]))
-    return [first, *runs, vllm, Part("tests", tests, 300, lambda output: {"said": output.strip().splitlines()[-1]})]
+        vllm = GpuPart(
+            vllm.name, vllm.command, vllm.limit_s, vllm.numbers, "vllm is not installed: make vllm VLLM=vllm"
+        )
+    first = GpuPart("merge", merge, 60, lambda output: json.loads(output.splitlines()[-1]))
+    return [first, *runs, vllm, GpuPart("tests", tests, 300, lambda output: {"said": output.strip().splitlines()[-1]})]
 
 
-def layout(device: str, gpus: int) -> list[str]:
+def on_gpus(device: str, gpus: int) -> list[str]:
     """Two stages need two GPUs, as nccl takes no two ranks on one; engine and anchor get what is left, or run on CPUs."""
     pp = 2 if gpus >= 2 else 1
     spare = {"rollout": pp, "anchor": pp + 1}
@@ -98,10 +100,10 @@ def of_kind(kind: str) -> list[str]:
     return [f"codec.kind={kind}", *OF_KIND.get(kind, [])]
 
 
-def _run(name: str, settings: Sequence[str], folder: Path, limit_s: float) -> Part:
+def _run(name: str, settings: Sequence[str], folder: Path, limit_s: float) -> GpuPart:
     sets = [word for setting in settings for word in ("--set", setting)]
     command = [sys.executable, "-m", "northstar", "run", "k5", *sets, "--out", str(folder / name)]
-    return Part(name, command, limit_s, lambda _: run_numbers(folder / name))
+    return GpuPart(name, command, limit_s, lambda _: run_numbers(folder / name))
 
 
 def run_numbers(run: Path) -> Numbers:
@@ -123,7 +125,7 @@ def run_numbers(run: Path) -> Numbers:
     }
 
 
-def result_of(part: Part, left_s: float, log: Path) -> Numbers:
+def result_of(part: GpuPart, left_s: float, log: Path) -> Numbers:
     """Run it, for at most `left_s` seconds."""
     limit = min(part.limit_s, left_s)
     if part.missing or limit <= 0:
@@ -159,7 +161,7 @@ def _ended(command: Sequence[str], limit_s: float, log: Path) -> int | None:
                 process.wait()
 
 
-def checked(parts: Sequence[Part], folder: Path, total_s: float = TOTAL_S) -> Numbers:
+def checked(parts: Sequence[GpuPart], folder: Path, total_s: float = TOTAL_S) -> Numbers:
     """Results by part, in the order in which they run, each printed as it comes."""
     found: Numbers = {}
     deadline = time.monotonic() + total_s

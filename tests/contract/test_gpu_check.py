@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.gpu_check import ROOT, SETTINGS, Part, check_parts, checked, layout, main, of_kind, row, run_numbers
+from benchmarks.gpu_check import ROOT, SETTINGS, GpuPart, check_parts, checked, main, of_kind, on_gpus, row, run_numbers
 from benchmarks.merge_bandwidth import bandwidth_share, merge_speed
 from codec.config import KINDS
 from deploy.config import load
@@ -75,15 +75,15 @@ def _said(output: str) -> dict[str, Any]:
     return {"said": output.strip()}
 
 
-def _python(name: str, code: str, limit_s: float = 20.0, missing: str = "") -> Part:
-    return Part(name, [sys.executable, "-c", code], limit_s, _said, missing)
+def _python(name: str, code: str, limit_s: float = 20.0, missing: str = "") -> GpuPart:
+    return GpuPart(name, [sys.executable, "-c", code], limit_s, _said, missing)
 
 
 def test_a_part_that_fails_is_named_and_the_others_run(tmp_path: Path):
     parts = [
         _python("raises", "print('why it did'); raise SystemExit(3)"),
         _python("hangs", "import time; time.sleep(60)", limit_s=0.5),
-        Part("unreadable", [sys.executable, "-c", ""], 20.0, lambda output: {"x": json.loads(output)}),
+        GpuPart("unreadable", [sys.executable, "-c", ""], 20.0, lambda output: {"x": json.loads(output)}),
         _python("elsewhere", "", missing="vllm is not installed"),
         _python("good", "print('fine')"),
     ]
@@ -122,7 +122,7 @@ def test_the_exit_code_says_whether_a_part_failed(fails: bool, tmp_path: Path, m
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_codec_has_a_part_whose_settings_are_read(kind: str, gpus: int):
     device = "cuda" if gpus else "cpu"
-    settings = [*SETTINGS, *layout(device, gpus), *of_kind(kind), "model.path=builtin:tiny", "swarm.boundaries=[2]"]
+    settings = [*SETTINGS, *on_gpus(device, gpus), *of_kind(kind), "model.path=builtin:tiny", "swarm.boundaries=[2]"]
     config = load("k5", settings)
     assert config.codec.kind == kind and config.swarm.device == device
     assert config.swarm.pp == (2 if gpus >= 2 else 1)
