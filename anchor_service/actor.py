@@ -59,7 +59,7 @@ class Anchor:
             "seconds": seconds,
         }
         report |= {"anchor/grad_norm": norm} if void is None else {VOID: void}
-        return report, m.cpu().numpy().copy()
+        return report, m.to("cpu", copy=True).numpy()
 
     def publish(self, report: dict[str, Any], m: np.ndarray, m_bar: np.ndarray | None) -> list[Any]:
         """Report, M̄, then a correction frame a stage, behind its head if the merger looks (each its own object: a stage

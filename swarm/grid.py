@@ -151,11 +151,17 @@ class Grid:
             dist.destroy_process_group()
 
     def part(self) -> None:
-        """`leave`, and hold nothing of them either: only then do those who wait for this rank learn that it is gone."""
+        """`leave`, and hold nothing of them either: only then do those who wait for this rank learn that it is gone.
+
+        NCCL's groups are aborted: to destroy them would wait until what is under way has arrived, with a rank that may be
+        gone (pytorch#141510). Nobody else learns of an abort at once, but by his own deadline.
+        """
         self._inflight, self._dp_group, self._ends, self._groups = [], None, None, {}
         for peers in (self.replicas, self.ends):
             if peers is not None:
                 peers.group = None
+        if self.device.type == "cuda" and dist.is_initialized():
+            dist.distributed_c10d._abort_process_group()  # pyright: ignore[reportPrivateUsage] -- there is no other way
         self.leave()
 
     @contextmanager
@@ -275,7 +281,7 @@ class Grid:
         with self._waiting("the replicas of a stage", "a digest", self.replicas.ranks):
             dist.all_gather(found, mine, group=self._dp_group)
         self.ledger.add("control", 8 * (self.dp - 1), 0)
-        return [int(t.item()) for t in found]
+        return [int(value) for value in torch.cat(found).tolist()]
 
     def min_world(self, first: int, second: int) -> tuple[int, int]:
         """The smallest of all ranks' numbers, of each of two."""
@@ -285,7 +291,8 @@ class Grid:
         with self._waiting("all ranks", "the agreement on a version", range(self.dp * self.pp)):
             dist.all_reduce(tensor, op=dist.ReduceOp.MIN)
         self._count_ring("control", tensor.nbytes, self.dp * self.pp, dense_bytes=0)
-        return int(tensor[0].item()), int(tensor[1].item())
+        first, second = tensor.tolist()
+        return first, second
 
     def _count_ring(self, channel: str, nbytes: int, ranks: int, dense_bytes: float | None = None) -> None:
         share = 2 * (ranks - 1) / ranks

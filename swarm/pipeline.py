@@ -63,7 +63,7 @@ class Pipeline:
             else:
                 self._down(*alive.pop(i), micros[i])
         self.grid.flush()
-        return {name: value.item() for name, value in sums.items()}
+        return dict(zip(sums, torch.stack([*sums.values()]).tolist())) if sums else {}
 
     def _up(self, micro: MicroBatch, observe: bool) -> tuple[Tensor | None, Tensor]:
         """Forward of one microbatch: the rows that came in (to be differentiated), and what goes on."""

@@ -28,6 +28,7 @@ from swarm.bases import Bases
 from swarm.config import SwarmConfig
 from swarm.grid import Grid
 from swarm.held import Held
+from swarm.messages import TickReport
 from swarm.pipeline import Pipeline
 from swarm.reducer import Reducer
 from swarm.replicas import Seal
@@ -77,6 +78,7 @@ class Rank:
             boundary.lenient = self.skips
         self.kept: dict[str, np.ndarray] = {}  # of a tick that is diagnosed, until `Worker.record` takes it away
         self.timing: dict[str, float] = defaultdict(float)
+        self.taken: TickReport | None = None  # of a tick that took its step and broke off after it
         self.phase: tuple[str, float] | None = None  # of the tick, and when it began, on the monotonic clock
 
     def norm(self, flat: Tensor) -> float:

@@ -9,10 +9,15 @@ from anchor_service.errors import ReplicaMismatch
 from swarm.grid import Grid
 from swarm.messages import TickPlan
 
+BLOCK = 1 << 22  # elements: of weights on a GPU the host never holds more than that for a digest
+
 
 def weights_digest(master: Tensor) -> int:
     """64-bit digest of a stage's weights [n], signed so that it fits an int64 tensor."""
-    return xxhash.xxh3_64_intdigest(master.detach().cpu().numpy().data) - (1 << 63)
+    state = xxhash.xxh3_64()
+    for block in master.detach().split(BLOCK):
+        state.update(block.cpu().numpy().data)
+    return state.intdigest() - (1 << 63)
 
 
 class Seal:

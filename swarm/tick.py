@@ -18,13 +18,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 from torch import Tensor
 
+from anchor_service.errors import WaitTimeout
 from anchor_service.messages import Correction
 from rl import mismatch
 from rl.grpo import LossTerms
 from rl.objective import MicroBatch, loss_terms
+from swarm.grid import PeerLost
 from swarm.messages import TickPlan, TickReport
 from swarm.nonfinite import first_seen, left_out
 from swarm.pipeline import Loss
@@ -63,10 +66,24 @@ def tick(rank: Rank, plan: TickPlan, mini: MiniBatch, fetch: Callable[[object], 
         values["actor/lr"] = rank.setup.grpo.lr
         rank.optimizer.step()
         weights.publish()
+    report = TickReport(sums, values, {}, {}, outcome)
     if every and plan.tick % every == 0:
+        _compare(rank, plan, report)
+    return _told(rank, report)
+
+
+def _compare(rank: Rank, plan: TickPlan, report: TickReport) -> None:
+    """The step is taken by now: it stands, also where a replica is lost before it has told its digest."""
+    try:
         with rank.timed("check"):
-            rank.seal.compare(plan, weights.master)
-    return TickReport(sums, values, rank.times(), rank.grid.ledger.drain(), outcome)
+            rank.seal.compare(plan, rank.stage.weights.master)
+    except (PeerLost, WaitTimeout):
+        rank.taken = _told(rank, report)
+        raise
+
+
+def _told(rank: Rank, report: TickReport) -> TickReport:
+    return replace(report, peaks=rank.times(), ledger=rank.grid.ledger.drain())
 
 
 def _loss(rank: Rank, plan: TickPlan, mini: MiniBatch) -> Loss:

@@ -191,6 +191,8 @@ class Worker:
 
     def standing(self) -> Standing:
         """Where this rank is; it answers when whatever it was asked before is over, well or not."""
+        if self.rank.taken is not None:
+            self.done, self.report, self.rank.taken = self.marked, self.rank.taken, None
         before, after = self.rank.has_own(self.marked), self.rank.has_own(self.done + 1)
         return Standing(self.marked, self.done, before, after, self.report)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
@@ -13,12 +15,14 @@ import torch
 from anchor_service.messages import Correction
 from codec.config import CodecConfig, GradientConfig
 from merger.config import MergerConfig
-from swarm.grid import Grid
+from swarm.config import SwarmConfig
+from swarm.grid import Grid, PeerLost
 from swarm.meeting import meeting
 from swarm.messages import Standing, TickPlan
 from swarm.rank import Rank
 from swarm.reunion import Reunion, reunion
 from swarm.tick import tick
+from swarm.worker import Worker, WorkerSetup
 from tests.conftest import make_batch, on_ranks
 from tests.contract.harness import make_rank, mini_batch
 from tests.contract.test_rank_state import KINDS, TICKS, _correction, _go
@@ -188,6 +192,33 @@ def _at(marked: int, done: int, own: bool = False) -> Standing:
 )
 def test_from_where_the_others_go_on(standings: list[Standing | None], expected: Reunion | None):
     assert reunion(standings, 2, 5) == expected
+
+
+def _worker(rank: Rank, marked: int) -> Worker:
+    """Around a rank that is at tick `marked`."""
+    worker = Worker(cast(WorkerSetup, SimpleNamespace(rank=SimpleNamespace(swarm=SwarmConfig()))))
+    worker.rank, worker.marked, worker.done = rank, marked, marked - 1
+    return worker
+
+
+def test_a_step_that_is_taken_stands_where_a_replica_is_lost_before_it_told_its_digest(untied_model: Path):
+    """Optimizer and weights cannot go back: taken again the tick would be two."""
+    whole, alone = (make_rank(untied_model, codec=CodecConfig(kind="none")) for _ in range(2))
+    plan, worker = TickPlan(1, 0, None, None), _worker(alone, 1)
+    expected = tick(whole, plan, mini_batch(whole, make_batch(seed=1)), lambda c: c)
+
+    def lost(*_: object) -> None:
+        raise PeerLost("its digest never came")
+
+    alone.seal.compare = lost
+    with pytest.raises(PeerLost):
+        tick(alone, plan, mini_batch(alone, make_batch(seed=1)), lambda c: c)
+    np.testing.assert_array_equal(alone.stage.weights.master.numpy(), whole.stage.weights.master.numpy())
+    for _ in range(2):
+        said = worker.standing()
+        assert (said.marked, said.done) == (1, 1) and said.report is not None
+        assert (said.report.sums, said.report.ledger) == (expected.sums, expected.ledger)
+        assert reunion([said, None], 1, 1) == Reunion(1, 0, (1,), (), True)
 
 
 def test_corrections_come_back_with_the_tick(untied_model: Path):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from codec.config import CodecConfig
+from codec.config import KINDS, CodecConfig
 from tests.conftest import make_batch
 from tests.contract.harness import make_rank, run_ticks
 
@@ -21,7 +21,7 @@ GPUS = torch.cuda.device_count()
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("kind", ["none", "powersgd", "transform"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_losses_and_gradients_are_those_of_a_cpu_in_fp32(tied_model: Path, kind: str, dtype: str):
     codec = CodecConfig(kind="powersgd", rank=8) if kind == "powersgd" else CodecConfig(kind=kind)
     batches = [make_batch(seed=seed) for seed in range(3)]
