@@ -51,9 +51,8 @@ SETTINGS = [
     "anchor.delay_k=1",
     "anchor.cadence=2",
 ]
-OF_KIND = dict.fromkeys(
-    ("powersgd", "random_k"), ["codec.rank=28"]
-)  # a twentieth of the hidden size; the others have defaults
+# a twentieth of the hidden size; the other kinds have defaults
+OF_KIND = {"powersgd": ["codec.rank=28"], "random_k": ["codec.rank=28"]}
 ROLES = {"worker": "swarm", "engine": "rollout", "anchor": "anchor"}  # and whose `device` is theirs
 Numbers = dict[str, Any]
 
