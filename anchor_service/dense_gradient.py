@@ -96,7 +96,7 @@ class DenseGradient:
         weights.grad.zero_()
         order = np.argsort(-batch.total, kind="stable")
         for i, micro in enumerate(microbatches(batch, order, self.size, self.device)):
-            hidden = self.model(micro.ids, micro.real, cuts={})
+            hidden = self.model(micro.ids, micro.real, {}, micro.distinct)
             over = self._of_tokens(denominator, batch, order[i * self.size : (i + 1) * self.size])
             terms = loss_terms(self.model, hidden, micro, micro.rollout_logprobs, over, grpo, self.temperature)
             terms.loss.backward()

@@ -81,8 +81,8 @@ class Boundary:
         return self.forward if name == "fwd" else self.backward
 
     def encode(self, x: Tensor, rows: Rows, observe: bool) -> Tensor:
-        """[N, H] -> payload, upstream side. `observe` adds x to the statistics of the next refresh."""
-        kept = x[rows.kept] if self.share_prefixes else x
+        """Hidden states as `rows` hold them -> payload, upstream side. `observe` adds x to the statistics of the next refresh."""
+        kept = rows.leaving(x, self.share_prefixes)
         coded, exact = self._split(rows)
         sent = kept[coded] if exact.numel() else kept
         room = Room(len(rows), 2 * exact.numel() * self.hidden)
@@ -93,11 +93,11 @@ class Boundary:
             self._note(sent, x_hat, rows)
         if exact.numel():  # in bf16, as a dense system of our kind would send it
             payload = torch.cat([payload, as_bytes(kept[exact].bfloat16())])
-        self.ledger.add("boundary_fwd", payload.numel(), x.nbytes)
+        self.ledger.add("boundary_fwd", payload.numel(), len(rows) * x[:1].nbytes)
         return payload
 
     def decode(self, payload: Tensor, rows: Rows, dtype: torch.dtype) -> Tensor:
-        """Payload -> [N, H], downstream side. Raises CodecError."""
+        """Payload -> hidden states as `rows` hold them, downstream side. Raises CodecError."""
         coded, exact = self._split(rows)
         self._rekey("fwd", rows)
         if not exact.numel():
@@ -110,28 +110,23 @@ class Boundary:
             kept = torch.empty(len(coded) + len(exact), self.hidden, dtype=dtype, device=payload.device)
             kept[coded] = self.forward.decode(payload[:body], len(coded), dtype)
             kept[exact] = first.to(dtype)
-        return kept[rows.source] if self.share_prefixes else kept
+        return rows.arrived(kept, self.share_prefixes)
 
     def encode_backward(self, dx: Tensor, rows: Rows) -> Tensor:
-        """Gradient [N, H] -> payload, downstream side. Rows that share a prefix send the sum of their gradients."""
+        """Gradient -> payload, downstream side. Rows that share a prefix send the sum of their gradients."""
         self._rekey("bwd", rows)
-        kept = dx
-        if self.share_prefixes:
-            sums = dx.new_zeros(len(rows.kept), self.hidden, dtype=torch.float32)
-            kept = sums.index_add_(0, rows.source, dx.float()).to(dx.dtype)
+        kept = rows.leaving_back(dx, self.share_prefixes)
         payload, dx_hat = self._coded(self.backward, kept, Room(len(rows)), observe=True)
         assert dx_hat is not None  # as above
         self.seen["bwd"].add(kept, dx_hat)
-        self.ledger.add("boundary_bwd", payload.numel(), dx.nbytes)
+        self.ledger.add("boundary_bwd", payload.numel(), len(rows) * dx[:1].nbytes)
         return payload
 
     def decode_backward(self, payload: Tensor, rows: Rows, dtype: torch.dtype) -> Tensor:
-        """Payload -> gradient [N, H], upstream side. Raises CodecError."""
+        """Payload -> gradient, upstream side. Raises CodecError."""
         self._rekey("bwd", rows)
-        if not self.share_prefixes:
-            return self.backward.decode(payload, len(rows), dtype)
-        kept = self.backward.decode(payload, len(rows.kept), dtype)
-        return kept.new_zeros(len(rows), self.hidden).index_copy_(0, rows.kept, kept)
+        count = len(rows.kept) if self.share_prefixes else len(rows)
+        return rows.arrived_back(self.backward.decode(payload, count, dtype), self.share_prefixes)
 
     def _rekey(self, name: str, rows: Rows) -> None:
         """Of the rows that the codec will be given, those that go as they are left out."""
@@ -178,7 +173,7 @@ class Boundary:
         return rows.first[rows.kept] if self.share_prefixes else rows.first
 
     def virtual(self, x: Tensor, rows: Rows, observe: bool) -> Tensor:
-        """Both ends at once, differentiable: [N, H] -> [N, H]."""
+        """Both ends at once, differentiable: hidden states -> hidden states, as `rows` hold them."""
         return _Virtual.apply(x, self, rows, observe)
 
     def refresh_alone(self, name: str) -> Tensor:

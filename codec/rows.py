@@ -24,6 +24,7 @@ class Rows:
     first: Tensor  # bool [N]: token 0 of a sample, whose hidden state is out of all proportion
     keeper: Tensor  # int64 [N]: the first row with the same tokens up to and including its own
     keys: Tensor  # int64 [N]: what a codec may draw random numbers from, new in every tick; both ends know them
+    distinct: bool = False  # whether hidden states hold the n kept rows alone (`rl.distinct`), else all N
 
     def __len__(self) -> int:
         return len(self.keeper)
@@ -42,8 +43,42 @@ class Rows:
         """The same rows with other keys, for each `draw` others."""
         return replace(self, keys=mix(self.keys + draw))
 
+    # hidden states [N or n, H] as they are held, and what crosses: n rows where prefixes are shared, else N
 
-def rows_of(ids: np.ndarray, real: np.ndarray, device: torch.device, tick: int = 0) -> Rows:
+    def leaving(self, x: Tensor, shared: bool) -> Tensor:
+        if shared == self.distinct:
+            return x
+        return x[self.kept] if shared else x[self.source]
+
+    def arrived(self, x: Tensor, shared: bool) -> Tensor:
+        if shared == self.distinct:
+            return x
+        return x[self.source] if shared else x[self.kept]
+
+    def leaving_back(self, dx: Tensor, shared: bool) -> Tensor:
+        """Of gradients: the sum of all stands with the kept row."""
+        if shared == self.distinct:
+            return dx
+        return self._summed(dx) if shared else self._alone(dx)
+
+    def arrived_back(self, dx: Tensor, shared: bool) -> Tensor:
+        if shared == self.distinct:
+            return dx
+        return self._alone(dx) if shared else self._summed(dx)
+
+    def _summed(self, dx: Tensor) -> Tensor:
+        """[N, H] -> [n, H]"""
+        sums = dx.new_zeros(len(self.kept), dx.shape[1], dtype=torch.float32)
+        return sums.index_add_(0, self.source, dx.float()).to(dx.dtype)
+
+    def _alone(self, dx: Tensor) -> Tensor:
+        """[n, H] -> [N, H], zeros where a row is not kept."""
+        return dx.new_zeros(len(self), dx.shape[1]).index_copy_(0, self.kept, dx)
+
+
+def rows_of(
+    ids: np.ndarray, real: np.ndarray, device: torch.device, tick: int = 0, distinct: bool = False
+) -> Rows:
     """Tokens [B, L] and the mask of real ones, right-padded; `tick` trains them."""
     at = np.cumsum(real.reshape(-1)).reshape(real.shape) - 1  # [B, L]: position in packed order
     keeper, prefix = at.copy(), np.zeros(len(ids), np.int64)
@@ -57,7 +92,7 @@ def rows_of(ids: np.ndarray, real: np.ndarray, device: torch.device, tick: int =
     starts = np.zeros(real.shape, bool)
     starts[:, 0] = True
     found = starts[real], keeper[real], row_keys(ids, real, tick)
-    return Rows(*(torch.from_numpy(array).to(device) for array in found))
+    return Rows(*(torch.from_numpy(array).to(device) for array in found), distinct)
 
 
 def pack_rows(hidden: Tensor, real: Tensor) -> Tensor:

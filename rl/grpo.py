@@ -46,7 +46,8 @@ def log_distribution(logits: Float[Tensor, "n v"], temperature: float) -> Float[
 
     fp32 before the division: a quotient rounded to bf16 puts the trainer 0.01 nats a token from the sampler.
     """
-    return torch.log_softmax(logits.float() / temperature, dim=-1)
+    exact = logits.float()
+    return torch.log_softmax(exact if temperature == 1 else exact / temperature, dim=-1)  # by 1: a copy of [n, v] each way
 
 
 def token_logprobs(

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from codec.rows import Rows, rows_of
+from codec.rows import Rows, pack_rows, rows_of, unpack_rows
 from rl.batch import Batch
 from rl.config import GrpoConfig
-from rl.grpo import LossTerms, policy_loss, token_logprobs
+from rl.distinct import Distinct, distinct_of
+from rl.grpo import LossTerms, log_distribution, policy_loss
 from rl.policy import Stage
+
+HiddenStates = Float[Tensor, "b l h"] | Float[Tensor, "n h"]
 
 
 @dataclass(frozen=True)
@@ -21,25 +24,40 @@ class MicroBatch:
     """B samples, right-padded to their longest, of L tokens. R is the number of their response tokens.
 
     A stage that computes no loss is sent tokens alone: advantages and log-probs are empty there.
+    With `distinct` hidden states are those of n rows, and p of them predict.
     """
 
-    ids: Int[Tensor, "b l"]
+    ids: Int[Tensor, "b l"] | Int[Tensor, " n"]
     real: Bool[Tensor, "b l"]  # False at padding
-    predicts: tuple[Int[Tensor, " r"], Int[Tensor, " r"]]  # (row, position) of what predicts each response token
+    predicts: tuple[Tensor, ...]  # index of the hidden states that predict: (row, position) [r] each, or (row,) [p]
+    predicted: Int[Tensor, " r"] | None  # by which of them each response token is; None: each by its own
     targets: Int[Tensor, " r"]
     advantages: Float[Tensor, " r"]
     rollout_logprobs: Float[Tensor, " r"]
     ref_logprobs: Float[Tensor, " r"] | None
     rows: Rows  # the real tokens as a boundary sees them
     tokens: int  # real tokens
+    distinct: Distinct | None = None  # rows that samples have in common are computed once
+
+    def pack(self, hidden: Tensor) -> Tensor:
+        """Hidden states -> the rows of a boundary: [B, L, H] -> [N, H], or [n, H] as they are."""
+        return pack_rows(hidden, self.real) if self.distinct is None else hidden
+
+    def unpack(self, rows: Tensor) -> Tensor:
+        return unpack_rows(rows, self.real) if self.distinct is None else rows
 
 
-def microbatches(batch: Batch, samples: np.ndarray, size: int, device: torch.device, tick: int = 0) -> list[MicroBatch]:
-    """`samples` in the given order, `size` at a time, trained by `tick`. What the batch does not have is empty in them."""
-    return [_microbatch(batch, samples[i : i + size], device, tick) for i in range(0, len(samples), size)]
+def microbatches(
+    batch: Batch, samples: np.ndarray, size: int, device: torch.device, tick: int = 0, share: bool = False
+) -> list[MicroBatch]:
+    """`samples` in the given order, `size` at a time, trained by `tick`. What the batch does not have is empty in them.
+
+    `share`: rows that samples of a microbatch have in common are computed once.
+    """
+    return [_microbatch(batch, samples[i : i + size], device, tick, share) for i in range(0, len(samples), size)]
 
 
-def _microbatch(batch: Batch, samples: np.ndarray, device: torch.device, tick: int) -> MicroBatch:
+def _microbatch(batch: Batch, samples: np.ndarray, device: torch.device, tick: int, share: bool) -> MicroBatch:
     token_at = np.concatenate([[0], np.cumsum(batch.total)])
     response_at = np.concatenate([[0], np.cumsum(batch.response_lengths)])
     total = batch.total[samples]
@@ -54,31 +72,48 @@ def _microbatch(batch: Batch, samples: np.ndarray, device: torch.device, tick: i
     def per_token(flat: np.ndarray) -> Tensor:
         return torch.from_numpy(np.concatenate([flat[response_at[i] : response_at[i + 1]] for i in samples])).to(device)
 
-    return MicroBatch(
+    micro = MicroBatch(
         ids=torch.from_numpy(ids).to(device),
         real=torch.from_numpy(real).to(device),
         predicts=(torch.from_numpy(row).to(device), torch.from_numpy(position - 1).to(device)),
+        predicted=None,
         targets=torch.from_numpy(ids[response]).to(device),
         advantages=per_token(advantages),
         rollout_logprobs=per_token(batch.rollout_logprobs),
         ref_logprobs=per_token(batch.ref_logprobs) if len(batch.ref_logprobs) else None,
-        rows=rows_of(ids, real, device, tick),
+        rows=rows_of(ids, real, device, tick, share),
         tokens=int(real.sum()),
     )
+    return _shared(micro, real) if share else micro
+
+
+def _shared(micro: MicroBatch, real: np.ndarray) -> MicroBatch:
+    """The same with distinct rows alone."""
+    rows = micro.rows
+    at = torch.zeros_like(micro.ids).masked_scatter(micro.real, rows.source)
+    predicts, predicted = at[micro.predicts].unique(return_inverse=True)
+    ids, distinct = micro.ids[micro.real][rows.kept], distinct_of(real, rows)
+    return replace(micro, ids=ids, predicts=(predicts,), predicted=predicted, distinct=distinct)
 
 
 def logprobs(
-    stage: Stage, hidden: Float[Tensor, "b l h"], micro: MicroBatch, temperature: float
+    stage: Stage, hidden: HiddenStates, micro: MicroBatch, temperature: float, trains_entropy: bool = False
 ) -> tuple[Float[Tensor, " r"], Float[Tensor, " r"]]:
-    """Log-probs and entropy of the response tokens, from the last stage's hidden states."""
-    found, entropy = token_logprobs(stage.logits(hidden[micro.predicts]), micro.targets, temperature, with_entropy=True)
-    assert entropy is not None, "it was asked for"
-    return found, entropy
+    """Log-probs and entropy of the response tokens, from the last stage's hidden states.
+
+    The entropy has a gradient only if `trains_entropy`: what that would take is two more copies of the logits.
+    """
+    logits = stage.logits(hidden[micro.predicts])
+    logp = log_distribution(logits, temperature)
+    rows = torch.arange(len(logp), device=logp.device) if micro.predicted is None else micro.predicted
+    with torch.set_grad_enabled(trains_entropy and torch.is_grad_enabled()):
+        entropy = -(logp.exp() * logp).sum(-1)
+    return logp[rows, micro.targets], entropy[rows]
 
 
 def loss_terms(
     stage: Stage,
-    hidden: Float[Tensor, "b l h"],
+    hidden: HiddenStates,
     micro: MicroBatch,
     old_logprobs: Float[Tensor, " r"] | None,
     denominator: float | Float[Tensor, " r"],
@@ -89,7 +124,7 @@ def loss_terms(
 
     `old_logprobs` None: this forward's own are the old ones, so every ratio is 1.
     """
-    new, entropy = logprobs(stage, hidden, micro, temperature)
+    new, entropy = logprobs(stage, hidden, micro, temperature, config.entropy_coeff != 0)
     old = new.detach() if old_logprobs is None else old_logprobs
     behaviour = micro.rollout_logprobs
     return policy_loss(new, old, micro.advantages, denominator, config, entropy, micro.ref_logprobs, behaviour)

@@ -19,6 +19,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 
 from codec.rows import pack_rows, unpack_rows
+from rl import distinct as shared_rows
+from rl.distinct import Distinct
 from rl.model_shape import ModelNotFound
 from rl.spans import Span
 from rl.stored_weights import stored_tensors
@@ -147,6 +149,10 @@ class Stage(nn.Module):
         super().__init__()
         model = skeleton(folder, attention, dtype)
         self.span, self.config, self.checkpointing = span, model.config, checkpointing
+        self.can_share = attention == "sdpa"  # rows that samples have in common
+        if self.can_share:
+            shared_rows.register()
+            self.config._attn_implementation = shared_rows.ATTENTION
         self.tied_away = is_tied(model) and span.last and not span.first
         embed, norm, head = model.model.embed_tokens, model.model.norm, model.lm_head
         self.embed: nn.Module | None = embed if span.first else None
@@ -169,26 +175,41 @@ class Stage(nn.Module):
             head.weight = embed.weight
         self.eval()  # no dropout, whatever config.json says: the ratio is to the policy that sampled
 
-    def forward(self, x: Tensor, real: Tensor, cuts: Mapping[int, Callable[[Tensor], Tensor]]) -> Tensor:
+    def forward(
+        self, x: Tensor, real: Tensor, cuts: Mapping[int, Callable[[Tensor], Tensor]], distinct: Distinct | None = None
+    ) -> Tensor:
         """Token ids [B, L] (first stage) or hidden states [B, L, H] -> hidden states [B, L, H].
 
         Sequences are right-padded, so a causal mask is enough: no real token can see padding.
         `cuts[i]` maps the real rows [N, H] that enter layer i (a virtual boundary); it runs once a forward,
         checkpointing or not, for it counts what it sees.
+        With `distinct` ids [n], hidden states and rows [n, H] are those of its n rows, here and in `cuts`.
         """
         hidden = x if self.embed is None else self.embed(x)
-        position_ids = torch.arange(hidden.shape[1], device=hidden.device)[None]
-        shared = {
-            # None where the attention is causal by itself; eager attention is not
-            "attention_mask": create_causal_mask(self.config, hidden, attention_mask=None, past_key_values=None),
-            "position_ids": position_ids,
-            "position_embeddings": self.rotary(hidden, position_ids),
-        }
+        hidden = hidden if distinct is None else hidden[None]
+        shared = self._for_all_layers(hidden, distinct)
         for i, layer in enumerate(self.layers, start=self.span.lo):
             if i in cuts:
-                hidden = unpack_rows(cuts[i](pack_rows(hidden, real)), real)
+                hidden = self._cut(cuts[i], hidden, real, distinct)
             hidden = self._through(layer, hidden, shared)
-        return hidden
+        return hidden if distinct is None else hidden[0]
+
+    def _for_all_layers(self, hidden: Tensor, distinct: Distinct | None) -> dict[str, Any]:
+        """What every layer is given beside its hidden states [B, L, H], or [1, n, H]."""
+        if distinct is not None:
+            assert self.can_share, "of attentions, sdpa alone takes rows that samples share"
+            position_ids = distinct.positions[None]
+            masks: dict[str, Any] = {"attention_mask": None, "distinct": distinct}
+        else:
+            position_ids = torch.arange(hidden.shape[1], device=hidden.device)[None]
+            # None where the attention is causal by itself; eager attention is not
+            mask = create_causal_mask(self.config, hidden, attention_mask=None, past_key_values=None)
+            masks = {"attention_mask": mask}
+        return masks | {"position_ids": position_ids, "position_embeddings": self.rotary(hidden, position_ids)}
+
+    @staticmethod
+    def _cut(cut: Callable[[Tensor], Tensor], hidden: Tensor, real: Tensor, distinct: Distinct | None) -> Tensor:
+        return unpack_rows(cut(pack_rows(hidden, real)), real) if distinct is None else cut(hidden[0])[None]
 
     def _through(self, layer: nn.Module, hidden: Tensor, shared: dict[str, Any]) -> Tensor:
         if not (self.checkpointing and torch.is_grad_enabled()):

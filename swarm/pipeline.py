@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from codec.boundary import Boundary
-from codec.rows import pack_rows, unpack_rows
 from rl.grpo import LossTerms
 from rl.objective import MicroBatch, logprobs
 from rl.policy import Stage
@@ -71,12 +70,12 @@ class Pipeline:
         if self.upstream:
             payload = self.grid.recv("fwd", *self.upstream.limits("fwd", micro.rows, self.dtype))
             entry = self.upstream.decode(payload, micro.rows, self.dtype).requires_grad_(torch.is_grad_enabled())
-            x = unpack_rows(entry, micro.real)
+            x = micro.unpack(entry)
         cuts = {i: lambda x, b=b: b.virtual(x, micro.rows, observe) for i, b in self.virtual.items()}
-        hidden = self.stage(x, micro.real, cuts)
+        hidden = self.stage(x, micro.real, cuts, micro.distinct)
         if self.downstream is None:
             return entry, hidden
-        rows = pack_rows(hidden, micro.real)
+        rows = micro.pack(hidden)
         self.grid.send("fwd", self.downstream.encode(rows.detach(), micro.rows, observe))
         return entry, rows
 

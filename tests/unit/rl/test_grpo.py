@@ -103,7 +103,7 @@ def test_trainer_reference_and_sampler_divide_bf16_logits_by_the_temperature_in_
     targets, sampler = _draw(logits, uniform, temperature)
     exact = torch.log_softmax(logits.double() / temperature, -1).gather(1, targets[:, None]).squeeze(1)
     stage = SimpleNamespace(logits=lambda hidden: hidden)
-    micro = SimpleNamespace(predicts=(torch.arange(6),), targets=targets)
+    micro = SimpleNamespace(predicts=(torch.arange(6),), predicted=None, targets=targets)
     trainer, _ = logprobs(stage, logits, micro, temperature)
     last = torch.zeros(1, 50, dtype=torch.bfloat16)  # predicts what would follow the answer
     model = SimpleNamespace(logits=torch.cat([logits, last])[None])
