@@ -13,7 +13,7 @@ from torch import Tensor
 from anchor_service.config import AnchorConfig
 from anchor_service.errors import NotFinite
 from merger.look import looked_at
-from rl.batch import Batch
+from rl.batch import Batch, grouped
 from rl.config import GrpoConfig, ModelConfig, SnapshotConfig
 from rl.device import prefer_determinism
 from rl.model_files import resolve
@@ -35,6 +35,7 @@ class DenseSetup:
     temperature: float
     checkpointing: bool
     threads: int
+    share: bool = False  # what samples have in common is computed once
 
 
 class DenseGradient:
@@ -55,11 +56,13 @@ class DenseGradient:
         snapshot: SnapshotConfig,
         attention: str = "sdpa",
         checkpointing: bool = False,
+        share: bool = False,
     ):
         whole = Span(0, stages[0].total, stages[0].total)
         self.model = Stage(folder, whole, dtype, device, attention=attention, checkpointing=checkpointing)
         self.stages, self.device, self.size = stages, device, micro_batch_size
         self.grpo, self.temperature = grpo, temperature
+        self.share = share
         self.receiver = Receiver(snapshot)
         self.tied = bool(self.model.config.tie_word_embeddings)
 
@@ -70,7 +73,9 @@ class DenseGradient:
         numbers, device = getattr(torch, model.dtype), torch.device(anchor.device)
         prefer_determinism(device)
         rest = anchor.micro_batch_size, setup.grpo, setup.temperature, setup.snapshot
-        return cls(resolve(model.path), setup.stages, numbers, device, *rest, model.attention, setup.checkpointing)
+        return cls(
+            resolve(model.path), setup.stages, numbers, device, *rest, model.attention, setup.checkpointing, setup.share
+        )
 
     def load(self, parts: list[np.ndarray], tick: int) -> None:
         """Weights frames, one a stage, all of `tick`. Raises FrameError on a mix-up, BaseLost if a delta does not fit."""
@@ -94,8 +99,8 @@ class DenseGradient:
         """
         weights, grpo = self.model.weights, grpo or self.grpo
         weights.grad.zero_()
-        order = np.argsort(-batch.total, kind="stable")
-        for i, micro in enumerate(microbatches(batch, order, self.size, self.device)):
+        order = grouped(batch) if self.share else np.argsort(-batch.total, kind="stable")
+        for i, micro in enumerate(microbatches(batch, order, self.size, self.device, share=self.share)):
             hidden = self.model(micro.ids, micro.real, {}, micro.distinct)
             over = self._of_tokens(denominator, batch, order[i * self.size : (i + 1) * self.size])
             terms = loss_terms(self.model, hidden, micro, micro.rollout_logprobs, over, grpo, self.temperature)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from codec import frames
-from rl.packing import OPTIONAL, PER_RESPONSE, pack_samples, unpack_samples
+from rl.packing import OPTIONAL, PER_RESPONSE, distinct_prompts, pack_samples, unpack_samples
 
 _DTYPES = {
     "tokens": "int32",
@@ -133,8 +133,30 @@ def concat(batches: list[Batch]) -> Batch:
     return Batch(**{f.name: np.concatenate([getattr(b, f.name) for b in batches]) for f in fields(Batch)})
 
 
+def grouped(batch: Batch, ranks: int = 1) -> np.ndarray:
+    """All samples, those of one prompt together; what has most tokens first, dealt back and forth over `ranks`."""
+    prompt_of = distinct_prompts(batch.tokens, batch.prompt, batch.total)[0]
+    responses = np.bincount(prompt_of, batch.response_lengths)
+    weigh = responses + batch.prompt[np.unique(prompt_of, return_index=True)[1]]
+    place = np.empty(len(weigh), np.int64)
+    place[np.argsort(-weigh, kind="stable")] = np.arange(len(weigh))
+    position = place[prompt_of]
+    return np.lexsort((-batch.total, position, _hand(position, ranks)))
+
+
+def _hand(position: np.ndarray, ranks: int) -> np.ndarray:
+    """Which rank is dealt the card at `position`: back and forth."""
+    turn = position % (2 * ranks)
+    return np.minimum(turn, 2 * ranks - 1 - turn)
+
+
+def deal_together(batch: Batch, ranks: int, rank: int) -> np.ndarray:
+    """Samples of data-parallel `rank`: as many as others have, a prompt's in one hand as far as that can be."""
+    order = grouped(batch, ranks)
+    return order[rank * len(order) // ranks : (rank + 1) * len(order) // ranks]
+
+
 def deal(batch: Batch, ranks: int, rank: int) -> np.ndarray:
     """Samples of data-parallel `rank`, longest first: dealt back and forth so that ranks weigh the same."""
     order = np.argsort(-batch.total, kind="stable")
-    position = np.arange(len(order)) % (2 * ranks)
-    return order[np.minimum(position, 2 * ranks - 1 - position) == rank]
+    return order[_hand(np.arange(len(order)), ranks) == rank]

@@ -28,7 +28,7 @@ from transformers.modeling_utils import AttentionInterface
 
 from codec.rows import Rows
 
-ATTENTION = "sdpa_of_distinct_rows"  # its name among those of transformers
+_NAME = "sdpa_of_distinct_rows"
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,8 @@ def _taken(x: Float[Tensor, "n h d"], rows: Int[Tensor, "s l"]) -> Float[Tensor,
     return x.flatten(1).index_select(0, rows.flatten()).view(*rows.shape, *x.shape[1:]).transpose(1, 2)
 
 
-def register() -> None:
-    """Make ATTENTION known to transformers."""
-    AttentionInterface.register(ATTENTION, attend)
-    AttentionMaskInterface.register(ATTENTION, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+def registered() -> str:
+    """The name under which transformers now finds `attend`."""
+    AttentionInterface.register(_NAME, attend)
+    AttentionMaskInterface.register(_NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    return _NAME

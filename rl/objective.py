@@ -96,6 +96,12 @@ def _shared(micro: MicroBatch, real: np.ndarray) -> MicroBatch:
     return replace(micro, ids=ids, predicts=(predicts,), predicted=predicted, distinct=distinct)
 
 
+def rows_per_token(micros: list[MicroBatch]) -> dict[str, float]:
+    """As a metric: rows that go through the model for each token. Nothing where none are shared."""
+    tokens = sum(micro.tokens for micro in micros if micro.distinct is not None)
+    return {"perf/rows_per_token": sum(micro.ids.numel() for micro in micros) / tokens} if tokens else {}
+
+
 def logprobs(
     stage: Stage, hidden: HiddenStates, micro: MicroBatch, temperature: float, trains_entropy: bool = False
 ) -> tuple[Float[Tensor, " r"], Float[Tensor, " r"]]:

@@ -27,7 +27,7 @@ _MOST_TOKENS, _MOST_A_BYTE = 1 << 22, 1 << 10  # more than both is no batch: pro
 def pack_samples(arrays: dict[str, np.ndarray]) -> tuple[np.ndarray, int]:
     """Fields of a batch that adds up -> bytes, uint8, and which of OPTIONAL they hold, a bit each."""
     tokens, prompt, total = (arrays[name] for name in ("tokens", "prompt", "total"))
-    which, lengths, prompts_first = _distinct_prompts(tokens, prompt, total)
+    which, lengths, prompts_first = distinct_prompts(tokens, prompt, total)
     parts = [*_whole(which), *_whole(lengths), *_whole(total - prompt)]
     if tokens.size:
         parts += _whole(prompts_first)
@@ -66,7 +66,7 @@ def unpack_samples(body: np.ndarray, samples: int, sent: int, sender: str) -> di
     return found
 
 
-def _distinct_prompts(
+def distinct_prompts(
     tokens: np.ndarray, prompt: np.ndarray, total: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(Which prompt each sample has, in order of first use; their lengths; tokens of prompts, then of responses)."""

@@ -19,8 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 
 from codec.rows import pack_rows, unpack_rows
-from rl import distinct as shared_rows
-from rl.distinct import Distinct
+from rl.distinct import Distinct, registered
 from rl.model_shape import ModelNotFound
 from rl.spans import Span
 from rl.stored_weights import stored_tensors
@@ -147,12 +146,9 @@ class Stage(nn.Module):
         checkpointing: bool = False,
     ):
         super().__init__()
-        model = skeleton(folder, attention, dtype)
-        self.span, self.config, self.checkpointing = span, model.config, checkpointing
         self.can_share = attention == "sdpa"  # rows that samples have in common
-        if self.can_share:
-            shared_rows.register()
-            self.config._attn_implementation = shared_rows.ATTENTION
+        model = skeleton(folder, registered() if self.can_share else attention, dtype)
+        self.span, self.config, self.checkpointing = span, model.config, checkpointing
         self.tied_away = is_tied(model) and span.last and not span.first
         embed, norm, head = model.model.embed_tokens, model.model.norm, model.lm_head
         self.embed: nn.Module | None = embed if span.first else None

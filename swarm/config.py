@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from codec.config import NODE_TAG, Section
+from rl.config import ModelConfig
 
 
 class SwarmConfig(Section):
@@ -30,6 +31,11 @@ class SwarmConfig(Section):
         description="custom Ray resource of the nodes that workers must be on, e.g. `swarm`; default: any node",
     )
     micro_batch_size: int = Field(default=32, ge=1, description="samples in one microbatch of a worker")
+    share_prompts: bool | None = Field(
+        default=None,
+        description="what samples of a microbatch have in common is computed once, and a prompt's samples are kept together; "
+        "anchor likewise; default: on with model.attention=sdpa, but for `builtin:` models, whose published bits are plain",
+    )
     activation_checkpointing: bool = Field(
         default=False, description="keep a layer's input alone and compute it again in the backward; anchor likewise"
     )
@@ -53,6 +59,16 @@ class SwarmConfig(Section):
         gt=0,
         description="deadline for room in the cluster, and then for actors to start and load the model",
     )
+
+    def shares_prompts(self, model: ModelConfig) -> bool:
+        """Whether rows that samples have in common are computed once; `cannot_share` says why a default is not kept."""
+        by_default = not model.path.startswith("builtin:") and not self.cannot_share(model)
+        return by_default if self.share_prompts is None else self.share_prompts
+
+    @staticmethod
+    def cannot_share(model: ModelConfig) -> str:
+        """Why not; "" if it can."""
+        return "" if model.attention == "sdpa" else f"model.attention is {model.attention!r}, sdpa alone can"
 
     def name_of(self, rank: int) -> str:
         """What messages call a worker: its replica and its stage."""

@@ -27,6 +27,8 @@ class Dealt:
         store: Callable[[np.ndarray], object],
     ):
         self.pp, self.fleet, self.progress, self.regroup, self.store = config.swarm.pp, fleet, progress, regroup, store
+        self.together = config.swarm.shares_prompts(config.model)
+        self.unshared = "" if config.swarm.share_prompts is False else config.swarm.cannot_share(config.model)
         self.given: list[tuple[int, object]] = []  # to each rank: the step's first tick, its share
         self.old_logprobs: list[object] = []  # of each rank's share, where one in its place finds them
         self.without: set[int] = set()  # ranks that are new since
@@ -34,6 +36,8 @@ class Dealt:
     def begin(self, minis: list[MiniFrame], first: int) -> list[Report]:
         """The step's mini-batches, whose first tick is `first`, to all ranks; once more where workers are lost."""
         self._deal(minis, first)
+        if self.unshared and first == 1:
+            self.progress.event("prompts not shared", reason=self.unshared)
         while True:
             try:
                 reports, self.old_logprobs = self.fleet.begin_step(self.given)
@@ -57,6 +61,6 @@ class Dealt:
 
     def _deal(self, minis: list[MiniFrame], first: int) -> None:
         self.given = []
-        for share in shares([mini.batch for mini in minis], self.regroup.dp, self.pp):
+        for share in shares([mini.batch for mini in minis], self.regroup.dp, self.pp, self.together):
             self.progress.control(share.ranks * share.frame.nbytes, share.ranks * share.dense)
             self.given += [(first, self.store(share.frame))] * share.ranks

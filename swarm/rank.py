@@ -51,6 +51,10 @@ class RankSetup:
     temperature: float
     seed: int  # of the first Q, and of what a rank draws itself
 
+    @property
+    def shares_prompts(self) -> bool:
+        return self.swarm.shares_prompts(self.model)
+
 
 @dataclass
 class MiniBatch:

@@ -131,6 +131,8 @@ class RunConfig(Section):
     def _check_attention(self) -> None:
         """Flash attention is for 16-bit numbers on GPUs; whether it is installed is seen where the model is built."""
         attention = self.model.attention
+        if self.swarm.share_prompts and (why := self.swarm.cannot_share(self.model)):
+            raise ValueError(f"swarm.share_prompts: {why}: set model.attention=sdpa or swarm.share_prompts=false")
         if not attention.startswith("flash"):
             return
         if self.model.dtype != "bfloat16":

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from codec.frames import FrameError
-from rl.batch import Batch, concat, deal
+from rl.batch import Batch, concat, deal, deal_together
 
 ROWS = ("tokens",)
 LOSS = ("tokens", "advantages", "rollout_logprobs", "ref_logprobs")
@@ -27,11 +27,12 @@ class Share:
     dense: int  # bytes of its numbers, as a dense system sends them
 
 
-def shares(minis: list[Batch], dp: int, pp: int) -> Iterator[Share]:
-    """Of a step's mini-batches, in the order of the ranks."""
+def shares(minis: list[Batch], dp: int, pp: int, together: bool = False) -> Iterator[Share]:
+    """Of a step's mini-batches, in the order of the ranks. `together`: a prompt's samples are."""
+    hand = deal_together if together else deal
     denominators = [mini.response_tokens for mini in minis]
     for d in range(dp):
-        own = concat([mini.pick(deal(mini, dp, d)) for mini in minis])
+        own = concat([mini.pick(hand(mini, dp, d)) for mini in minis])
         for fields, ranks in ((ROWS, pp - 1), (LOSS, 1)):
             if ranks:
                 sent = own.only(*fields)

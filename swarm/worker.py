@@ -23,7 +23,7 @@ from codec.ledger import Ledger
 from rl import mismatch
 from rl.config import SnapshotConfig
 from rl.device import peak_memory_gb, prefer_determinism
-from rl.objective import MicroBatch, microbatches
+from rl.objective import MicroBatch, microbatches, rows_per_token
 from rl.snapshot import BaseLost, Sender
 from swarm import checkpoint, twin
 from swarm.doing import Doing
@@ -129,8 +129,8 @@ class Worker:
                 if not rank.grid.alone:
                     rank.mark()
             for index, (batch, denominator) in enumerate(mini_batches(frame)):
-                size = rank.setup.swarm.micro_batch_size
-                micros = microbatches(batch, np.arange(len(batch)), size, device, tick + index)
+                size, own_order = rank.setup.swarm.micro_batch_size, np.arange(len(batch))
+                micros = microbatches(batch, own_order, size, device, tick + index, rank.setup.shares_prompts)
                 old = (
                     twin.tensors_of(known[index], device)
                     if known and own
@@ -139,8 +139,9 @@ class Worker:
                 self.minis.append(MiniBatch(micros, old, denominator, rank.refusal()))
         peaks = {"timing_s/old_log_prob": time.perf_counter() - start, "perf/max_memory_gb": peak_memory_gb(device)}
         sums = {} if self.minis[0].old_logprobs is None else self._take_compared()
+        rows = rows_per_token([micro for mini in self.minis for micro in mini.micros])
         old = [twin.arrays_of(mini.old_logprobs) if own else None for mini in self.minis]
-        return Report(sums, {}, peaks, rank.grid.ledger.drain()), old
+        return Report(sums, rows, peaks, rank.grid.ledger.drain()), old
 
     def _old_logprobs(self, index: int, micros: list[MicroBatch], refreshed: bool) -> list[Tensor] | None:
         """One a microbatch, on the last stage; None: those of the tick itself. Recomputed ones are compared."""

@@ -55,8 +55,10 @@ def replay_bytes(config: RunConfig, ticks: int) -> float:
 
 def dealt(config: RunConfig) -> list[Sizes]:
     """Each rank's share of a step."""
-    grpo, swarm = config.grpo, config.swarm
-    return _dealt(_kind(config, grpo.train_batch_size, grpo.group_size), grpo.ticks_per_step, swarm.dp, swarm.pp)
+    grpo, swarm, together = config.grpo, config.swarm, config.swarm.shares_prompts(config.model)
+    return _dealt(
+        _kind(config, grpo.train_batch_size, grpo.group_size), grpo.ticks_per_step, swarm.dp, swarm.pp, together
+    )
 
 
 def _kind(config: RunConfig, prompts: int, samples: int) -> _Kind:
@@ -88,11 +90,13 @@ def _replay(kind: _Kind, count: int, ticks: int) -> float:
 
 
 @cache
-def _dealt(kind: _Kind, ticks: int, dp: int, pp: int) -> list[Sizes]:
+def _dealt(kind: _Kind, ticks: int, dp: int, pp: int, together: bool) -> list[Sizes]:
     batch = _made_up(kind)
     each = len(batch) // ticks
     minis = [batch.take(i * each, (i + 1) * each) for i in range(ticks)]
-    return [Sizes(share.frame.nbytes, share.dense) for share in shares(minis, dp, pp) for _ in range(share.ranks)]
+    return [
+        Sizes(share.frame.nbytes, share.dense) for share in shares(minis, dp, pp, together) for _ in range(share.ranks)
+    ]
 
 
 @cache
