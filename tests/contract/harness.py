@@ -14,7 +14,7 @@ from codec.config import CodecConfig
 from codec.ledger import Ledger
 from merger import merger_class
 from merger.config import MergerConfig
-from rl.batch import Batch, deal
+from rl.batch import Batch, deal, deal_together
 from rl.config import GrpoConfig, ModelConfig
 from rl.objective import microbatches
 from swarm.config import SwarmConfig
@@ -63,9 +63,11 @@ def make_rank(
     return build_rank(setup, grid)
 
 
-def mini_batch(rank: Rank, batch: Batch, size: int = 3, trainer_logprobs: bool = False) -> MiniBatch:
-    grid = rank.grid
-    micros = microbatches(batch, deal(batch, grid.dp, grid.d), size, grid.device)
+def mini_batch(
+    rank: Rank, batch: Batch, size: int = 3, trainer_logprobs: bool = False, share: bool = False
+) -> MiniBatch:
+    grid, hand = rank.grid, deal_together if share else deal
+    micros = microbatches(batch, hand(batch, grid.dp, grid.d), size, grid.device, share=share)
     old = [m.rollout_logprobs for m in micros]
     if trainer_logprobs:
         old = rank.pipeline.logprobs(micros, 1.0)

@@ -18,6 +18,7 @@ from rl.model_shape import FAMILIES, ModelNotFound
 from rl.policy import Stage
 from rl.spans import spans
 from tests.contract.engine_process import build
+from tests.contract.test_shared_prompts import compare, groups
 
 SIZES = {
     "vocab_size": 48,
@@ -117,6 +118,12 @@ def test_logits_and_gradients_of_the_stages_are_those_of_the_model(family: Path,
     for name, grad in expected_grads.items():
         assert grad.abs().max() > 0, f"{name} does not matter: the test would not notice if it were wrong"
         torch.testing.assert_close(grads[name], grad, rtol=1e-3, atol=1e-7, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_prompts_that_samples_share_change_neither_log_probs_nor_gradients(family: Path, count: int):
+    stages = [Stage(family, span, torch.float32, torch.device("cpu")) for span in spans(4, [2][: count - 1], count)]
+    compare(stages, groups(), list(range(13)))
 
 
 def test_eager_attention_is_causal_too_and_gives_the_same(family: Path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -107,6 +108,34 @@ class Stream:
 
     def _draw(self, n: int) -> Tensor:
         return torch.randn(n, HIDDEN, generator=self.generator)
+
+
+@kinds
+def test_what_crosses_does_not_depend_on_whether_rows_that_samples_share_are_held_once(config: CodecConfig):
+    """Forward the same bytes and tables; backward too where prefixes cross once, else a linear codec's sums."""
+    plain, once, stream = boundary(config), boundary(config), Stream()
+    for tick in range(3):
+        x, dx, rows = stream.micro()
+        held = replace(rows, distinct=True)
+        sum_dx = torch.zeros(len(rows.kept), HIDDEN).index_add_(0, rows.source, dx)
+        for b in (plain, once):
+            b.begin_tick()
+        sent, same = plain.encode(x, rows, True), once.encode(x[rows.kept], held, True)
+        assert torch.equal(sent, same)
+        assert torch.equal(plain.decode(sent, rows, x.dtype)[rows.kept], once.decode(same, held, x.dtype))
+        back, again = plain.encode_backward(dx, rows), once.encode_backward(sum_dx, held)
+        found = once.decode_backward(again, held, dx.dtype)
+        expected = plain.decode_backward(back, rows, dx.dtype)
+        if plain.share_prefixes:
+            assert torch.equal(back, again) and torch.equal(found, expected[rows.kept])
+            assert plain.ledger.state() == once.ledger.state()
+        elif config.kind != "transform" and (tick == 0 or config.backward_basis != "own"):
+            sums = torch.zeros_like(found).index_add_(0, rows.source, expected)
+            torch.testing.assert_close(found, sums, rtol=1e-3, atol=1e-6)
+            assert plain.ledger.state() == once.ledger.state()
+        for way in ("fwd", "bwd"):
+            tables = [b.refresh_alone(way) for b in (plain, once)]
+            assert way == "bwd" or torch.equal(*tables)
 
 
 def refresh(sender: Boundary, receiver: Boundary, way: str) -> None:

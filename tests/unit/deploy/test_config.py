@@ -122,6 +122,10 @@ BAD = {
         ["model.attention 'flash_attention_2'", "rollout.device=cuda", "'cpu'"],
         ["model.attention=flash_attention_2", "model.dtype=bfloat16", "swarm.device=cuda"],
     ),
+    "shared prompts without sdpa": Bad(
+        ["swarm.share_prompts", "'eager'", "model.attention=sdpa or swarm.share_prompts=false"],
+        ["swarm.share_prompts=true", "model.attention=eager"],
+    ),
     "a chat without a template": Bad(["task.chat", "ROOT/model", "chat_template.jinja", "task.chat=false"], ["task.chat=true"]),
     "an unknown dtype": Bad(["model.dtype", "'float16'", "'float32' or 'bfloat16'"], ["model.dtype=float16"]),
     # grpo, rollout, task, run

@@ -84,7 +84,7 @@ grpo.kl_loss_coef grpo.entropy_coeff
 rollout.engine rollout.replicas rollout.temperature rollout.batch_size rollout.val_temperature rollout.timeout_s
 rollout.device rollout.resource rollout.placement rollout.mismatch_every rollout.max_mismatch_kl rollout.max_staleness
 snapshot.dtype snapshot.encoding
-swarm.dp swarm.pp swarm.boundaries swarm.device swarm.placement swarm.resource swarm.micro_batch_size
+swarm.dp swarm.pp swarm.boundaries swarm.device swarm.placement swarm.resource swarm.micro_batch_size swarm.share_prompts
 swarm.activation_checkpointing swarm.threads swarm.check_every swarm.on_nan swarm.timeout_s swarm.start_timeout_s
 faults.budget faults.a_tick faults.spare_s faults.grace_s
 codec.max_kl anchor.enabled anchor.resource merger.kind merger.placebo val.every val.size diagnostics.every

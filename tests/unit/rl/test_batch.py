@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from codec.frames import FrameError, pack
-from rl.batch import Batch, concat, deal
+from rl.batch import Batch, concat, deal, deal_together
 from rl.objective import MicroBatch, microbatches
 from rl.packing import OPTIONAL, PER_RESPONSE
 
@@ -222,6 +222,23 @@ def test_each_rank_takes_its_longest_samples_first_so_that_microbatches_hold_lit
     for rank in range(3):
         lengths = batch.total[deal(batch, 3, rank)]
         assert (np.diff(lengths) <= 0).all()
+
+
+@LAW
+@given(st.integers(1, 4), st.integers(1, 6), st.integers(1, 5), st.integers(0, 1000))
+def test_dealt_together_all_ranks_get_as_many_and_few_prompts_are_in_two_hands(
+    ranks: int, each: int, g: int, seed: int
+):
+    """None where prompts of as many samples divide, else at most one between two ranks."""
+    for prompts in (ranks * each, each):
+        single = random_batch(prompts, seed)
+        batch = single.pick(np.repeat(np.arange(prompts), g * ranks))
+        hands = [deal_together(batch, ranks, rank) for rank in range(ranks)]
+        assert sorted(np.concatenate(hands)) == list(range(len(batch)))
+        assert {len(hand) for hand in hands} == {prompts * g}
+        if len({tuple(each["prompt"]) for each in samples(single)}) == prompts:
+            held = sum(len(set(hand // (g * ranks))) for hand in hands)
+            assert held == prompts if prompts % ranks == 0 else held <= prompts + ranks - 1
 
 
 # --- microbatches ------------------------------------------------------------------------------
