@@ -51,7 +51,7 @@ def pass_through(stage: Stage, micros: list[MicroBatch]) -> None:
         stage.weights.collect()
 
 
-def compare(stages: dict[str, Stage], batch: Batch, size: int, rounds: int) -> None:
+def print_ratios_of(stages: dict[str, Stage], batch: Batch, size: int, rounds: int) -> None:
     jobs: dict[str, Callable[[], object]] = {}
     rows: dict[str, int] = {}
     for dtype, stage in stages.items():
@@ -94,7 +94,7 @@ def main() -> None:
         prompt, response = map(int, lengths.split("x"))
         batch = made_up(args.groups, args.samples, prompt, response, shape.vocab)
         print(f"{args.groups} x {args.samples} samples, prompts of {prompt} tokens, answers of up to {response}:")
-        compare(stages, batch, args.size, args.rounds)
+        print_ratios_of(stages, batch, args.size, args.rounds)
         for share in (False, True) if args.profile else ():
             micros = microbatches(batch, np.arange(len(batch)), args.size, CPU, share=share)
             print(table(next(iter(stages.values())), micros))
