@@ -168,6 +168,11 @@ class CodecConfig(Section):
         return self.kind == "transform" if self.share_prefixes is None else self.share_prefixes
 
     @property
+    def codes_copies_alike(self) -> bool:
+        """Whether one copy of a row can stand for all: there is but one, or the codec is linear in each row."""
+        return self.shares_prefixes or self.kind in ("none", "powersgd")
+
+    @property
     def is_lossless(self) -> bool:
         """Whether every number arrives as it was sent; nobody knows that of a codec that is not ours."""
         return self.kind == "none"

@@ -76,9 +76,7 @@ class Rows:
         return dx.new_zeros(len(self), dx.shape[1]).index_copy_(0, self.kept, dx)
 
 
-def rows_of(
-    ids: np.ndarray, real: np.ndarray, device: torch.device, tick: int = 0, distinct: bool = False
-) -> Rows:
+def rows_of(ids: np.ndarray, real: np.ndarray, device: torch.device, tick: int = 0, distinct: bool = False) -> Rows:
     """Tokens [B, L] and the mask of real ones, right-padded; `tick` trains them."""
     at = np.cumsum(real.reshape(-1)).reshape(real.shape) - 1  # [B, L]: position in packed order
     keeper, prefix = at.copy(), np.zeros(len(ids), np.int64)
@@ -92,7 +90,7 @@ def rows_of(
     starts = np.zeros(real.shape, bool)
     starts[:, 0] = True
     found = starts[real], keeper[real], row_keys(ids, real, tick)
-    return Rows(*(torch.from_numpy(array).to(device) for array in found), distinct)
+    return Rows(*(torch.from_numpy(array).to(device) for array in found), distinct=distinct)
 
 
 def pack_rows(hidden: Tensor, real: Tensor) -> Tensor:

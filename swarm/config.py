@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from codec.config import NODE_TAG, Section
+from codec.config import NODE_TAG, CodecConfig, Section
 from rl.config import ModelConfig
 
 
@@ -34,7 +34,8 @@ class SwarmConfig(Section):
     share_prompts: bool | None = Field(
         default=None,
         description="what samples of a microbatch have in common is computed once, and a prompt's samples are kept together; "
-        "anchor likewise; default: on with model.attention=sdpa, but for `builtin:` models, whose published bits are plain",
+        "anchor likewise; needs model.attention=sdpa; default: on where copies of a row come out of the codec alike, but for "
+        "`builtin:` models, whose published bits are plain",
     )
     activation_checkpointing: bool = Field(
         default=False, description="keep a layer's input alone and compute it again in the backward; anchor likewise"
@@ -60,15 +61,20 @@ class SwarmConfig(Section):
         description="deadline for room in the cluster, and then for actors to start and load the model",
     )
 
-    def shares_prompts(self, model: ModelConfig) -> bool:
-        """Whether rows that samples have in common are computed once; `cannot_share` says why a default is not kept."""
-        by_default = not model.path.startswith("builtin:") and not self.cannot_share(model)
-        return by_default if self.share_prompts is None else self.share_prompts
+    def shares_prompts(self, model: ModelConfig, codec: CodecConfig) -> bool:
+        """Whether rows that samples have in common are computed once."""
+        if self.share_prompts is not None:
+            return self.share_prompts
+        return not model.path.startswith("builtin:") and not self.unshared(model, codec)
 
-    @staticmethod
-    def cannot_share(model: ModelConfig) -> str:
-        """Why not; "" if it can."""
-        return "" if model.attention == "sdpa" else f"model.attention is {model.attention!r}, sdpa alone can"
+    def unshared(self, model: ModelConfig, codec: CodecConfig) -> str:
+        """Why a model that is not built in does not share them by default; "" if it does, or something is set."""
+        if self.share_prompts is not None or model.path.startswith("builtin:"):
+            return ""
+        if model.attention != "sdpa":
+            return f"model.attention is {model.attention!r}, sdpa alone can"
+        anew = self.boundaries and not codec.codes_copies_alike
+        return f"codec.kind {codec.kind!r} codes each copy of a row anew, prefixes not shared" if anew else ""
 
     def name_of(self, rank: int) -> str:
         """What messages call a worker: its replica and its stage."""

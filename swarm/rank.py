@@ -53,7 +53,7 @@ class RankSetup:
 
     @property
     def shares_prompts(self) -> bool:
-        return self.swarm.shares_prompts(self.model)
+        return self.swarm.shares_prompts(self.model, self.codec)
 
 
 @dataclass

@@ -131,8 +131,11 @@ class RunConfig(Section):
     def _check_attention(self) -> None:
         """Flash attention is for 16-bit numbers on GPUs; whether it is installed is seen where the model is built."""
         attention = self.model.attention
-        if self.swarm.share_prompts and (why := self.swarm.cannot_share(self.model)):
-            raise ValueError(f"swarm.share_prompts: {why}: set model.attention=sdpa or swarm.share_prompts=false")
+        if self.swarm.share_prompts and attention != "sdpa":
+            raise ValueError(
+                f"swarm.share_prompts is for model.attention=sdpa, it is {attention!r}: set model.attention=sdpa or "
+                f"swarm.share_prompts=false"
+            )
         if not attention.startswith("flash"):
             return
         if self.model.dtype != "bfloat16":

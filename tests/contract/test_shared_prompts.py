@@ -12,10 +12,11 @@ import torch
 from anchor_service.dense_gradient import DenseGradient
 from codec.config import CodecConfig
 from rl.batch import Batch, grouped
-from rl.config import GrpoConfig, SnapshotConfig
+from rl.config import GrpoConfig, ModelConfig, SnapshotConfig
 from rl.objective import MicroBatch, loss_terms, microbatches, rows_per_token
 from rl.policy import Stage
 from rl.spans import spans
+from swarm.config import SwarmConfig
 from swarm.shares import shares
 from swarm.worker import Worker
 from tests.conftest import make_batch, on_ranks
@@ -182,6 +183,20 @@ def test_what_crosses_is_the_same_in_every_byte_and_old_log_probs_are_those_of_t
     assert shared.ledger == plain.ledger
     assert shared.values["perf/rows_per_token"] < 0.7 and not plain.values
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_where_it_is_on_by_default():
+    swarm, own = SwarmConfig(boundaries=[2]), ModelConfig(path="models/x")
+    linear, shared = CodecConfig(kind="powersgd", rank=4), CodecConfig(kind="transform")
+    assert all(swarm.shares_prompts(own, codec) for codec in (linear, shared, CodecConfig(kind="none")))
+    for model, codec, why in (
+        (ModelConfig(), shared, ""),  # of published bits
+        (ModelConfig(path="models/x", attention="eager"), shared, "'eager', sdpa alone can"),
+        (own, CodecConfig(kind="random_k", rank=4), "'random_k' codes each copy of a row anew"),
+    ):
+        assert not swarm.shares_prompts(model, codec) and why in swarm.unshared(model, codec)
+        chosen = SwarmConfig(boundaries=[2], share_prompts=True)
+        assert chosen.shares_prompts(model, codec) and chosen.unshared(model, codec) == ""
 
 
 def test_a_prompts_samples_are_together_and_no_sample_is_lost():
