@@ -116,8 +116,8 @@ class FaultsConfig(Section):
         default=None,
         gt=0,
         description="so long is waited for a process in the place of a lost worker; then a replica less goes on, until "
-        "there is one; default: 60 in lockstep, where fewer replicas change the bits; on the wall clock 0.5 where the "
-        "others can share its samples evenly, else 60",
+        "there is one; default: 60 in lockstep, where fewer replicas change the bits; on the wall clock 0.5 where two "
+        "replicas or more are left that can share its samples evenly, else 60",
     )
     grace_s: float = Field(
         default=20.0,

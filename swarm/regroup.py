@@ -126,7 +126,7 @@ class Regroup:
     def _patience(self, fresh: set[int]) -> float:
         """Seconds for which the others wait for those that are `fresh`."""
         rest = self.dp - len({rank // self.pp for rank in fresh})
-        at_once = self.config.anchor.clock == "wall" and rest > 0 and self._samples % rest == 0
+        at_once = self.config.anchor.clock == "wall" and rest > 1 and self._samples % rest == 0  # one alone has no twin
         return self.config.faults.spare_s or (AT_ONCE_S if at_once else SPARE_S)
 
     def _without(self, replicas: set[int], plan: Reunion, fresh: set[int], missing: list[int]) -> Reunion:

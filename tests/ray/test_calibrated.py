@@ -28,7 +28,7 @@ def test_with_a_share_of_0_it_is_the_run_without_an_anchor(tmp_path: Path):
     config = small(*GRID, *CALIBRATED[::2])
     stages = stage_parameters(config, parameters(config))
     heads, fires = sum(head_bytes(config, stages)), len(lines(tmp_path / "never", "corrections.jsonl"))
-    assert never["bytes"]["correction"]["sent"] == pytest.approx(heads * fires, rel=0.03)  # headers
+    assert never["bytes"]["correction"]["sent"] == pytest.approx(heads * fires, rel=0.05)  # headers
     assert sum(correction_bytes(config, stages)) > 3 * heads
 
 
