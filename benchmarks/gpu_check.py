@@ -24,7 +24,7 @@ import tempfile
 import time
 import tomllib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -83,9 +83,7 @@ def check_parts(device: str, gpus: int, model: Sequence[str], folder: Path, has_
     runs = [_run(kind, [*grid, *of_kind(kind), *model], folder, 120) for kind in KINDS]
     vllm = _run("vllm", [*grid, *of_kind("transform"), *beside, *model], folder, 150)
     if not has_vllm:
-        vllm = GpuPart(
-            vllm.name, vllm.command, vllm.limit_s, vllm.numbers, "vllm is not installed: make vllm VLLM=vllm"
-        )
+        vllm = replace(vllm, missing="vllm is not installed: make vllm VLLM=vllm")
     first = GpuPart("merge", merge, 60, lambda output: json.loads(output.splitlines()[-1]))
     return [first, *runs, vllm, GpuPart("tests", tests, 300, lambda output: {"said": output.strip().splitlines()[-1]})]
 

@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import time
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from anchor_service.config import AnchorConfig
 from anchor_service.messages import Correction
+from benchmarks.hot_paths import medians
 from codec.ledger import Ledger
 from merger.config import MergerConfig
 from merger.interface import local_norm
@@ -56,7 +55,9 @@ def merge_speed(device: torch.device, parameters: int) -> dict[str, float]:
         assert held.merge(plan, gradient, local_norm).merged
 
     spare = torch.empty_like(gradient)
-    return bandwidth_share(parameters, _median_s(merge, device), _median_s(lambda: spare.copy_(gradient), device))
+    jobs = {"merge": _finished(merge, device), "copy": _finished(lambda: spare.copy_(gradient), device)}
+    found = medians(jobs, ROUNDS)
+    return bandwidth_share(parameters, found["merge"], found["copy"])
 
 
 def _holding(signs: Tensor, device: torch.device) -> Held:
@@ -68,15 +69,15 @@ def _holding(signs: Tensor, device: torch.device) -> Held:
     return held
 
 
-def _median_s(job: Callable[[], Any], device: torch.device) -> float:
-    seconds: list[float] = []
-    for _ in range(ROUNDS + 1):  # the first warms up
-        start = time.perf_counter()
+def _finished(job: Callable[[], object], device: torch.device) -> Callable[[], object]:
+    """`job`, and the wait for what a device has only been asked for."""
+
+    def run() -> None:
         job()
         if device.type == "cuda":
-            torch.cuda.synchronize(device)  # a copy has only been asked for
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[1:])
+            torch.cuda.synchronize(device)
+
+    return run
 
 
 def main() -> None:

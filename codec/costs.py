@@ -104,10 +104,8 @@ def _powersgd(config: CodecConfig, shape: BoundaryShape, tokens: Tokens) -> Code
 
 
 def _random_k(config: CodecConfig, shape: BoundaryShape, tokens: Tokens) -> CodecCost:
-    k, dense = (
-        config.rank_for(shape.hidden),
-        float(BF16 * shape.hidden),
-    )  # values go in bf16, whatever the model's dtype
+    # values go in bf16, whatever the model's dtype
+    k, dense = config.rank_for(shape.hidden), float(BF16 * shape.hidden)
     exact = (dense - BF16 * k) / tokens.sample if config.sends_first_exactly else 0.0
     return CodecCost(f"random_k k={k}", forward=BF16 * k + exact, backward=float(BF16 * k), dense=dense)
 

@@ -36,7 +36,6 @@ MEMORY = 0.9  # of m_G
 AVERAGED = (1 + MEMORY) / (1 - MEMORY)  # ticks of noise that it averages away
 PRIOR_PAIRS = 3  # one pair tells a to 0.075
 KEPT = 0.9  # of older M's signs at each fire: what was true of another policy fades
-
 SPREAD = 0.03  # of a_G from one fire to the next
 LARGEST = 0.75  # signed_ema's own share at a full dose
 

@@ -47,9 +47,8 @@ def log_distribution(logits: Float[Tensor, "n v"], temperature: float) -> Float[
     fp32 before the division: a quotient rounded to bf16 puts the trainer 0.01 nats a token from the sampler.
     """
     exact = logits.float()
-    return torch.log_softmax(
-        exact if temperature == 1 else exact / temperature, dim=-1
-    )  # by 1: a copy of [n, v] each way
+    # a division by 1 would be a copy of [n, v] each way
+    return torch.log_softmax(exact if temperature == 1 else exact / temperature, dim=-1)
 
 
 def token_logprobs(

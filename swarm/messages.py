@@ -37,9 +37,8 @@ class MergeOutcome:
     refused: int | None = None  # version that came in this tick and is not merged
     reason: str = ""  # why: damaged, of a wrong source, or beyond `anchor.max_lag`
     dose: float = 0.0  # with which it was merged
-    sign_agreement: float = (
-        0.0  # share of coordinates in which its sign is that of G_comp; of a head, M alone where it was looked at
-    )
+    # share of coordinates in which its sign is that of G_comp; of a head, M alone where it was looked at
+    sign_agreement: float = 0.0
     flip_fraction: float = 0.0  # share of coordinates whose sign the merge has turned
     merger: dict[str, float] = field(default_factory=dict)  # what the merger has to say of itself
 

@@ -32,10 +32,8 @@ from swarm.run_config import RunConfig
 
 CALIBRATION = 2  # times as many tokens as are scored; a run pools over far more
 GRADIENT_EVERY = 3  # microbatches: a gradient costs as much as three forwards
-SKETCHES = (
-    0.05,
-    0.125,
-)  # ranks of PowerSGD and of random coordinates, as shares of the hidden size, and rates with dither
+# ranks of PowerSGD and of random coordinates, as shares of the hidden size, and rates with dither
+SKETCHES = (0.05, 0.125)
 RATES = (0.025, 0.05, 0.125, 0.25)  # of the transform, each way
 
 Say = Callable[[str], None]
