@@ -76,6 +76,7 @@ class KeptActors:
         if self.group and not self.group.serves(config):
             self.close()
         if self.group:
+            self.group.end_beside()
             since = time.monotonic()
             self.group.construct_again(plans, config, since)
         else:
@@ -142,13 +143,17 @@ class ActorGroup:
         ray.kill(handle)
         self.whole = False
 
+    def end_beside(self) -> None:
+        """A run begins with those that it was planned with."""
+        while self.beside:
+            ray.kill(self.beside.pop())
+
     def renew_silent(self) -> set[tuple[Role, int]]:
         """Others in the place of all that do not say within ANSWER_S that they are there; which ones.
 
         Whoever is busy is busy for a run that is over.
         """
-        while self.beside:
-            ray.kill(self.beside.pop())
+        self.end_beside()
         self.whole = True
         every: list[tuple[Role, int]] = [(role, i) for role in ROLES for i in range(len(self.plans[role]))]
         asked = [who for who in every if who[0] not in self._once]
