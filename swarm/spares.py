@@ -48,14 +48,13 @@ class Spares:
         return [spare.handle for spare in self.held if spare.ready]
 
     def take(self) -> Handle | None:
-        """One that is there; else the one that has been starting for longest; None if there is none."""
-        while known := [spare for spare in self.held if spare.ready]:
-            spare = known[0]
+        """One that is there. None is better than one that starts: nobody knows whether there is room for it."""
+        for spare in [spare for spare in self.held if spare.ready]:
             self.held.remove(spare)
             (said,) = replies([("a spare worker", spare.handle.__ray_ready__.remote())], "an answer", ANSWER_S, "")
             if not isinstance(said, Exception):
                 return spare.handle
-        return self.held.pop(0).handle if self.held else None
+        return None
 
     def leave(self, handles: Sequence[Handle]) -> None:
         """These train from now on."""
