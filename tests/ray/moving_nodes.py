@@ -1,12 +1,13 @@
 """A run whose nodes come and go; run as a program, it has Ray to itself.
 
-python -m tests.ray.moving_nodes FOLDER section.key=value…        prints the digests of the weights at its end
+python -m tests.ray.moving_nodes FOLDER section.key=value…        prints the records of its ticks and events as they came
 
-    here (a worker)   there (a worker, the engine, the anchor)
-    tick 2            there is to leave, and nobody has room
-    tick 3            a node comes, as an autoscaler's does for what waits for one
-    tick 7            there is gone
-    tick 9            another node comes, and the one that had come is lost
+    one node has a worker, the other one a worker, the engine and the anchor
+    tick 2     the other one is to leave, and nobody has room
+    tick 3     a node comes, as an autoscaler's does for what waits for one
+    tick 7     the one that was to leave is gone
+    tick 8     a replica more is asked for; tick 9: for which a node comes, a large one
+    tick 11    the node that had come first is lost
 """
 
 from __future__ import annotations
@@ -33,107 +34,96 @@ from deploy.cluster.forkserver import forkserver
 from deploy.cluster.kept_actors import new_actors
 from deploy.cluster.launch import SETUP, drive
 from deploy.cluster.loopback import ADDRESS, loopback
+from swarm import scale
+from swarm.coordinator import Coordinator
 from swarm.fleet import Fleet
-from swarm.leaving import Leaving
 from swarm.run_config import RunConfig
 from tests.ray.conftest import small
 
-HERE = {"num_cpus": 1, "resources": {"swarm": 1}, "node_ip_address": ADDRESS, "include_dashboard": False}
-THERE = {"num_cpus": 3, "resources": {"swarm": 1, "engine": 1, "anchor": 1}, "node_ip_address": ADDRESS}
-TAGS = [f"{section}.resource={tag}" for section, tag in zip(("swarm", "rollout", "anchor"), ("swarm", "engine", "anchor"))]
-QUICK = {"RAY_health_check_period_ms": "500", "RAY_health_check_timeout_ms": "2000", "RAY_health_check_failure_threshold": "2"}
-WAIT_S = 60.0
+ROLES = {"swarm": "swarm", "rollout": "engine", "anchor": "anchor"}  # section, and the tag of its nodes
+HEAD = {"num_cpus": 1, "resources": {"swarm": 1}, "include_dashboard": False, "node_ip_address": ADDRESS}
+NODE = {"num_cpus": 3, "resources": dict.fromkeys(ROLES.values(), 1), "node_ip_address": ADDRESS}
+QUICK = {"period_ms": "500", "timeout_ms": "2000", "failure_threshold": "2"}  # a lost node is called dead in seconds
+WAIT_S = 100.0
 
 
 class Nodes:
-    """Those of this machine; `fleet`: of the run on them."""
+    """Those of this machine, and what happens to them in the run of `fleet` in the folder `run`."""
 
-    def __init__(self) -> None:
-        self.cluster: Any = Cluster(initialize_head=True, head_node_args=HERE)
-        self.there = self.cluster.add_node(**THERE)
+    def __init__(self, run: Path):
+        self.cluster: Any = Cluster(initialize_head=True, head_node_args=HEAD)
+        self.run, self.leaves, self.came = run, self.cluster.add_node(**NODE), list[Any]()
         self.fleet: Fleet | None = None
+        self.at: dict[int, Callable[[], None]] = {
+            2: self.drain,
+            3: lambda: self.come(3, lambda run: [ready for _, ready in run.leaving._newcomers.values()]),
+            7: self.go,
+            8: lambda: scale.ask_for(self.run, 3),
+            9: lambda: self.come(4, lambda run: [ready for _, ready in run.regroup.spares]),
+            11: lambda: _kill(self.came[0]),
+        }
 
     def drain(self) -> None:
-        """As a spot instance's agent does when it is told."""
+        """As whoever is told that a spot instance will be taken away."""
         gcs = ray._raylet.GcsClient(address=self.cluster.address)
         reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
-        accepted, why = gcs.drain_node(self.there.node_id, reason, "spot", int((time.time() + 2 * WAIT_S) * 1000))
+        accepted, why = gcs.drain_node(self.leaves.node_id, reason, "spot", int((time.time() + 600) * 1000))
         assert accepted, why
 
-    def come(self) -> None:
-        """When what waits for room says so; until all who wait are ready."""
-        until(lambda: get_cluster_status(self.cluster.address).resource_demands.ray_task_actor_demand)
-        self.gone, self.there = self.there, self.cluster.add_node(**THERE)
-        waiting = [ready for _, ready in self.leaving._newcomers.values()]
-        assert len(waiting) == 3 and not ray.wait(waiting, num_returns=3, timeout=WAIT_S)[1]
+    def come(self, cpus: int, awaited: Callable[[Coordinator], list[Any]]) -> None:
+        """A node, when Ray says that something waits for one; until all that are `awaited` are ready."""
+        deadline = time.monotonic() + WAIT_S
+        while not get_cluster_status(self.cluster.address).resource_demands.ray_task_actor_demand:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        self.came.append(self.cluster.add_node(**NODE | {"num_cpus": cpus}))
+        waiting = awaited(self.fleet.mend.__self__)
+        assert waiting and not ray.wait(waiting, num_returns=len(waiting), timeout=WAIT_S)[1]
 
     def go(self) -> None:
-        places = self.fleet.places() if self.fleet else {}
-        assert len(places) == 4 and self.gone.node_id not in {place.node for place in places.values()}, places
-        self._kill(self.gone)
+        places = self.fleet.places()
+        assert len(places) == 4 and self.leaves.node_id not in {place.node for place in places.values()}, places
+        _kill(self.leaves)
 
-    def lose(self) -> None:
-        self.cluster.add_node(**THERE)
-        self._kill(self.there)
-
-    def _kill(self, node: Any) -> None:
-        for processes in node.all_processes.values():
-            for info in processes:
-                os.kill(info.process.pid, signal.SIGKILL)
-        self.cluster.worker_nodes.discard(node)
-
-    @property
-    def leaving(self) -> Leaving:
-        return self.fleet.mend.__self__.leaving
+    def listen(self, record: dict[str, Any]) -> None:
+        if record["kind"] in ("tick", "event"):
+            print(json.dumps(record), flush=True)
+        if record["kind"] == "tick" and record["tick"] in self.at:
+            try:
+                self.at.pop(record["tick"])()
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)  # a run goes on without a listener that fails
 
 
-def until(there: Callable[[], object]) -> None:
-    deadline = time.monotonic() + WAIT_S
-    while not there():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+def _kill(node: Any) -> None:
+    os.kill(node.all_processes["raylet"][0].process.pid, signal.SIGKILL)
 
 
-def run(config: RunConfig, folder: Path, nodes: Nodes) -> dict[str, Any]:
-    at = {2: nodes.drain, 3: nodes.come, 7: nodes.go, 9: nodes.lose}
+def run(config: RunConfig, folder: Path, environment: dict[str, str]) -> None:
+    nodes = Nodes(folder)
 
     @contextmanager
     def actors(config: RunConfig) -> Iterator[Fleet]:
         with new_actors(config) as nodes.fleet:
             yield nodes.fleet
 
-    def listen(record: dict[str, Any]) -> None:
-        begin = time.time()
-        if record["kind"] == "tick" and record["tick"] in at:
-            try:
-                at.pop(record["tick"])()
-            except BaseException:
-                traceback.print_exc()
-                os._exit(1)  # a run goes on without a listener that fails
-        print(f"{time.time() - START:.1f} {time.time() - begin:.1f}", {k: record[k] for k in ("kind", "tick", "event", "reason", "renewed") if k in record}, file=sys.stderr)
-
-    return drive(config, folder, listen, actors=actors)
-
-
-START = time.time()
+    try:
+        ray.init(address=nodes.cluster.address, log_to_driver=False, runtime_env=environment)
+        drive(config, folder, nodes.listen, actors=actors)
+    finally:
+        ray.shutdown()
+        nodes.cluster.shutdown()
 
 
 def main() -> None:
     folder, *overrides = sys.argv[1:]
-    os.environ.update(QUICK)
+    os.environ.update({f"RAY_health_check_{name}": value for name, value in QUICK.items()})
     Drains.EVERY_S = 0.0  # a step takes less than a second here
-    config = small(*TAGS, *overrides)
-    with loopback(), forkserver(1) as environment:
+    config = small(*(f"{section}.resource={tag}" for section, tag in ROLES.items()), *overrides)
+    with loopback(), forkserver(config.swarm.threads) as environment:
         ray_constants.SETUP_WORKER_FILENAME = SETUP
-        nodes = Nodes()
-        print("nodes", time.time() - START, file=sys.stderr)
-        ray.init(address=nodes.cluster.address, log_to_driver=False, runtime_env=environment)
-        try:
-            summary = run(config, Path(folder), nodes)
-        finally:
-            ray.shutdown()
-            nodes.cluster.shutdown()
-    print(json.dumps({"weights_digests": summary["weights_digests"], "status": summary["status"]}))
+        run(config, Path(folder), environment)
 
 
 if __name__ == "__main__":
