@@ -39,7 +39,7 @@ def test_a_run_leaves_a_node_in_order_takes_in_one_that_comes_and_survives_one_t
     events = [record for record in said if record["kind"] == "event"]
     left = [event for event in events if event.get("reason") == REASON]
     assert sorted(event["event"] for event in left) == ["anchor renewed", "engine renewed", "workers regrouped"]
-    assert [event["replicas"] for event in events if event["event"] == "replicas changed"][0] == 3
+    assert next(event["replicas"] for event in events if event["event"] == "replicas changed") == 3
     after = [event for event in events if event["event"] in ("workers regrouped", "rewound") and event not in left]
     assert after and all("died" in event["reason"] for event in after)
     assert [tick["tick"] for tick in of_kind(run, "tick")] == list(range(1, 15))

@@ -92,12 +92,17 @@ class Named:
             arrived=lambda newcomer, place: self.places.update({newcomer: place}),
             dismiss=lambda actor: self.told.append(("dismissed", actor)),
         )
+        event = lambda step, tick, name, **more: self.events.append((name, more))  # noqa: E731
+        self.progress = Progress(SimpleNamespace(event=event))
+        self._patch(monkeypatch)
+        self.leaving = self._leaving()
+
+    def _patch(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(leaving, "done_of", lambda refs: ([r for r in refs if r in self.ready], []))
         monkeypatch.setattr(leaving, "raised", lambda ref, who: None)
         monkeypatch.setattr(leaving, "take", lambda ref, *_: "elsewhere")
-        self.progress = Progress(
-            SimpleNamespace(event=lambda step, tick, name, **more: self.events.append((name, more)))
-        )
+
+    def _leaving(self) -> Leaving:
         regroup = SimpleNamespace(
             pp=1,
             dp=2,
@@ -112,7 +117,7 @@ class Named:
             may_leave=lambda k: k not in self.busy, replace=lambda *what: self._put("anchor", *what)
         )
         drains: Any = SimpleNamespace(look=lambda: self.draining)
-        self.leaving = Leaving(self.fleet, self.progress, regroup, engines, anchors, drains)
+        return Leaving(self.fleet, self.progress, regroup, engines, anchors, drains)
 
     def _beside(self, role: str) -> str:
         self.count += 1
