@@ -12,6 +12,7 @@ real tokens only: padding is never encoded, sent or counted. Which rows reach th
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -175,6 +176,10 @@ class Boundary:
     def virtual(self, x: Tensor, rows: Rows, observe: bool) -> Tensor:
         """Both ends at once, differentiable: hidden states -> hidden states, as `rows` hold them."""
         return _Virtual.apply(x, self, rows, observe)
+
+    def cut(self, rows: Rows, observe: bool) -> Callable[[Tensor], Tensor]:
+        """`virtual` of these rows, for a stage to call at the layer."""
+        return partial(self.virtual, rows=rows, observe=observe)
 
     def refresh_alone(self, name: str) -> Tensor:
         """A refresh where there is one replica; `swarm.bases` does it for all others. Returns the tables, if any are new."""

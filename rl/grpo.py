@@ -52,12 +52,22 @@ def log_distribution(logits: Float[Tensor, "n v"], temperature: float) -> Float[
 
 
 def token_logprobs(
-    logits: Float[Tensor, "n v"], targets: Int[Tensor, " n"], temperature: float, with_entropy: bool
-) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"] | None]:
-    """Log-probability of `targets` under `logits`, and the entropy if asked for, in fp32."""
+    logits: Float[Tensor, "p v"],
+    targets: Int[Tensor, " n"],
+    temperature: float,
+    predicted: Int[Tensor, " n"] | None = None,
+    trains_entropy: bool = False,
+) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
+    """Log-probability of each of `targets` under its row of `logits`, and that row's entropy, in fp32.
+
+    `predicted`: the row of each; None: each its own. The entropy has a gradient only if `trains_entropy`: what that
+    would take is two more copies of the logits.
+    """
     logp = log_distribution(logits, temperature)
-    chosen = logp.gather(1, targets[:, None]).squeeze(1)
-    return chosen, -(logp.exp() * logp).sum(-1) if with_entropy else None
+    rows = torch.arange(len(logp), device=logp.device) if predicted is None else predicted
+    with torch.set_grad_enabled(trains_entropy and torch.is_grad_enabled()):
+        entropy = -(logp.exp() * logp).sum(-1)
+    return logp[rows, targets], entropy[rows]
 
 
 def rollout_weights(

@@ -13,7 +13,7 @@ from codec.rows import Rows, pack_rows, rows_of, unpack_rows
 from rl.batch import Batch
 from rl.config import GrpoConfig
 from rl.distinct import Distinct, distinct_of
-from rl.grpo import LossTerms, log_distribution, policy_loss
+from rl.grpo import LossTerms, policy_loss, token_logprobs
 from rl.policy import Stage
 
 HiddenStates = Float[Tensor, "b l h"] | Float[Tensor, "n h"]
@@ -105,16 +105,9 @@ def rows_per_token(micros: list[MicroBatch]) -> dict[str, float]:
 def logprobs(
     stage: Stage, hidden: HiddenStates, micro: MicroBatch, temperature: float, trains_entropy: bool = False
 ) -> tuple[Float[Tensor, " r"], Float[Tensor, " r"]]:
-    """Log-probs and entropy of the response tokens, from the last stage's hidden states.
-
-    The entropy has a gradient only if `trains_entropy`: what that would take is two more copies of the logits.
-    """
+    """Log-probs and entropy of the response tokens, from the last stage's hidden states (`token_logprobs`)."""
     logits = stage.logits(hidden[micro.predicts])
-    logp = log_distribution(logits, temperature)
-    rows = torch.arange(len(logp), device=logp.device) if micro.predicted is None else micro.predicted
-    with torch.set_grad_enabled(trains_entropy and torch.is_grad_enabled()):
-        entropy = -(logp.exp() * logp).sum(-1)
-    return logp[rows, micro.targets], entropy[rows]
+    return token_logprobs(logits, micro.targets, temperature, micro.predicted, trains_entropy)
 
 
 def loss_terms(

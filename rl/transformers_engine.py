@@ -11,6 +11,8 @@ from rl.device import prefer_determinism
 from rl.engine import Key, PlainModel, Samples, uniforms
 from rl.grpo import log_distribution
 
+BLOCK = 32  # tokens; longer than a prompt of the built-in model
+
 
 class TransformersEngine:
     """Batched sampling with transformers and a KV cache: one prefill a prompt, finished rows leave the batch."""
@@ -57,14 +59,22 @@ class TransformersEngine:
         return _ragged(tokens, logprobs, lengths, finished)
 
     def _prefill(self, prompts: list[list[int]], n: int) -> tuple[DynamicCache, Tensor, Tensor | None]:
-        """Left-padded prompts once each, then the cache repeated for the n samples of each prompt."""
-        longest = max(map(len, prompts))
-        ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=self.device)
-        pad = torch.tensor([longest - len(p) for p in prompts], device=self.device)
+        """Left-padded prompts once each, their common beginning once for all; then the cache repeated for n samples each."""
+        cache, first = DynamicCache(config=self.model.config), in_common(prompts)
+        if first:
+            ids = torch.tensor([prompts[0][:first]], device=self.device)
+            self._forward(ids, torch.arange(first, device=self.device)[None], None, cache)
+            cache.batch_repeat_interleave(len(prompts))
+        rest = [p[first:] for p in prompts]
+        longest = max(map(len, rest))
+        ids = torch.tensor([[0] * (longest - len(p)) + p for p in rest], device=self.device)
+        pad = torch.tensor([longest - len(p) for p in rest], device=self.device)
         columns = torch.arange(longest, device=self.device)[None]
-        mask = (columns >= pad[:, None]).long() if pad.any() else None
-        cache = DynamicCache(config=self.model.config)
-        logits = self._forward(ids, (columns - pad[:, None]).clamp_min(0), mask, cache)
+        mask = None
+        if pad.any():
+            mask = (columns >= pad[:, None]).long()
+            mask = torch.cat([mask.new_ones(len(prompts), first), mask], dim=1)
+        logits = self._forward(ids, first + (columns - pad[:, None]).clamp_min(0), mask, cache)
         cache.batch_repeat_interleave(n)
         mask = None if mask is None else mask.repeat_interleave(n, dim=0)
         return cache, logits.repeat_interleave(n, dim=0), mask
@@ -79,6 +89,16 @@ class TransformersEngine:
             logits_to_keep=1,
         )
         return out.logits[:, -1]
+
+
+def in_common(prompts: list[list[int]]) -> int:
+    """Tokens that all begin with, in whole blocks: what is computed once does not hang on which prompts come together."""
+    if len(prompts) < 2:
+        return 0
+    low, high = min(prompts), max(prompts)
+    alike = next((i for i, (a, b) in enumerate(zip(low, high)) if a != b), min(len(low), len(high)))
+    shortest = min(map(len, prompts))
+    return min(alike, shortest - 1) // BLOCK * BLOCK
 
 
 def _draw(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

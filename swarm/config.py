@@ -112,6 +112,12 @@ class FaultsConfig(Section):
         default=1000, ge=0, description="failures that a run deals with before it ends; 0: the first one ends it"
     )
     a_tick: int = Field(default=3, ge=1, description="failures of one role within one tick that it deals with")
+    spares: int = Field(
+        default=0,
+        ge=0,
+        description="workers beside those that train, each a process of about 300 MB and with `swarm.device` cuda a GPU: one "
+        "takes the place of a worker that is lost, while another starts in the background",
+    )
     spare_s: float | None = Field(
         default=None,
         gt=0,

@@ -27,7 +27,7 @@ class Dealt:
         store: Callable[[np.ndarray], object],
     ):
         self.pp, self.fleet, self.progress, self.regroup, self.store = config.swarm.pp, fleet, progress, regroup, store
-        self.together = config.swarm.shares_prompts(config.model, config.codec)
+        self.together = config.shares_prompts
         self.unshared = config.swarm.unshared(config.model, config.codec)
         self.given: list[tuple[int, object]] = []  # to each rank: the step's first tick, its share
         self.old_logprobs: list[object] = []  # of each rank's share, where one in its place finds them

@@ -119,7 +119,7 @@ class Leaving:
                 self.regroup.replace({rank: self._take(("worker", rank)) for rank in ranks}, REASON)
             elif found.give_up:  # at another step's end if some have moved: they have other numbers then
                 gone = [i for role, i in on if role == "worker" and i // self.regroup.pp in found.give_up]
-                waiting = [self._newcomers.pop(self.fleet.workers[rank]) for rank in gone]
+                waiting = [self._newcomers.pop(self.fleet.workers[rank])[0] for rank in gone]
                 self.regroup.give_up(found.give_up, gone, waiting, REASON)
         except (ActorLost, WaitTimeout, PeerLost) as failure:  # somebody was lost on the way
             self.regroup.after(failure, self.progress.tick)

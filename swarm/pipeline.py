@@ -71,7 +71,7 @@ class Pipeline:
             payload = self.grid.recv("fwd", *self.upstream.limits("fwd", micro.rows, self.dtype))
             entry = self.upstream.decode(payload, micro.rows, self.dtype).requires_grad_(torch.is_grad_enabled())
             x = micro.unpack(entry)
-        cuts = {i: lambda x, b=b: b.virtual(x, micro.rows, observe) for i, b in self.virtual.items()}
+        cuts = {i: b.cut(micro.rows, observe) for i, b in self.virtual.items()}
         hidden = self.stage(x, micro.real, cuts, micro.distinct)
         if self.downstream is None:
             return entry, hidden

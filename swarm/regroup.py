@@ -12,7 +12,7 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from anchor_service.calls import ActorHandle, done_of, gather, replies
+from anchor_service.calls import gather, replies
 from anchor_service.errors import ActorLost, WaitTimeout, described
 from anchor_service.line import FireLine
 from swarm.blame import blamed
@@ -23,10 +23,7 @@ from swarm.messages import Standing, TickReport
 from swarm.progress import Progress
 from swarm.reunion import Reunion, reunion
 from swarm.run_config import RunConfig
-from swarm.worker import Worker
-
-Handle = ActorHandle[Worker]
-Spare = tuple[Handle, object]  # and what says that it is ready
+from swarm.spares import Handle, Spares
 
 SPARE_S, AT_ONCE_S = 60.0, 0.5  # for another process; where nothing is gained by waiting no longer than a fork may take
 
@@ -47,7 +44,7 @@ class Regroup:
     def __init__(self, config: RunConfig, fleet: Fleet, progress: Progress, policy: FailurePolicy, line: FireLine):
         self.config, self.fleet, self.progress, self.policy, self.line = config, fleet, progress, policy, line
         self.pp, self.wanted = config.swarm.pp, config.swarm.dp
-        self.spares: list[Spare] = []  # for a replica that is missing
+        self.spares = Spares(fleet.new_worker)
 
     @property
     def dp(self) -> int:
@@ -95,7 +92,11 @@ class Regroup:
         return [s if isinstance(s := said.get(r), Standing) else None for r in range(len(self.fleet.workers))]
 
     def _renew(self, rank: int, fresh: set[int]) -> None:
-        self.fleet.workers[rank] = self.fleet.new_worker(self.fleet.workers[rank])
+        """A spare in its place, if there is one; what starts in its place then is a spare."""
+        newcomer, taken = self.fleet.new_worker(self.fleet.workers[rank]), self.spares.take()
+        if taken is not None:
+            self.spares.add([newcomer])
+        self.fleet.workers[rank] = taken or newcomer
         fresh.add(rank)
 
     def _loses_stream(self, fresh: set[int]) -> bool:
@@ -138,7 +139,7 @@ class Regroup:
             who = ", ".join(self.fleet.swarm.name_of(rank) for rank in missing)
             raise WaitTimeout(who, "another process", self._patience(fresh), "faults.spare_s")
         for d in sorted(replicas):
-            self._await(workers[d * pp : (d + 1) * pp])
+            self.spares.add(workers[d * pp : (d + 1) * pp])
         number = {d: i for i, d in enumerate(kept)}
         workers[:] = [workers[d * pp + p] for d in kept for p in range(pp)]
         moved = {number[r // pp] * pp + r % pp for r in fresh if r // pp in number}
@@ -148,9 +149,6 @@ class Regroup:
         copies = tuple(number[d] for d in plan.copies if d in number)
         back = tuple(number[d] for d in plan.back if d in number)
         return Reunion(plan.done, number[plan.source], copies, back, plan.exact)
-
-    def _await(self, handles: Sequence[Handle]) -> None:
-        self.spares += [(handle, handle.__ray_ready__.remote()) for handle in handles]
 
     def _join(self, fresh: set[int], backs: Sequence[bool]) -> None:
         """All ranks into one new grid; those that are fresh load the model."""
@@ -204,13 +202,12 @@ class Regroup:
             self.line.deliver_to(fire, others)
         self._said(reason, others, tick, True, time.monotonic() - start)
 
-    def give_up(self, replicas: Sequence[int], leaving: Sequence[int], others: Sequence[Spare], reason: str) -> None:
+    def give_up(self, replicas: Sequence[int], leaving: Sequence[int], others: Sequence[Handle], reason: str) -> None:
         """Go on without replicas some of whose ranks are `leaving`; `others` in the place of those, and the rest of them, wait
         to be taken in again."""
         gone = {rank: w for rank, w in enumerate(self.fleet.workers) if rank // self.pp in replicas}
         self.fleet.workers[:] = [w for rank, w in enumerate(self.fleet.workers) if rank not in gone]
-        self._await([worker for rank, worker in gone.items() if rank not in leaving])
-        self.spares += others
+        self.spares.add([*(worker for rank, worker in gone.items() if rank not in leaving), *others])
         for rank in leaving:
             self.fleet.dismiss(gone[rank])
         self._join(set(), [False] * len(self.fleet.workers))
@@ -231,9 +228,8 @@ class Regroup:
         if wanted is not None and wanted != self.wanted:
             self.wanted = wanted
             self._retire(wanted)
-            missing = (wanted - self.dp) * self.pp - len(self.spares)
-            self._await([self.fleet.new_worker(None) for _ in range(missing)])
-        ready = [handle for handle, ready in self.spares if done_of([ready])[0]]
+        self.spares.look((self.wanted - self.dp) * self.pp + self.config.faults.spares)
+        ready = self.spares.ready()
         count = min(len(ready) // self.pp, self.wanted - self.dp)
         while count > 0 and self._samples % (self.dp + count):
             count -= 1
@@ -252,7 +248,7 @@ class Regroup:
 
     def _take_in(self, handles: Sequence[Handle]) -> None:
         first = self.dp
-        self.spares = [spare for spare in self.spares if spare[0] not in handles]
+        self.spares.leave(handles)
         self.fleet.workers.extend(handles)
         self._join(set(range(first * self.pp, len(self.fleet.workers))), [False] * len(self.fleet.workers))
         self._copy(0, range(first, self.dp), self.progress.tick)

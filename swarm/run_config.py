@@ -68,6 +68,11 @@ class RunConfig(Section):
         """Q is refreshed with M unless told otherwise."""
         return self.codec.q_cadence or self.anchor.cadence
 
+    @property
+    def shares_prompts(self) -> bool:
+        """Whether rows that samples have in common are computed once."""
+        return self.swarm.shares_prompts(self.model, self.codec)
+
     def validates_after(self, step: int) -> bool:
         return step % self.val.every == 0 or step == self.run.steps
 

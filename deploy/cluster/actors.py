@@ -78,5 +78,5 @@ def _dense(config: RunConfig) -> DenseSetup:
         temperature=config.rollout.temperature,
         checkpointing=config.swarm.activation_checkpointing,
         threads=config.swarm.threads,
-        share=config.swarm.shares_prompts(config.model, config.codec),
+        share=config.shares_prompts,
     )

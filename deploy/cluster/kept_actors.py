@@ -71,6 +71,7 @@ class KeptActors:
         if self.group and not self.group.serves(config):
             self.close()
         if self.group:
+            self.group.end_beside()
             since = time.monotonic()
             self.group.construct_again(plans, config, since)
         else:
@@ -86,7 +87,7 @@ class KeptActors:
 
     def _again(self, group: ActorGroup, config: RunConfig) -> Fleet:
         """Of a run that lost actors: others in their place, and those that are there as if they had done nothing."""
-        group.dismiss_beside()
+        group.end_beside()
         await_room(group.bundles, config)
         since = time.monotonic()
         group.construct_again(group.plans, config, since, new=group.renew_silent())
@@ -152,8 +153,8 @@ class ActorGroup:
         self.dismissed.add(handle)
         self.whole = False
 
-    def dismiss_beside(self) -> None:
-        """All that no run was planned with: their room is for bundles that wait for a node."""
+    def end_beside(self) -> None:
+        """A run begins with those that it was planned with: the room of others is for bundles that wait for a node."""
         while self.beside:
             ray.kill(self.beside.pop())
 

@@ -55,10 +55,9 @@ def replay_bytes(config: RunConfig, ticks: int) -> float:
 
 def dealt(config: RunConfig) -> list[Sizes]:
     """Each rank's share of a step."""
-    grpo, swarm, together = config.grpo, config.swarm, config.swarm.shares_prompts(config.model, config.codec)
-    return _dealt(
-        _kind(config, grpo.train_batch_size, grpo.group_size), grpo.ticks_per_step, swarm.dp, swarm.pp, together
-    )
+    grpo, swarm = config.grpo, config.swarm
+    kind = _kind(config, grpo.train_batch_size, grpo.group_size)
+    return _dealt(kind, grpo.ticks_per_step, swarm.dp, swarm.pp, config.shares_prompts)
 
 
 def _kind(config: RunConfig, prompts: int, samples: int) -> _Kind:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -63,7 +62,7 @@ class Gradients:
         for boundary in boundaries.values():
             boundary.begin_tick()
         for micro in microbatches(batch, np.argsort(-batch.total, kind="stable"), swarm.micro_batch_size, self.device):
-            cuts = {i: partial(b.virtual, rows=micro.rows, observe=True) for i, b in boundaries.items()}
+            cuts = {i: b.cut(micro.rows, observe=True) for i, b in boundaries.items()}
             hidden = self.model(micro.ids, micro.real, cuts)
             old = None if boundaries and self.grpo.old_logprobs != "rollout" else micro.rollout_logprobs
             of, temperature = batch.response_tokens, self.config.rollout.temperature

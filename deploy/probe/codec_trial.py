@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -213,4 +212,4 @@ class Trial:
 
     def _cuts(self, rows: Rows) -> dict[int, Callable[[Tensor], Tensor]]:
         """The statistics are those of the calibration, but fidelity is of the rows that are scored."""
-        return {layer: partial(b.virtual, rows=rows, observe=True) for layer, b in self.boundaries.items()}
+        return {layer: b.cut(rows, observe=True) for layer, b in self.boundaries.items()}

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from rl.engine import Key, Samples, request_seeds, uniforms
 from rl.rollout import ENGINES
-from rl.transformers_engine import _draw
+from rl.transformers_engine import _draw, in_common
 from tests.conftest import make_model
 from tests.contract.engine_process import LENGTH, EngineHere, EngineProcess, load, sample, save, score, weights
 
@@ -93,6 +93,29 @@ def test_samples_do_not_depend_on_how_prompts_are_batched(engine: EngineProcess)
     pairs = list(zip(together.tokens, [tokens for part in alone for tokens in part.tokens], strict=True))
     agree = [np.array_equal(a, b) for a, b in pairs]
     assert all(agree) if engine.dtype == "float32" else sum(agree) >= 6
+
+
+def test_a_common_beginning_changes_nothing(engine: EngineProcess):
+    """Examples before each problem: of one engine the tokens that all begin with go through the model once."""
+    examples = list(np.random.default_rng(6).integers(2, 48, 45).tolist())
+    prompts = [[*examples, *prompt] for prompt in PROMPTS]
+    together = engine(sample, prompts, keys(4, 3), 20, 1.0)
+    assert difference(engine, engine.folder, prompts, together, 1.0) < BARS[engine.dtype]
+    alone = [engine(sample, [prompt], keys(4, 3)[3 * i : 3 * i + 3], 20, 1.0) for i, prompt in enumerate(prompts)]
+    pairs = list(zip(together.tokens, [tokens for part in alone for tokens in part.tokens], strict=True))
+    agree = [np.array_equal(a, b) for a, b in pairs]
+    assert all(agree) if engine.dtype == "float32" else sum(agree) >= 6
+
+
+@pytest.mark.parametrize(
+    ("alike", "rests", "expected"),
+    [(45, (4, 2, 6), 32), (64, (3, 1, 1), 64), (64, (3, 0), 32), (31, (9, 9), 0), (100, (5,), 0), (0, (70, 70), 0)],
+)
+def test_a_common_beginning_is_whole_blocks_and_leaves_a_token_to_each(
+    alike: int, rests: tuple[int, ...], expected: int
+):
+    prompts = [[*range(alike), *range(1000 * (i + 1), 1000 * (i + 1) + rest)] for i, rest in enumerate(rests)]
+    assert in_common(prompts) == expected
 
 
 def test_answers_end_at_eos_or_are_marked_truncated(engine: EngineProcess):

@@ -59,7 +59,7 @@ class Nodes:
             3: lambda: self.come(3, lambda run: [ready for _, ready in run.leaving._newcomers.values()]),
             7: self.go,
             8: lambda: scale.ask_for(self.run, 3),
-            9: lambda: self.come(4, lambda run: [ready for _, ready in run.regroup.spares]),
+            9: lambda: self.come(4, lambda run: [spare.answer for spare in run.regroup.spares.held]),
             11: lambda: _kill(self.came[0]),
         }
 

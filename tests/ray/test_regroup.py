@@ -42,9 +42,13 @@ def _with(config: RunConfig, run: Path, at: dict[int, Callable[[Fleet], None]]) 
     return drive(config, run, listen, actors=actors)
 
 
+def _pid(handle: Any) -> int:
+    return ray.get(handle.__ray_call__.remote(lambda worker: os.getpid()))
+
+
 def _kill(rank: int, after_s: float) -> Callable[[Fleet], None]:
     def kill(fleet: Fleet) -> None:
-        pid = ray.get(fleet.workers[rank].__ray_call__.remote(lambda worker: os.getpid()))
+        pid = _pid(fleet.workers[rank])
         threading.Timer(after_s, os.kill, (pid, signal.SIGKILL)).start()
 
     return kill
@@ -52,16 +56,29 @@ def _kill(rank: int, after_s: float) -> Callable[[Fleet], None]:
 
 def _until_ready(fleet: Fleet) -> None:
     """A run of seconds would be over before they are there."""
-    spares = fleet.mend.__self__.regroup.spares
-    assert len(ray.wait([ready for _, ready in spares], num_returns=len(spares), timeout=120)[1]) == 0
+    spares = [spare.handle for spare in fleet.mend.__self__.regroup.spares.held]
+    ray.get([handle.__ray_ready__.remote() for handle in spares], timeout=120)
 
 
 def test_workers_that_die_are_replaced_from_their_twins_and_the_run_ends_in_the_same_bits(tmp_path: Path):
-    """One of the second replica, then one of the first, which has the store and the engines' stream, within a tick or between."""
+    """One of the second replica, then one of the first, which has the store and the engines' stream, within a tick or between.
+
+    A spare is there already, and takes the place of the first.
+    """
     alone = run_kept(small(*EXACT), tmp_path / "alone")
-    run = tmp_path / "killed"
-    killed = _with(small(*EXACT), run, {2: _kill(3, 0.05), 5: _kill(0, 0.0)})
-    assert killed["weights_digests"] == alone["weights_digests"]
+    run, spare, then = tmp_path / "killed", list[int](), list[int]()
+
+    def kill_with_a_spare(fleet: Fleet) -> None:
+        _until_ready(fleet)
+        spare.extend(_pid(each.handle) for each in fleet.mend.__self__.regroup.spares.held)
+        _kill(3, 0.05)(fleet)
+
+    def kill_another(fleet: Fleet) -> None:
+        then.append(_pid(fleet.workers[3]))
+        _kill(0, 0.0)(fleet)
+
+    killed = _with(small(*EXACT, "faults.spares=1"), run, {2: kill_with_a_spare, 5: kill_another})
+    assert killed["weights_digests"] == alone["weights_digests"] and spare == then
     events = [e for e in of_kind(run, "event") if e["event"] == "workers regrouped"]
     assert [e["renewed"] for e in events] == ["worker d1p1", "worker d0p0"] and all(e["exact"] for e in events)
     assert [r["tick"] for r in of_kind(run, "tick")] == list(range(1, 13))

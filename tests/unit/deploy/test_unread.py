@@ -86,7 +86,7 @@ rollout.device rollout.resource rollout.placement rollout.mismatch_every rollout
 snapshot.dtype snapshot.encoding
 swarm.dp swarm.pp swarm.boundaries swarm.device swarm.placement swarm.resource swarm.micro_batch_size swarm.share_prompts
 swarm.activation_checkpointing swarm.threads swarm.check_every swarm.on_nan swarm.timeout_s swarm.start_timeout_s
-faults.budget faults.a_tick faults.spare_s faults.grace_s
+faults.budget faults.a_tick faults.spares faults.spare_s faults.grace_s
 codec.max_kl anchor.enabled anchor.resource merger.kind merger.placebo val.every val.size diagnostics.every
 links.swarm_mbit links.swarm_latency_ms links.anchor_mbit links.anchor_latency_ms links.jitter links.worker_tokens_s
 links.anchor_tokens_s links.engine_tokens_s links.response_tokens links.prompt_tokens links.blank_ticks

@@ -162,7 +162,7 @@ def test_a_replica_is_given_up_with_a_newcomer_that_waits_for_room(monkeypatch: 
     run = Named(monkeypatch)
     run.draining = {"there": time.time() + 1.0}
     run.leaving.between_steps()
-    assert run.told == [("given up", (1,), [1], [("new worker", "new worker")], leaving.REASON)]
+    assert run.told == [("given up", (1,), [1], ["new worker"], leaving.REASON)]
 
 
 def test_who_is_lost_on_the_way_is_a_failure_like_any_other(monkeypatch: pytest.MonkeyPatch):

@@ -50,6 +50,7 @@ class Run:
             swarm=config.swarm,
             swarm_limit=(1.0, "swarm.timeout_s"),
             workers=[self.worker(f"w{rank}") for rank in range(2 * dp)],
+            new_worker=None,
             dismiss=lambda worker: self.dismissed.append(worker.name),
             nodes=lambda workers: set(),
         )
@@ -99,11 +100,8 @@ def test_who_was_to_leave_is_dismissed_also_where_somebody_is_lost_on_the_way(
 
 def test_of_a_replica_that_is_given_up_who_does_not_leave_waits_with_the_newcomers(monkeypatch: pytest.MonkeyPatch):
     run = Run(monkeypatch, 3)
-    run.regroup.give_up((1,), (2,), [(run.worker("n2"), "n2 is ready")], "because")
+    run.regroup.give_up((1,), (2,), [run.worker("n2")], "because")
     assert run.names == ["w0", "w1", "w4", "w5"] and run.dismissed == ["w2"] and run.regroup.dp == 2
-    assert [(worker.name, ready) for worker, ready in run.regroup.spares] == [  # pyright: ignore
-        ("w3", "__ray_ready__ of w3"),
-        ("n2", "n2 is ready"),
-    ]
+    assert [spare.handle.name for spare in run.regroup.spares.held] == ["w3", "n2"]  # pyright: ignore
     assert [told[:4] for told in run.diary if told[1] == "meet"] == [(n, "meet", i, 2) for i, n in enumerate(run.names)]
     assert run.events == [("replica missing", {"replicas": 2, "reason": "because"})]
