@@ -7,7 +7,7 @@ start ─▶ worker k: gradient ─▶ publish ─▶ arrived ─▶ (deliver) �
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -121,6 +121,17 @@ class FireLine:
                 fire.since = time.monotonic()
                 self._publish(fire)
             self.m_bar = fire.m_bar
+
+    def carry(self, move: Callable[[object], object], settled: object) -> object:
+        """All that is made and may still be wanted, by `move` to another node; returns what `settled`, an M̄, is then."""
+        fires = [fire for fire in self.under_way.values() if self.good(fire)]
+        ready = [settled, *(fire.m_bar for fire in fires)]
+        moved = {made: move(made) for made in dict.fromkeys(ready) if made is not None}
+        for fire in fires:
+            fire.m_bar = moved.get(fire.m_bar)
+            fire.corrections = [[move(part) for part in parts] for parts in fire.corrections]
+        self.m_bar = moved.get(self.m_bar, self.m_bar)
+        return moved.get(settled)
 
     def owed(self, k: int) -> list[Fire]:
         """Fires that worker `k` is still to deliver, oldest first."""

@@ -10,10 +10,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from anchor_service.calls import done_of, lost, raised, take
+from anchor_service.actor import Anchor
+from anchor_service.calls import ActorHandle, done_of, lost, raised, take
 from anchor_service.clock import Clock
 from anchor_service.errors import ActorLost, WaitTimeout, described
 from anchor_service.line import Fire, FireLine
+from anchor_service.places import carried
 from rl.snapshot import BaseLost
 from swarm.engine_line import EngineLine
 from swarm.failure_policy import Decision, FailurePolicy, Status, failure_of
@@ -61,6 +63,27 @@ class AnchorFaults:
             references, nbytes = self.engines.whole()
             self.progress.ledger.add("snapshot", nbytes, 0)
             self.line.workers[worker].follow.remote(self.engines.sent[-1].tick, *references)
+
+    # --- one that leaves -------------------------------------------------------------------------
+
+    def may_leave(self, k: int) -> bool:
+        """Whether worker `k` owes nothing. On the wall clock it gets no job from now on."""
+        if k in self._starting:
+            return False
+        if not self.clock.waits and k not in self.line.away:
+            self.line.away.add(k)
+            self.clock.staffed(len(self.line.present))
+        return not self.line.owed(k)
+
+    def replace(self, k: int, newcomer: ActorHandle[Anchor], reason: str) -> None:
+        """One that is ready in the place of worker `k`, which may leave: what that has made lies where it was made."""
+        self.m_bar = self.line.carry(lambda made: carried(newcomer, made), self.m_bar)
+        old, self.line.workers[k] = self.line.workers[k], newcomer
+        self.fleet.dismiss(old)
+        self.line.away.discard(k)
+        self.clock.staffed(len(self.line.present))
+        self.progress.event("anchor renewed", worker=k, reason=reason)
+        self._begin_whole(k)
 
     # --- lockstep -------------------------------------------------------------------------------
 

@@ -22,6 +22,7 @@ import ray
 from anchor_service.calls import gather
 from anchor_service.errors import ActorLost, WaitTimeout, described
 from anchor_service.line import NoFires
+from anchor_service.places import Drains
 from rl import mismatch
 from rl.batch import Batch
 from rl.grpo import PG_LOSS
@@ -32,6 +33,7 @@ from swarm.engine_line import EngineLine
 from swarm.failure_policy import Decision, FailurePolicy, Status, failure_of
 from swarm.fleet import Fleet
 from swarm.gate import RunGates
+from swarm.leaving import Leaving
 from swarm.lookout import Lookout
 from swarm.manifest import NotWritten
 from swarm.messages import MergeOutcome, TickPlan, TickReport
@@ -65,6 +67,7 @@ class Coordinator:
         self.rollouts = Rollouts(config, progress, engines)
         self.corrections = Corrections(config, fleet, progress, line, clock, ray.put, engines, self.policy)
         self.regroup = Regroup(config, fleet, progress, self.policy, line)
+        self.leaving = Leaving(fleet, progress, self.regroup, engines, self.corrections.faults, Drains())
         self.gates, self.skips = RunGates(config, progress), Skips()
         self.dealt = Dealt(config, fleet, progress, self.regroup, ray.put)
         fleet.mend = self._mend
@@ -95,6 +98,7 @@ class Coordinator:
     def _step(self) -> None:
         start = time.perf_counter()
         progress = self.progress
+        self.leaving.between_steps()
         self.regroup.between_steps(scale.wanted(self.run_folder))
         progress.step += 1
         batch, timing = self.rollouts.train()

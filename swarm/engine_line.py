@@ -15,13 +15,14 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from anchor_service.calls import done_of, gather, raised
+from anchor_service.calls import ActorHandle, done_of, gather, raised
 from anchor_service.errors import ActorLost, WaitTimeout, described
 from anchor_service.line import FireLine
 from rl.batch import Prompts
 from rl.engine import EngineFailed
 from rl.model_files import parameter_count
 from rl.problems import Problems
+from rl.rollout import RolloutWorker
 from rl.snapshot import BaseLost
 from swarm.failure_policy import Decision, Failure, FailurePolicy, Status, failure_of
 from swarm.fleet import Fleet
@@ -201,6 +202,15 @@ class EngineLine:
         if self.sent:
             for k in failed:
                 self._catch_up(k, lacking[k])
+
+    def replace(self, k: int, newcomer: ActorHandle[RolloutWorker], reason: str) -> None:
+        """One that is ready in the place of engine `k`, which is well."""
+        owed = self._owed(k, distrusted=False)
+        old, self.fleet.engines[k] = self.fleet.engines[k], newcomer
+        self.fleet.dismiss(old)
+        self.progress.event("engine renewed", engine=k, reason=reason, asked_again=[a.step for a, _ in owed])
+        if self.sent:
+            self._catch_up(k, owed)
 
     def _owed(self, k: int, distrusted: bool) -> list[Owed]:
         """What engine `k` has not delivered; all that it was asked for if it gave a bad answer, or had bad weights."""

@@ -32,7 +32,8 @@ def _as_it_is(failure: Exception) -> None:
 class Fleet:
     """Handles, workers in rank order. `renew` puts a new actor in the place of one, here too; it waits for nothing.
 
-    `new_worker`: one in the place of another, or beside all there are; `dismiss`: one is not needed any more.
+    `new_worker`: one in the place of another, or beside all there are; `beside`: one more of a role, wherever there is room;
+    `dismiss`: one is not needed any more.
     `again` makes all of them what they were before the run, with others for those that are dead or do not answer.
     """
 
@@ -45,7 +46,8 @@ class Fleet:
     diagnosers: list[ActorHandle[Diagnoser]]
     renew: Callable[[Role, int], ActorHandle[Any]]
     new_worker: Callable[[ActorHandle[Worker] | None], ActorHandle[Worker]]
-    dismiss: Callable[[ActorHandle[Worker]], None]
+    beside: Callable[[Role], ActorHandle[Any]]
+    dismiss: Callable[[ActorHandle[Any]], None]
     again: Callable[[], Fleet]
     mend: Callable[[Exception], None] = field(
         default=_as_it_is, init=False
@@ -108,10 +110,16 @@ class Fleet:
 
     def named(self) -> dict[str, ActorHandle[Any]]:
         """Every actor by the name that messages have for it."""
-        found: dict[str, ActorHandle[Any]] = {self.swarm.name_of(rank): w for rank, w in enumerate(self.workers)}
-        for role, held in (("engine", self.engines), ("anchor", self.anchors), ("diagnoser", self.diagnosers)):
-            found |= {f"{role} {i}": actor for i, actor in enumerate(held)}
-        return found
+        return {self.name_of(role, i): actor for role, held in self.roles.items() for i, actor in enumerate(held)}
+
+    @property
+    def roles(self) -> dict[Role, list[ActorHandle[Any]]]:
+        """All actors, in the order of their numbers."""
+        return {"worker": self.workers, "engine": self.engines, "anchor": self.anchors, "diagnoser": self.diagnosers}
+
+    def name_of(self, role: Role, index: int) -> str:
+        """What messages call it."""
+        return self.swarm.name_of(index) if role == "worker" else f"{role} {index}"
 
     def ask_mended(self, method: str, arguments: Sequence[object], what: str) -> list[Any]:
         """`ask_workers`, all for the same, between two ticks; once more where workers are lost."""
@@ -161,13 +169,16 @@ class Fleet:
 
     def processes(self) -> list[Process]:
         """Of every actor that was asked where it is; waits for nothing."""
-        roles = {"worker": self.workers, "engine": self.engines, "anchor": self.anchors, "diagnoser": self.diagnosers}
-        return [
-            Process(role, index, *self._place[actor])
-            for role, held in roles.items()
+        return [Process(role, index, *place) for (role, index), place in self.places().items()]
+
+    def places(self) -> dict[tuple[Role, int], Place]:
+        """By role and number; likewise."""
+        return {
+            (role, index): self._place[actor]
+            for role, held in self.roles.items()
             for index, actor in enumerate(held)
             if actor in self._place and self._place[actor].pid
-        ]
+        }
 
     def succeeds(self, newcomer: ActorHandle[Any], old: ActorHandle[Any]) -> None:
         """Until it has arrived: it is in the same bundle, in a process that nobody knows yet."""

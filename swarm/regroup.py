@@ -9,7 +9,7 @@ Nothing is read from a disk. Where no other worker can be had in time, a replica
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from anchor_service.calls import gather, replies
@@ -75,7 +75,7 @@ class Regroup:
                 continue
             break
         taken = [s.report for s in standings if s and s.done == tick and s.report] if plan.done == tick else []
-        self._say(failure, plan, fresh, time.monotonic() - start)
+        self._said(described(failure), fresh, plan.done, plan.exact, time.monotonic() - start)
         return Met(plan.done, taken, sorted(fresh), dealt_anew)
 
     def _standings(self, named: set[int], fresh: set[int]) -> list[Standing | None]:
@@ -178,16 +178,44 @@ class Regroup:
         nbytes = sum(gather(calls, "the state of a twin", *fleet.swarm_limit))
         self.progress.control(nbytes, 0)
 
-    def _say(self, failure: Exception, plan: Reunion, fresh: set[int], seconds: float) -> None:
+    def _said(self, reason: str, fresh: Collection[int], done: int, exact: bool, seconds: float) -> None:
         who = ", ".join(self.fleet.swarm.name_of(rank) for rank in sorted(fresh)) or "nobody"
-        self.progress.event(
-            "workers regrouped",
-            reason=described(failure),
-            renewed=who,
-            done=plan.done,
-            exact=plan.exact,
-            seconds=seconds,
-        )
+        self.progress.event("workers regrouped", reason=reason, renewed=who, done=done, exact=exact, seconds=seconds)
+
+    # --- in the place of those that leave ---------------------------------------------------------
+
+    def replace(self, others: Mapping[int, Handle], reason: str) -> None:
+        """Others, which are there, in the place of these ranks, between two steps: each gets all that the one before it has."""
+        start, fleet, tick = time.monotonic(), self.fleet, self.progress.tick
+        before = {rank: fleet.workers[rank] for rank in others}
+        frames = {rank: handle.copied.remote(True) for rank, handle in before.items()}
+        for rank, other in others.items():
+            fleet.workers[rank] = other
+        try:
+            self._join(set(others), [False] * len(fleet.workers))
+            calls = [(fleet.swarm.name_of(r), fleet.workers[r].become.remote(frames[r], tick)) for r in others]
+            self.progress.control(sum(gather(calls, "the state of the one before it", *fleet.swarm_limit)), 0)
+        finally:
+            for handle in before.values():
+                fleet.dismiss(handle)
+        for fire in self.line.delivered():
+            self.line.deliver_to(fire, others)
+        self._said(reason, others, tick, True, time.monotonic() - start)
+
+    def give_up(self, replicas: Sequence[int], leaving: Sequence[int], others: Sequence[Handle], reason: str) -> None:
+        """Go on without replicas some of whose ranks are `leaving`; `others` in the place of those, and the rest of them, wait
+        to be taken in again."""
+        gone = {rank: w for rank, w in enumerate(self.fleet.workers) if rank // self.pp in replicas}
+        self.fleet.workers[:] = [w for rank, w in enumerate(self.fleet.workers) if rank not in gone]
+        self.spares.add([*(worker for rank, worker in gone.items() if rank not in leaving), *others])
+        for rank in leaving:
+            self.fleet.dismiss(gone[rank])
+        self._join(set(), [False] * len(self.fleet.workers))
+        self.progress.event("replica missing", replicas=self.dp, reason=reason)
+
+    def can_share(self, replicas: int) -> bool:
+        """Whether so many have equal shares of a tick's samples."""
+        return self._samples % replicas == 0
 
     # --- another number of replicas -------------------------------------------------------------
 

@@ -30,7 +30,7 @@ from swarm.doing import Doing
 from swarm.grid import Grid
 from swarm.manifest import Entry
 from swarm.meeting import meeting
-from swarm.messages import ENGINES_STREAM, Report, Standing, TickPlan, TickReport
+from swarm.messages import Report, Standing, TickPlan, TickReport
 from swarm.nonfinite import explained
 from swarm.rank import MiniBatch, RankSetup, build_rank
 from swarm.replicas import weights_digest
@@ -206,13 +206,13 @@ class Worker:
             self.marked = self.done
         self.rank.meet(index, dp, init)
 
-    def copied(self) -> np.ndarray:
-        """All that the next tick depends on, as a frame, for another replica of this stage."""
-        return twin.pack_state(self.rank)
+    def copied(self, leaves: bool = False) -> np.ndarray:
+        """All that the next tick depends on, as a frame, for another replica of this stage, or for whom it `leaves` its place."""
+        return twin.pack_state(self.rank, self.senders if leaves else None)
 
     def become(self, frame: np.ndarray, done: int) -> int:
-        """Go on after `done` ticks from another replica's `copied`; its bytes. Raises FrameError."""
-        twin.take_state(self.rank, frame)
+        """Go on after `done` ticks from another's `copied`; its bytes. Raises FrameError."""
+        self.senders |= twin.take_state(self.rank, frame, self.setup.snapshot)
         self.marked = self.done = done
         return frame.nbytes
 
@@ -250,16 +250,14 @@ class Worker:
     def weights(self, tick: int, stream: str, whole: bool, exact: bool) -> tuple[np.ndarray, int]:
         """Frame of this stage's weights after `tick` ticks, and its size; a tied copy is left to its owner.
 
-        Each stream has a sender of its own, which knows what its receivers hold. The engines' alone may have a rate.
+        Each stream has a sender of its own, which knows what its receivers hold.
         Raises BaseLost if it is asked for earlier weights of a stream that another has sent.
         """
         weights = self.rank.stage.weights
         if stream not in self.senders:
             if tick < self.done:  # whoever was here before knew them
                 raise BaseLost(self.rank.grid.p, tick, None)
-            snapshot = self.setup.snapshot
-            bf16 = snapshot.is_bf16(self.setup.rank.model)
-            self.senders[stream] = Sender(snapshot, bf16, snapshot.rate if stream == ENGINES_STREAM else None)
+            self.senders[stream] = twin.sender_of(stream, self.setup.snapshot, self.setup.rank.model)
         sender, stage = self.senders[stream], self.rank.grid.p
         frame = sender.frame(weights.master[: weights.owned], tick, stage, whole, exact)
         return frame, frame.nbytes

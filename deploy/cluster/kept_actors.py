@@ -10,19 +10,14 @@ from typing import Any, cast
 
 import ray
 from ray.actor import ActorHandle
-from ray.util.placement_group import (
-    PlacementGroup,
-    placement_group,
-    placement_group_table,
-    remove_placement_group,
-)
+from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from anchor_service.calls import answered, gather
-from anchor_service.errors import WaitTimeout
 from anchor_service.stacks import listen
 from deploy.cluster.actors import ActorPlan, actor_plans
-from deploy.cluster.placement import A_TRACE, BLOCKING, ROLES, SPARE, UNMASKED, counts, demand, lacking, placement, tags
+from deploy.cluster.placement import A_TRACE, BLOCKING, ROLES, SPARE, UNMASKED, counts, demand, placement, tags
+from deploy.cluster.room import await_room, leaves, reserve
 from deploy.cluster.takedown import bounded
 from swarm.failure_policy import Role
 from swarm.fleet import Fleet
@@ -80,7 +75,7 @@ class KeptActors:
             since = time.monotonic()
             self.group.construct_again(plans, config, since)
         else:
-            self.group = ActorGroup(config, _reserve(config), plans)
+            self.group = ActorGroup(config, reserve(config), plans)
             since = time.monotonic()
             self.group.start()
         return self._connected(self.group, config, since)
@@ -92,7 +87,8 @@ class KeptActors:
 
     def _again(self, group: ActorGroup, config: RunConfig) -> Fleet:
         """Of a run that lost actors: others in their place, and those that are there as if they had done nothing."""
-        _await_room(group.bundles, config)
+        group.end_beside()
+        await_room(group.bundles, config)
         since = time.monotonic()
         group.construct_again(group.plans, config, since, new=group.renew_silent())
         return self._connected(group, config, since)
@@ -107,6 +103,7 @@ class ActorGroup:
     plans: Plans  # of the present run
     actors: dict[str, list[ActorHandle[Any]]] = field(default_factory=lambda: {role: [] for role in ROLES})
     beside: list[ActorHandle[Any]] = field(default_factory=list)  # workers that no run was planned with
+    dismissed: set[ActorHandle[Any]] = field(default_factory=set)
     whole: bool = True  # whether there are all that there were
 
     def serves(self, config: RunConfig) -> bool:
@@ -135,16 +132,29 @@ class ActorGroup:
             return self.renew("worker", held.index(old))
         if old is not None:
             ray.kill(old)
-        self.beside.append(self._new("worker", 0, anywhere=True))
+        return self.new_beside("worker")
+
+    def new_beside(self, role: Role) -> ActorHandle[Any]:
+        """One more of a role, in a bundle that is vacant or wherever there is room; waits for nothing."""
+        for index in self._vacant(role):
+            return self.renew(role, index)
+        self.beside.append(self._new(role, 0, anywhere=True))
         return self.beside[-1]
+
+    def _vacant(self, role: Role) -> list[int]:
+        """Whose bundles have nobody in them, and a node that does not leave, or none yet: Ray looks for one."""
+        seats = placement(self.made_for).of_actor[sum(counts(self.made_for)[: ROLES.index(role)]) :]
+        empty = [i for i, handle in enumerate(self.actors[role]) if handle in self.dismissed]
+        return [i for i in empty if not leaves(self.bundles, seats[i])]
 
     def dismiss(self, handle: ActorHandle[Any]) -> None:
         """It is not needed any more."""
         ray.kill(handle)
+        self.dismissed.add(handle)
         self.whole = False
 
     def end_beside(self) -> None:
-        """A run begins with those that it was planned with."""
+        """A run begins with those that it was planned with: the room of others is for bundles that wait for a node."""
         while self.beside:
             ray.kill(self.beside.pop())
 
@@ -153,7 +163,6 @@ class ActorGroup:
 
         Whoever is busy is busy for a run that is over.
         """
-        self.end_beside()
         self.whole = True
         every: list[tuple[Role, int]] = [(role, i) for role in ROLES for i in range(len(self.plans[role]))]
         asked = [who for who in every if who[0] not in self._once]
@@ -173,7 +182,7 @@ class ActorGroup:
         return engines | ({"worker"} if config.anchor.clock == "wall" or config.swarm.device == "cuda" else set())
 
     def _new(self, role: str, index: int, anywhere: bool = False) -> ActorHandle[Any]:
-        """Actor number `index` of its role, in its bundle, or where there is room."""
+        """Actor number `index` of its role, in its bundle, or where there is room: so too if the bundle's node is leaving."""
         config, plan = self.made_for, self.plans[role][index]
         number = sum(counts(config)[: ROLES.index(role)]) + index
         env = _ENV | (UNMASKED | BLOCKING if role == "worker" else {}) | {"OMP_NUM_THREADS": str(config.swarm.threads)}
@@ -185,12 +194,13 @@ class ActorGroup:
             max_task_retries=0,  # a repeated tick would hang the other ranks
             runtime_env={"env_vars": env},
         )
-        if not anywhere:
-            bundle = placement(config).of_actor[number]
+        wanted = placement(config)
+        bundle = wanted.of_actor[number]
+        if not anywhere and not leaves(self.bundles, bundle):
             options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(self.bundles, bundle)
         else:
             own = SPARE in ray.cluster_resources()
-            asked = [config.swarm.resource] if config.swarm.resource else []
+            asked = wanted.bundles[bundle].keys() - {"CPU", "GPU"}
             options["resources"] = dict.fromkeys([SPARE] if own else asked, A_TRACE)
             options["num_cpus"] = 0 if own else needs["CPU"]
         if role == "worker":  # beside a running tick corrections arrive, and it says what it is doing
@@ -222,6 +232,7 @@ class ActorGroup:
         held = {role: self.actors[role][:n] for role, n in zip(ROLES, counts(config))}
 
         def renew(role: Role, index: int) -> ActorHandle[Any]:
+            ray.kill(held[role][index])  # which may be one that came beside
             held[role][index] = new = self.renew(role, index)
             return new
 
@@ -232,6 +243,7 @@ class ActorGroup:
             *held.values(),
             renew=renew,
             new_worker=self.new_worker,
+            beside=self.new_beside,
             dismiss=self.dismiss,
             again=again,
         )
@@ -248,36 +260,6 @@ def _fixed(config: RunConfig) -> tuple[object, ...]:
     place = config.swarm.placement, config.swarm.pp if config.swarm.placement == "replicas" else None
     engines = config.rollout.engine, config.rollout.placement
     return (*devices, config.swarm.threads, config.anchor.clock, *tags(config).items(), *place, *engines)
-
-
-def _reserve(config: RunConfig) -> PlacementGroup:
-    wanted = placement(config)
-    group = placement_group(wanted.bundles, strategy=wanted.strategy)
-    ready, _ = ray.wait([group.ready()], timeout=config.swarm.start_timeout_s)
-    if not ready:
-        remove_placement_group(group)
-        raise _no_room(config)
-    return group
-
-
-def _await_room(group: PlacementGroup, config: RunConfig) -> None:
-    """Until every bundle has a node: Ray looks for another one for those whose node is gone."""
-    deadline = time.monotonic() + config.swarm.start_timeout_s
-    while placement_group_table(group).get("state") != "CREATED":
-        if time.monotonic() > deadline:
-            raise _no_room(config)
-        time.sleep(0.2)
-
-
-def _no_room(config: RunConfig) -> WaitTimeout:
-    wanted = placement(config)
-    have, free = ray.cluster_resources(), ray.available_resources()
-    return WaitTimeout(
-        "the Ray cluster",
-        f"room for {len(wanted.bundles)} bundles ({wanted.strategy}): {lacking(wanted.total, have, free)}",
-        config.swarm.start_timeout_s,
-        "swarm.start_timeout_s, or lower swarm.dp (`northstar doctor --address` says what does not fit)",
-    )
 
 
 def _connect(fleet: Fleet, config: RunConfig, since: float) -> None:

@@ -15,10 +15,12 @@ import torch
 from anchor_service.messages import Correction
 from codec.config import CodecConfig, GradientConfig
 from merger.config import MergerConfig
+from rl.config import SnapshotConfig
+from swarm import twin
 from swarm.config import SwarmConfig
 from swarm.grid import Grid, PeerLost
 from swarm.meeting import meeting
-from swarm.messages import Standing, TickPlan
+from swarm.messages import ENGINES_STREAM, Standing, TickPlan
 from swarm.rank import Rank
 from swarm.reunion import Reunion, reunion
 from swarm.tick import tick
@@ -157,6 +159,57 @@ def test_a_twin_s_state_is_exact_where_replicas_have_nothing_of_their_own(
     assert [own for *_, own in results] == [not exact] * 2
     assert len({again for _, again, _ in results}) == 1  # replicas agree in any case
     assert all((alone == again) is exact for alone, again, _ in results)
+
+
+def _moved(rank: int, init: str, model: Path, folder: Path, codec: CodecConfig, ends: int) -> tuple[bytes, bytes]:
+    """As above; replica 1 leaves in order after tick `ends`: whoever takes its place has its own state."""
+    last = []
+    for leaves in (False, True):
+        state = make_rank(model, rank, dp=2, pp=1, codec=codec, init=init)
+        for t in range(1, 7):
+            tick(state, TickPlan(t, 0, None, 0), mini_batch(state, make_batch(seed=t)), lambda c: c)
+            if leaves and t == ends:
+                Grid.leave()
+                frame, old = twin.pack_state(state, {}), state
+                if rank == 0:
+                    state.meet(0, 2, _address(rank, folder))
+                else:
+                    state = make_rank(model, rank, dp=2, pp=1, codec=codec, init=_address(rank, folder))
+                    assert state is not old and twin.take_state(state, frame, SnapshotConfig()) == {}
+        last.append(state.stage.weights.master.numpy().tobytes())
+        if not leaves:
+            Grid.leave()
+            init = _address_of_second_run(rank, folder)
+    return last[0], last[1]
+
+
+@pytest.mark.parametrize("name, ends", [("powersgd", 3), ("owed", 4), ("transform", 3)])
+def test_a_replica_that_leaves_in_order_takes_nothing_with_it(untied_model: Path, tmp_path: Path, name: str, ends: int):
+    """Neither statistics that are not summed yet, nor what it owes."""
+    for alone, again in on_ranks(2, _moved, untied_model, tmp_path, CODECS[name], ends):
+        assert alone == again
+
+
+@pytest.mark.parametrize("snapshot", [SnapshotConfig(), SnapshotConfig(rate=0.05), SnapshotConfig(encoding="full")])
+def test_streams_of_weights_go_on_from_whoever_takes_the_place_of_one_that_leaves(
+    untied_model: Path, snapshot: SnapshotConfig
+):
+    first, second = (make_rank(untied_model, codec=CodecConfig(kind="none")) for _ in range(2))
+    names = ENGINES_STREAM, "anchor 0"
+    senders = {name: twin.sender_of(name, snapshot, first.setup.model) for name in names}
+    for t in (1, 2):  # what is sent after the first is exact in any stream
+        tick(first, TickPlan(t, 0, None, 0), mini_batch(first, make_batch(seed=t)), lambda c: c)
+        if t == 1:
+            for sender in senders.values():
+                sender.frame(first.stage.weights.master, t, 0)
+            taken = twin.take_state(second, twin.pack_state(first, senders), snapshot)
+    tick(second, TickPlan(2, 0, None, 0), mini_batch(second, make_batch(seed=2)), lambda c: c)
+    assert [*taken] == [*names]
+    for name in names:
+        one, other = (
+            by[name].frame(r.stage.weights.master, 2, 0, exact=False) for by, r in ((senders, first), (taken, second))
+        )
+        np.testing.assert_array_equal(one, other)
 
 
 def test_what_a_rank_owes_is_its_own_where_the_number_of_replicas_changes(untied_model: Path):

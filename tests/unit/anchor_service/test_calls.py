@@ -112,7 +112,7 @@ def test_every_actor_is_asked_once_for_its_node(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(fleet, "places_of", places_of)
     config = load("demo")
     workers, new = [Asked() for _ in range(4)], Asked()
-    changes = (lambda role, index: new, lambda old: new, lambda handle: None, lambda: found)
+    changes = (lambda role, index: new, lambda old: new, lambda role: new, lambda handle: None, lambda: found)
     found = Fleet(config.swarm, config.anchor, config.rollout, workers, [Asked()], [], [], *changes)
     assert found.nodes(workers) == {"node 0", "node 1"}
     assert found.replicas_of(1) == [workers[1], workers[3]] and found.nodes(found.replicas_of(1)) == {
@@ -137,7 +137,13 @@ def test_every_wait_has_one_deadline(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(fleet, "gather", gather)
     config = load("k5")
     swarm, anchor = config.swarm.timeout_s, config.anchor.timeout_s
-    changes = (lambda role, index: Asked(), lambda old: Asked(), lambda handle: None, lambda: found)
+    changes = (
+        lambda role, index: Asked(),
+        lambda old: Asked(),
+        lambda role: Asked(),
+        lambda handle: None,
+        lambda: found,
+    )
     found = Fleet(config.swarm, config.anchor, config.rollout, [Asked()], [Asked()], [Asked()], [], *changes)
     found.ask_workers("begin_step", [()], "the start of a step")
     found.ask_workers("tick", [()], "tick 1", found.tick_limit(due=False))

@@ -13,6 +13,38 @@ from deploy.cluster.placement import ROLES, counts
 from deploy.config import load
 
 
+def test_one_that_comes_beside_takes_the_bundle_of_one_that_left_unless_its_node_leaves(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """Else what a gone node's bundles take on another one would never be used."""
+    config = load("k5", ["swarm.dp=2", "rollout.replicas=2"])
+    actors: dict[str, list[Any]] = {role: [f"{role} {i}" for i in range(n)] for role, n in zip(ROLES, counts(config))}
+    group = ActorGroup(config, None, {role: [] for role in ROLES}, actors)  # pyright: ignore
+    monkeypatch.setattr(kept_actors.ray, "kill", lambda handle: None)
+    made: list[tuple[str, int, bool]] = []
+    monkeypatch.setattr(
+        group, "_new", lambda role, index, anywhere=False: made.append((role, index, anywhere)) or object()
+    )
+    leaving = {3}  # bundles: of two workers, then of two engines
+    monkeypatch.setattr(kept_actors, "leaves", lambda bundles, bundle: bundle in leaving)
+    group.new_beside("worker")
+    for handle in ("worker 1", "engine 1"):
+        group.dismiss(handle)  # pyright: ignore
+    group.new_beside("engine")
+    group.new_beside("worker")
+    leaving.clear()
+    group.new_beside("engine")
+    group.new_beside("worker")
+    anywhere = [
+        ("worker", 0, True),
+        ("engine", 0, True),
+        ("worker", 1, False),
+        ("engine", 1, False),
+        ("worker", 0, True),
+    ]
+    assert made == anywhere and not group.whole
+
+
 @pytest.mark.parametrize(
     ("overrides", "roles"),
     [

@@ -46,7 +46,10 @@ class Ref:
 
     def value(self) -> Any:
         found = self.worker.until(self.call)
-        return found[self.part] if isinstance(found, list) else found
+        part = found[self.part] if isinstance(found, list) else found
+        if isinstance(part, Exception):
+            raise part
+        return part
 
 
 class Lazy:
@@ -58,7 +61,7 @@ class Lazy:
         self.done: dict[int, Any] = {}
 
     def __getattr__(self, name: str) -> Any:
-        if name not in ("follow", "catch_up", "gradient", "publish", "ready"):
+        if name not in ("follow", "catch_up", "gradient", "publish", "ready", "copy"):
             raise AttributeError(name)
 
         def remote(*args: Any, returns: int = 0) -> Any:
@@ -92,6 +95,9 @@ class Lazy:
 
     def _ready(self) -> str:
         return "the node"
+
+    def _copy(self, value: Any) -> Any:
+        return value
 
     def _follow(self, tick: int, frame: tuple[bool, int, int]) -> None:
         whole, base, after = frame
@@ -143,6 +149,7 @@ class Run:
             arrival=lambda worker: worker.ready.remote(),
             arrived=lambda worker, place: None,
             succeeds=lambda newcomer, old: None,
+            dismiss=lambda worker: setattr(worker, "killed", True),
             nodes=lambda actors: {"the node"},
             replicas_of=lambda p: [],
             anchor_limit=(1.0, "anchor.timeout_s"),
@@ -183,6 +190,7 @@ class Run:
             monkeypatch.setattr(module, "raised", raised)
             monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: self.now))
         monkeypatch.setattr(anchor_line, "gather", gather)
+        monkeypatch.setattr(anchor_faults, "carried", lambda worker, made: worker.copy.remote(made))
         monkeypatch.setattr(anchor_faults, "take", lambda ref, *_: ref.value())
         monkeypatch.setattr(anchor_faults, "lost", lambda references: bool(self.gone & set(map(str, references))))
         self.gone, self.forgotten = set[str](), False
@@ -221,6 +229,18 @@ class Run:
             self.merged.append(found[1])
         self.corrections.log(MergeOutcome(version=found and found[0]))
         self._step_ends()
+
+    def leave(self, worker: int) -> bool:
+        """Whether it has left; what lay on its node is gone then: all but reports, which the driver has."""
+        if not self.corrections.faults.may_leave(worker):
+            return False
+        old, new = self.workers[worker], Lazy()
+        self.corrections.faults.replace(worker, new, "its node is draining")
+        for number in range(len(new.queue)):
+            new.until(number)
+        gone = ActorLost("itself", "its call", "its node is gone")
+        old.done = {i: [made[0], gone, gone] if isinstance(made, list) else made for i, made in old.done.items()}
+        return True
 
     def _step_ends(self) -> None:
         tick = self.progress.tick
@@ -314,6 +334,19 @@ def test_a_failing_anchor_ends_the_run_with_its_last_error_when_the_budget_is_sp
     assert run.names == ["anchor renewed"] * 4
 
 
+@pytest.mark.parametrize("encoding", ["delta", "full"])
+def test_in_lockstep_an_anchor_that_leaves_in_order_takes_nothing_with_it(
+    monkeypatch: pytest.MonkeyPatch, encoding: str
+):
+    """Neither its average, nor a correction that nobody has merged yet."""
+    for lag, first in itertools.product(LAGS, range(0, 12, 3)):
+        run, left = Run(monkeypatch, [Lazy()], True, *lag, f"snapshot.encoding={encoding}").begin(), False
+        while run.progress.tick < TICKS:
+            run.tick()
+            left = left or (run.progress.tick > first and run.leave(0))
+        assert run.merged == lawful(run) and run.names == ["anchor renewed"]
+
+
 # --- wall --------------------------------------------------------------------------------------
 
 WALL = "anchor.clock=wall", "anchor.timeout_s=3"
@@ -377,3 +410,26 @@ def test_an_average_that_went_with_its_node_begins_anew(monkeypatch: pytest.Monk
         run.tick()
     assert "anchor average begins anew" in run.names and len(old) > 1
     assert any(len(word) == 1 for word in run.merged[1:]) and not set(old) & set(run.merged[-1])
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_on_the_wall_clock_an_anchor_that_leaves_ends_what_it_is_at_and_gets_no_more(
+    monkeypatch: pytest.MonkeyPatch, shared: bool
+):
+    weights = ("anchor.weights=shared", "anchor.cadence=2") if shared else ()
+    run, asked = Run(monkeypatch, [Lazy()], False, *WALL, *weights).begin(), []
+    old = run.workers[0]
+    while run.workers[0] is old:
+        run.tick()
+        if run.progress.tick >= 5:
+            asked.append(sum(name == "gradient" for name, _ in old.queue))
+            run.leave(0)
+        for fire in run.line.under_way.values():
+            fire.report.value()
+    assert len(set(asked)) == 1 and run.names == ["anchor renewed"]
+    while run.progress.tick < TICKS:
+        run.tick()
+        for fire in run.line.under_way.values():
+            fire.report.value()
+    words = batches(run.merged)
+    assert run.names == ["anchor renewed"] and len(words) > asked[0] and all(map(str.startswith, run.merged[-1], words))

@@ -109,6 +109,7 @@ class Run:
             renew=self._renew,
             arrival=lambda engine: (engine, None),
             arrived=lambda engine, node: None,
+            dismiss=lambda engine: setattr(engine, "failure", "lost") or setattr(engine, "fails", len(engine.done)),
             weights=self._weights,
             nodes=lambda actors: {"the node"} if actors else set(),
             engine_limit=(5.0, "rollout.timeout_s"),
@@ -389,3 +390,28 @@ def test_samples_that_a_checkpoint_lacks_are_named(monkeypatch: pytest.MonkeyPat
     (tmp_path / "samples-2-0.frame").unlink()
     with pytest.raises(CheckpointError, match="samples-2-0"):
         _resumed(monkeypatch, 1, 4, tmp_path, state)
+
+
+@pytest.mark.parametrize("swift", [False, True])
+@pytest.mark.parametrize(("staleness", "engines"), itertools.product([0, 1, 3], [1, 2]))
+def test_an_engine_that_leaves_in_order_takes_no_samples_with_it(
+    monkeypatch: pytest.MonkeyPatch, staleness: int, engines: int, swift: bool
+):
+    """Nothing waits for its start, and what it has delivered is not asked for again."""
+    for leaves, encoding in itertools.product(range(1, 8), ("delta", "full")):
+        held, new = [Lazy() for _ in range(engines)], Lazy()
+        old, run = held[0], Run(monkeypatch, staleness, 8, held, swift, f"snapshot.encoding={encoding}")
+        run.begin()
+        for step in range(1, 9):
+            run.step()
+            if step == leaves:
+                run.rollouts.engines.replace(0, new, "its node is draining")
+        run.validate()
+        assert run.used == lawful(8, staleness) and run.events == ["engine renewed"]
+        asked = [[(a.step, a.indices) for name, (a, *_) in e.queue if name == "gen"] for e in (old, new)]
+        done = {
+            (a.step, a.indices)
+            for i, (name, (a, *_)) in enumerate(old.queue)
+            if name == "gen" and i in old.done and not isinstance(old.done[i], Exception)
+        }
+        assert not done & {*asked[1]}
