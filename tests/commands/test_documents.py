@@ -77,14 +77,15 @@ def _smaller(text: str) -> dict[str, list[str]]:
 
 
 @pytest.fixture(scope="module")
-def scratch(tmp_path_factory: pytest.TempPathFactory) -> Scratch:
+def scratch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scratch]:
     made = Scratch(tmp_path_factory.mktemp("user"))
     for page, kinds in FILES.items():
         for kind, names in kinds.items():
             texts = [block.text for block in BLOCKS if (block.page, block.kind) == (page, kind)]
             for name, text in zip(names, texts, strict=True):
                 (made.folder / name).write_text(f"{text}\n")
-    return made
+    yield made
+    made.close()
 
 
 @contextmanager
