@@ -63,7 +63,7 @@ INTERRUPTED = "# Ctrl-C at any time"
 def _smaller(text: str) -> dict[str, list[str]]:
     """What is put behind a command's own arguments: steps and sizes, nothing else."""
     if "smollm2" in text:
-        sets = ["val.size=2", "grpo.train_batch_size=2", "grpo.ppo_mini_batch_size=1", "grpo.group_size=2"]
+        sets = ["val.size=2", "grpo.train_batch_size=1", "grpo.ppo_mini_batch_size=1", "grpo.group_size=2"]
         sets.append("grpo.max_response_length=24")
         return {"run": [x for size in sets for x in ("--set", size)]}
     steps = next((steps for part, steps in STEPS.items() if part in text), 2)
