@@ -77,7 +77,10 @@ class Batch:
 
     def pick(self, samples: np.ndarray) -> Batch:
         """The given samples, in that order."""
-        return concat([self.take(int(i), int(i) + 1) for i in samples])
+        there = {f.name: array for f in fields(self) if (array := getattr(self, f.name)).size}
+        flat = {"tokens": self.total} | dict.fromkeys(PER_RESPONSE, self.response_lengths)
+        places = {name: _places(flat[name], samples) if name in flat else samples for name in there}
+        return replace(self, **{name: array[places[name]] for name, array in there.items()})
 
     def only(self, *names: str) -> Batch:
         """The lengths and these fields; the others are empty, and are not sent."""
@@ -144,19 +147,26 @@ def grouped(batch: Batch, ranks: int = 1) -> np.ndarray:
     return np.lexsort((-batch.total, position, _hand(position, ranks)))
 
 
+def _places(lengths: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    """Where the entries of the `chosen` rows lie in a flat array of rows of `lengths`, row after row."""
+    starts, counts = (np.cumsum(lengths, dtype=np.int64) - lengths)[chosen], lengths[chosen].astype(np.int64)
+    return np.repeat(starts - np.cumsum(counts) + counts, counts) + np.arange(counts.sum())
+
+
 def _hand(position: np.ndarray, ranks: int) -> np.ndarray:
     """Which rank is dealt the card at `position`: back and forth."""
     turn = position % (2 * ranks)
     return np.minimum(turn, 2 * ranks - 1 - turn)
 
 
-def deal_together(batch: Batch, ranks: int, rank: int) -> np.ndarray:
-    """Samples of data-parallel `rank`: as many as others have, a prompt's in one hand as far as that can be."""
+def deal_together(batch: Batch, ranks: int) -> list[np.ndarray]:
+    """Samples of each data-parallel rank: as many for each, a prompt's in one hand as far as that can be."""
     order = grouped(batch, ranks)
-    return order[rank * len(order) // ranks : (rank + 1) * len(order) // ranks]
+    return [order[rank * len(order) // ranks : (rank + 1) * len(order) // ranks] for rank in range(ranks)]
 
 
-def deal(batch: Batch, ranks: int, rank: int) -> np.ndarray:
-    """Samples of data-parallel `rank`, longest first: dealt back and forth so that ranks weigh the same."""
+def deal(batch: Batch, ranks: int) -> list[np.ndarray]:
+    """Samples of each data-parallel rank, longest first: dealt back and forth so that ranks weigh the same."""
     order = np.argsort(-batch.total, kind="stable")
-    return order[_hand(np.arange(len(order)), ranks) == rank]
+    hand = _hand(np.arange(len(order)), ranks)
+    return np.split(order[np.argsort(hand, kind="stable")], np.cumsum(np.bincount(hand, minlength=ranks))[:-1])

@@ -30,10 +30,7 @@ from swarm.regroup import Regroup
 Who = tuple[Role, int]
 
 REASON = "its node is draining"
-STEPS, MARGIN_S = (
-    2.0,
-    5.0,
-)  # of a step's usual time, and beside it: a node that is gone by then may be gone in the next step
+STEPS, MARGIN_S = 2.0, 5.0  # so many times a step's usual time, and beside it: the node may be gone in the next step
 
 
 @dataclass(frozen=True)

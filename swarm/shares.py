@@ -29,10 +29,10 @@ class Share:
 
 def shares(minis: list[Batch], dp: int, pp: int, together: bool = False) -> Iterator[Share]:
     """Of a step's mini-batches, in the order of the ranks. `together`: a prompt's samples are."""
-    hand = deal_together if together else deal
+    hands = [(deal_together if together else deal)(mini, dp) for mini in minis]
     denominators = [mini.response_tokens for mini in minis]
     for d in range(dp):
-        own = concat([mini.pick(hand(mini, dp, d)) for mini in minis])
+        own = concat([mini.pick(hand[d]) for mini, hand in zip(minis, hands)])
         for fields, ranks in ((ROWS, pp - 1), (LOSS, 1)):
             if ranks:
                 sent = own.only(*fields)

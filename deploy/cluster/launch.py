@@ -19,7 +19,7 @@ from deploy.cluster.endings import Notice, can_go_on
 from deploy.cluster.forkserver import forkserver, may_fork
 from deploy.cluster.kept_actors import new_actors
 from deploy.cluster.lives import Lives
-from deploy.cluster.loopback import ADDRESS, loopback
+from deploy.cluster.loopback import ADDRESS, loopback, without_helpers
 from deploy.cluster.placement import SPARE, placement, tags
 from deploy.cluster.takedown import shut_down
 from deploy.config import to_toml
@@ -52,15 +52,16 @@ def cluster(config: RunConfig, address: str | None, lanes: int = 1) -> Generator
                 ray._private.ray_constants.SETUP_WORKER_FILENAME = SETUP  # pyright: ignore
             needed = lanes * int(placement(config).total["CPU"])
             # Logical CPUs, so that a small machine can run every role; each process uses `swarm.threads` threads
-            ray.init(
-                address="local",  # else Ray joins any cluster that it finds on this machine, or that RAY_ADDRESS names
-                num_cpus=max(os.cpu_count() or 1, needed),
-                resources=dict.fromkeys([SPARE, *tags(config).values()], 1.0),
-                include_dashboard=False,
-                log_to_driver=False,
-                runtime_env=environment,
-                _node_ip_address=ADDRESS,
-            )
+            with without_helpers():
+                ray.init(
+                    address="local",  # else Ray joins any cluster that it finds on this machine, or that RAY_ADDRESS names
+                    num_cpus=max(os.cpu_count() or 1, needed),
+                    resources=dict.fromkeys([SPARE, *tags(config).values()], 1.0),
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    runtime_env=environment,
+                    _node_ip_address=ADDRESS,
+                )
         try:
             yield
         finally:

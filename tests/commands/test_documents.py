@@ -63,7 +63,7 @@ INTERRUPTED = "# Ctrl-C at any time"
 def _smaller(text: str) -> dict[str, list[str]]:
     """What is put behind a command's own arguments: steps and sizes, nothing else."""
     if "smollm2" in text:
-        sets = ["val.size=2", "grpo.train_batch_size=2", "grpo.ppo_mini_batch_size=1", "grpo.group_size=2"]
+        sets = ["val.size=2", "grpo.train_batch_size=1", "grpo.ppo_mini_batch_size=1", "grpo.group_size=2"]
         sets.append("grpo.max_response_length=24")
         return {"run": [x for size in sets for x in ("--set", size)]}
     steps = next((steps for part, steps in STEPS.items() if part in text), 2)
@@ -77,14 +77,15 @@ def _smaller(text: str) -> dict[str, list[str]]:
 
 
 @pytest.fixture(scope="module")
-def scratch(tmp_path_factory: pytest.TempPathFactory) -> Scratch:
+def scratch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scratch]:
     made = Scratch(tmp_path_factory.mktemp("user"))
     for page, kinds in FILES.items():
         for kind, names in kinds.items():
             texts = [block.text for block in BLOCKS if (block.page, block.kind) == (page, kind)]
             for name, text in zip(names, texts, strict=True):
                 (made.folder / name).write_text(f"{text}\n")
-    return made
+    yield made
+    made.close()
 
 
 @contextmanager

@@ -67,7 +67,7 @@ def mini_batch(
     rank: Rank, batch: Batch, size: int = 3, trainer_logprobs: bool = False, share: bool = False
 ) -> MiniBatch:
     grid, hand = rank.grid, deal_together if share else deal
-    micros = microbatches(batch, hand(batch, grid.dp, grid.d), size, grid.device, share=share)
+    micros = microbatches(batch, hand(batch, grid.dp)[grid.d], size, grid.device, share=share)
     old = [m.rollout_logprobs for m in micros]
     if trainer_logprobs:
         old = rank.pipeline.logprobs(micros, 1.0)

@@ -86,7 +86,7 @@ def test_rows_are_keyed_by_the_tick_that_trains_them(model: Path):
     (share,) = shares(MINIS[:2], 1, 1)
     worker.begin_step(7, share.frame)
     for tick, mini, given in zip((7, 8), worker.minis, MINIS):
-        expected = microbatches(given, deal(given, 1, 0), state.setup.swarm.micro_batch_size, state.grid.device, tick)
+        expected = microbatches(given, deal(given, 1)[0], state.setup.swarm.micro_batch_size, state.grid.device, tick)
         assert all(torch.equal(a.rows.keys, b.rows.keys) for a, b in zip(mini.micros, expected, strict=True))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -92,12 +93,25 @@ def test_a_run_stopped_with_samples_in_flight_goes_on_to_the_bit(whole: Path, tm
         assert end["bytes"][channel] == summary(whole)["bytes"][channel]
 
 
+def hang_before_samples_of(step: int, coordinator: Coordinator) -> None:
+    """The first engine does nothing more before it comes to that request: it has not delivered it when it is killed."""
+    ask_for = coordinator.rollouts._ask_for
+
+    def behind(asked: int) -> Any:
+        if asked == step:
+            coordinator.fleet.engines[0].__ray_call__.remote(lambda _: time.sleep(300))
+        return ask_for(asked)
+
+    coordinator.rollouts._ask_for = behind
+
+
 def test_an_engine_that_is_killed_gives_the_same_samples_also_of_older_weights(whole: Path, tmp_path: Path):
     config, folder = ahead(2), tmp_path / "deadly"
     folder.mkdir()
     with new_actors(config) as actors:
         telemetry = Telemetry(folder, ignore)
         coordinator = Coordinator(config, actors, telemetry, folder)
+        hang_before_samples_of(5, coordinator)  # asked for in step 3
         kill_engine_in(3, coordinator)
         coordinator.run()
         assert telemetry.digests == summary(whole)["weights_digests"]

@@ -52,6 +52,8 @@ def test_no_process_of_a_run_listens_beyond_loopback(tmp_path: Path):
         n.split(".")[0] for n in names
     }
     assert open_to_others(processes) == []
+    helpers = "log_monitor.py", "monitor.py", "dashboard.py"  # nobody asks them for anything
+    assert [word for process in processes for word in process.cmdline() if word.endswith(helpers)] == []
 
 
 @pytest.mark.parametrize("token", [None, "0" * 64, "ours"])

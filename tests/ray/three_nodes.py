@@ -19,6 +19,7 @@ from deploy.cluster.launch import cluster, drive
 from deploy.config import load
 
 NODES = {"swarm": 4, "engine": 1, "anchor": 1}  # CPUs of the node of each role
+BARE = {"no_monitor": True, "include_log_monitor": False, "include_dashboard": False}  # nobody asks for them
 
 
 def node_of(actor: Any) -> str:
@@ -34,7 +35,7 @@ def main() -> None:
     folder, *overrides = sys.argv[1:]
     asked = [f"{section}.resource={tag}" for section, tag in zip(("swarm", "rollout", "anchor"), NODES)]
     config = load("demo", [*asked, *overrides])
-    head, *others = [{"num_cpus": cpus, "resources": {tag: 1}} for tag, cpus in NODES.items()]
+    head, *others = [{"num_cpus": cpus, "resources": {tag: 1}} | BARE for tag, cpus in NODES.items()]
     nodes = Cluster(initialize_head=True, head_node_args=head)
     for node in others:
         nodes.add_node(**node)

@@ -74,6 +74,16 @@ def test_taking_samples_takes_those_samples_and_all_that_is_theirs(batch: Batch,
 
 
 @LAW
+@given(BATCHES, st.data())
+def test_picked_samples_are_those_in_that_order_and_what_was_not_sent_stays_empty(batch: Batch, data: st.DataObject):
+    chosen = data.draw(st.lists(st.integers(0, len(batch) - 1), max_size=20))
+    assert samples(batch.pick(np.array(chosen, np.int64))) == [samples(batch)[i] for i in chosen]
+    rows = batch.only("tokens").pick(np.array(chosen, np.int64))
+    assert rows.tokens.tolist() == batch.pick(np.array(chosen, np.int64)).tokens.tolist()
+    assert not rows.advantages.size and not rows.rollout_logprobs.size and len(rows) == len(chosen)
+
+
+@LAW
 @given(st.lists(st.builds(random_batch, st.integers(1, 5), st.integers(0, 1000)), min_size=1, max_size=4))
 def test_joining_batches_puts_their_samples_one_after_the_other(batches: list[Batch]):
     assert samples(concat(batches)) == [sample for batch in batches for sample in samples(batch)]
@@ -203,7 +213,7 @@ def test_the_good_batch_of_these_cases_is_accepted_with_and_without_base_log_pro
 @given(st.integers(1, 6), st.integers(1, 8), st.integers(0, 1000))
 def test_every_sample_is_dealt_to_exactly_one_rank_and_all_get_as_many(ranks: int, each: int, seed: int):
     batch = random_batch(ranks * each, seed)
-    hands = [deal(batch, ranks, rank).tolist() for rank in range(ranks)]
+    hands = [hand.tolist() for hand in deal(batch, ranks)]
     assert sorted(i for hand in hands for i in hand) == list(range(ranks * each))
     assert {len(hand) for hand in hands} == {each}
 
@@ -213,14 +223,14 @@ def test_every_sample_is_dealt_to_exactly_one_rank_and_all_get_as_many(ranks: in
 def test_no_two_ranks_differ_by_more_tokens_than_the_longest_and_shortest_sample(ranks: int, each: int, seed: int):
     """Dealt back and forth in order of length, the differences of the rounds cannot add up."""
     batch = random_batch(ranks * each, seed, longest=60)
-    weights = [int(batch.total[deal(batch, ranks, rank)].sum()) for rank in range(ranks)]
+    weights = [int(batch.total[hand].sum()) for hand in deal(batch, ranks)]
     assert max(weights) - min(weights) <= batch.total.max() - batch.total.min()
 
 
 def test_each_rank_takes_its_longest_samples_first_so_that_microbatches_hold_little_padding():
     batch = random_batch(24, longest=60)
-    for rank in range(3):
-        lengths = batch.total[deal(batch, 3, rank)]
+    for hand in deal(batch, 3):
+        lengths = batch.total[hand]
         assert (np.diff(lengths) <= 0).all()
 
 
@@ -233,7 +243,7 @@ def test_dealt_together_all_ranks_get_as_many_and_few_prompts_are_in_two_hands(
     for prompts in (ranks * each, each):
         single = random_batch(prompts, seed)
         batch = single.pick(np.repeat(np.arange(prompts), g * ranks))
-        hands = [deal_together(batch, ranks, rank) for rank in range(ranks)]
+        hands = deal_together(batch, ranks)
         assert sorted(np.concatenate(hands)) == list(range(len(batch)))
         assert {len(hand) for hand in hands} == {prompts * g}
         if len({tuple(each["prompt"]) for each in samples(single)}) == prompts:

@@ -37,7 +37,7 @@ def test_microbatches_of_a_share_are_those_of_the_whole_batch(dp: int, pp: int):
         d, last = rank // pp, rank % pp == pp - 1
         for mini, (share, denominator) in zip(MINIS, mini_batches(frame), strict=True):
             assert denominator == mini.response_tokens
-            expected = microbatches(mini, deal(mini, dp, d), 2, CPU)
+            expected = microbatches(mini, deal(mini, dp)[d], 2, CPU)
             found = microbatches(share, np.arange(len(share)), 2, CPU)
             for ours, theirs in zip(found, expected, strict=True):
                 ours, theirs = values(ours), values(theirs)
@@ -51,7 +51,7 @@ def test_stages_below_the_last_share_one_frame_without_what_the_loss_reads():
     (low, high), (low2, high2) = (list(shares(MINIS, 2, 3))[i : i + 2] for i in (0, 2))
     assert [low.ranks, high.ranks, low2.ranks, high2.ranks] == [2, 1, 2, 1]
     assert low.frame.nbytes < high.frame.nbytes / 2
-    whole = [mini.pick(deal(mini, 2, 0)) for mini in MINIS]
+    whole = [mini.pick(deal(mini, 2)[0]) for mini in MINIS]
     assert low.dense == 4 * sum(m.tokens.size + 2 * len(m) for m in whole)
     assert high.dense == low.dense + 4 * sum(len(m) + 2 * m.response_tokens for m in whole)
 
