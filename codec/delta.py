@@ -32,6 +32,7 @@ from codec.planes import expand, shrink
 
 _PATTERNS = {np.dtype(np.float32): np.dtype(np.uint32), np.dtype(np.uint16): np.dtype(np.uint16)}
 _DIGEST_BYTES = 16
+_IN_CACHE = 1 << 16  # elements
 
 
 class BaseMismatch(ValueError):
@@ -110,16 +111,23 @@ def undo(arrays: dict[str, np.ndarray], new: np.ndarray) -> np.ndarray:
 def to_bf16(weights: np.ndarray) -> np.ndarray:
     """float32 [n] -> bf16 bit patterns, uint16 [n]. Rounds to nearest even as torch does; a NaN becomes quiet."""
     bits = _float32(weights).view(np.uint32)
-    rounded = bits >> 16  # in place from here: these are the largest arrays of a process
+    patterns = np.empty(bits.size, np.uint16)
+    for first in range(0, bits.size, _IN_CACHE):  # whole arrays in between would be the largest of a process
+        part = slice(first, first + _IN_CACHE)
+        patterns[part] = _rounded(bits[part])
+    return patterns
+
+
+def _rounded(bits: np.ndarray) -> np.ndarray:
+    rounded = bits >> 16
     rounded &= 1
     rounded += 0x7FFF
     rounded += bits
     rounded >>= 16
-    patterns = rounded.astype(np.uint16)
-    nan = np.isnan(weights)
+    nan = np.isnan(bits.view(np.float32))
     if nan.any():  # rounding up may have carried their mantissa into the sign
-        patterns[nan] = (bits[nan] >> 16) | 0x40
-    return patterns
+        rounded[nan] = (bits[nan] >> 16) | 0x40
+    return rounded
 
 
 def from_bf16(patterns: np.ndarray) -> np.ndarray:

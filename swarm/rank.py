@@ -33,7 +33,8 @@ from swarm.pipeline import Pipeline
 from swarm.reducer import Reducer
 from swarm.replicas import Seal
 
-NORM_BLOCK = 1 << 22  # elements: a norm in float64 without a float64 copy of the gradient
+# Elements: a norm in float64 without a float64 copy of the gradient. What stays in a CPU's cache is ten times as fast there
+NORM_BLOCKS = {"cpu": 1 << 16, "cuda": 1 << 22}
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,8 @@ class Rank:
     def norm(self, flat: Tensor) -> float:
         """Norm over all stages' parameters, a tied embedding counted once."""
         owned = flat[: self.stage.weights.owned]
-        square = torch.stack([block.double().square().sum() for block in owned.split(NORM_BLOCK)]).sum()
+        blocks = (block.double() for block in owned.split(NORM_BLOCKS[owned.device.type]))
+        square = torch.stack([torch.dot(block, block) for block in blocks]).sum()
         return self.grid.sum_pp(square).sqrt().item()
 
     def keep(self, **vectors: Tensor) -> None:
