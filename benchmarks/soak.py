@@ -47,6 +47,7 @@ NODES = [  # a replica on each of the first two, engines and anchor on the third
 OVERRIDES = [
     "anchor.clock=wall",
     "swarm.placement=replicas",
+    "faults.spares=1",
     "swarm.resource=swarm",
     "rollout.resource=far",
     "anchor.resource=far",
