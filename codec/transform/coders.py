@@ -18,6 +18,9 @@ from codec.transform.water_filling import reverse_water_filling
 SPARE_BITS = 1.3  # a held rate may ask for so much more than it does on average
 # of the water level: at 5 % of SmolLM2 324 of 576 directions, with a lower error at equal bytes than 551 (0.1) or 254 (1.5)
 SPARE_LEVEL = 0.8
+# A rate that allows more for each coefficient is not spent: bf16 itself rounds as coarsely, and where few rows stand for many
+# tokens a step would become finer until no integer holds a coefficient
+ENOUGH_BITS = 8.0
 TRIALS = 14  # halvings of an interval of 18 nepers: the first step is right to 0.1 %
 
 
@@ -121,6 +124,11 @@ class Entropy:
         assert self.known is not None  # tables come before rows
         return self.known
 
+    @property
+    def _enough(self) -> float:
+        """Bits a row."""
+        return ENOUGH_BITS * self.deviations.numel()
+
     def worthwhile(self, variances: Tensor, bits: float) -> int:
         """Rows stray: some reach a step where most do not, down to directions below the water level."""
         _, level = reverse_water_filling(variances, bits)
@@ -148,6 +156,7 @@ class Entropy:
 
     def first_knob(self, z: Tensor, bits: float) -> float:
         """By trial, with coders that know nothing yet."""
+        bits = min(bits, self._enough)
         low = high = math.log(max(z.std().item(), 1e-20))
         low, high = low - 12, high + 6
         for _ in range(TRIALS):
@@ -158,7 +167,7 @@ class Entropy:
 
     def next_knob(self, knob: float, spent: float, wanted: float) -> float:
         """Bits fall about as step^-1.4; nothing moves for less than 1 %, as each move redraws all rounding errors."""
-        ratio = spent / max(wanted, 1e-9)
+        ratio = spent / max(min(wanted, self._enough), 1e-9)
         return knob * min(max(ratio, 0.5), 2.0) ** 0.7 if abs(ratio - 1) > 0.01 else knob
 
     def state(self) -> dict[str, Tensor]:

@@ -404,6 +404,23 @@ def test_the_rate_holds_all_included_while_the_distribution_moves(coder: str, ra
         assert found[f"codec/{name}side_share"] < 0.12
 
 
+def test_a_rate_that_is_more_than_enough_is_not_spent():
+    """Few rows that stand for many tokens: what the rate allows for each has no bound, what it takes has."""
+    b = boundary(CodecConfig(rate=0.2, backward_rate=0.2, share_prefixes=True, first_token="coded"))
+    ids = np.tile(np.arange(2, 12)[None], (64, 1))  # all samples alike: one in 64 rows crosses
+    rows = rows_of(ids, np.ones_like(ids, dtype=bool), CPU, 0, False)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(60):
+        b.begin_tick()
+        x, dx = (torch.randn(10, HIDDEN, generator=generator).repeat(64, 1) for _ in range(2))
+        found = b.decode(b.encode(x, rows, observe=True), rows, x.dtype)
+        b.decode_backward(b.encode_backward(dx, rows), rows, dx.dtype)
+        for way in (b.forward, b.backward):
+            way.rate.steer(way.rate.spent())
+    torch.testing.assert_close(found, x, rtol=0.02, atol=0.05)
+    assert 0 < b.health("fwd")["codec/rate"] < 0.1
+
+
 class Growing:
     """A stream with more and larger samples, whose spread doubles on the way."""
 
