@@ -15,6 +15,7 @@ import select
 import signal
 import socket
 import sys
+from contextlib import suppress
 from importlib import import_module
 
 from deploy.cluster.forkserver import IMPORTED, _become, _read
@@ -39,7 +40,9 @@ def main() -> None:
             return _become(output, *request)
         for file in output:
             os.close(file)
-        asked.sendall(str(_code(child, asked)).encode())
+        code = _code(child, asked)
+        with suppress(OSError):  # who asked may be gone: its command was ended
+            asked.sendall(str(code).encode())
         asked.close()
 
 

@@ -41,6 +41,7 @@ CHECKED = {  # what is not run, and why
     "make soak": "takes twenty minutes of two cores",
     "make kills": "takes twenty runs: tests/chaos/test_faults.py is one",
     "make cut-links": "needs root",
+    "northstar sweep smollm2": "trains SmolLM2 for forty minutes",
     "make chain": "trains a policy for six minutes",
     "make vllm": "installs a package",
     "make gpu-check": "takes nine minutes where there is a GPU: tests/contract/test_gpu_check.py runs it as if there were none",

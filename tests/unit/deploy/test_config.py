@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import shutil
 import subprocess
 import sys
 import sysconfig
@@ -18,11 +17,9 @@ import pytest
 
 from codec.boundary import CODECS
 from codec.config import KINDS
-from deploy.config import PRESETS, ConfigError, load, preset_names, to_toml
+from deploy.config import ConfigError, load, preset_names, to_toml
 from rl.config import RolloutConfig
-from rl.model_files import BUILTIN
 from rl.rollout import ENGINES
-from swarm import run_config
 from swarm.run_config import RunConfig
 
 SHAPE = {"model_type": "qwen2", "hidden_size": 128, "num_hidden_layers": 4, "vocab_size": 17}
@@ -365,26 +362,6 @@ def test_a_file_lies_on_top_of_what_it_extends_key_by_key(folder: Path):
 
 
 # --- presets and registries --------------------------------------------------------------------
-
-
-@pytest.fixture
-def data_at_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A working folder with a stand-in for every file that a preset expects the user to have fetched."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    for preset in PRESETS.glob("*.toml"):
-        raw = tomllib.loads(preset.read_text())
-        kind, _, path = raw.get("task", {}).get("name", "").partition(":")
-        if kind == "jsonl":
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            Path(path).write_text('{"question": "q", "answer": "1"}\n')
-        if (path := raw.get("model", {}).get("path", "")).endswith(".gguf"):
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            Path(path).write_text("")
-        if path.startswith("./"):
-            shutil.copytree(BUILTIN / "tiny", path)
-    shape = run_config.model_shape
-    monkeypatch.setattr(run_config, "model_shape", lambda path: None if path.endswith(".gguf") else shape(path))
 
 
 def test_there_is_a_preset_for_each_published_run_and_for_both_controls():

@@ -141,7 +141,7 @@ def test_what_is_kept_in_the_folder_is_the_sweep(tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", sweep_names())
-def test_every_shipped_sweep_expands_to_good_configs_that_differ(name: str, tmp_path: Path):
+def test_every_shipped_sweep_expands_to_good_configs_that_differ(data_at_hand: None, name: str, tmp_path: Path):
     sweep = read_sweep(find_sweep(name))
     assert sweep.name == name
     runs = planned_runs(sweep, tmp_path, [])
