@@ -72,7 +72,7 @@ class PlainModel:
         for prompt, response in zip(prompts, responses):
             ids = torch.tensor([[*prompt, *response.tolist()]], device=self.device)
             logits, targets = self.model(input_ids=ids).logits[0, len(prompt) - 1 : -1], ids[0, len(prompt) :]
-            found.append(token_logprobs(logits, targets, temperature)[0].cpu().numpy())
+            found.append(token_logprobs(logits, targets, temperature, with_entropy=False)[0].cpu().numpy())
         return found
 
 

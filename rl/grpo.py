@@ -55,16 +55,19 @@ def token_logprobs(
     logits: Float[Tensor, "p v"],
     targets: Int[Tensor, " n"],
     temperature: float,
+    with_entropy: bool,
     predicted: Int[Tensor, " n"] | None = None,
     trains_entropy: bool = False,
-) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
-    """Log-probability of each of `targets` under its row of `logits`, and that row's entropy, in fp32.
+) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"] | None]:
+    """Log-probability of each of `targets` under its row of `logits`, and that row's entropy if asked for, in fp32.
 
     `predicted`: the row of each; None: each its own. The entropy has a gradient only if `trains_entropy`: what that
     would take is two more copies of the logits.
     """
     logp = log_distribution(logits, temperature)
     rows = torch.arange(len(logp), device=logp.device) if predicted is None else predicted
+    if not with_entropy:
+        return logp[rows, targets], None
     with torch.set_grad_enabled(trains_entropy and torch.is_grad_enabled()):
         entropy = -(logp.exp() * logp).sum(-1)
     return logp[rows, targets], entropy[rows]

@@ -103,11 +103,16 @@ def rows_per_token(micros: list[MicroBatch]) -> dict[str, float]:
 
 
 def logprobs(
-    stage: Stage, hidden: HiddenStates, micro: MicroBatch, temperature: float, trains_entropy: bool = False
-) -> tuple[Float[Tensor, " r"], Float[Tensor, " r"]]:
-    """Log-probs and entropy of the response tokens, from the last stage's hidden states (`token_logprobs`)."""
+    stage: Stage,
+    hidden: HiddenStates,
+    micro: MicroBatch,
+    temperature: float,
+    with_entropy: bool = False,
+    trains_entropy: bool = False,
+) -> tuple[Float[Tensor, " r"], Float[Tensor, " r"] | None]:
+    """Log-probs of the response tokens, and their entropy, from the last stage's hidden states (`token_logprobs`)."""
     logits = stage.logits(hidden[micro.predicts])
-    return token_logprobs(logits, micro.targets, temperature, micro.predicted, trains_entropy)
+    return token_logprobs(logits, micro.targets, temperature, with_entropy, micro.predicted, trains_entropy)
 
 
 def loss_terms(
@@ -123,7 +128,7 @@ def loss_terms(
 
     `old_logprobs` None: this forward's own are the old ones, so every ratio is 1.
     """
-    new, entropy = logprobs(stage, hidden, micro, temperature, config.entropy_coeff != 0)
+    new, entropy = logprobs(stage, hidden, micro, temperature, True, config.entropy_coeff != 0)
     old = new.detach() if old_logprobs is None else old_logprobs
     behaviour = micro.rollout_logprobs
     return policy_loss(new, old, micro.advantages, denominator, config, entropy, micro.ref_logprobs, behaviour)

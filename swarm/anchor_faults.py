@@ -71,8 +71,7 @@ class AnchorFaults:
         if k in self._starting:
             return False
         if not self.clock.waits and k not in self.line.away:
-            self.line.away.add(k)
-            self.clock.staffed(len(self.line.present))
+            self._goes(k)
         return not self.line.owed(k)
 
     def replace(self, k: int, newcomer: ActorHandle[Anchor], reason: str) -> None:
@@ -80,9 +79,18 @@ class AnchorFaults:
         self.m_bar = self.line.carry(lambda made: carried(newcomer, made), self.m_bar)
         old, self.line.workers[k] = self.line.workers[k], newcomer
         self.fleet.dismiss(old)
+        self._comes(k)
+        self.progress.event("anchor renewed", worker=k, reason=reason)
+
+    def _goes(self, k: int) -> None:
+        """It gets no job."""
+        self.line.away.add(k)
+        self.clock.staffed(len(self.line.present))
+
+    def _comes(self, k: int) -> None:
+        """It gets jobs again, the first of them with whole weights."""
         self.line.away.discard(k)
         self.clock.staffed(len(self.line.present))
-        self.progress.event("anchor renewed", worker=k, reason=reason)
         self._begin_whole(k)
 
     # --- lockstep -------------------------------------------------------------------------------
@@ -222,8 +230,7 @@ class AnchorFaults:
         if isinstance(failure, BaseLost) and decision is Decision.RENEW:
             self.lose(k, failure)
             return
-        self.line.away.add(k)
-        self.clock.staffed(len(self.line.present))
+        self._goes(k)
         name = "anchor lost" if decision is Decision.RENEW else "anchor given up"
         self.progress.event(name, worker=k, reason=described(failure), void=versions)
         if decision is Decision.RENEW:
@@ -265,9 +272,7 @@ class AnchorFaults:
                 self.void(k, failure)
                 continue
             self.fleet.arrived(self.line.workers[k], take(ready, f"anchor {k}", "its model"))
-            self.line.away.discard(k)
-            self.clock.staffed(len(self.line.present))
-            self._begin_whole(k)
+            self._comes(k)
             self.progress.event("anchor renewed", worker=k)
 
 

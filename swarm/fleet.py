@@ -208,10 +208,7 @@ class Fleet:
 
     def _name_of(self, actor: ActorHandle[Any]) -> str:
         """What messages call it."""
-        roles = {"engine": self.engines, "anchor": self.anchors, "diagnoser": self.diagnosers}
-        names: dict[object, str] = {worker: self.swarm.name_of(rank) for rank, worker in enumerate(self.workers)}
-        names |= {other: f"{role} {i}" for role, held in roles.items() for i, other in enumerate(held)}
-        return names.get(actor, "an actor")
+        return next((name for name, other in self.named().items() if other == actor), "an actor")
 
     @property
     def _first_replica(self) -> list[ActorHandle[Worker]]:

@@ -114,8 +114,7 @@ class Regroup:
         backs = [rank // self.pp in plan.back for rank in range(len(self.fleet.workers))]
         self._join(fresh, backs)
         self._copy(plan.source, plan.copies, plan.done)
-        for fire in self.line.delivered():
-            self.line.deliver_to(fire, {rank: self.fleet.workers[rank] for rank in fresh})
+        self._deliver(fresh)
         return self.dp != dp
 
     def _not_ready(self, fresh: set[int]) -> list[int]:
@@ -128,14 +127,14 @@ class Regroup:
     def _patience(self, fresh: set[int]) -> float:
         """Seconds for which the others wait for those that are `fresh`."""
         rest = self.dp - len({rank // self.pp for rank in fresh})
-        at_once = self.config.anchor.clock == "wall" and rest > 1 and self._samples % rest == 0  # one alone has no twin
+        at_once = self.config.anchor.clock == "wall" and rest > 1 and self.can_share(rest)  # one alone has no twin
         return self.config.faults.spare_s or (AT_ONCE_S if at_once else SPARE_S)
 
     def _without(self, replicas: set[int], plan: Reunion, fresh: set[int], missing: list[int]) -> Reunion:
         """Drop replicas whose places stay empty: what is there of them waits to be taken in again."""
         workers, pp = self.fleet.workers, self.pp
         kept = [d for d in range(self.dp) if d not in replicas]
-        if not kept or self._samples % len(kept):
+        if not (kept and self.can_share(len(kept))):
             who = ", ".join(self.fleet.swarm.name_of(rank) for rank in missing)
             raise WaitTimeout(who, "another process", self._patience(fresh), "faults.spare_s")
         for d in sorted(replicas):
@@ -168,15 +167,22 @@ class Regroup:
 
     def _copy(self, source: int, copies: Sequence[int], done: int) -> None:
         """State of one replica to others, stage by stage."""
-        fleet, pp, calls = self.fleet, self.pp, list[tuple[str, object]]()
         if not copies:
             return
-        for p in range(pp):
-            frame = fleet.workers[source * pp + p].copied.remote()
-            for d in copies:
-                calls.append((fleet.swarm.name_of(d * pp + p), fleet.workers[d * pp + p].become.remote(frame, done)))
-        nbytes = sum(gather(calls, "the state of a twin", *fleet.swarm_limit))
-        self.progress.control(nbytes, 0)
+        own = [self.fleet.workers[source * self.pp + p].copied.remote() for p in range(self.pp)]
+        frames = {d * self.pp + p: own[p] for p in range(self.pp) for d in copies}
+        self._become(frames, done, "the state of a twin")
+
+    def _become(self, frames: Mapping[int, object], done: int, what: str) -> None:
+        """Each of these ranks goes on after `done` ticks from a state."""
+        fleet = self.fleet
+        calls = [(fleet.swarm.name_of(rank), fleet.workers[rank].become.remote(f, done)) for rank, f in frames.items()]
+        self.progress.control(sum(gather(calls, what, *fleet.swarm_limit)), 0)
+
+    def _deliver(self, ranks: Collection[int]) -> None:
+        """Corrections that the others have got already."""
+        for fire in self.line.delivered():
+            self.line.deliver_to(fire, {rank: self.fleet.workers[rank] for rank in ranks})
 
     def _said(self, reason: str, fresh: Collection[int], done: int, exact: bool, seconds: float) -> None:
         who = ", ".join(self.fleet.swarm.name_of(rank) for rank in sorted(fresh)) or "nobody"
@@ -193,13 +199,11 @@ class Regroup:
             fleet.workers[rank] = other
         try:
             self._join(set(others), [False] * len(fleet.workers))
-            calls = [(fleet.swarm.name_of(r), fleet.workers[r].become.remote(frames[r], tick)) for r in others]
-            self.progress.control(sum(gather(calls, "the state of the one before it", *fleet.swarm_limit)), 0)
+            self._become(frames, tick, "the state of the one before it")
         finally:
             for handle in before.values():
                 fleet.dismiss(handle)
-        for fire in self.line.delivered():
-            self.line.deliver_to(fire, others)
+        self._deliver(others)
         self._said(reason, others, tick, True, time.monotonic() - start)
 
     def give_up(self, replicas: Sequence[int], leaving: Sequence[int], others: Sequence[Handle], reason: str) -> None:
@@ -215,13 +219,10 @@ class Regroup:
 
     def can_share(self, replicas: int) -> bool:
         """Whether so many have equal shares of a tick's samples."""
-        return self._samples % replicas == 0
+        grpo = self.config.grpo
+        return grpo.ppo_mini_batch_size * grpo.group_size % replicas == 0
 
     # --- another number of replicas -------------------------------------------------------------
-
-    @property
-    def _samples(self) -> int:
-        return self.config.grpo.ppo_mini_batch_size * self.config.grpo.group_size
 
     def between_steps(self, wanted: int | None) -> None:
         """Take in what has become ready; go towards `wanted` replicas, or stay."""
@@ -231,7 +232,7 @@ class Regroup:
         self.spares.look((self.wanted - self.dp) * self.pp + self.config.faults.spares)
         ready = self.spares.ready()
         count = min(len(ready) // self.pp, self.wanted - self.dp)
-        while count > 0 and self._samples % (self.dp + count):
+        while count > 0 and not self.can_share(self.dp + count):
             count -= 1
         if count > 0:
             self._take_in(ready[: count * self.pp])

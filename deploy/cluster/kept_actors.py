@@ -136,16 +136,21 @@ class ActorGroup:
 
     def new_beside(self, role: Role) -> ActorHandle[Any]:
         """One more of a role, in a bundle that is vacant or wherever there is room; waits for nothing."""
-        for index in self._vacant(role):
+        index = self._vacant(role)
+        if index is not None:
             return self.renew(role, index)
         self.beside.append(self._new(role, 0, anywhere=True))
         return self.beside[-1]
 
-    def _vacant(self, role: Role) -> list[int]:
-        """Whose bundles have nobody in them, and a node that does not leave, or none yet: Ray looks for one."""
-        seats = placement(self.made_for).of_actor[sum(counts(self.made_for)[: ROLES.index(role)]) :]
-        empty = [i for i, handle in enumerate(self.actors[role]) if handle in self.dismissed]
-        return [i for i in empty if not leaves(self.bundles, seats[i])]
+    def _vacant(self, role: Role) -> int | None:
+        """Whose bundle has nobody in it, and a node that does not leave, or none yet: Ray looks for one."""
+        seats = placement(self.made_for).of_actor
+        empty = (i for i, handle in enumerate(self.actors[role]) if handle in self.dismissed)
+        return next((i for i in empty if not leaves(self.bundles, seats[self._number(role, i)])), None)
+
+    def _number(self, role: str, index: int) -> int:
+        """Of an actor among those of all roles."""
+        return sum(counts(self.made_for)[: ROLES.index(role)]) + index
 
     def dismiss(self, handle: ActorHandle[Any]) -> None:
         """It is not needed any more."""
@@ -184,7 +189,7 @@ class ActorGroup:
     def _new(self, role: str, index: int, anywhere: bool = False) -> ActorHandle[Any]:
         """Actor number `index` of its role, in its bundle, or where there is room: so too if the bundle's node is leaving."""
         config, plan = self.made_for, self.plans[role][index]
-        number = sum(counts(config)[: ROLES.index(role)]) + index
+        number = self._number(role, index)
         env = _ENV | (UNMASKED | BLOCKING if role == "worker" else {}) | {"OMP_NUM_THREADS": str(config.swarm.threads)}
         needs = demand(config, number)
         options: dict[str, Any] = dict(

@@ -75,7 +75,7 @@ def _our_pipeline(rank: int, init: str, folder: Path, ids: torch.Tensor) -> dict
     def loss(hidden, micro, i):
         from rl.grpo import LossTerms, token_logprobs
 
-        logp, _ = token_logprobs(state.stage.logits(hidden[micro.predicts]), micro.targets, 1.0)
+        logp, _ = token_logprobs(state.stage.logits(hidden[micro.predicts]), micro.targets, 1.0, False)
         return LossTerms(-logp.sum(), {}, logp.detach())
 
     Pipeline(state.stage, state.cuts, state.grid).train(mini.micros, loss)

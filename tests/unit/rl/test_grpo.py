@@ -79,17 +79,18 @@ def test_rewards_that_do_not_divide_in_groups_of_two_or_more_are_refused(count: 
 
 def test_log_probs_and_entropy_are_those_of_the_softmax():
     logits, targets = rand(5, 7) * 3, torch.tensor([0, 6, 3, 3, 1])
-    logp, entropy = token_logprobs(logits, targets, 1.0)
+    logp, entropy = token_logprobs(logits, targets, 1.0, with_entropy=True)
     for i in range(5):
         weights = [math.exp(v) for v in logits[i].tolist()]
         p = [w / sum(weights) for w in weights]
         assert logp[i].item() == pytest.approx(math.log(p[targets[i]]), rel=1e-5)
         assert entropy[i].item() == pytest.approx(-sum(v * math.log(v) for v in p), rel=1e-5)
+    assert token_logprobs(logits, targets, 1.0, with_entropy=False)[1] is None
 
 
 def test_log_probs_of_half_precision_logits_are_computed_in_float32():
     logits = (rand(5, 7) * 3).bfloat16()
-    logp, _ = token_logprobs(logits, torch.tensor([0, 6, 3, 3, 1]), 1.0)
+    logp, _ = token_logprobs(logits, torch.tensor([0, 6, 3, 3, 1]), 1.0, with_entropy=False)
     exact = torch.log_softmax(logits.double(), -1).gather(1, torch.tensor([[0], [6], [3], [3], [1]])).squeeze(1)
     assert logp.dtype == torch.float32
     torch.testing.assert_close(logp.double(), exact, rtol=1e-6, atol=1e-6)
