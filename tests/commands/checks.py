@@ -27,6 +27,8 @@ STAND_INS = [
     "task.chat=false",
     "run.loggers=[]",
 ]
+# In place of a model that `make` fetches for a sweep, whose cells say where it is cut: of one on the hub no layer is counted
+FETCHED = {"smollm2": ["model.path=HuggingFaceTB/SmolLM2-135M-Instruct"]}
 _PLACEHOLDER = re.compile(r"[…\[]|(?:^|[ =:])[A-Z]+\b")
 
 
@@ -70,7 +72,7 @@ def _northstar(words: list[str]) -> None:
     if words[0] == "sweep":
         sweep = read_sweep(find_sweep(found["source"])).but(found["base"] and "k5", found["seeds"])
         sweep.select((found["cells"] or next(iter(sweep.cells))).split(","))
-        planned_runs(sweep, Path("/nowhere"), overrides)
+        planned_runs(sweep, Path("/nowhere"), [*overrides, *FETCHED.get(sweep.base, [])])
     elif found.get("source"):
         ours = {override.partition("=")[0] for override in STAND_INS} | {"task.params"}
         given = set(own_settings(found["source"], overrides)) - ours
