@@ -14,8 +14,9 @@ from anchor_service.config import AnchorConfig
 from anchor_service.errors import NotFinite
 from merger.look import looked_at
 from rl.batch import Batch, grouped
-from rl.config import GrpoConfig, ModelConfig, SnapshotConfig
+from rl.config import GrpoConfig, LoraConfig, ModelConfig, SnapshotConfig
 from rl.device import prefer_determinism
+from rl.lora import NO_LORA
 from rl.model_files import resolve
 from rl.objective import loss_terms, microbatches
 from rl.policy import EMBEDDING, Stage
@@ -57,14 +58,15 @@ class DenseGradient:
         attention: str = "sdpa",
         checkpointing: bool = False,
         share: bool = False,
+        lora: LoraConfig = NO_LORA,
     ):
         whole = Span(0, stages[0].total, stages[0].total)
-        self.model = Stage(folder, whole, dtype, device, attention=attention, checkpointing=checkpointing)
+        self.model = Stage(folder, whole, dtype, device, attention=attention, checkpointing=checkpointing, lora=lora)
         self.stages, self.device, self.size = stages, device, micro_batch_size
         self.grpo, self.temperature = grpo, temperature
         self.share = share
         self.receiver = Receiver(snapshot)
-        self.tied = bool(self.model.config.tie_word_embeddings)
+        self.tied = bool(self.model.config.tie_word_embeddings) and not lora.rank  # frozen ones have no gradient
 
     @classmethod
     def beside(cls, setup: DenseSetup) -> DenseGradient:
@@ -73,9 +75,8 @@ class DenseGradient:
         numbers, device = getattr(torch, model.dtype), torch.device(anchor.device)
         prefer_determinism(device)
         rest = anchor.micro_batch_size, setup.grpo, setup.temperature, setup.snapshot
-        return cls(
-            resolve(model.path), setup.stages, numbers, device, *rest, model.attention, setup.checkpointing, setup.share
-        )
+        how = model.attention, setup.checkpointing, setup.share, model.lora
+        return cls(resolve(model.path), setup.stages, numbers, device, *rest, *how)
 
     def load(self, parts: list[np.ndarray], tick: int) -> None:
         """Weights frames, one a stage, all of `tick`. Raises FrameError on a mix-up, BaseLost if a delta does not fit."""

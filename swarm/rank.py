@@ -210,6 +210,7 @@ def build_rank(setup: RankSetup, grid: Grid) -> Rank:
         grid.device,
         attention=setup.model.attention,
         checkpointing=swarm.activation_checkpointing,
+        lora=setup.model.lora,
     )
     cuts = {
         layer: Boundary(setup.codec, index, stage.config.hidden_size, setup.seed, grid.ledger).to(grid.device)

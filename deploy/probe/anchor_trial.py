@@ -48,8 +48,9 @@ class Gradients:
     def __init__(self, folder: Path, layers: int, config: RunConfig):
         self.config, self.device = config, torch.device(config.swarm.device)
         dtype, checkpointing = getattr(torch, config.model.dtype), config.swarm.activation_checkpointing
-        whole, attention = Span(0, layers, layers), config.model.attention
-        self.model = Stage(folder, whole, dtype, self.device, attention=attention, checkpointing=checkpointing)
+        whole, model = Span(0, layers, layers), config.model
+        how = {"attention": model.attention, "checkpointing": checkpointing, "lora": model.lora}
+        self.model = Stage(folder, whole, dtype, self.device, **how)
         weights = self.model.weights
         sizes = [math.prod(shape) for shape in weights.shapes]
         self.at = torch.from_numpy(looked_at(sizes, stride_of(weights.numel))).to(self.device)

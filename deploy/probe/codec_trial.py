@@ -21,8 +21,9 @@ from codec.config import CodecConfig
 from codec.ledger import Ledger
 from codec.rows import Rows
 from rl import mismatch
-from rl.config import GrpoConfig
+from rl.config import GrpoConfig, LoraConfig
 from rl.grpo import log_distribution, policy_loss
+from rl.lora import NO_LORA
 from rl.objective import MicroBatch
 from rl.policy import Stage
 from rl.spans import spans
@@ -48,11 +49,12 @@ class Halves:
         dtype: torch.dtype,
         device: torch.device,
         attention: str = "sdpa",
+        lora: LoraConfig = NO_LORA,
     ):
         self.boundaries = boundaries
         low, high = spans(layers, boundaries[:1], 2)
-        self.lower = Stage(folder, low, dtype, device, attention=attention)
-        self.upper = Stage(folder, high, dtype, device, trainable=False, attention=attention)
+        self.lower = Stage(folder, low, dtype, device, attention=attention, lora=lora)
+        self.upper = Stage(folder, high, dtype, device, trainable=False, attention=attention, lora=lora)
         self.hidden = self.upper.config.hidden_size
         self.stride = -(-self.lower.weights.numel // KEPT)
 

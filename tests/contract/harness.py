@@ -15,7 +15,7 @@ from codec.ledger import Ledger
 from merger import merger_class
 from merger.config import MergerConfig
 from rl.batch import Batch, deal, deal_together
-from rl.config import GrpoConfig, ModelConfig
+from rl.config import GrpoConfig, LoraConfig, ModelConfig
 from rl.objective import microbatches
 from swarm.config import SwarmConfig
 from swarm.grid import Grid
@@ -44,12 +44,13 @@ def make_rank(
     checkpointing: bool = False,
     on: str = "cpu",
     on_nan: Literal["stop", "skip"] = "skip",
+    lora: int = 0,
 ) -> Rank:
     grid = Grid(rank, dp, pp, torch.device(on), Ledger(), timeout_s, init)
     layout: dict[str, Any] = {"dp": dp, "pp": pp, "boundaries": list(boundaries)}
     swarm = SwarmConfig(**layout, check_every=check_every, activation_checkpointing=checkpointing, on_nan=on_nan)
     setup = RankSetup(
-        model=ModelConfig(path=str(folder), dtype=dtype),
+        model=ModelConfig(path=str(folder), dtype=dtype, lora=LoraConfig(rank=lora)),
         codec=codec or CodecConfig(kind="powersgd", rank=8),
         swarm=swarm,
         grpo=grpo or GrpoConfig(lr=1e-3),
