@@ -8,14 +8,15 @@ from pydantic import Field, model_validator
 
 from codec.config import NODE_TAG, Reading, Section, When
 
-
 Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 class LoraConfig(Section):
     """Low-rank adapters that are trained in place of the weights (arXiv:2106.09685)."""
 
-    rank: int = Field(default=0, ge=0, description="of the adapters, which alone are trained and sent; 0: the weights are")
+    rank: int = Field(
+        default=0, ge=0, description="of the adapters, which alone are trained and sent; 0: the weights are"
+    )
     alpha: float = Field(default=32.0, gt=0, description="what an adapter adds is multiplied by alpha/rank")
     targets: list[Projection] = Field(
         default=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],

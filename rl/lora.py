@@ -6,6 +6,9 @@ References: Hu et al. 2021, "LoRA", arXiv:2106.09685. The layers are peft's; whe
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,6 +16,10 @@ import xxhash
 from torch import Tensor, nn
 
 from rl.config import LoraConfig
+from rl.stored_weights import stored_tensors
+
+if TYPE_CHECKING:
+    from peft import LoraConfig as PeftConfig
 
 NO_LORA = LoraConfig()
 ADAPTER = "default"  # peft's name for the only one
@@ -20,13 +27,24 @@ _FACTORS = tuple(f".lora_{factor}.{ADAPTER}.weight" for factor in "AB")
 _BASE = ".base_layer."
 
 
+def peft_config(lora: LoraConfig) -> PeftConfig:
+    from peft import LoraConfig as PeftConfig  # two seconds that runs without adapters do not need
+
+    return PeftConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # pyright: ignore[reportArgumentType] -- any number will do
+        target_modules=list(lora.targets),
+        lora_dropout=0.0,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+
+
 def adapt(model: nn.Module, lora: LoraConfig) -> None:
     """Put adapters beside the layers that `lora` names, on the meta device."""
-    from peft import LoraConfig as PeftConfig  # two seconds that runs without adapters do not need
     from peft import inject_adapter_in_model
 
-    wanted = PeftConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=list(lora.targets), lora_dropout=0.0, bias="none")
-    inject_adapter_in_model(wanted, model, adapter_name=ADAPTER, low_cpu_mem_usage=True)
+    inject_adapter_in_model(peft_config(lora), model, adapter_name=ADAPTER, low_cpu_mem_usage=True)
 
 
 def is_adapter(name: str) -> bool:
@@ -50,6 +68,23 @@ def factors_of(name: str) -> tuple[str, str] | None:
     layer = name.removesuffix(f"{_BASE}weight")
     a, b = _FACTORS
     return layer + a, layer + b
+
+
+def with_added(held: Tensor, a: Tensor, b: Tensor, lora: LoraConfig) -> Tensor:
+    """A frozen weight [out, in] and what its adapter adds, in fp32 before it is rounded to the weight's dtype."""
+    return (held.float() + lora.alpha / lora.rank * (b @ a)).to(held.dtype)
+
+
+def merged(trained: Mapping[str, Callable[[], Tensor]], folder: Path, lora: LoraConfig) -> Callable[[str], Tensor]:
+    """Parameters of the checkpoint in `folder` by their names, fp32, with what adapters add; `trained`: these, by name."""
+    stored = stored_tensors(folder)
+
+    def read(name: str) -> Tensor:
+        held = torch.from_numpy(stored[name].read(0, stored[name].size)).view(stored[name].shape)
+        a, b = (name.removesuffix(".weight") + factor for factor in _FACTORS)
+        return with_added(held, trained[a](), trained[b](), lora) if a in trained else held
+
+    return read
 
 
 def first_value(name: str, shape: tuple[int, ...]) -> Tensor:

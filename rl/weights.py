@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rl.config import LoraConfig
-from rl.lora import NO_LORA, factors_of, first_value, is_adapter, stored_name
+from rl.lora import NO_LORA, factors_of, first_value, is_adapter, stored_name, with_added
 from rl.model_shape import ModelNotFound
 from rl.stored_weights import Stored, stored_tensors
 
@@ -41,7 +41,9 @@ class Slot:
 
 def slots_of(parts: list[tuple[str, nn.Module]]) -> list[Slot]:
     """In the order of the parts."""
-    return [Slot(f"{prefix}{name}", prefix, part, name) for prefix, part in parts for name, _ in part.named_parameters()]
+    return [
+        Slot(f"{prefix}{name}", prefix, part, name) for prefix, part in parts for name, _ in part.named_parameters()
+    ]
 
 
 def _read_into(held: Tensor, stored: Mapping[str, Stored], folder: Path, name: str) -> None:
@@ -125,8 +127,8 @@ class Weights:
             yield stored_name(name), held if a_and_b is None else self._merged(held, *a_and_b)
 
     def _merged(self, held: Tensor, a: str, b: str) -> Tensor:
-        left, right = (self.view(self.names.index(name), self.master) for name in (b, a))
-        return (held.float() + self.lora.alpha / self.lora.rank * (left @ right)).to(held.dtype)
+        right, left = (self.view(self.names.index(name), self.master) for name in (a, b))
+        return with_added(held, right, left, self.lora)
 
     def view(self, i: int, flat: Tensor) -> Tensor:
         """Parameter i inside `flat`."""

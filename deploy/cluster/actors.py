@@ -11,7 +11,7 @@ from anchor_service.diagnosis import Diagnoser
 from deploy.cluster.placement import counts
 from merger import merger_class
 from merger.look import stride_of
-from rl.model_files import model_shape, parameter_count, resolve
+from rl.model_files import model_shape, trained_count, resolve
 from rl.rollout import RolloutWorker
 from rl.spans import spans
 from rl.tasks import located
@@ -42,7 +42,7 @@ def actor_plans(config: RunConfig) -> dict[str, list[ActorPlan]]:
 
 def _stride(config: RunConfig) -> int | None:
     """Of the coordinates at which the merger looks, if it does."""
-    return stride_of(parameter_count(config.model.path)) if merger_class(config.merger.kind).looks else None
+    return stride_of(trained_count(config.model)) if merger_class(config.merger.kind).looks else None
 
 
 def _workers(config: RunConfig) -> list[ActorPlan]:

@@ -49,8 +49,8 @@ class Gradients:
         self.config, self.device = config, torch.device(config.swarm.device)
         dtype, checkpointing = getattr(torch, config.model.dtype), config.swarm.activation_checkpointing
         whole, model = Span(0, layers, layers), config.model
-        how = {"attention": model.attention, "checkpointing": checkpointing, "lora": model.lora}
-        self.model = Stage(folder, whole, dtype, self.device, **how)
+        how = True, model.attention, checkpointing, model.lora
+        self.model = Stage(folder, whole, dtype, self.device, *how)
         weights = self.model.weights
         sizes = [math.prod(shape) for shape in weights.shapes]
         self.at = torch.from_numpy(looked_at(sizes, stride_of(weights.numel))).to(self.device)

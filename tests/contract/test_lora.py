@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,11 @@ import pytest
 import torch
 
 from anchor_service.dense_gradient import DenseGradient
+from deploy.config import load
+from deploy.estimate.parameters import parameters
 from merger.config import MergerConfig
 from rl.config import GrpoConfig, LoraConfig, SnapshotConfig
+from rl.model_files import trained_count
 from rl.policy import adapters, whole_model
 from rl.spans import Span, spans
 from tests.conftest import make_batch, on_ranks
@@ -33,7 +37,9 @@ def _work(rank: int, init: str, options: dict) -> dict:
 def test_adapters_do_not_depend_on_the_layout(tied_model: Path, dp: int, pp: int):
     options = dict(folder=tied_model, merger=MergerConfig(kind="none"))
     (one,) = on_ranks(1, _work, options)
-    assert set(one["weights"]) == set(adapters(tied_model, LORA))  # the embedding, tied over two stages, is not among them
+    assert set(one["weights"]) == set(
+        adapters(tied_model, LORA)
+    )  # the embedding, tied over two stages, is not among them
     ranks = on_ranks(dp * pp, _work, options | dict(dp=dp, pp=pp))
     np.testing.assert_allclose(np.sum([r["losses"] for r in ranks], axis=0), one["losses"], rtol=1e-4)
     for key, atol in (("grad", 1e-6), ("weights", 1e-5)):
@@ -41,6 +47,14 @@ def test_adapters_do_not_depend_on_the_layout(tied_model: Path, dp: int, pp: int
         for found in ranks:
             for name, value in found[key].items():
                 np.testing.assert_allclose(value, one[key][name], rtol=1e-4, atol=atol, err_msg=f"{key} {name}")
+
+
+def test_they_are_counted_from_a_model_s_headers_as_they_are(model: Path):
+    """By the ledger, by `plan`, and as they are held."""
+    config = load("k5", [f"model.path={model}", "model.lora.rank=4", "model.lora.targets=['k_proj', 'down_proj']"])
+    expected = sum(math.prod(shape) for shape in adapters(model, config.model.lora).values())
+    assert trained_count(config.model) == parameters(config).total == expected
+    assert parameters(config).beneath == parameters(load("k5", [f"model.path={model}"]))
 
 
 def _filled(folder: Path):

@@ -71,12 +71,15 @@ UNREAD = {  # a setting that does nothing: what was chosen beside it, and what r
     "anchor.timeout_s=9.0": (NO_ANCHOR, "anchor.enabled false", "or diagnostics.every=7"),
     "snapshot.rate=0.05": ("snapshot.encoding=full", "snapshot.encoding 'full'", "set snapshot.encoding=delta"),
     "task.reward_timeout_s=3.0": ("", "task.reward", "set task.reward=MODULE:FUNCTION"),
+    "model.lora.alpha=8.0": ("", "model.lora.rank 0", "set model.lora.rank=16"),
+    "model.lora.targets=['q_proj']": ("", "model.lora.rank 0", "set model.lora.rank=16"),
     "grpo.rollout_is_threshold=3.0": ("", "grpo.rollout_is 'none'", "set grpo.rollout_is=token"),
     "rollout.gpu_memory=0.5": ("", "rollout.engine 'transformers'", "set rollout.engine=vllm"),
     "rollout.kv_cache_gb=2.0": ("", "rollout.engine 'transformers'", "set rollout.engine=vllm"),
 }
 ALWAYS = """
 run.name run.seed run.steps run.checkpoint_every run.loggers model.path model.dtype model.attention
+model.lora.rank
 task.name task.reward task.instruction task.chat task.overlong
 grpo.train_batch_size grpo.ppo_mini_batch_size grpo.group_size grpo.clip_ratio grpo.clip_ratio_c grpo.lr grpo.betas
 grpo.weight_decay grpo.grad_clip grpo.max_prompt_length grpo.max_response_length grpo.old_logprobs grpo.rollout_is
