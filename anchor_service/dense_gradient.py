@@ -14,9 +14,10 @@ from anchor_service.config import AnchorConfig
 from anchor_service.errors import NotFinite
 from merger.look import looked_at
 from rl.batch import Batch, grouped
-from rl.config import GrpoConfig, LoraConfig, ModelConfig, SnapshotConfig
+from rl.config import GrpoConfig, ModelConfig, SnapshotConfig
 from rl.device import prefer_determinism
 from rl.lora import NO_LORA
+from rl.lora_config import LoraConfig
 from rl.model_files import resolve
 from rl.objective import loss_terms, microbatches
 from rl.policy import EMBEDDING, Stage

@@ -27,8 +27,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rl.config import LoraConfig, ModelConfig
+from rl.config import ModelConfig
 from rl.lora import merged, peft_config, peft_name
+from rl.lora_config import LoraConfig
 from rl.model_files import resolve
 from rl.policy import EMBEDDING, HEAD, adapters, layout
 from rl.stops import ends_named, stop_tokens

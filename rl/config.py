@@ -7,22 +7,8 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from codec.config import NODE_TAG, Reading, Section, When
-
-Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
-
-class LoraConfig(Section):
-    """Low-rank adapters that are trained in place of the weights (arXiv:2106.09685)."""
-
-    rank: int = Field(
-        default=0, ge=0, description="of the adapters, which alone are trained and sent; 0: the weights are"
-    )
-    alpha: float = Field(default=32.0, gt=0, description="what an adapter adds is multiplied by alpha/rank")
-    targets: list[Projection] = Field(
-        default=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-        min_length=1,
-        description="the layers that have adapters, in every decoder layer",
-    )
+from rl.lora_config import READING as LORA_READING
+from rl.lora_config import LoraConfig
 
 
 class ModelConfig(Section):
@@ -297,11 +283,8 @@ class ValConfig(Section):
 
 _VLLM = (When("rollout.engine", ("vllm",)),)
 
-_LORA = (When("model.lora.rank", (16,), bool),)
-
 READING: Reading = {
-    "model.lora.alpha": (_LORA,),
-    "model.lora.targets": (_LORA,),
+    **LORA_READING,
     "task.params": ((When("task.name", ("reasoning_gym:NAME", "jsonl:PATH", "hf:NAME"), lambda name: ":" in name),),),
     "task.params.train": ((When("task.name", ("hf:NAME",), lambda name: not name.startswith("jsonl:")),),),
     "task.reward_timeout_s": ((When("task.reward", ("MODULE:FUNCTION",), bool),),),

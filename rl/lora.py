@@ -15,7 +15,7 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
-from rl.config import LoraConfig
+from rl.lora_config import LoraConfig
 from rl.stored_weights import stored_tensors
 
 if TYPE_CHECKING:

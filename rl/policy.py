@@ -14,9 +14,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 
 from codec.rows import pack_rows, unpack_rows
-from rl.config import LoraConfig
 from rl.distinct import Distinct, registered
 from rl.lora import NO_LORA, adapt, is_adapter
+from rl.lora_config import LoraConfig
 from rl.spans import Span
 from rl.weights import Weights, slots_of
 

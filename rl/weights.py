@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from rl.config import LoraConfig
 from rl.lora import NO_LORA, factors_of, first_value, is_adapter, stored_name, with_added
+from rl.lora_config import LoraConfig
 from rl.model_shape import ModelNotFound
 from rl.stored_weights import Stored, stored_tensors
 
@@ -22,7 +22,7 @@ PIECE = 1 << 22  # elements that are read from a checkpoint at a time
 
 
 @dataclass(frozen=True)
-class Slot:
+class Named:
     """A parameter of a model part: its name in the whole model, and where it hangs."""
 
     full: str
@@ -39,10 +39,10 @@ class Slot:
         self.module.get_submodule(".".join(path)).register_parameter(leaf, parameter)
 
 
-def slots_of(parts: list[tuple[str, nn.Module]]) -> list[Slot]:
+def slots_of(parts: list[tuple[str, nn.Module]]) -> list[Named]:
     """In the order of the parts."""
     return [
-        Slot(f"{prefix}{name}", prefix, part, name) for prefix, part in parts for name, _ in part.named_parameters()
+        Named(f"{prefix}{name}", prefix, part, name) for prefix, part in parts for name, _ in part.named_parameters()
     ]
 
 
@@ -96,14 +96,14 @@ class Weights:
         self._read(folder, slots, [slot for slot in every if slot not in slots], dtype)
         self._bind(slots, trainable)
 
-    def _bind(self, slots: list[Slot], trainable: bool) -> None:
+    def _bind(self, slots: list[Named], trainable: bool) -> None:
         for i, slot in enumerate(slots):
             parameter = nn.Parameter(self.view(i, self.compute), requires_grad=trainable)
             if trainable:
                 parameter.grad = self.view(i, self._compute_grad)
             slot.put(parameter)
 
-    def _read(self, folder: Path, slots: list[Slot], frozen: list[Slot], dtype: torch.dtype) -> None:
+    def _read(self, folder: Path, slots: list[Named], frozen: list[Named], dtype: torch.dtype) -> None:
         """Into masters and frozen parameters. Raises ModelNotFound if a tensor is missing or has another shape."""
         stored = stored_tensors(folder)
         for i, slot in enumerate(slots):

@@ -11,7 +11,7 @@ from anchor_service.diagnosis import Diagnoser
 from deploy.cluster.placement import counts
 from merger import merger_class
 from merger.look import stride_of
-from rl.model_files import model_shape, trained_count, resolve
+from rl.model_files import model_shape, resolve, trained_count
 from rl.rollout import RolloutWorker
 from rl.spans import spans
 from rl.tasks import located

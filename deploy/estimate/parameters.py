@@ -7,7 +7,7 @@ from math import prod
 from typing import Any, get_args
 
 from deploy.estimate.published_models import PUBLISHED
-from rl.config import LoraConfig, Projection
+from rl.lora_config import LoraConfig, Projection
 from rl.model_files import local_folder, model_config
 from rl.model_shape import ModelShape
 from rl.spans import spans

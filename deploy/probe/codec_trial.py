@@ -21,9 +21,10 @@ from codec.config import CodecConfig
 from codec.ledger import Ledger
 from codec.rows import Rows
 from rl import mismatch
-from rl.config import GrpoConfig, LoraConfig
+from rl.config import GrpoConfig
 from rl.grpo import log_distribution, policy_loss
 from rl.lora import NO_LORA
+from rl.lora_config import LoraConfig
 from rl.objective import MicroBatch
 from rl.policy import Stage
 from rl.spans import spans

@@ -15,7 +15,8 @@ from codec.ledger import Ledger
 from merger import merger_class
 from merger.config import MergerConfig
 from rl.batch import Batch, deal, deal_together
-from rl.config import GrpoConfig, LoraConfig, ModelConfig
+from rl.config import GrpoConfig, ModelConfig
+from rl.lora_config import LoraConfig
 from rl.objective import microbatches
 from swarm.config import SwarmConfig
 from swarm.grid import Grid

@@ -13,7 +13,8 @@ from anchor_service.dense_gradient import DenseGradient
 from deploy.config import load
 from deploy.estimate.parameters import parameters
 from merger.config import MergerConfig
-from rl.config import GrpoConfig, LoraConfig, SnapshotConfig
+from rl.config import GrpoConfig, SnapshotConfig
+from rl.lora_config import LoraConfig
 from rl.model_files import trained_count
 from rl.policy import adapters, whole_model
 from rl.spans import Span, spans

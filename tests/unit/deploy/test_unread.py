@@ -72,7 +72,7 @@ UNREAD = {  # a setting that does nothing: what was chosen beside it, and what r
     "snapshot.rate=0.05": ("snapshot.encoding=full", "snapshot.encoding 'full'", "set snapshot.encoding=delta"),
     "task.reward_timeout_s=3.0": ("", "task.reward", "set task.reward=MODULE:FUNCTION"),
     "model.lora.alpha=8.0": ("", "model.lora.rank 0", "set model.lora.rank=16"),
-    "model.lora.targets=['q_proj']": ("", "model.lora.rank 0", "set model.lora.rank=16"),
+    'model.lora.targets=["q_proj"]': ("", "model.lora.rank 0", "set model.lora.rank=16"),
     "grpo.rollout_is_threshold=3.0": ("", "grpo.rollout_is 'none'", "set grpo.rollout_is=token"),
     "rollout.gpu_memory=0.5": ("", "rollout.engine 'transformers'", "set rollout.engine=vllm"),
     "rollout.kv_cache_gb=2.0": ("", "rollout.engine 'transformers'", "set rollout.engine=vllm"),
