@@ -9,10 +9,13 @@ from typing import Any
 import numpy as np
 
 from rl import mismatch
+from rl.aggregation import out_of_loss
 from rl.batch import Batch, Prompts, concat
+from rl.config import GrpoConfig
 from rl.engine import EngineFailed
 from rl.problems import Problems
 from rl.rollout import UNDECIDED
+from rl.shaping import KL_PENALTY, OVERLONG, SCORE
 from swarm.engine_line import EngineLine
 from swarm.lookahead import Asked, Lookahead, Result
 from swarm.progress import Progress
@@ -117,7 +120,10 @@ class Rollouts:
         undecided = sum(sums.pop(UNDECIDED, 0) for *_, sums in results)
         if undecided:
             self.progress.event("answers undecided", split=split, count=undecided)
-        return batch, mismatch.dense_metrics([sums for *_, sums in results])
+        parts = [sums for *_, sums in results]
+        taken = {name for name in (SCORE, OVERLONG, KL_PENALTY) if name in parts[0]}
+        found = {name: sum(sums.pop(name) for sums in parts) / len(batch) for name in taken}
+        return batch, mismatch.dense_metrics(parts) | found
 
     def sync(self) -> dict[str, str]:
         """Give the engines the newest weights. Waits until they hold them, and returns their digest as a metric, unless
@@ -142,10 +148,11 @@ def _names(problems: Problems) -> str:
     return ", ".join(f"{s.rows} rows of {s.name} (digest {s.digest})" for s in problems.sources) or "none of a file"
 
 
-def sample_metrics(batch: Batch) -> dict[str, float]:
+def sample_metrics(batch: Batch, grpo: GrpoConfig) -> dict[str, float]:
     """verl's names for rewards and lengths of one step's samples."""
-    lengths = batch.response_lengths
-    return {
+    lengths, leaves_out = batch.response_lengths, grpo.overlong_filter or grpo.zero_variance == "drop"
+    found = {"training/left_out_ratio": float(out_of_loss(batch, grpo).mean())} if leaves_out else {}
+    return found | {
         "critic/rewards/mean": float(batch.rewards.mean()),
         "response_length/mean": float(lengths.mean()),
         "response_length/max": int(lengths.max()),

@@ -59,6 +59,7 @@ def make_rank(
         q_cadence=q_cadence,
         temperature=1.0,
         seed=3,
+        ticks=100,
     )
     return build_rank(setup, grid)
 
