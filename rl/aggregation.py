@@ -26,8 +26,8 @@ def out_of_loss(batch: Batch, grpo: GrpoConfig) -> np.ndarray:
     """Which samples of whole groups are in no loss, bool [N]."""
     out = batch.truncated & grpo.overlong_filter
     if grpo.zero_variance == "drop":
-        alike = (batch.advantages.reshape(-1, grpo.group_size) == 0).all(1)  # `group_advantages` leaves no others at 0
-        out = out | np.repeat(alike, grpo.group_size)
+        rewards = batch.rewards.reshape(-1, grpo.group_size)
+        out = out | np.repeat((rewards == rewards[:, :1]).all(1), grpo.group_size)
     return out
 
 
