@@ -97,6 +97,7 @@ def check_resumes(stored: Path, config: RunConfig) -> None:
     if other:
         changes = ", ".join(f"{key} {before.get(key)!r} -> {after.get(key)!r}" for key in sorted(other))
         changes += "".join(f"; {key} may only be raised" for key in sorted(other & (_MAY_RISE - fixed)))
+        changes += "; grpo.lr_schedule falls over run.steps" if "run.steps" in other else ""
         raise ConfigError(f"--resume goes on with the experiment of {stored}, and this is another: {changes}")
 
 

@@ -26,9 +26,14 @@ def out_of_loss(batch: Batch, grpo: GrpoConfig) -> np.ndarray:
     """Which samples of whole groups are in no loss, bool [N]."""
     out = batch.truncated & grpo.overlong_filter
     if grpo.zero_variance == "drop":
-        rewards = batch.rewards.reshape(-1, grpo.group_size)
-        out = out | np.repeat((rewards == rewards[:, :1]).all(1), grpo.group_size)
+        out = out | np.repeat(of_one_reward(batch, grpo.group_size), grpo.group_size)
     return out
+
+
+def of_one_reward(batch: Batch, group_size: int) -> np.ndarray:
+    """Of which groups all rewards are the same, bool [groups]."""
+    rewards = batch.rewards.reshape(-1, group_size)
+    return (rewards == rewards[:, :1]).all(1)
 
 
 def weighted(mini: Batch, grpo: GrpoConfig) -> Batch:

@@ -21,6 +21,17 @@ class OverlongBuffer(Section):
     )
 
 
+class FilterGroups(Section):
+    """Dynamic sampling (DAPO): other prompts in the place of groups whose rewards are all the same."""
+
+    max_num_gen_batches: int = Field(
+        default=1,
+        ge=1,
+        description="batches of `train_batch_size` prompts that are sampled for a step at most; 1: no group is replaced. "
+        "Groups that are still missing then are those of one reward. `plan` and `simulate` count 1",
+    )
+
+
 class LrSchedule(Section):
     """Learning rate by tick, that is by optimizer update: transformers' schedules."""
 
@@ -89,6 +100,7 @@ class GrpoConfig(Section):
         default="keep",
         description="`drop`: groups whose rewards are all the same are left out of what the loss is divided by",
     )
+    filter_groups: FilterGroups = FilterGroups()
     lr: float = Field(default=1e-6, gt=0, le=1, description="Adam's learning rate, the highest of `lr_schedule`")
     lr_schedule: LrSchedule = LrSchedule()
     betas: tuple[float, float] = Field(default=(0.9, 0.999), strict=False, description="Adam's betas")
@@ -148,10 +160,12 @@ class GrpoConfig(Section):
                 f"overlong_buffer.length {self.overlong_buffer.length} is more than max_response_length "
                 f"{self.max_response_length}: set it to at most that"
             )
-        if self.zero_variance == "drop" and self.kl_in_reward:
+        most = self.filter_groups.max_num_gen_batches
+        if self.kl_in_reward and (self.zero_variance == "drop" or most > 1):
             raise ValueError(
-                f"zero_variance 'drop' leaves out groups of one reward, and with kl_in_reward {self.kl_in_reward:g} no two "
-                f"rewards are the same: set zero_variance=keep, or kl_in_reward=0 (kl_loss_coef keeps the KL)"
+                f"zero_variance {self.zero_variance!r} and filter_groups.max_num_gen_batches {most} look for groups of one "
+                f"reward, and with kl_in_reward {self.kl_in_reward:g} no two rewards are the same: set zero_variance=keep and "
+                f"filter_groups.max_num_gen_batches=1, or kl_in_reward=0 (kl_loss_coef keeps the KL)"
             )
         return self
 

@@ -108,6 +108,7 @@ class RunConfig(Section):
         self._check_shared_weights()
         self._check_staleness()
         self._check_warmup()
+        self._check_filter()
         self._check_placement()
         self._check_attention()
         if self.anchor.lag.kind == "trace":
@@ -176,6 +177,15 @@ class RunConfig(Section):
                 f"rollout.max_staleness {stale} trains on samples of older weights, and with grpo.rollout_is 'none' and "
                 f"grpo.old_logprobs {grpo.old_logprobs!r} nothing corrects for that: set grpo.rollout_is=token "
                 f"(truncated importance weights), or grpo.old_logprobs=rollout (ratio to the engine's log-probs)"
+            )
+
+    def _check_filter(self) -> None:
+        """What is sampled again is of the weights that the step begins with, and so must the rest be."""
+        most, stale = self.grpo.filter_groups.max_num_gen_batches, self.rollout.max_staleness
+        if most > 1 and stale:
+            raise ValueError(
+                f"grpo.filter_groups.max_num_gen_batches {most} samples again while a step waits, and with "
+                f"rollout.max_staleness {stale} nobody waits: set one of them to its default"
             )
 
     def _check_warmup(self) -> None:

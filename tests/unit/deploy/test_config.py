@@ -141,6 +141,10 @@ BAD = {
     "groups of one reward where none has one": Bad(
         ["zero_variance 'drop'", "kl_in_reward 0.1", "kl_loss_coef keeps the KL"], ["grpo.zero_variance=drop", "grpo.kl_in_reward=0.1"]
     ),
+    "groups sampled again ahead of their step": Bad(
+        ["grpo.filter_groups.max_num_gen_batches 3", "rollout.max_staleness 1", "to its default"],
+        ["grpo.filter_groups.max_num_gen_batches=3", "rollout.max_staleness=1", "grpo.rollout_is=token"],
+    ),
     "an unknown way to aggregate": Bad(
         ["grpo.loss_agg_mode", "'seq-mean'", "'seq-mean-token-sum-norm'"], ["grpo.loss_agg_mode=seq-mean"]
     ),

@@ -83,7 +83,7 @@ run.name run.seed run.steps run.checkpoint_every run.loggers model.path model.dt
 task.name task.reward task.instruction task.chat task.overlong
 grpo.train_batch_size grpo.ppo_mini_batch_size grpo.group_size grpo.clip_ratio grpo.clip_ratio_c grpo.lr grpo.betas
 grpo.clip_ratio_low grpo.clip_ratio_high grpo.loss_agg_mode grpo.norm_adv_by_std grpo.overlong_filter grpo.zero_variance
-grpo.overlong_buffer.length grpo.importance_sampling_level grpo.lr_schedule.kind grpo.lr_schedule.warmup_ticks grpo.kl_in_reward
+grpo.filter_groups.max_num_gen_batches grpo.overlong_buffer.length grpo.importance_sampling_level grpo.lr_schedule.kind grpo.lr_schedule.warmup_ticks grpo.kl_in_reward
 grpo.weight_decay grpo.grad_clip grpo.max_prompt_length grpo.max_response_length grpo.old_logprobs grpo.rollout_is
 grpo.kl_loss_coef grpo.entropy_coeff
 rollout.engine rollout.replicas rollout.temperature rollout.batch_size rollout.val_temperature rollout.timeout_s
