@@ -110,7 +110,7 @@ class RolloutWorker:
             for example, tokens, cut in zip(examples, samples.tokens, samples.truncated)
         ]
         lengths, taken = np.array([len(t) for t in samples.tokens]), {}
-        if not ask.scores_only:
+        if ask.split == "train":
             rewards, taken = shaped(rewards, lengths, self.grpo, samples.logprobs, ref)
         batch = Batch(
             tokens=np.concatenate([np.concatenate([p, t]) for p, t in zip(prompts, samples.tokens)]).astype(np.int32),

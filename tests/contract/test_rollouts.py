@@ -115,7 +115,7 @@ def test_what_is_taken_off_rewards_is_in_the_advantages_and_not_in_validation():
     np.testing.assert_allclose(batch.advantages.reshape(2, 4), groups - groups.mean(1, keepdims=True), atol=1e-6)
     kl = (score - overlong.sum() - batch.rewards.sum()) / 0.5
     assert abs(kl) > 1e-3 and np.sign(kl) == np.sign(sums["actor/reward_kl_penalty"])
-    told, _, sums = worker.generate(Prompts("val", 0, (0, 1), 1, 1.0, scores_only=True))
+    told, _, sums = worker.generate(Prompts("val", 0, (0, 1), 1, 1.0))
     assert set(Batch.from_frame(told, "engine")[1].rewards) <= {0, 1} and "critic/score/mean" not in sums
 
 
