@@ -92,8 +92,8 @@ class DenseGradient:
     def gradient(self, batch: Batch, denominator: float | np.ndarray, grpo: GrpoConfig | None = None) -> Tensor:
         """∇L at the loaded weights on `batch`, fp32 [numel], divided by `denominator`: one number, or one a sample [N].
 
-        For a whole mini-batch that is its response tokens, so that M is normalised as the swarm's
-        gradient is; for a share f of its samples f times that, which keeps M unbiased; for samples of n
+        For a whole mini-batch that is `Batch.loss_tokens`, so that M is normalised as the swarm's
+        gradient is; samples have the weights that they have there; for a share f of its samples f times that, which keeps M unbiased; for samples of n
         mini-batches n times that of each (`anchor_service/replay.py`).
         The ratio is taken to the log-probs that the rollout engine recorded: its model is the
         uncompressed one too. `grpo` asks for another objective than the run's. The result is

@@ -10,9 +10,12 @@ import anchor_service.config
 import codec.config
 import merger.config
 import rl.config
+import rl.grpo_config
+import rl.lora_config
 from codec.config import When
 
-READERS = codec.config.READING | merger.config.READING | anchor_service.config.READING | rl.config.READING
+_RL = rl.config.READING | rl.grpo_config.READING | rl.lora_config.READING
+READERS = codec.config.READING | merger.config.READING | anchor_service.config.READING | _RL
 
 
 def unread(values: dict[str, Any]) -> set[str]:

@@ -9,16 +9,20 @@ from typing import Any
 import numpy as np
 
 from rl import mismatch
+from rl.aggregation import of_one_reward, out_of_loss
 from rl.batch import Batch, Prompts, concat
+from rl.config import GrpoConfig
 from rl.engine import EngineFailed
 from rl.problems import Problems
 from rl.rollout import UNDECIDED
+from rl.shaping import KL_PENALTY, OVERLONG, SCORE
 from swarm.engine_line import EngineLine
 from swarm.lookahead import Asked, Lookahead, Result
 from swarm.progress import Progress
 from swarm.run_config import RunConfig
 
 SAMPLED_S = "timing_s/gen"
+FURTHER = 1 << 32  # prompts of a run are fewer
 STALENESS, WEIGHTS = "training/staleness", "rollout/weights_digest"
 
 
@@ -68,14 +72,32 @@ class Rollouts:
         results = self._delivered(due)
         del self.ahead.asked[0]
         batch, found = self._taken("train", results)
-        found |= {STALENESS: due.staleness, WEIGHTS: due.weights.digest}
+        batch, again = self._filtered(batch, due.step)
+        found |= again | {STALENESS: due.staleness, WEIGHTS: due.weights.digest}
         self._judge_ends(batch)
         return batch, found | {SAMPLED_S: time.perf_counter() - start}
 
-    def _ask_for(self, step: int) -> Asked:
-        """Of the weights that were sent last."""
+    def _filtered(self, batch: Batch, step: int) -> tuple[Batch, dict[str, float]]:
+        """Groups of one reward replaced by others of further prompts, the first that differ, in the order of sampling."""
         grpo = self.config.grpo
-        indices = range((step - 1) * grpo.train_batch_size, step * grpo.train_batch_size)
+        each, wanted, most = grpo.group_size, grpo.train_batch_size, grpo.filter_groups.max_num_gen_batches
+        if most == 1:
+            return batch, {}
+        sampled, alike = 1, of_one_reward(batch, each)
+        while sampled < most and (~alike).sum() < wanted:
+            asked = self._ask_for(step, sampled)
+            more, _ = self._taken("train", self._delivered(asked))
+            batch, sampled = concat([batch, more]), sampled + 1
+            alike = of_one_reward(batch, each)
+        groups = np.sort(np.argsort(alike, kind="stable")[:wanted])
+        found = {"training/num_gen_batches": sampled, "training/one_reward_ratio": float(alike.mean())}
+        return batch.pick((groups[:, None] * each + np.arange(each)).reshape(-1)), found
+
+    def _ask_for(self, step: int, again: int = 0) -> Asked:
+        """Of the weights that were sent last. What is sampled `again` is of prompts beyond those of all steps."""
+        grpo = self.config.grpo
+        first = again * FURTHER + (step - 1) * grpo.train_batch_size
+        indices = range(first, first + grpo.train_batch_size)
         return self._ask("train", step, indices, grpo.group_size, self.config.rollout.temperature)
 
     def _delivered(self, asked: Asked) -> list[Result]:
@@ -117,7 +139,10 @@ class Rollouts:
         undecided = sum(sums.pop(UNDECIDED, 0) for *_, sums in results)
         if undecided:
             self.progress.event("answers undecided", split=split, count=undecided)
-        return batch, mismatch.dense_metrics([sums for *_, sums in results])
+        parts = [sums for *_, sums in results]
+        taken = {name for name in (SCORE, OVERLONG, KL_PENALTY) if name in parts[0]}
+        found = {name: sum(sums.pop(name) for sums in parts) / len(batch) for name in taken}
+        return batch, mismatch.dense_metrics(parts) | found
 
     def sync(self) -> dict[str, str]:
         """Give the engines the newest weights. Waits until they hold them, and returns their digest as a metric, unless
@@ -142,10 +167,11 @@ def _names(problems: Problems) -> str:
     return ", ".join(f"{s.rows} rows of {s.name} (digest {s.digest})" for s in problems.sources) or "none of a file"
 
 
-def sample_metrics(batch: Batch) -> dict[str, float]:
+def sample_metrics(batch: Batch, grpo: GrpoConfig) -> dict[str, float]:
     """verl's names for rewards and lengths of one step's samples."""
-    lengths = batch.response_lengths
-    return {
+    lengths, leaves_out = batch.response_lengths, grpo.overlong_filter or grpo.zero_variance == "drop"
+    found = {"training/left_out_ratio": float(out_of_loss(batch, grpo).mean())} if leaves_out else {}
+    return found | {
         "critic/rewards/mean": float(batch.rewards.mean()),
         "response_length/mean": float(lengths.mean()),
         "response_length/max": int(lengths.max()),

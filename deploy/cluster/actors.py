@@ -57,6 +57,7 @@ def _workers(config: RunConfig) -> list[ActorPlan]:
         q_cadence=config.q_cadence,
         temperature=config.rollout.temperature,
         seed=config.run.seed,
+        ticks=config.ticks,
     )
     return [ActorPlan(Worker, (WorkerSetup(index, rank, config.snapshot),)) for index in range(counts(config)[0])]
 

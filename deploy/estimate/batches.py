@@ -13,7 +13,9 @@ import numpy as np
 
 from deploy.estimate.parameters import parameters
 from deploy.estimate.workload import prompt_tokens, response_tokens
+from rl.aggregation import weighted
 from rl.batch import Batch
+from rl.config import GrpoConfig
 from swarm.replay_choice import MiniFrame, OwnTick, Window
 from swarm.run_config import RunConfig
 from swarm.shares import shares
@@ -30,7 +32,7 @@ class Sizes(NamedTuple):
 
 
 class _Kind(NamedTuple):
-    """What the size of a batch depends on: prompts, samples of each, mean lengths, the vocabulary, base log-probs."""
+    """What the size of a batch depends on: prompts, samples of each, mean lengths, the vocabulary, the objective."""
 
     prompts: int
     samples: int
@@ -38,6 +40,7 @@ class _Kind(NamedTuple):
     response: float
     vocab: int
     with_ref: bool
+    weighs: GrpoConfig | None  # None: no sample has a weight of its own
 
 
 def answers(config: RunConfig, prompts: int, samples: int, scores_only: bool = False) -> Sizes:
@@ -61,9 +64,9 @@ def dealt(config: RunConfig) -> list[Sizes]:
 
 
 def _kind(config: RunConfig, prompts: int, samples: int) -> _Kind:
-    with_ref = config.grpo.kl_loss_coef > 0
+    with_ref, weighs = config.grpo.kl_loss_coef > 0, config.grpo if config.grpo.weighs_samples else None
     vocab = parameters(config).vocab
-    return _Kind(prompts, samples, prompt_tokens(config), response_tokens(config), vocab, with_ref)
+    return _Kind(prompts, samples, prompt_tokens(config), response_tokens(config), vocab, with_ref, weighs)
 
 
 @cache
@@ -81,9 +84,9 @@ def _replay(kind: _Kind, count: int, ticks: int) -> float:
     taken = max(shown, round(count * shown / ticks)) if ticks else count
     choice = (Window if ticks else OwnTick)(taken, 0, lambda frame: None)
     for i in range(shown or 1):
-        batch = _made_up(kind, i)
+        batch = _weighted(_made_up(kind, i), kind)
         whole = shown <= 1 and taken == len(batch)
-        header = {"step": 100, "index": 1, "denominator": batch.response_tokens}
+        header = {"step": 100, "index": 1, "denominator": batch.loss_tokens}
         choice.see(i, MiniFrame(batch, None, batch.to_frame(**header).nbytes if whole else 0))
     return choice.take(1).size * count / taken
 
@@ -92,10 +95,14 @@ def _replay(kind: _Kind, count: int, ticks: int) -> float:
 def _dealt(kind: _Kind, ticks: int, dp: int, pp: int, together: bool) -> list[Sizes]:
     batch = _made_up(kind)
     each = len(batch) // ticks
-    minis = [batch.take(i * each, (i + 1) * each) for i in range(ticks)]
+    minis = [_weighted(batch.take(i * each, (i + 1) * each), kind) for i in range(ticks)]
     return [
         Sizes(share.frame.nbytes, share.dense) for share in shares(minis, dp, pp, together) for _ in range(share.ranks)
     ]
+
+
+def _weighted(mini: Batch, kind: _Kind) -> Batch:
+    return weighted(mini, kind.weighs) if kind.weighs else mini
 
 
 @cache

@@ -150,7 +150,7 @@ def engine(config: RunConfig, params: Params) -> list[Part]:
     rows = min(config.rollout.batch_size, config.grpo.train_batch_size) * config.grpo.group_size
     length = prompt_tokens(config) + config.grpo.max_response_length
     of_reference = [*_model(config, role, n, trained=False), _frozen(config, role, _beneath(params))]
-    reference = sum(part.bytes for part in of_reference) if config.grpo.kl_loss_coef else 0
+    reference = sum(part.bytes for part in of_reference) if config.grpo.needs_reference else 0
     vllm, gib = config.rollout.engine == "vllm", config.rollout.kv_cache_gb
     cache = rows * length * 2 * kv * params.layers * config.model.itemsize
     if vllm and (gib or config.rollout.device == "cpu"):  # on a GPU it takes what `rollout.gpu_memory` leaves

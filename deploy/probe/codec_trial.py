@@ -89,7 +89,9 @@ class Head:
     """Norm and head over rows of the last hidden state, a block of rows at a time: logits are the largest tensors."""
 
     def __init__(self, upper: Stage, grpo: GrpoConfig, temperature: float, denominator: float):
-        self.upper, self.grpo, self.temperature, self.denominator = upper, grpo, temperature, denominator
+        self.upper, self.temperature, self.denominator = upper, temperature, denominator
+        # a block may cut a sample; where old log-probs are those of the pass itself, the two levels have one gradient
+        self.grpo = grpo.model_copy(update={"importance_sampling_level": "token"})
 
     def logprobs(self, rows: Tensor) -> Tensor:
         return log_distribution(self.upper.logits(rows), self.temperature)

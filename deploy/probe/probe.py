@@ -178,7 +178,7 @@ def _answers(config: RunConfig, tokens: int, say: Say) -> tuple[Batch, Batch]:
     worker = RolloutWorker(
         config.model,
         config.task,
-        config.grpo.model_copy(update={"kl_loss_coef": 0.0}),  # no reference policy is needed here
+        config.grpo.model_copy(update={"kl_loss_coef": 0.0, "kl_in_reward": 0.0}),  # no reference policy is needed here
         config.rollout.model_copy(update={"engine": "transformers", "mismatch_every": 0}),
         config.snapshot,
         config.run.seed,
