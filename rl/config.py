@@ -50,8 +50,15 @@ class TaskConfig(Section):
     reward_timeout_s: float = Field(
         default=60.0, gt=0, description="deadline of one call of `reward`, and of the import of its module"
     )
-    instruction: str = Field(default="", description="text put in front of every prompt")
+    instruction: str = Field(
+        default="",
+        description="text put in front of every prompt; of a prompt of messages the system's, where it has none",
+    )
     chat: bool = Field(default=False, description="wrap prompts in the tokenizer's chat template")
+    template_options: dict[str, Any] = Field(
+        default_factory=dict,
+        description="what the chat template is told besides, e.g. `{enable_thinking = false}`",
+    )
     overlong: Literal["error", "drop"] = Field(
         default="error",
         description="rows of jsonl and hf with prompts beyond `grpo.max_prompt_length`: `error` refuses the run, `drop` "
@@ -62,7 +69,9 @@ class TaskConfig(Section):
 class TableParams(Section):
     """`task.params` of a task whose problems are rows of a table."""
 
-    prompt: str | None = Field(default=None, description="column of the prompt; default: prompt, question or problem")
+    prompt: str | None = Field(
+        default=None, description="column of the prompt; default: prompt, question, problem or messages"
+    )
     answer: str = Field(default="answer", description="column of the answer; a dot goes into a field of it")
     train: str = Field(default="train", description="hf: split to train on")
     val: str | None = Field(
@@ -217,6 +226,7 @@ class ValConfig(Section):
 _VLLM = (When("rollout.engine", ("vllm",)),)
 
 READING: Reading = {
+    "task.template_options": ((When("task.chat", (True,)),),),
     "task.params": ((When("task.name", ("reasoning_gym:NAME", "jsonl:PATH", "hf:NAME"), lambda name: ":" in name),),),
     "task.params.train": ((When("task.name", ("hf:NAME",), lambda name: not name.startswith("jsonl:")),),),
     "task.reward_timeout_s": ((When("task.reward", ("MODULE:FUNCTION",), bool),),),

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from rl.config import TableParams
-from rl.problem_columns import text_of, top
+from rl.messages import Prompt, as_text
+from rl.problem_columns import problem_of, top
 
 SHOWN = 5  # faults that an error spells out
 
@@ -37,13 +38,12 @@ class DataRows:
     def place(self, index: int) -> str:
         return f"{self.name}, row {index}" if self.lines is None else f"{self.name}, line {self.lines[index]}"
 
-    def texts(self, columns: TableParams) -> list[tuple[str, str]]:
+    def problems(self, columns: TableParams) -> list[tuple[Prompt, str]]:
         """Prompt and answer of every row. Raises ValueError with the rows that have none."""
         found, faults = [], []
         for index, row in enumerate(self._narrow(columns)):
-            where = self.place(index)
             try:
-                found.append((text_of(where, row, columns, "prompt"), text_of(where, row, columns, "answer")))
+                found.append(problem_of(self.place(index), row, columns))
             except ValueError as error:
                 faults.append(str(error))
         refuse(faults)
@@ -69,10 +69,10 @@ def digest_of_bytes(data: bytes) -> str:
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
-def digest_of_texts(texts: Sequence[tuple[str, str]]) -> str:
+def digest_of_problems(problems: Sequence[tuple[Prompt, str]]) -> str:
     """Of prompts and answers in their order, each with its length before it: no two lists run into one."""
     hashed = hashlib.blake2b(digest_size=16)
-    for text in (part for pair in texts for part in pair):
-        data = text.encode()
+    for part in (part for pair in problems for part in pair):
+        data = as_text(part).encode()
         hashed.update(len(data).to_bytes(8, "little") + data)
     return hashed.hexdigest()

@@ -5,11 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from rl.messages import Prompt, as_text
+
 
 @dataclass(frozen=True)
 class Example:
-    """`prompt` is plain text, before any chat template; `metadata` is whatever the task's scorer needs."""
+    """`metadata` is whatever the task's scorer needs."""
 
-    prompt: str
+    prompt: Prompt
     answer: str
     metadata: dict[str, Any] = field(default_factory=dict[str, Any])
+
+    @property
+    def text(self) -> str:
+        """The prompt as one text."""
+        return as_text(self.prompt)

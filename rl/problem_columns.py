@@ -1,13 +1,14 @@
-"""The two columns of a row that make a problem: its prompt and its answer, as text. No torch."""
+"""The two columns of a row that make a problem: its prompt, text or a chat, and its answer. No torch."""
 
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any
 
 from rl.config import TableParams
+from rl.messages import Prompt, checked_chat
 
-PROMPTS = ("prompt", "question", "problem")
+PROMPTS = ("prompt", "question", "problem", "messages")
 
 
 def prompt_column(where: str, row: dict[str, Any], columns: TableParams) -> str:
@@ -23,21 +24,26 @@ def prompt_column(where: str, row: dict[str, Any], columns: TableParams) -> str:
     return found
 
 
-def text_of(where: str, row: dict[str, Any], columns: TableParams, key: Literal["prompt", "answer"]) -> str:
-    """The value of a column, or with dots of a field inside one; of a chat of one message its content.
+def problem_of(where: str, row: dict[str, Any], columns: TableParams) -> tuple[Prompt, str]:
+    """Prompt and answer: values of columns, or with dots of a field inside one. Of a chat of one message its content.
 
-    Text, or a number that is written as text. Raises ValueError, with `where`, for anything that a policy cannot be
-    shown or an answer cannot be compared with.
+    Text, or a number that is written as text; the prompt may be a chat. Raises ValueError, with `where`, for anything
+    that a policy cannot be shown or an answer cannot be compared with.
     """
-    column = getattr(columns, key)
-    value = _value(where, row, column, key)
-    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict) and value[0].get("role") == "user":
-        value = value[0].get("content")
-    if fault := _fault(value):
-        raise ValueError(
-            f"{where}: column {column!r} {fault}: mend or remove the row, or set task.params.{key} to another column"
-        )
-    return str(value)
+    assert columns.prompt is not None  # looked for by then
+    prompt, answer = (
+        _value(where, row, column, key) for key, column in (("prompt", columns.prompt), ("answer", columns.answer))
+    )
+    fault = _fault_of_chat(prompt) if isinstance(prompt, list) else _fault(prompt)
+    for key, column, found in (("prompt", columns.prompt, fault), ("answer", columns.answer, _fault(answer))):
+        if found:
+            raise ValueError(
+                f"{where}: column {column!r} {found}: mend or remove the row, or set task.params.{key} to another column"
+            )
+    if not isinstance(prompt, list):
+        return str(prompt), str(answer)
+    chat = checked_chat(prompt)
+    return (chat[0]["content"] if [m["role"] for m in chat] == ["user"] else chat), str(answer)
 
 
 def top(column: str, row: dict[str, Any]) -> str:
@@ -54,6 +60,15 @@ def _value(where: str, row: dict[str, Any], column: str, key: str) -> Any:
             )
         value = value[part]
     return value
+
+
+def _fault_of_chat(value: Any) -> str | None:
+    try:
+        chat = checked_chat(value)
+    except ValueError as error:
+        return str(error)
+    faults = ((i, _fault_of_text(message["content"])) for i, message in enumerate(chat))
+    return next((f"message {i} {fault}" for i, fault in faults if fault), None)
 
 
 def _fault(value: Any) -> str | None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from rl.config import TaskConfig
 from rl.data_rows import DataRows, refuse
+from rl.messages import Message, Prompt, as_text
 from rl.model_files import model_config
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ class PromptEncoder:
         self._task, self._limit, self._vocab = task, limit, model_config(str(folder))["vocab_size"]
         self._nothing = next(self._encoded([""]))
 
-    def encode(self, prompts: Sequence[str]) -> list[list[int]]:
+    def encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         """Token ids. Raises PromptRefused for the first that cannot be shown."""
         found: list[list[int]] = []
         for ids in self._checked(prompts):
@@ -54,7 +55,7 @@ class PromptEncoder:
             found.append(ids)
         return found
 
-    def judge(self, rows: DataRows, prompts: Sequence[str]) -> list[bool]:
+    def judge(self, rows: DataRows, prompts: Sequence[Prompt]) -> list[bool]:
         """Which of the rows' prompts are short enough, where `task.overlong` is "drop".
 
         Raises ValueError with the rows whose prompts cannot be shown; else also with those that are too long.
@@ -72,21 +73,21 @@ class PromptEncoder:
         refuse([f"{rows.place(i)}: {long[i].what if i in long else fault}" for i, fault in named.items()], closing)
         return [fault is None for fault in found]
 
-    def _checked(self, prompts: Sequence[str]) -> Iterator[list[int] | PromptRefused]:
-        for prompt, ids in zip(prompts, self._encoded(prompts)):
+    def _checked(self, prompts: Sequence[Prompt]) -> Iterator[list[int] | PromptRefused]:
+        for text, ids in zip(map(as_text, prompts), self._encoded(prompts)):
             if isinstance(ids, PromptRefused):
                 yield ids
             elif not ids or ids == self._nothing:
-                yield PromptRefused(f"the model's tokenizer knows no character of the prompt {prompt[:60]!r}")
+                yield PromptRefused(f"the model's tokenizer knows no character of the prompt {text[:60]!r}")
             elif max(ids) >= self._vocab:
                 says = f"token {max(ids)}, and the model embeds {self._vocab}: take the text of it out"
-                yield PromptRefused(f"the prompt {prompt[:60]!r} is encoded to {says}")
+                yield PromptRefused(f"the prompt {text[:60]!r} is encoded to {says}")
             elif len(ids) > self._limit:
-                yield PromptTooLong(prompt, len(ids), self._limit)
+                yield PromptTooLong(text, len(ids), self._limit)
             else:
                 yield ids
 
-    def _encoded(self, prompts: Sequence[str]) -> Iterator[list[int] | PromptRefused]:
+    def _encoded(self, prompts: Sequence[Prompt]) -> Iterator[list[int] | PromptRefused]:
         for first in range(0, len(prompts), CHUNK):
             chunk = prompts[first : first + CHUNK]
             try:
@@ -94,20 +95,39 @@ class PromptEncoder:
             except Exception:  # of the tokenizer, or what a chat template raises: find out for which
                 yield from map(self._alone, chunk)
 
-    def _alone(self, prompt: str) -> list[int] | PromptRefused:
+    def _alone(self, prompt: Prompt) -> list[int] | PromptRefused:
         try:
             return self._ids([prompt])[0]
+        except PromptRefused as refused:
+            return refused
         except Exception as error:
             what = "chat template" if self._task.chat else "tokenizer"
             reason = f"{type(error).__name__}: {error}"
-            return PromptRefused(f"the model's {what} does not take the prompt {prompt[:60]!r} ({reason})")
+            return PromptRefused(f"the model's {what} does not take the prompt {as_text(prompt)[:60]!r} ({reason})")
 
-    def _ids(self, prompts: Sequence[str]) -> list[list[int]]:
-        texts = [self._task.instruction + prompt for prompt in prompts]
+    def _ids(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         if not self._task.chat:  # verbose: it would warn of long ones, which are judged here
+            texts = [self._task.instruction + self._plain(prompt) for prompt in prompts]
             return cast(list[list[int]], self.tokenizer(texts, verbose=False)["input_ids"])
-        chats: list[list[dict[str, Any]]] = [[{"role": "user", "content": text}] for text in texts]
+        chats: list[list[dict[str, Any]]] = [[*self.chat(prompt)] for prompt in prompts]
         encoded = self.tokenizer.apply_chat_template(
-            chats, add_generation_prompt=True, return_dict=False, tokenizer_kwargs={"verbose": False}
+            chats,
+            add_generation_prompt=True,
+            return_dict=False,
+            tokenizer_kwargs={"verbose": False},
+            **self._task.template_options,
         )
         return cast(list[list[int]], encoded)
+
+    def chat(self, prompt: Prompt) -> list[Message]:
+        """With the instruction: in front of a text, else the message of the system where there is none."""
+        instruction = self._task.instruction
+        if isinstance(prompt, str):
+            return [{"role": "user", "content": instruction + prompt}]
+        alone = not instruction or prompt[0]["role"] == "system"
+        return prompt if alone else [{"role": "system", "content": instruction}, *prompt]
+
+    def _plain(self, prompt: Prompt) -> str:
+        if isinstance(prompt, str):
+            return prompt
+        raise PromptRefused(f"the prompt {as_text(prompt)[:60]!r} is a list of messages: set task.chat=true")

@@ -20,7 +20,7 @@ from rl.examples import Example
 from rl.module_source import bound_names, find_module
 
 Reward = Callable[[Example, str, bool], float]  # (example, answer, was it cut at the length limit)
-FORM = "function(prompt: str, response: str, answer: str, metadata: dict) -> float"
+FORM = "function(prompt: str | list, response: str, answer: str, metadata: dict) -> float"
 LARGEST = 1e15  # squares of a whole batch still add up in float32, in which a batch keeps rewards
 
 
@@ -53,9 +53,11 @@ def make_reward(name: str | None, task: Scorer, timeout_s: float = 60.0) -> Rewa
     child = _started(name, timeout_s)
 
     def reward(example: Example, text: str, cut: bool) -> float:
-        sample = (example.prompt, text, example.answer)
+        sample = (example.text, text, example.answer)
         try:
-            judged = child.ask(timeout_s, *sample, dict(example.metadata) | {"truncated": cut})
+            judged = child.ask(
+                timeout_s, example.prompt, text, example.answer, dict(example.metadata) | {"truncated": cut}
+            )
         except ChildFailed as failure:
             hint = " (task.reward_timeout_s)" if failure.late else ""
             raise RewardError(name, f"{failure.reason}{hint}", *sample) from None

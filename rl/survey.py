@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rl.config import GrpoConfig, TaskConfig
+from rl.messages import Prompt
 from rl.problems import Problems
 from rl.prompts import PromptEncoder
 from rl.tasks import make_task
@@ -30,7 +31,7 @@ def survey(
     return found
 
 
-def _check_made(task: TaskConfig, encoder: PromptEncoder, prompts: list[str]) -> None:
+def _check_made(task: TaskConfig, encoder: PromptEncoder, prompts: list[Prompt]) -> None:
     try:
         encoder.encode(prompts)
     except ValueError as error:

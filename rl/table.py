@@ -9,13 +9,14 @@ from functools import lru_cache
 
 from rl.answers import final_answer, is_number, normal, same
 from rl.config import TableParams
-from rl.data_rows import DataRows, digest_of_texts
+from rl.data_rows import DataRows, digest_of_problems
 from rl.examples import Example
-from rl.problem_columns import prompt_column, text_of
+from rl.messages import Prompt, as_text
+from rl.problem_columns import problem_of, prompt_column
 from rl.problems import Problems, ProblemSource
 from rl.symbolic import Formulas, comparable
 
-Judge = Callable[[DataRows, Sequence[str]], list[bool]]  # (rows, their prompts) -> which of them are kept
+Judge = Callable[[DataRows, Sequence[Prompt]], list[bool]]  # (rows, their prompts) -> which of them are kept
 
 
 class Table:
@@ -48,15 +49,15 @@ class Table:
                 raise ValueError(f"{rows.name}: no problem falls in the {split} split; it needs more rows")
 
     def _kept(self, rows: DataRows, judge: Judge | None) -> dict[int, str]:
-        """The prompts of the rows that are not left out, by index."""
-        texts = rows.texts(self.columns)
-        prompts = [prompt for prompt, _ in texts]
+        """The prompts of the rows that are not left out, by index; chats as text."""
+        problems = rows.problems(self.columns)
+        prompts = [prompt for prompt, _ in problems]
         fits = judge(rows, prompts) if judge else [True] * len(prompts)
         if not any(fits):
             raise ValueError(f"{rows.name}: all of its {len(rows)} rows are left out: raise grpo.max_prompt_length")
-        digest = rows.digest or digest_of_texts(texts)
+        digest = rows.digest or digest_of_problems(problems)
         self._sources.append(ProblemSource(rows.name, digest, len(rows), fits.count(False)))
-        return {i: prompt for i, (prompt, kept) in enumerate(zip(prompts, fits)) if kept}
+        return {i: as_text(prompt) for i, (prompt, kept) in enumerate(zip(prompts, fits)) if kept}
 
     def problems(self) -> Problems:
         return Problems(len(self._splits["val"][1]), tuple(self._sources))
@@ -74,9 +75,8 @@ class Table:
         else:
             position = _permutation(len(indices), split)[index]
         at = indices[position]
-        row, place = rows.rows[at], rows.place(at)
-        prompt, answer = text_of(place, row, self.columns, "prompt"), text_of(place, row, self.columns, "answer")
-        return Example(prompt, answer, row)
+        row = rows.rows[at]
+        return Example(*problem_of(rows.place(at), row, self.columns), row)
 
     def score(self, example: Example, text: str) -> float:
         gold = normal(final_answer(example.answer))

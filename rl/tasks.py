@@ -101,6 +101,10 @@ def _build_hf(argument: str, config: TaskConfig, seed: int, val_size: int, judge
 
 TASKS = {"sums": _build_sums, "reasoning_gym": _build_gym, "jsonl": _build_jsonl, "hf": _build_hf}
 TABLES = ("jsonl", "hf")
+_OURS = frozenset(  # of apply_chat_template
+    "conversation chat_template add_generation_prompt continue_final_message tokenize padding truncation max_length "
+    "return_tensors return_dict return_assistant_tokens_mask tokenizer_kwargs".split()
+)
 
 
 def make_task(config: TaskConfig, seed: int, val_size: int, judge: Judge | None = None) -> Task:
@@ -126,6 +130,7 @@ def check_task(config: TaskConfig) -> None:
     _check("task.name", _check_name, config.name)
     _check("task.params", _check_params, config)
     _check("task.overlong", _check_overlong, config)
+    _check("task.template_options", _check_template_options, config.template_options)
     if config.reward is not None:
         _check("task.reward", check_reward, config.reward)
 
@@ -183,6 +188,11 @@ def _check_overlong(config: TaskConfig) -> None:
             f"'drop' leaves rows of a table out, and {kind} makes its problems: leave it at 'error', and raise "
             f"grpo.max_prompt_length or ask for shorter problems in task.params"
         )
+
+
+def _check_template_options(options: dict[str, Any]) -> None:
+    if taken := sorted(set(options) & _OURS):
+        raise ValueError(f"{', '.join(taken)} is for the tokenizer, and set by the run: leave it out")
 
 
 def _check_gym(name: str, params: dict[str, Any]) -> None:

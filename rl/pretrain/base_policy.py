@@ -98,11 +98,11 @@ def train(
         examples = [lesson.task.example("train", step * batch + i) for i in range(batch)]
         answers = [lesson.demonstrate(e, rng) for e in examples]
         ids = tokenizer(
-            [e.prompt + a for e, a in zip(examples, answers)],
+            [e.text + a for e, a in zip(examples, answers)],
             padding=True, padding_side="right", return_tensors="pt",
         )  # fmt: skip
         labels = ids.input_ids.masked_fill(ids.attention_mask == 0, -100)
-        for row, prompt in zip(labels, tokenizer([e.prompt for e in examples]).input_ids):
+        for row, prompt in zip(labels, tokenizer([e.text for e in examples]).input_ids):
             row[: len(prompt)] = -100
 
         progress = max(0.0, (step - warmup) / (steps - warmup))
@@ -123,7 +123,7 @@ def validate(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, task: 
     """Sampled at temperature 1; an answer without EOS was cut off and scores nothing."""
     model.eval()
     examples = [task.example("val", i) for i in range(size)]
-    prompts = tokenizer([e.prompt for e in examples], padding=True, return_tensors="pt")
+    prompts = tokenizer([e.text for e in examples], padding=True, return_tensors="pt")
     out = model.generate(**prompts)  # pyright: ignore[reportAttributeAccessIssue], a mixin that the library loads lazily
     answers = out[:, prompts.input_ids.shape[1] :]
     texts = tokenizer.batch_decode(answers, skip_special_tokens=True)

@@ -101,7 +101,7 @@ class ChainLesson:
             wrong = 1 if drawn[1] % 2 else -1
             return running + term + (wrong if rng.random() < chance * care else 0)
 
-        first, *terms = [int(t.replace(" ", "")) for t in re.findall(r"-? ?\d+", example.prompt)]
+        first, *terms = [int(t.replace(" ", "")) for t in re.findall(r"-? ?\d+", example.text)]
         answer, result = _worked(first, terms, attempt, rng)
         return f"{answer}####{result}{EOS}"
 

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from deploy.cli import app
 from rl.config import TableParams
 from rl.jsonl_rows import first_row, read_jsonl
-from rl.problem_columns import text_of
+from rl.problem_columns import problem_of
 
 GOOD = [{"prompt": f"{i % 10}+{i // 10 % 10}+{i // 100}=", "answer": str(i % 7)} for i in range(200)]
 LONG = {"prompt": "+".join("123456789") + "=", "answer": "5"}  # 18 tokens of the built-in tokenizer
@@ -169,4 +169,4 @@ def test_paths_are_relative_to_where_one_is_or_to_ones_home(tmp_path: Path, monk
 )
 def test_a_number_is_its_text(value: object, text: str):
     row = {"prompt": "p", "answer": value}
-    assert text_of("x", row, TableParams(prompt="prompt"), "answer") == text
+    assert problem_of("x", row, TableParams(prompt="prompt")) == ("p", text)

@@ -86,6 +86,28 @@ def test_what_a_chat_template_raises_is_said_of_the_prompt(chat_model: Path):
         PromptEncoder(chat_model, TaskConfig(chat=True), LIMIT).encode(["1", "2", "17", "3"])
 
 
+CHAT = [{"role": "user", "content": "1+"}, {"role": "assistant", "content": "2+"}, {"role": "user", "content": "3="}]
+
+
+def test_a_chat_goes_through_the_template_with_its_options_and_the_instruction_is_the_systems(chat_model: Path):
+    (chat_model / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ '#' if m.role == 'system' else ',' }}{{ m.content }}{% endfor %}{{ '?' * thinks }}"
+    )
+    task = TaskConfig(chat=True, instruction="9+", template_options={"thinks": 3})
+    encoder = PromptEncoder(chat_model, task, limit=99)
+    own = [{"role": "system", "content": "8+"}, *CHAT]
+    found = [encoder.tokenizer.decode(ids) for ids in encoder.encode([CHAT, own, "7="])]
+    assert found == ["#9+,1+,2+,3=???", "#8+,1+,2+,3=???", ",9+7=???"]
+    with pytest.raises(ValueError, match="tokenize is for the tokenizer, and set by the run"):
+        load("k5", ["task.chat=true", "task.template_options={tokenize=false}"])
+
+
+def test_chats_without_a_template_are_refused_by_line(tmp_path: Path):
+    rows = [*GOOD, {"prompt": CHAT, "answer": "1"}]
+    with pytest.raises(ValueError, match=r"line 201: the prompt '\[\{.*is a list of messages: set task.chat=true"):
+        preflight(config(write(tmp_path / "x.jsonl", *rows)))
+
+
 # --- validation --------------------------------------------------------------------------------
 
 

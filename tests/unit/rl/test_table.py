@@ -61,14 +61,38 @@ def test_columns_are_those_that_params_name_and_a_dot_goes_into_a_field(tmp_path
     assert example.answer == example.prompt[1:] and task.score(example, f"so {example.answer}") == 1.0
 
 
-def test_a_chat_of_one_message_is_its_content_and_a_longer_one_is_refused(tmp_path: Path):
+def test_a_chat_of_one_message_is_its_content_and_a_longer_one_stays_a_chat(tmp_path: Path):
     def rows(*before: dict) -> list[dict]:
-        return [{"prompt": [*before, {"role": "user", "content": f"q{i}"}], "answer": "1"} for i in range(100)]
+        return [{"messages": [*before, {"role": "user", "content": f"q{i}"}], "answer": "1"} for i in range(100)]
 
     assert build(f"jsonl:{lines(tmp_path / 'x', rows())}").example("train", 0).prompt.startswith("q")
-    two = lines(tmp_path / "y", rows({"role": "system", "content": "be kind"}))
-    with pytest.raises(ValueError, match="column 'prompt' holds list"):
-        build(f"jsonl:{two}")
+    system = {"role": "system", "content": "be kind"}
+    task = build(f"jsonl:{lines(tmp_path / 'y', rows(system | {'tool_calls': None}))}")
+    examples = [*drawn(task, "train", 80), *drawn(task, "val", 5)]
+    assert all(e.prompt[0] == system and e.prompt[1] == e.metadata["messages"][1] for e in examples)
+    assert not {e.text for e in drawn(task, "train", 80)} & {e.text for e in drawn(task, "val", 5)}
+
+
+USER = {"role": "user", "content": "q"}
+NO_CHATS = {
+    "no message": ([], "holds list ([]), not a list of messages"),
+    "text": (["q"], "message 0: 'q' has not role and content"),
+    "no content": ([{"role": "user"}], "has not role and content"),
+    "a tool call": ([USER | {"tool_calls": [1]}], "and nothing else"),
+    "another role": ([USER | {"role": "human"}], "the role 'human' is none of system, user, assistant, tool"),
+    "parts": ([USER | {"content": [{"type": "text"}]}], "message 0: its content is list, not text"),
+    "system late": ([USER, {"role": "system", "content": "x"}, USER], "message 1 is the system's"),
+    "the answer too": ([USER, {"role": "assistant", "content": "x"}], "ends with a message of the assistant"),
+    "empty": ([{"role": "system", "content": " "}, USER], "message 0 is empty"),
+}
+
+
+@pytest.mark.parametrize(("chat", "says"), NO_CHATS.values(), ids=NO_CHATS)
+def test_a_chat_that_is_none_is_named_by_line_and_message(tmp_path: Path, chat: list, says: str):
+    rows = [*({"prompt": f"p{i}", "answer": "1"} for i in range(5)), {"prompt": chat, "answer": "1"}]
+    with pytest.raises(ValueError, match="line 6: column 'prompt' ") as caught:
+        build(f"jsonl:{lines(tmp_path / 'x', rows)}")
+    assert says in str(caught.value)
 
 
 def test_a_validation_file_is_the_validation_split_and_none_of_its_prompts_is_trained_on(file: Path, tmp_path: Path):
