@@ -111,10 +111,10 @@ class DenseGradient:
         return weights.grad
 
     def _of_tokens(self, denominator: float | np.ndarray, batch: Batch, samples: np.ndarray) -> float | Tensor:
-        """One number as it is; else that of each response token of `samples`."""
+        """One number as it is; else that of each of the policy's tokens of `samples`."""
         if not isinstance(denominator, np.ndarray):
             return denominator
-        return torch.from_numpy(np.repeat(denominator[samples], batch.response_lengths[samples])).to(self.device)
+        return torch.from_numpy(np.repeat(denominator[samples], batch.own_lengths[samples])).to(self.device)
 
     def check(self, m: Tensor, batch: Batch, tick: int) -> None:
         """Raises NotFinite if M holds a NaN or an infinity, naming what brought it: all that follows would hide it."""

@@ -179,7 +179,7 @@ class Diagnoser:
     def _effects(self, vectors: dict[str, Tensor], batch: Batch) -> Found:
         """What the update does to reward and to length, and what the gradients alone would."""
         reward = self.ascent(vectors["before"], batch, batch.rewards)
-        length = self.ascent(vectors["before"], batch, batch.response_lengths)
+        length = self.ascent(vectors["before"], batch, batch.own_lengths)
         update = vectors["after"] - vectors["before"]
         found = effect("update", update, reward, length)
         found |= {"gain_reward": dot(update, reward), "gain_length": dot(update, length)}

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from codec import frames
-from rl.packing import OPTIONAL, PER_RESPONSE, distinct_prompts, pack_samples, unpack_samples
+from rl.packing import OPTIONAL, PER_TOKEN, distinct_prompts, pack_samples, unpack_samples
 
 _DTYPES = {
     "tokens": "int32",
@@ -21,6 +21,7 @@ _DTYPES = {
     "advantages": "float32",
     "truncated": "bool",
     "loss_weights": "float32",
+    "own": "bool",
 }
 
 
@@ -43,13 +44,15 @@ class Batch:
     tokens: np.ndarray  # int32 [sum of total], prompt then response, from 0 up
     prompt: np.ndarray  # int32 [N], prompt lengths
     total: np.ndarray  # int32 [N], prompt + response lengths
-    rollout_logprobs: np.ndarray  # float32 [sum of responses], of the engine's sampling distribution
-    ref_logprobs: np.ndarray  # float32 [sum of responses] or [0]: of the base policy
+    rollout_logprobs: np.ndarray  # float32 [sum of own], of the engine's sampling distribution
+    ref_logprobs: np.ndarray  # float32 [sum of own] or [0]: of the base policy
     rewards: np.ndarray  # float32 [N]
     advantages: np.ndarray  # float32 [N], zeros for validation
     truncated: np.ndarray  # bool [N]
     # float32 [N] or [0]: of each response token of a sample in the loss (`rl/aggregation.py`); [0]: all 1
     loss_weights: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
+    # bool [sum of responses] or [0]: which response tokens are the policy's own, the others an environment's; [0]: all
+    own: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
 
     def __len__(self) -> int:
         return len(self.prompt)
@@ -63,11 +66,36 @@ class Batch:
         return int(self.response_lengths.sum())
 
     @property
+    def own_lengths(self) -> np.ndarray:
+        """Response tokens of each sample that are the policy's own."""
+        return self._counted(self.own) if self.own.size else self.response_lengths
+
+    @property
+    def own_tokens(self) -> int:
+        return int(self.own_lengths.sum())
+
+    @property
+    def turns(self) -> np.ndarray:
+        """How often the policy spoke in each sample: runs of its own tokens."""
+        if not self.own.size:
+            return np.ones(len(self), np.int32)
+        goes_on = np.concatenate([[False], self.own[:-1]])
+        starts = np.cumsum(self.response_lengths) - self.response_lengths
+        goes_on[starts[starts < len(goes_on)]] = False
+        return self._counted(self.own & ~goes_on)
+
+    def _counted(self, marks: np.ndarray) -> np.ndarray:
+        """Of marks of response tokens, how many each sample has; int32."""
+        ends = np.cumsum(self.response_lengths)
+        counts = np.concatenate([[0], np.cumsum(marks)])
+        return (counts[ends] - counts[ends - self.response_lengths]).astype(np.int32)
+
+    @property
     def loss_tokens(self) -> int:
-        """Response tokens that are in the loss, of a whole mini-batch what it is divided by; at least 1."""
+        """Tokens that are in the loss, of a whole mini-batch what it is divided by; at least 1."""
         if not self.loss_weights.size:
-            return self.response_tokens
-        return max(1, int(self.response_lengths[self.loss_weights != 0].sum()))
+            return self.own_tokens
+        return max(1, int(self.own_lengths[self.loss_weights != 0].sum()))
 
     @property
     def prompts_digest(self) -> str:
@@ -79,16 +107,18 @@ class Batch:
         """Samples [start, stop)."""
         token = np.concatenate([[0], np.cumsum(self.total)])
         response = np.concatenate([[0], np.cumsum(self.response_lengths)])
+        own = np.concatenate([[0], np.cumsum(self.own_lengths)])
         cut = {f.name: getattr(self, f.name)[start:stop] for f in fields(self)}
         cut["tokens"] = self.tokens[token[start] : token[stop]]
-        for name in ("rollout_logprobs", "ref_logprobs"):
-            cut[name] = getattr(self, name)[response[start] : response[stop]]
+        cut["own"] = self.own[response[start] : response[stop]]
+        for name in PER_TOKEN:
+            cut[name] = getattr(self, name)[own[start] : own[stop]]
         return Batch(**cut)
 
     def pick(self, samples: np.ndarray) -> Batch:
         """The given samples, in that order."""
         there = {f.name: array for f in fields(self) if (array := getattr(self, f.name)).size}
-        flat = {"tokens": self.total} | dict.fromkeys(PER_RESPONSE, self.response_lengths)
+        flat = {"tokens": self.total, "own": self.response_lengths} | dict.fromkeys(PER_TOKEN, self.own_lengths)
         places = {name: _places(flat[name], samples) if name in flat else samples for name in there}
         return replace(self, **{name: array[places[name]] for name, array in there.items()})
 
@@ -129,9 +159,10 @@ class Batch:
         n, total = len(self), len(self.total)
         if total != n or (self.prompt < 1).any() or (self.total < self.prompt).any():
             raise ValueError(f"prompt and total: {n} and {total} lengths, or one is below 1 or above its total")
-        whole = {"tokens": int(self.total.sum())} | dict.fromkeys(PER_RESPONSE, self.response_tokens)
-        for name in OPTIONAL:
-            there, full = len(getattr(self, name)), whole.get(name, n)
+        whole = {"tokens": int(self.total.sum()), "own": self.response_tokens}
+        for name in sorted(OPTIONAL, key=PER_TOKEN.__contains__):  # the marks say how many log-probs there are
+            there = len(getattr(self, name))
+            full = self.own_tokens if name in PER_TOKEN else whole.get(name, n)
             if there not in (0, full):
                 raise ValueError(f"{name}: {there} entries where there are {full}")
 
@@ -143,6 +174,9 @@ def digest_of_prompts(prompts: Sequence[Sequence[int] | np.ndarray]) -> str:
 
 
 def concat(batches: list[Batch]) -> Batch:
+    """One after the other; where some have tokens of an environment, the others' are all marked as the policy's."""
+    if any(b.own.size for b in batches):
+        batches = [b if b.own.size else replace(b, own=np.ones(b.response_tokens, bool)) for b in batches]
     return Batch(**{f.name: np.concatenate([getattr(b, f.name) for b in batches]) for f in fields(Batch)})
 
 

@@ -1,4 +1,4 @@
-"""GRPO as functions of tensors: N response tokens, V of a vocabulary, one sample after the other.
+"""GRPO as functions of tensors: N response tokens of the policy's own, V of a vocabulary, one sample after the other.
 
 References:
     Shao et al. 2024, DeepSeekMath, arXiv:2402.03300: advantages within a group (4.1.2), the objective (eq. 3)

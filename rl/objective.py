@@ -21,7 +21,8 @@ HiddenStates = Float[Tensor, "b l h"] | Float[Tensor, "n h"]
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """B samples, right-padded to their longest, of L tokens. R is the number of their response tokens.
+    """B samples, right-padded to their longest, of L tokens. R is the number of their response tokens that are the
+    policy's own: those of an environment are read and not predicted.
 
     A stage that computes no loss is sent tokens alone: advantages and log-probs are empty there.
     With `distinct` hidden states are those of n rows, and p of them predict.
@@ -30,13 +31,13 @@ class MicroBatch:
     ids: Int[Tensor, "b l"] | Int[Tensor, " n"]
     real: Bool[Tensor, "b l"]  # False at padding
     predicts: tuple[Tensor, ...]  # index of the hidden states that predict: (row, position) [r] each, or (row,) [p]
-    predicted: Int[Tensor, " r"] | None  # by which of them each response token is; None: each by its own
+    predicted: Int[Tensor, " r"] | None  # by which of them each of the R tokens is; None: each by its own
     targets: Int[Tensor, " r"]
     advantages: Float[Tensor, " r"]
     rollout_logprobs: Float[Tensor, " r"]
     ref_logprobs: Float[Tensor, " r"] | None
     loss_weights: Float[Tensor, " r"] | None  # None: all 1
-    samples: Int[Tensor, " r"]  # which of the B samples each response token is of
+    samples: Int[Tensor, " r"]  # which of the B samples each of the R tokens is of
     rows: Rows  # the real tokens as a boundary sees them
     tokens: int  # real tokens
     distinct: Distinct | None = None  # rows that samples have in common are computed once
@@ -61,20 +62,22 @@ def microbatches(
 
 def _microbatch(batch: Batch, samples: np.ndarray, device: torch.device, tick: int, share: bool) -> MicroBatch:
     token_at = np.concatenate([[0], np.cumsum(batch.total)])
-    response_at = np.concatenate([[0], np.cumsum(batch.response_lengths)])
+    own_at = np.concatenate([[0], np.cumsum(batch.own_lengths)])
     total = batch.total[samples]
     ids = np.zeros((len(samples), int(total.max())), np.int64)
     real = np.arange(ids.shape[1]) < total[:, None]
     ids[real] = np.concatenate([batch.tokens[token_at[i] : token_at[i + 1]] for i in samples])
     columns = np.arange(ids.shape[1])
     response = (columns >= batch.prompt[samples][:, None]) & real
+    if batch.own.size:
+        response[response] = batch.pick(samples).own
     row, position = np.nonzero(response)
 
     def per_token(flat: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.concatenate([flat[response_at[i] : response_at[i + 1]] for i in samples])).to(device)
+        return torch.from_numpy(np.concatenate([flat[own_at[i] : own_at[i + 1]] for i in samples])).to(device)
 
     def repeated(values: np.ndarray) -> Tensor:
-        return per_token(np.repeat(values, batch.response_lengths) if len(values) else values)
+        return per_token(np.repeat(values, batch.own_lengths) if len(values) else values)
 
     micro = MicroBatch(
         ids=torch.from_numpy(ids).to(device),
@@ -116,7 +119,7 @@ def logprobs(
     with_entropy: bool = False,
     trains_entropy: bool = False,
 ) -> tuple[Float[Tensor, " r"], Float[Tensor, " r"] | None]:
-    """Log-probs of the response tokens, and their entropy, from the last stage's hidden states (`token_logprobs`)."""
+    """Log-probs of the policy's own response tokens, and their entropy, from the last stage's hidden states (`token_logprobs`)."""
     logits = stage.logits(hidden[micro.predicts])
     return token_logprobs(logits, micro.targets, temperature, with_entropy, micro.predicted, trains_entropy)
 

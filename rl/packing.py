@@ -1,8 +1,8 @@
 """Samples as one row of bytes: whole numbers at the bits they need, prompts once, floats without what they repeat.
 
     which prompt each sample has │ lengths of prompts │ of responses │ tokens of prompts, of responses
-    │ truncated (a bit each) │ rewards │ advantages │ weights in the loss (different values, and which)
-    │ log-probs (28 bits each)
+    │ truncated (a bit each) │ which response tokens are the policy's own (a bit each, if some are not)
+    │ rewards │ advantages │ weights in the loss (different values, and which) │ log-probs (28 bits each)
 
 Lossless, and the size follows from lengths and vocabulary, so that a plan knows it: nothing is compressed by what it
 happens to say. Every size is checked against the bytes that are there before anything is allocated for it.
@@ -16,9 +16,9 @@ import numpy as np
 
 from codec.frames import FrameError
 
-PER_SAMPLE, PER_RESPONSE = ("rewards", "advantages", "loss_weights"), ("rollout_logprobs", "ref_logprobs")
+PER_SAMPLE, PER_TOKEN = ("rewards", "advantages", "loss_weights"), ("rollout_logprobs", "ref_logprobs")
 # What is empty is not sent, lengths always are. A bit each, in this order: a new one comes last, as checkpoints hold frames
-OPTIONAL = ("tokens", "truncated", "rewards", "advantages", *PER_RESPONSE, "loss_weights")
+OPTIONAL = ("tokens", "truncated", "rewards", "advantages", *PER_TOKEN, "loss_weights", "own")
 _SIZE = np.dtype("<u4")
 _MANTISSA = 23  # bits of a float32; before them its sign and exponent
 _EXPONENTS = 5  # bits for which of the signs and exponents that occur: log-probs of one batch have 15 to 30
@@ -33,10 +33,10 @@ def pack_samples(arrays: dict[str, np.ndarray]) -> tuple[np.ndarray, int]:
     parts = [*_whole(which), *_whole(lengths), *_whole(total - prompt)]
     if tokens.size:
         parts += _whole(prompts_first)
-    parts.append(np.packbits(arrays["truncated"], bitorder="little"))
+    parts += [np.packbits(arrays[name], bitorder="little") for name in ("truncated", "own")]
     for name in PER_SAMPLE:
         parts += _repeated(arrays[name]) if arrays[name].size else []
-    for name in PER_RESPONSE:
+    for name in PER_TOKEN:
         parts += _floats(arrays[name]) if arrays[name].size else []
     return np.concatenate(parts), sum(1 << i for i, name in enumerate(OPTIONAL) if arrays[name].size)
 
@@ -45,7 +45,7 @@ def unpack_samples(body: np.ndarray, samples: int, sent: int, sender: str) -> di
     """Inverse of `pack_samples`. Raises FrameError naming the sender and the field."""
     reader = _Reader(body, sender)
     there = [name for i, name in enumerate(OPTIONAL) if sent >> i & 1]
-    if sent >> len(OPTIONAL) or ("tokens" not in there and set(there) & set(PER_RESPONSE)):
+    if sent >> len(OPTIONAL) or ("tokens" not in there and set(there) & set(PER_TOKEN)):
         reader.refuse("sent", f"{sent} is no choice of {', '.join(OPTIONAL)}; log-probs need their tokens")
     which = reader.whole(samples, "prompt")
     lengths = reader.whole(int(which.max(initial=-1)) + 1, "prompt")
@@ -53,16 +53,21 @@ def unpack_samples(body: np.ndarray, samples: int, sent: int, sender: str) -> di
     total = prompt + response
     if (prompt < 1).any() or (total >> _WIDEST).any():
         reader.refuse("prompt", f"a length is below 1, or above 2^{_WIDEST} with its response")
+    count, none = int(response.sum()), np.zeros(0, np.int32)
+    tokens = reader.tokens(which, lengths, response) if "tokens" in there else none
+    truncated = reader.bits(samples if "truncated" in there else 0, "truncated").astype(bool)
+    own = reader.bits(count if "own" in there else 0, "own").astype(bool)
     found = dict.fromkeys(OPTIONAL, np.zeros(0, np.float32)) | {
         "prompt": prompt.astype(np.int32),
         "total": total.astype(np.int32),
-        "tokens": reader.tokens(which, lengths, response) if "tokens" in there else np.zeros(0, np.int32),
-        "truncated": reader.bits(samples if "truncated" in there else 0, "truncated").astype(bool),
+        "tokens": tokens,
+        "truncated": truncated,
+        "own": own,
     }
     for name in PER_SAMPLE:
         found |= {name: reader.repeated(samples, name)} if name in there else {}
-    for name in PER_RESPONSE:
-        found |= {name: reader.floats(int(response.sum()), name)} if name in there else {}
+    for name in PER_TOKEN:
+        found |= {name: reader.floats(int(own.sum()) if own.size else count, name)} if name in there else {}
     if reader.left:
         reader.refuse("body", f"{reader.left} bytes are left over")
     return found

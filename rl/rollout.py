@@ -122,7 +122,7 @@ class RolloutWorker:
             advantages=self._advantages(rewards, ask.n),
             truncated=np.array(samples.truncated, bool),
         )
-        batch = batch.only("rewards", "truncated") if ask.scores_only else batch
+        batch = batch.only("rewards", "truncated", "own") if ask.scores_only else batch
         frame = batch.to_frame(split=ask.split, step=ask.step)
         return frame, peak_memory_gb(self.engine.device), compared | taken | self._undecided()
 

@@ -13,12 +13,13 @@ SCORE, OVERLONG, KL_PENALTY = "critic/score/mean", "critic/overlong_penalty/mean
 def shaped(
     scores: list[float], lengths: np.ndarray, grpo: GrpoConfig, logprobs: list[np.ndarray], ref: list[np.ndarray]
 ) -> tuple[list[float], dict[str, float]]:
-    """Rewards to train on of answers of `lengths` tokens [N]; and, if anything is taken off, sums for the metrics above."""
+    """Rewards to train on of answers of `lengths` tokens [N], with log-probs of the policy's own; and, if anything is taken
+    off, sums for the metrics above."""
     penalties, kl = overlong_penalties(lengths, grpo), np.zeros(len(scores))
     sums = {OVERLONG: float(penalties.sum())} if grpo.overlong_buffer.length else {}
     if grpo.kl_in_reward:
         kl = sample_kl(logprobs, ref)
-        sums[KL_PENALTY] = float((kl / np.maximum(1, lengths)).sum())
+        sums[KL_PENALTY] = float((kl / [max(1, len(own)) for own in logprobs]).sum())
     if not sums:
         return scores, {}
     rewards = np.array(scores, np.float64) - penalties - grpo.kl_in_reward * kl

@@ -126,7 +126,7 @@ class Coordinator:
         """Give every rank its share of the step's mini-batches."""
         first = self.progress.tick + 1
         reports = self.dealt.begin(minis, first)
-        metrics, ledger = combine(reports, batch.response_tokens)
+        metrics, ledger = combine(reports, batch.own_tokens)
         self.progress.ledger.merge(ledger)
         self.progress.remember("worker", metrics["perf/max_memory_gb"])
         self.gates.codec(metrics)
@@ -223,7 +223,7 @@ class Coordinator:
         accuracy = float(batch.rewards.mean())
         metrics = {
             f"val-core/{task}/acc/mean@1": accuracy,
-            "val-aux/response_length/mean": float(batch.response_lengths.mean()),
+            "val-aux/response_length/mean": float(batch.own_lengths.mean()),
             "val-aux/response_length/clip_ratio": float(batch.truncated.mean()),
             "timing_s/testing": timing[SAMPLED_S],
         }

@@ -169,13 +169,30 @@ def _names(problems: Problems) -> str:
 
 def sample_metrics(batch: Batch, grpo: GrpoConfig) -> dict[str, float]:
     """verl's names for rewards and lengths of one step's samples."""
-    lengths, leaves_out = batch.response_lengths, grpo.overlong_filter or grpo.zero_variance == "drop"
+    lengths, leaves_out = batch.own_lengths, grpo.overlong_filter or grpo.zero_variance == "drop"
     found = {"training/left_out_ratio": float(out_of_loss(batch, grpo).mean())} if leaves_out else {}
-    return found | {
-        "critic/rewards/mean": float(batch.rewards.mean()),
-        "response_length/mean": float(lengths.mean()),
-        "response_length/max": int(lengths.max()),
-        "response_length/clip_ratio": float(batch.truncated.mean()),
-        "prompt_length/mean": float(batch.prompt.mean()),
-        "training/zero_advantage_ratio": float((batch.advantages == 0).mean()),
+    return (
+        found
+        | _turn_metrics(batch)
+        | {
+            "critic/rewards/mean": float(batch.rewards.mean()),
+            "response_length/mean": float(lengths.mean()),
+            "response_length/max": int(lengths.max()),
+            "response_length/clip_ratio": float(batch.truncated.mean()),
+            "prompt_length/mean": float(batch.prompt.mean()),
+            "training/zero_advantage_ratio": float((batch.advantages == 0).mean()),
+        }
+    )
+
+
+def _turn_metrics(batch: Batch) -> dict[str, float]:
+    """Where an environment has spoken: its tokens, and how often the policy did."""
+    if not batch.own.size:
+        return {}
+    turns = batch.turns
+    return {
+        "response_length/env/mean": float((batch.response_lengths - batch.own_lengths).mean()),
+        "num_turns/mean": float(turns.mean()),
+        "num_turns/max": int(turns.max()),
+        "num_turns/min": int(turns.min()),
     }

@@ -1,7 +1,7 @@
 """What each rank is sent of a step's samples: those of its replica, in the order in which it uses them, in one frame.
 
 every stage       tokens and lengths: the rows of a boundary follow from them
-the last stage    advantages, weights and log-probs besides, for the loss
+the last stage    advantages, weights, log-probs and whose the tokens are besides, for the loss
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from codec.frames import FrameError
 from rl.batch import Batch, concat, deal, deal_together
 
 ROWS = ("tokens",)
-LOSS = ("tokens", "advantages", "loss_weights", "rollout_logprobs", "ref_logprobs")
+LOSS = ("tokens", "own", "advantages", "loss_weights", "rollout_logprobs", "ref_logprobs")
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from xdist.scheduler import LoadScopeScheduling
 
 from rl.batch import Batch
 from rl.model_files import BUILTIN
+from rl.packing import PER_TOKEN
 from swarm.meeting import meeting
 
 torch.set_num_threads(1)
@@ -140,6 +142,17 @@ def make_batch(samples: int = 16, vocab: int = 48, seed: int = 0) -> Batch:
         advantages=rng.normal(0, 1, samples).astype(np.float32),
         truncated=np.zeros(samples, bool),
     )
+
+
+def with_environment(batch: Batch, seed: int = 0) -> Batch:
+    """The same tokens, of which about a third is an environment's: of some samples the last ones, of some all or none."""
+    rng = np.random.default_rng(seed)
+    own = rng.random(batch.response_tokens) < 0.65
+    if own.size:
+        own[0] = False
+    logprobs = {name: getattr(batch, name) for name in PER_TOKEN}
+    cut = {name: array[own] if array.size else array for name, array in logprobs.items()}
+    return replace(batch, own=own, **cut)
 
 
 def on_ranks(world: int, work: Callable[..., Any], *args: Any) -> list[Any]:

@@ -103,7 +103,7 @@ def probe(
         answers = concat([calibration, scored])
         found = compare_batches(folder, shape.layers, config, own, answers, say)
     worth = found and Worth(config, found)
-    return Probe(config, scored.response_tokens, calibration.response_tokens, gradient_tokens, drawn, scores, worth)
+    return Probe(config, scored.own_tokens, calibration.own_tokens, gradient_tokens, drawn, scores, worth)
 
 
 def _trials(
@@ -197,7 +197,7 @@ def _sample(worker: RolloutWorker, split: str, config: RunConfig, tokens: int, s
         stop = first + size if last is None else min(first + size, last)
         frame, *_ = worker.generate(Prompts(split, 0, tuple(range(first, stop)), n, config.rollout.temperature))
         batches.append(Batch.from_frame(frame, "the engine")[1])
-        count, first = count + batches[-1].response_tokens, stop
+        count, first = count + batches[-1].own_tokens, stop
         say(f"sampled {count:,} of {tokens:,} tokens of the {split} split")
     if count < tokens:
         say(
@@ -217,7 +217,7 @@ def _with_drawn_advantages(batch: Batch, seed: int) -> Batch:
 def calibrate(halves: Halves, trials: list[Trial], batch: Batch, config: RunConfig, say: Say) -> None:
     """One pass without codec gives the rows that all trials are calibrated on."""
     calibrations: list[Calibration] = []
-    head = Head(halves.upper, config.grpo, config.rollout.temperature, batch.response_tokens)
+    head = Head(halves.upper, config.grpo, config.rollout.temperature, batch.own_tokens)
 
     def tap(layer: int, x: Tensor) -> Tensor:
         x.register_hook(lambda dx: calibrations[-1].passed.update({layer: (x.detach(), dx)}))
@@ -236,7 +236,7 @@ def calibrate(halves: Halves, trials: list[Trial], batch: Batch, config: RunConf
 
 def score(halves: Halves, trials: list[Trial], batch: Batch, config: RunConfig, say: Say) -> tuple[Tensor, int]:
     """Runs every trial on every microbatch. Returns the gradient without codec, and its number of response tokens."""
-    head = Head(halves.upper, config.grpo, config.rollout.temperature, batch.response_tokens)
+    head = Head(halves.upper, config.grpo, config.rollout.temperature, batch.own_tokens)
     micros, start = list(_micros(batch, config)), time.perf_counter()
     reference, gradient_tokens = torch.zeros(()), 0
     for i, micro in enumerate(micros):

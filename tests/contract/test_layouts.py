@@ -23,7 +23,7 @@ from rl.grpo_config import LrSchedule
 from rl.spans import spans
 from swarm.grid import Grid
 from swarm.peers import WrongSize
-from tests.conftest import make_batch, on_ranks
+from tests.conftest import make_batch, on_ranks, with_environment
 from tests.contract.harness import make_rank, run_ticks
 
 RTOL = 1e-4
@@ -35,15 +35,16 @@ def _work(rank: int, init: str, options: dict, trainer_logprobs: bool, size: int
     state = make_rank(rank=rank, init=init, **options)
     for boundary in state.cuts.values() if saved else ():
         boundary.restore({name: torch.from_numpy(value) for name, value in saved.items()})
-    batches = [cut_batch(s) for s in range(3)]
+    batches = [cut_batch(s, options.get("grpo") == WEIGHED) for s in range(3)]
     corrections = {3: _correction(state)} if state.held.merger.payload and not state.held.placebo else {}
     found = run_ticks(state, batches, corrections, trainer_logprobs=trainer_logprobs, size=size)
     return found | {"codec": {k: v.numpy().copy() for b in state.cuts.values() for k, v in b.state().items()}}
 
 
-def cut_batch(seed: int) -> Batch:
-    """Some of its answers were cut, which by default changes nothing."""
-    return replace(make_batch(seed=seed), truncated=np.arange(16) % 5 == 0)
+def cut_batch(seed: int, turns: bool = False) -> Batch:
+    """Some of its answers were cut, which by default changes nothing. `turns`: some tokens are an environment's."""
+    batch = replace(make_batch(seed=seed), truncated=np.arange(16) % 5 == 0)
+    return with_environment(batch, seed) if turns else batch
 
 
 def _correction(state) -> Correction:
@@ -115,7 +116,7 @@ def test_samples_that_weigh_differently_or_nothing_give_every_layout_and_the_anc
     rates = [report.values["actor/lr"] for report in reference["reports"]]
     assert rates == [1e-3 * WEIGHED.lr_schedule.factor(t, 100) for t in (1, 2, 3)] and rates[2] < rates[1] < 1e-3
 
-    batch = weighted(cut_batch(0), WEIGHED)
+    batch = weighted(cut_batch(0, turns=True), WEIGHED)
     assert 0 < (batch.loss_weights == 0).sum() < len(batch) and len(set(batch.loss_weights)) > 2
     frame = batch.to_frame(denominator=batch.loss_tokens)
     settings = untied_model, spans(4, [2], 2), torch.float32, torch.device("cpu"), 5, WEIGHED, 1.0

@@ -14,19 +14,25 @@ from hypothesis import strategies as st
 from codec.frames import FrameError, pack
 from rl.batch import Batch, concat, deal, deal_together
 from rl.objective import MicroBatch, microbatches
-from rl.packing import OPTIONAL, PER_RESPONSE
+from rl.packing import OPTIONAL, PER_TOKEN
+from tests.conftest import with_environment
 
 LAW = settings(deadline=None, derandomize=True, max_examples=100)
 CPU = torch.device("cpu")
 
 
-def random_batch(n: int, seed: int = 0, ref: bool = False, shortest: int = 0, longest: int = 9) -> Batch:
-    """Samples of 1 to 5 prompt tokens and `shortest` to `longest` response tokens; every value is told apart."""
+def random_batch(
+    n: int, seed: int = 0, ref: bool = False, shortest: int = 0, longest: int = 9, turns: bool = False
+) -> Batch:
+    """Samples of 1 to 5 prompt tokens and `shortest` to `longest` response tokens; every value is told apart.
+
+    `turns`: some of the response tokens are an environment's.
+    """
     rng = np.random.default_rng(seed)
     prompt = rng.integers(1, 6, n).astype(np.int32)
     response = rng.integers(shortest, longest + 1, n).astype(np.int32)
     r = int(response.sum())
-    return Batch(
+    batch = Batch(
         tokens=rng.integers(1, 1000, int((prompt + response).sum())).astype(np.int32),
         prompt=prompt,
         total=prompt + response,
@@ -36,30 +42,34 @@ def random_batch(n: int, seed: int = 0, ref: bool = False, shortest: int = 0, lo
         advantages=rng.normal(size=n).astype(np.float32),
         truncated=rng.random(n) < 0.5,
     )
+    return with_environment(batch, seed) if turns else batch
 
 
 def samples(batch: Batch) -> list[dict[str, Any]]:
     """The batch as a list of samples, cut with two running positions."""
-    found, t, r = [], 0, 0
+    found, t, r, at = [], 0, 0, 0
     for i in range(len(batch.prompt)):
         p, n = int(batch.prompt[i]), int(batch.total[i])
+        own = batch.own[at : at + n - p].tolist() if batch.own.size else [True] * (n - p)
+        k = sum(own)
         found.append(
             {
                 "prompt": batch.tokens[t : t + p].tolist(),
                 "response": batch.tokens[t + p : t + n].tolist(),
-                "rollout": batch.rollout_logprobs[r : r + n - p].tolist(),
-                "ref": batch.ref_logprobs[r : r + n - p].tolist(),
+                "own": own,
+                "rollout": batch.rollout_logprobs[r : r + k].tolist(),
+                "ref": batch.ref_logprobs[r : r + k].tolist(),
                 "reward": float(batch.rewards[i]),
                 "advantage": float(batch.advantages[i]),
                 "truncated": bool(batch.truncated[i]),
             }
         )
-        t, r = t + n, r + n - p
+        t, r, at = t + n, r + k, at + n - p
     assert t == len(batch.tokens) and r == len(batch.rollout_logprobs)
     return found
 
 
-BATCHES = st.builds(random_batch, st.integers(1, 12), st.integers(0, 1000), st.booleans())
+BATCHES = st.builds(random_batch, st.integers(1, 12), st.integers(0, 1000), st.booleans(), turns=st.booleans())
 
 
 # --- cut and join ------------------------------------------------------------------------------
@@ -84,7 +94,11 @@ def test_picked_samples_are_those_in_that_order_and_what_was_not_sent_stays_empt
 
 
 @LAW
-@given(st.lists(st.builds(random_batch, st.integers(1, 5), st.integers(0, 1000)), min_size=1, max_size=4))
+@given(
+    st.lists(
+        st.builds(random_batch, st.integers(1, 5), st.integers(0, 1000), turns=st.booleans()), min_size=1, max_size=4
+    )
+)
 def test_joining_batches_puts_their_samples_one_after_the_other(batches: list[Batch]):
     assert samples(concat(batches)) == [sample for batch in batches for sample in samples(batch)]
 
@@ -97,6 +111,20 @@ def test_a_batch_cut_in_two_and_joined_is_the_same_batch(batch: Batch, data: st.
     for field in fields(Batch):
         ours, theirs = getattr(joined, field.name), getattr(batch, field.name)
         assert ours.dtype == theirs.dtype and np.array_equal(ours, theirs)
+
+
+@LAW
+@given(BATCHES)
+def test_own_tokens_and_turns_are_those_of_a_loop(batch: Batch):
+    found = [s["own"] for s in samples(batch)]
+    assert batch.own_lengths.tolist() == [sum(own) for own in found]
+    assert batch.loss_tokens == batch.own_tokens == sum(map(sum, found))
+    if batch.own.size:
+        assert batch.turns.tolist() == [
+            sum(mine and not before for before, mine in zip([False, *own], own)) for own in found
+        ]
+    else:
+        assert batch.turns.tolist() == [1] * len(batch)
 
 
 def test_response_tokens_are_counted_without_prompts():
@@ -145,6 +173,13 @@ BAD = {
         "one advantage for all": replace(GOOD, advantages=GOOD.advantages[:1]),
         "advantages in halves": replace(GOOD, advantages=GOOD.advantages.astype(np.float16)),
     },
+    "own": {
+        "a mark too few": replace(GOOD, own=np.ones(GOOD.response_tokens - 1, bool)),
+        "marks as bytes": replace(GOOD, own=np.ones(GOOD.response_tokens, np.uint8)),
+    },
+    "rollout_logprobs of the policy's alone": {
+        "log-probs of an environment": replace(GOOD, own=np.zeros(GOOD.response_tokens, bool))
+    },
     "truncated": {
         "a mark too many": replace(GOOD, truncated=np.append(GOOD.truncated, True)),
         "marks as bytes": replace(GOOD, truncated=GOOD.truncated.astype(np.uint8)),
@@ -164,14 +199,14 @@ CASES = [pytest.param(field, batch, id=what) for field, found in BAD.items() for
 
 @pytest.mark.parametrize(("field", "batch"), CASES)
 def test_a_batch_that_does_not_add_up_is_not_sent_and_the_field_is_named(field: str, batch: Batch):
-    with pytest.raises(ValueError, match=field):
+    with pytest.raises(ValueError, match=field.split()[0]):
         batch.to_frame()
 
 
 @LAW
 @given(BATCHES, st.sets(st.sampled_from(OPTIONAL)))
 def test_of_a_batch_only_what_is_asked_for_travels(batch: Batch, names: set[str]):
-    names = names | {"tokens"} if names & set(PER_RESPONSE) else names
+    names = names | {"tokens", "own"} if names & set(PER_TOKEN) else names
     sent = batch.only(*names)
     found = Batch.from_frame(sent.to_frame(), "engine 1")[1]
     for field in fields(Batch):
@@ -191,7 +226,7 @@ def test_a_frame_that_is_no_batch_is_refused_by_naming_the_sender_and_the_field(
             ({}, {"body": body, "more": body}),
         ],
         "samples": [({}, {"body": body}), ({"samples": -1, "sent": 0}, {"body": body})],
-        "sent": [({"samples": 1, "sent": None}, {"body": body}), ({"samples": 1, "sent": 1 << 7}, {"body": body})],
+        "sent": [({"samples": 1, "sent": None}, {"body": body}), ({"samples": 1, "sent": 1 << 8}, {"body": body})],
         "prompt": [({"samples": 1 << 40, "sent": 0}, {"body": body + 1})],
     }
     for field, found in wrong.items():
@@ -263,13 +298,17 @@ def check(micro: MicroBatch, chosen: list[dict[str, Any]], ref: bool) -> None:
         whole = s["prompt"] + s["response"]
         assert micro.ids[b].tolist() == whole + [0] * (longest - len(whole))
         assert micro.real[b].tolist() == [True] * len(whole) + [False] * (longest - len(whole))
+        known = iter(zip(s["rollout"], s["ref"] if ref else s["rollout"], strict=True))
         for t, token in enumerate(s["response"]):
+            if not s["own"][t]:
+                continue
             rows.append(b)
             positions.append(len(s["prompt"]) + t - 1)
             targets.append(token)
             advantages.append(s["advantage"])
-            rollout.append(s["rollout"][t])
-            base.append(s["ref"][t] if ref else None)
+            of_engine, of_base = next(known)
+            rollout.append(of_engine)
+            base.append(of_base if ref else None)
     assert micro.predicts[0].tolist() == rows and micro.predicts[1].tolist() == positions
     assert micro.targets.tolist() == targets
     assert micro.advantages.tolist() == advantages
@@ -280,12 +319,21 @@ def check(micro: MicroBatch, chosen: list[dict[str, Any]], ref: bool) -> None:
 
 
 @LAW
-@given(st.integers(1, 12), st.integers(0, 1000), st.booleans(), st.integers(0, 2), st.integers(1, 14), st.randoms())
+@given(
+    st.integers(1, 12),
+    st.integers(0, 1000),
+    st.booleans(),
+    st.integers(0, 2),
+    st.integers(1, 14),
+    st.booleans(),
+    st.randoms(),
+)
 def test_microbatches_hold_the_samples_in_the_given_order_with_each_number_at_its_token(
-    n: int, seed: int, ref: bool, shortest: int, size: int, rng: Any
+    n: int, seed: int, ref: bool, shortest: int, size: int, turns: bool, rng: Any
 ):
-    # without a response token in the whole batch, base log-probs of length 0 cannot be told from none
-    batch = random_batch(n, seed, ref, max(shortest, int(ref)))
+    # without a token of the policy's in the whole batch, base log-probs of length 0 cannot be told from none
+    batch = random_batch(n, seed, ref, max(shortest, int(ref)), turns=turns)
+    ref = ref and bool(batch.own_tokens)
     order = list(range(n))
     rng.shuffle(order)
     found = microbatches(batch, np.array(order), size, CPU)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from codec.frames import FrameError
 from rl.batch import Batch
 from rl.packing import OPTIONAL, pack_samples, unpack_samples
+from tests.conftest import with_environment
 from tests.unit.codec.test_fuzz import bounded_memory, mutate
 from tests.unit.rl.test_batch import random_batch
 
@@ -44,9 +45,11 @@ def group(prompts: int, samples: int, prompt: int = 40, response: int = 10, voca
 
 
 @LAW
-@given(st.integers(0, 12), st.integers(0, 1000), st.booleans(), st.sampled_from([2, 17, 2**16, 2**31 - 1]))
-def test_what_is_packed_comes_back_to_the_bit(n: int, seed: int, ref: bool, vocab: int):
-    batch = random_batch(n, seed, ref)
+@given(
+    st.integers(0, 12), st.integers(0, 1000), st.booleans(), st.booleans(), st.sampled_from([2, 17, 2**16, 2**31 - 1])
+)
+def test_what_is_packed_comes_back_to_the_bit(n: int, seed: int, ref: bool, turns: bool, vocab: int):
+    batch = random_batch(n, seed, ref, turns=turns)
     rng = np.random.default_rng(seed)
     odd = rng.integers(0, 2**32, batch.rollout_logprobs.size, np.uint32).view(np.float32)  # NaNs and all
     some = np.array([0.0, -0.0, np.nan, np.inf, 1e-40, -1.0], np.float32)
@@ -87,6 +90,14 @@ def test_a_log_prob_costs_28_bits_and_a_reward_as_many_as_tell_apart_what_occurs
     assert size(batch, "tokens", "advantages") - plain == pytest.approx(n * 2 / 8 + 3 * 4 + 5, abs=1)
 
 
+def test_whose_a_token_is_costs_a_bit_and_a_token_of_an_environment_has_no_log_prob():
+    batch = group(4, 16)
+    marked = with_environment(batch)
+    logprobs = size(batch, *OPTIONAL) - size(marked, *OPTIONAL)
+    lacking = batch.own_tokens - marked.own_tokens
+    assert 100 < lacking and logprobs == pytest.approx(lacking * 28 / 8 - batch.response_tokens / 8, abs=20)
+
+
 def test_the_size_does_not_depend_on_what_is_said_but_on_how_much():
     batch = group(4, 8)
     shuffled = np.random.default_rng(1).permutation(batch.rollout_logprobs)
@@ -95,7 +106,12 @@ def test_the_size_does_not_depend_on_what_is_said_but_on_how_much():
 
 HONEST = [
     (*pack_samples(arrays_of(batch)), len(batch))
-    for batch in (random_batch(6, ref=True, shortest=1), random_batch(6).only("rewards", "truncated"), group(3, 8))
+    for batch in (
+        random_batch(6, ref=True, shortest=1),
+        random_batch(6).only("rewards", "truncated"),
+        group(3, 8),
+        random_batch(6, ref=True, shortest=1, turns=True),
+    )
 ]
 
 
@@ -109,7 +125,7 @@ def test_100000_damaged_bodies_are_refused_by_sender_and_field_or_give_a_batch_t
             if rng.random() < 0.1:
                 samples = rng.choice([0, 1, samples + 1, 1 << 20, 1 << 40])
             if rng.random() < 0.1:
-                sent = rng.randrange(1 << 7)
+                sent = rng.randrange(1 << 8)
             outcomes[attempt(np.frombuffer(bytes(data), np.uint8), samples, sent)] += 1
     print(dict(outcomes.most_common()))
     for field in ("accepted", "sent", "body", "prompt", "total", "tokens", "rewards", "rollout_logprobs"):
