@@ -36,7 +36,7 @@ class TaskConfig(Section):
 
     name: str = Field(
         default="sums",
-        description="`sums`, `reasoning_gym:NAME`, `jsonl:PATH`, or `hf:` and OWNER/NAME, OWNER/NAME/CONFIG or a PATH",
+        description="`sums`, `calculator`, `reasoning_gym:NAME`, `jsonl:PATH`, or `hf:` and OWNER/NAME, OWNER/NAME/CONFIG or a PATH",
     )
     params: dict[str, Any] = Field(
         default_factory=dict,
@@ -58,6 +58,13 @@ class TaskConfig(Section):
     template_options: dict[str, Any] = Field(
         default_factory=dict,
         description="what the chat template is told besides, e.g. `{enable_thinking = false}`",
+    )
+    max_turns: int = Field(
+        default=1, ge=1, description="turns of the policy in one sample; between two the task is asked for an answer"
+    )
+    stop: list[str] = Field(
+        default_factory=list,
+        description="texts that end a turn beside the model's own ends, e.g. `</tool_call>`; each a single token",
     )
     overlong: Literal["error", "drop"] = Field(
         default="error",
@@ -226,6 +233,7 @@ class ValConfig(Section):
 _VLLM = (When("rollout.engine", ("vllm",)),)
 
 READING: Reading = {
+    "task.max_turns": ((When("task.name", ("calculator",)),),),
     "task.template_options": ((When("task.chat", (True,)),),),
     "task.params": ((When("task.name", ("reasoning_gym:NAME", "jsonl:PATH", "hf:NAME"), lambda name: ":" in name),),),
     "task.params.train": ((When("task.name", ("hf:NAME",), lambda name: not name.startswith("jsonl:")),),),

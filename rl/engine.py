@@ -15,7 +15,8 @@ from rl.grpo import token_logprobs
 from rl.policy import whole_model
 from rl.stops import stop_tokens
 
-Key = tuple[int, ...]  # (seed, split, step, prompt, sample): all that a sample's random numbers depend on
+# (seed, split, step, prompt, sample), and the turn from the second on: all that a sample's random numbers depend on
+Key = tuple[int, ...]
 
 
 class EngineFailed(RuntimeError):
@@ -44,8 +45,13 @@ class Engine(Protocol):
     plain: PlainModel
     device: torch.device
 
-    def sample(self, prompts: list[list[int]], keys: list[Key], max_new: int, temperature: float) -> Samples:
-        """At most `max_new` tokens of len(keys) / len(prompts) samples a prompt, each drawn by its own key."""
+    def sample(
+        self, prompts: list[list[int]], keys: list[Key], max_new: int | list[int], temperature: float
+    ) -> Samples:
+        """At most `max_new` tokens of len(keys) / len(prompts) samples a prompt, each drawn by its own key.
+
+        `max_new` is one number for all samples, or one for each.
+        """
         ...
 
     def publish(self) -> None:

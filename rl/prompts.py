@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CHUNK = 1024  # prompts a call of the tokenizer, which takes them in parallel
+_TURN = "what-the-policy-says"
 
 
 class PromptRefused(ValueError):
@@ -45,6 +47,7 @@ class PromptEncoder:
         self.tokenizer = load_tokenizer(folder) if tokenizer is None else tokenizer
         self._task, self._limit, self._vocab = task, limit, model_config(str(folder))["vocab_size"]
         self._nothing = next(self._encoded([""]))
+        self.stops = [self._stop(text) for text in task.stop]  # tokens that end a turn
 
     def encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         """Token ids. Raises PromptRefused for the first that cannot be shown."""
@@ -126,6 +129,50 @@ class PromptEncoder:
             return [{"role": "user", "content": instruction + prompt}]
         alone = not instruction or prompt[0]["role"] == "system"
         return prompt if alone else [{"role": "system", "content": instruction}, *prompt]
+
+    def continuation(self, replies: list[Message], last: int) -> list[int]:
+        """Token ids of what comes behind a turn of the policy that ended in the token `last`: what others said, up to where
+        its next turn begins. Raises PromptRefused."""
+        text = "".join(message["content"] for message in replies)
+        try:
+            shown = self._behind(replies, closed=last not in self.stops) if self._task.chat else text
+            ids = cast(list[int], self.tokenizer(shown, add_special_tokens=False, verbose=False)["input_ids"])
+        except Exception as error:  # as in `_alone`
+            raise PromptRefused(f"{text[:200]!r}, which is not taken ({type(error).__name__}: {error})") from error
+        if not ids or max(ids) >= self._vocab:
+            raise PromptRefused(f"{text[:200]!r}, of which the model knows no token, or has one that it does not embed")
+        return ids
+
+    def _behind(self, replies: list[Message], closed: bool) -> str:
+        """What the chat template puts behind the policy's words; `closed`: these hold the end of its turn."""
+        turn: list[Message] = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _TURN}]
+        whole = self.tokenizer.apply_chat_template(
+            cast(list[dict[str, Any]], [*turn, *replies]),
+            add_generation_prompt=True,
+            tokenize=False,
+            **self._task.template_options,
+        )
+        _, said, rest = cast(str, whole).rpartition(_TURN)
+        if not said:
+            raise ValueError("the chat template leaves out what the assistant says")
+        return rest.lstrip().removeprefix(self._end) if closed and self._end else rest
+
+    @cached_property
+    def _end(self) -> str:
+        """Of a turn, in the chat template; "" if it has none."""
+        from rl.stops import end_of_turn
+
+        end = end_of_turn(self.tokenizer)
+        return "" if end is None else cast(str, self.tokenizer.convert_ids_to_tokens(end))
+
+    def _stop(self, text: str) -> int:
+        """Raises ValueError: an engine looks at tokens, and in one text may end within a token."""
+        ids = cast(list[int], self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        if len(ids) != 1 or ids[0] >= self._vocab:
+            raise ValueError(
+                f"task.stop {text!r} is {len(ids)} tokens of this model, and a turn ends at one: {ids[:9]}"
+            )
+        return ids[0]
 
     def _plain(self, prompt: Prompt) -> str:
         if isinstance(prompt, str):

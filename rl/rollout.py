@@ -1,13 +1,13 @@
 """Rollouts: an engine samples answers from the uncompressed weights, a task scores them, batches come back.
 
 Same answers for any number of replicas, and with the engine `transformers` for any split in batches: every
-sample has its own random numbers, a function of (seed, split, step, prompt, sample) alone.
+sample has its own random numbers, a function of (seed, split, step, prompt, sample) and its turn alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -17,7 +17,8 @@ from rl import mismatch
 from rl.batch import Batch, Prompts
 from rl.config import GrpoConfig, ModelConfig, RolloutConfig, SnapshotConfig, TaskConfig
 from rl.device import peak_memory_gb
-from rl.engine import Engine, PlainModel, Samples
+from rl.engine import Engine, PlainModel
+from rl.examples import Example
 from rl.grpo import group_advantages
 from rl.model_files import resolve
 from rl.problems import Problems
@@ -28,6 +29,7 @@ from rl.snapshot import Receiver
 from rl.table import Table
 from rl.tasks import make_task
 from rl.transformers_engine import TransformersEngine
+from rl.turns import Conversations, Environment, Talks
 from rl.vllm_engine import VllmEngine
 
 SPLITS = {"train": 0, "val": 1}
@@ -63,7 +65,10 @@ class RolloutWorker:
         self.grpo, self.seed = grpo, seed
         self.receiver = Receiver(snapshot)
         self.rollout, plain = rollout, PlainModel(folder, model, rollout)
+        plain.eos = sorted({*plain.eos, *self.encoder.stops})
         self.engine: Engine = ENGINES[rollout.engine](plain, rollout, grpo.max_prompt_length + grpo.max_response_length)
+        environment = self.task if isinstance(self.task, Environment) else None
+        self.conversations = Conversations(self.engine, self.encoder, environment, task.max_turns)
         self.reference = PlainModel(folder, model, rollout) if grpo.needs_reference else None
 
     def load_weights(self, tick: int, *parts: np.ndarray) -> str:
@@ -100,15 +105,12 @@ class RolloutWorker:
         prompts = self.encoder.encode([example.prompt for example in examples])
         limit = self.grpo.max_response_length
         keys = [(self.seed, SPLITS[ask.split], ask.step, i, s) for i in ask.indices for s in range(ask.n)]
-        samples = self.engine.sample(prompts, keys, limit, ask.temperature)
+        samples = self.conversations.hold(prompts, examples, keys, limit, ask.temperature)
         compared = self._compare(ask, prompts, samples)
         prompts = [p for p in prompts for _ in range(ask.n)]
-        examples = [e for e in examples for _ in range(ask.n)]
+        examples = self._told([e for e in examples for _ in range(ask.n)], samples)
         ref = self._reference_logprobs(ask, prompts, samples)
-        rewards = [
-            self.reward(example, cast(str, self.tokenizer.decode(tokens, skip_special_tokens=True)), cut)
-            for example, tokens, cut in zip(examples, samples.tokens, samples.truncated)
-        ]
+        rewards = [self.reward(*answer) for answer in zip(examples, samples.texts, samples.truncated)]
         lengths, taken = np.array([len(t) for t in samples.tokens]), {}
         if ask.split == "train":
             rewards, taken = shaped(rewards, lengths, self.grpo, samples.logprobs, ref)
@@ -121,29 +123,37 @@ class RolloutWorker:
             rewards=np.array(rewards, np.float32),
             advantages=self._advantages(rewards, ask.n),
             truncated=np.array(samples.truncated, bool),
+            own=samples.marks,
         )
         batch = batch.only("rewards", "truncated", "own") if ask.scores_only else batch
         frame = batch.to_frame(split=ask.split, step=ask.step)
         return frame, peak_memory_gb(self.engine.device), compared | taken | self._undecided()
 
-    def _reference_logprobs(self, ask: Prompts, prompts: list[list[int]], samples: Samples) -> list[np.ndarray]:
+    def _reference_logprobs(self, ask: Prompts, prompts: list[list[int]], samples: Talks) -> list[np.ndarray]:
         """Of the base policy, where a loss will read them; of greedy answers at temperature 1."""
         if self.reference is None or ask.scores_only:
             return []
-        return self.reference.score(prompts, samples.tokens, ask.temperature or 1.0)
+        return samples.of_own(self.reference.score(prompts, samples.tokens, ask.temperature or 1.0))
+
+    def _told(self, examples: list[Example], samples: Talks) -> list[Example]:
+        """With what was said in several turns, for a reward."""
+        if self.conversations.most == 1:
+            return examples
+        pairs = zip(examples, samples.messages, strict=True)
+        return [replace(e, metadata=e.metadata | {"conversation": messages}) for e, messages in pairs]
 
     def _undecided(self) -> dict[str, float]:
         count = self.task.formulas.take_undecided() if isinstance(self.task, Table) else 0
         return {UNDECIDED: count} if count else {}
 
-    def _compare(self, ask: Prompts, prompts: list[list[int]], samples: Samples) -> dict[str, float]:
+    def _compare(self, ask: Prompts, prompts: list[list[int]], samples: Talks) -> dict[str, float]:
         """`mismatch.sums` of each prompt's first sample: the engine's log-probs against an uncompressed forward's.
 
         Both here, at the same weights, so nothing crosses a link for it; one sample a prompt keeps it cheap.
         """
         if ask.split != "train" or not self.rollout.compares(ask.step):
             return {}
-        plain = self.engine.plain.score(prompts, samples.tokens[:: ask.n], ask.temperature)
+        plain = samples.of_own(self.engine.plain.score(prompts, samples.tokens[:: ask.n], ask.temperature), ask.n)
         both = (torch.from_numpy(np.concatenate(logprobs)) for logprobs in (samples.logprobs[:: ask.n], plain))
         return {name: value.item() for name, value in mismatch.sums(*both).items()}
 

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 from pydantic import ValidationError
 
+from rl.calculator_task import Calculator
 from rl.config import TableParams, TaskConfig
 from rl.examples import Example
 from rl.hub_rows import check_hub_rows, hub_rows, is_local
@@ -83,6 +84,10 @@ def _build_sums(argument: str, config: TaskConfig, seed: int, val_size: int, jud
     return Sums(seed)
 
 
+def _build_calculator(argument: str, config: TaskConfig, seed: int, val_size: int, judge: Judge | None) -> Task:
+    return Calculator(seed)
+
+
 def _build_gym(argument: str, config: TaskConfig, seed: int, val_size: int, judge: Judge | None) -> Task:
     return ReasoningGym(argument, config.params, seed, val_size)
 
@@ -99,7 +104,14 @@ def _build_hf(argument: str, config: TaskConfig, seed: int, val_size: int, judge
     return Table(hub_rows(argument, columns.train), val, columns, seed, judge)
 
 
-TASKS = {"sums": _build_sums, "reasoning_gym": _build_gym, "jsonl": _build_jsonl, "hf": _build_hf}
+TASKS = {
+    "sums": _build_sums,
+    "calculator": _build_calculator,
+    "reasoning_gym": _build_gym,
+    "jsonl": _build_jsonl,
+    "hf": _build_hf,
+}
+PLAIN = ("sums", "calculator")  # their names are all that there is to say
 TABLES = ("jsonl", "hf")
 _OURS = frozenset(  # of apply_chat_template
     "conversation chat_template add_generation_prompt continue_final_message tokenize padding truncation max_length "
@@ -147,9 +159,11 @@ def _check_name(name: str) -> None:
     if kind not in TASKS:
         near = difflib.get_close_matches(kind, TASKS, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"unknown task {name!r}: use sums, reasoning_gym:NAME, jsonl:PATH or hf:NAME{hint}")
-    if kind == "sums" and argument:
-        raise ValueError(f"unknown task {name!r}: sums takes no argument")
+        raise ValueError(
+            f"unknown task {name!r}: use sums, calculator, reasoning_gym:NAME, jsonl:PATH or hf:NAME{hint}"
+        )
+    if kind in PLAIN and argument:
+        raise ValueError(f"unknown task {name!r}: {kind} takes no argument")
     if kind == "jsonl" and not Path(argument).expanduser().is_file():
         raise ValueError(f"no such file: {argument!r}")
     if kind == "hf":
@@ -162,8 +176,8 @@ def _check_name(name: str) -> None:
 
 def _check_params(config: TaskConfig) -> None:
     kind, _, argument = config.name.partition(":")
-    if kind == "sums" and config.params:
-        raise ValueError(f"sums takes none, got {', '.join(config.params)}")
+    if kind in PLAIN and config.params:
+        raise ValueError(f"{kind} takes none, got {', '.join(config.params)}")
     if kind == "reasoning_gym" and config.params:
         _check_gym(argument, config.params)
     if kind not in TABLES:

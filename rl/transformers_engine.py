@@ -28,14 +28,18 @@ class TransformersEngine:
     def sleep(self) -> None: ...
 
     @torch.inference_mode()
-    def sample(self, prompts: list[list[int]], keys: list[Key], max_new: int, temperature: float) -> Samples:
+    def sample(
+        self, prompts: list[list[int]], keys: list[Key], max_new: int | list[int], temperature: float
+    ) -> Samples:
         n = len(keys) // len(prompts)
+        limits = torch.tensor(max_new, device=self.device).expand(len(keys))
+        max_new = int(limits.max())
         drawn = torch.from_numpy(uniforms(keys, max_new)).to(self.device)
         cache, logits, mask = self._prefill(prompts, n)
         rows = torch.arange(len(keys), device=self.device)  # which samples are still running
         tokens = torch.zeros(len(keys), max_new, dtype=torch.int64, device=self.device)
         logprobs = torch.zeros(len(keys), max_new, device=self.device)
-        lengths = torch.full((len(keys),), max_new, device=self.device)
+        lengths = limits.clone()
         finished = torch.zeros(len(keys), dtype=torch.bool, device=self.device)
         position = torch.tensor([len(p) for p in prompts], device=self.device).repeat_interleave(n)
         for t in range(max_new):
@@ -44,6 +48,7 @@ class TransformersEngine:
             done = torch.isin(chosen, self.eos)
             lengths[rows[done]] = t + 1
             finished[rows[done]] = True
+            done |= limits[rows] == t + 1
             if done.any():
                 keep = (~done).nonzero().squeeze(1)
                 rows, chosen, position = rows[keep], chosen[keep], position[keep]

@@ -99,7 +99,9 @@ class VllmEngine:
         self.llm.sleep(level=2)
         self.asleep, self.ready = True, False
 
-    def sample(self, prompts: list[list[int]], keys: list[Key], max_new: int, temperature: float) -> Samples:
+    def sample(
+        self, prompts: list[list[int]], keys: list[Key], max_new: int | list[int], temperature: float
+    ) -> Samples:
         from vllm import SamplingParams, TokensPrompt  # pyright: ignore[reportMissingImports]
 
         if not self.ready:
@@ -108,13 +110,13 @@ class VllmEngine:
             SamplingParams(
                 temperature=temperature,
                 seed=seed,
-                max_tokens=max_new,
+                max_tokens=most,
                 stop_token_ids=self.plain.eos,
                 logprobs=0,  # the sampled token's alone
                 flat_logprobs=True,
                 detokenize=False,
             )
-            for seed in request_seeds(keys)
+            for seed, most in zip(request_seeds(keys), [max_new] * len(keys) if isinstance(max_new, int) else max_new)
         ]
         n = len(keys) // len(prompts)
         asked = [TokensPrompt(prompt_token_ids=prompt) for prompt in prompts for _ in range(n)]

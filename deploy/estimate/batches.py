@@ -1,7 +1,8 @@
 """Bytes of samples on their way: packed by the code that a run packs them with, their numbers made up.
 
 Lengths lie around the means that `links` assumes, tokens anywhere in the vocabulary. What is approximate: the longest
-response and the highest token of a real batch may need a bit more or less.
+response and the highest token of a real batch may need a bit more or less. Of several turns all tokens count as the policy's,
+each with its log-prob.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ class _Kind(NamedTuple):
     vocab: int
     with_ref: bool
     weighs: GrpoConfig | None  # None: no sample has a weight of its own
+    turns: bool  # whose each token is, is said
 
 
 def answers(config: RunConfig, prompts: int, samples: int, scores_only: bool = False) -> Sizes:
@@ -66,13 +68,14 @@ def dealt(config: RunConfig) -> list[Sizes]:
 def _kind(config: RunConfig, prompts: int, samples: int) -> _Kind:
     with_ref, weighs = config.grpo.kl_loss_coef > 0, config.grpo if config.grpo.weighs_samples else None
     vocab = parameters(config).vocab
-    return _Kind(prompts, samples, prompt_tokens(config), response_tokens(config), vocab, with_ref, weighs)
+    lengths, turns = (prompt_tokens(config), response_tokens(config)), config.task.max_turns > 1
+    return _Kind(prompts, samples, *lengths, vocab, with_ref, weighs, turns)
 
 
 @cache
 def _answers(kind: _Kind, scores_only: bool) -> Sizes:
     batch = _made_up(kind)
-    batch = batch.only("rewards", "truncated") if scores_only else batch
+    batch = batch.only("rewards", "truncated", "own") if scores_only else batch
     return Sizes(batch.to_frame(split="train", step=100).nbytes, batch.nbytes)
 
 
@@ -124,6 +127,7 @@ def _made_up(kind: _Kind, seed: int = 0) -> Batch:
         rewards=rewards.reshape(-1),
         advantages=(from_mean / (from_mean.std(1, keepdims=True) + 1e-6)).reshape(-1),
         truncated=np.zeros(count, bool),
+        own=np.ones(len(logprobs) if kind.turns else 0, bool),
     )
 
 

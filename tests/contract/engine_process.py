@@ -84,7 +84,9 @@ def _serve(pipe: Any, kind: str, folder: Path, dtype: str, rollout: dict[str, An
             pipe.send((None, failure))
 
 
-def sample(engine: Engine, prompts: list[list[int]], keys: list[Key], max_new: int, temperature: float) -> Samples:
+def sample(
+    engine: Engine, prompts: list[list[int]], keys: list[Key], max_new: int | list[int], temperature: float
+) -> Samples:
     return engine.sample(prompts, keys, max_new, temperature)
 
 

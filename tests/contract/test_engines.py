@@ -127,6 +127,16 @@ def test_answers_end_at_eos_or_are_marked_truncated(engine: EngineProcess):
         assert 1 not in tokens[:-1] and (end or len(tokens) == 12) and len(logprobs) == len(tokens)
 
 
+def test_each_sample_may_have_a_limit_of_its_own(engine: EngineProcess):
+    limits = [3, 1, 12, 7, 12, 2, 9, 4, 12, 1, 5, 6]
+    found, whole = (engine(sample, PROMPTS, keys(4, 3), most, 1.0) for most in (limits, 12))
+    assert [len(t) <= n for t, n in zip(found.tokens, limits)] == [True] * 12
+    assert found.truncated == [1 not in t for t in found.tokens]
+    pairs = zip(found.tokens, whole.tokens, limits)
+    agree = [np.array_equal(ours, theirs[:n]) for ours, theirs, n in pairs]
+    assert all(agree) if engine.dtype == "float32" else sum(agree) >= 6
+
+
 def test_a_low_temperature_takes_likely_tokens(engine: EngineProcess):
     def likelihood(temperature: float) -> float:
         return np.concatenate(engine(sample, PROMPTS, keys(4, 4), 10, temperature).logprobs).mean()

@@ -85,6 +85,34 @@ def test_rewards_are_the_tasks_scores_and_advantages_are_of_groups(worker: Rollo
     np.testing.assert_allclose(batch.advantages.reshape(-1, 8), centred, rtol=1e-4, atol=1e-5)
 
 
+def test_turns_with_the_calculator_are_marked_scored_and_repeat_in_any_chunks(worker: RolloutWorker):
+    task = TaskConfig(name="calculator", max_turns=3, stop=["?"])
+    turns = make_worker(task=task, kl_loss_coef=0.1)
+    batch = ask(turns, tuple(range(8)))
+    assert (batch.turns <= 3).all() and len(set(batch.turns)) > 1 and len(batch.own) == batch.response_tokens
+    at = 0
+    for i, one in enumerate(batch.take(i, i + 1) for i in range(len(batch))):
+        text, example = turns.tokenizer.decode(one.tokens[one.prompt[0] :]), turns.task.example("train", i // 4)
+        assert [c for c, mine in zip(text, one.own) if not mine] == [
+            str(sum(example.metadata["digits"]) % 10) for _ in range(one.turns[0] - 1)
+        ]
+        assert all(text[k - 1] == "?" for k in np.flatnonzero(~one.own))
+        cut = not text.endswith("$") and len(text) == 40
+        assert one.truncated[0] == cut and one.rewards[0] == (f"#{example.answer}$" in text)
+        prompt, response = one.tokens[: one.prompt[0]].tolist(), one.tokens[one.prompt[0] :]
+        (plain,) = turns.engine.plain.score([prompt], [response], 1.0)
+        np.testing.assert_allclose(one.rollout_logprobs, plain[one.own], atol=1e-4)
+        at += one.own_lengths[0]
+    np.testing.assert_allclose(batch.ref_logprobs, batch.rollout_logprobs, atol=1e-4)
+    part = ask(turns, (3, 4))
+    assert part.tokens.tolist() == batch.take(12, 20).tokens.tolist()
+    plain = ask(worker, tuple(range(8)))
+    alone = ask(make_worker(task=TaskConfig(name="calculator")), tuple(range(8)))
+    assert not alone.own.size and alone.tokens.tolist() == plain.tokens.tolist()
+    told = ask(turns, tuple(range(16)), n=1, split="val")
+    assert told.turns.max() > 1 and set(told.rewards) == {0, 1}
+
+
 def test_truncated_answers_score_nothing():
     batch = ask(make_worker(max_response_length=5), tuple(range(4)))
     assert batch.truncated.all() and not batch.rewards.any() and (batch.response_lengths == 5).all()

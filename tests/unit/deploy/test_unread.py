@@ -70,6 +70,7 @@ UNREAD = {  # a setting that does nothing: what was chosen beside it, and what r
     "anchor.norm_bound=5.0": ("", "anchor.clock 'lockstep'", "set anchor.clock=wall"),
     "anchor.timeout_s=9.0": (NO_ANCHOR, "anchor.enabled false", "or diagnostics.every=7"),
     "snapshot.rate=0.05": ("snapshot.encoding=full", "snapshot.encoding 'full'", "set snapshot.encoding=delta"),
+    "task.max_turns=2": ("", "task.name 'sums'", "set task.name=calculator"),
     "task.reward_timeout_s=3.0": ("", "task.reward", "set task.reward=MODULE:FUNCTION"),
     "model.lora.alpha=8.0": ("", "model.lora.rank 0", "set model.lora.rank=16"),
     'model.lora.targets=["q_proj"]': ("", "model.lora.rank 0", "set model.lora.rank=16"),
@@ -83,7 +84,7 @@ UNREAD = {  # a setting that does nothing: what was chosen beside it, and what r
 ALWAYS = """
 run.name run.seed run.steps run.checkpoint_every run.loggers model.path model.dtype model.attention
 model.lora.rank
-task.name task.reward task.instruction task.chat task.overlong
+task.name task.reward task.instruction task.chat task.stop task.overlong
 grpo.train_batch_size grpo.ppo_mini_batch_size grpo.group_size grpo.clip_ratio grpo.clip_ratio_c grpo.lr grpo.betas
 grpo.clip_ratio_low grpo.clip_ratio_high grpo.loss_agg_mode grpo.norm_adv_by_std grpo.overlong_filter grpo.zero_variance
 grpo.filter_groups.max_num_gen_batches grpo.overlong_buffer.length grpo.importance_sampling_level grpo.lr_schedule.kind grpo.lr_schedule.warmup_ticks grpo.kl_in_reward
@@ -153,7 +154,7 @@ def test_every_key_that_is_not_always_read_is_refused_somewhere_above():
         "codec.kind",
         "codec.gradient.kind",
     }
-    assert set(READERS) - {"task.params", "task.params.train"} <= refused  # below
+    assert set(READERS) - {"task.params", "task.params.train", "task.template_options"} <= refused  # below
 
 
 @pytest.mark.parametrize("command", [["plan"], ["simulate"], ["probe"], ["doctor"]], ids=" ".join)
@@ -219,6 +220,7 @@ def test_parameters_of_a_task_are_refused_where_nobody_reads_them(tmp_path: Path
     rows.write_text('{"question": "1+1=", "answer": "2"}\n')
     for task, says in (
         (["task.params.min_terms=2"], "sums takes none, got min_terms"),
+        (["task.template_options.a=1"], "task.template_options.a = 1 is not read by task.chat false"),
         ([f"task.name=jsonl:{rows}", "task.params.train=a"], "task.params.train = 'a' is not read by task.name"),
     ):
         result = CliRunner().invoke(app, ["run", "k5", *sets(*task), "--out", str(tmp_path / "run")])
