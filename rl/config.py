@@ -62,6 +62,12 @@ class TaskConfig(Section):
     max_turns: int = Field(
         default=1, ge=1, description="turns of the policy in one sample; between two the task is asked for an answer"
     )
+    environment: str | None = Field(
+        default=None,
+        description="`module:function` of (messages, metadata) that answers the policy's turns with messages, or with None "
+        "to end; default: the task's own, if it has one",
+    )
+    environment_timeout_s: float = Field(default=60.0, gt=0, description="deadline of one call of `environment`")
     stop: list[str] = Field(
         default_factory=list,
         description="texts that end a turn beside the model's own ends, e.g. `</tool_call>`; each a single token",
@@ -233,7 +239,12 @@ class ValConfig(Section):
 _VLLM = (When("rollout.engine", ("vllm",)),)
 
 READING: Reading = {
-    "task.max_turns": ((When("task.name", ("calculator",)),),),
+    "task.environment": ((When("task.max_turns", (2,), lambda most: most > 1),),),
+    "task.environment_timeout_s": ((When("task.environment", ("MODULE:FUNCTION",), bool),),),
+    "task.max_turns": (
+        (When("task.name", ("calculator",)),),
+        (When("task.environment", ("MODULE:FUNCTION",), bool),),
+    ),
     "task.template_options": ((When("task.chat", (True,)),),),
     "task.params": ((When("task.name", ("reasoning_gym:NAME", "jsonl:PATH", "hf:NAME"), lambda name: ":" in name),),),
     "task.params.train": ((When("task.name", ("hf:NAME",), lambda name: not name.startswith("jsonl:")),),),

@@ -18,6 +18,7 @@ from rl.batch import Batch, Prompts
 from rl.config import GrpoConfig, ModelConfig, RolloutConfig, SnapshotConfig, TaskConfig
 from rl.device import peak_memory_gb
 from rl.engine import Engine, PlainModel
+from rl.environment import OwnEnvironment
 from rl.examples import Example
 from rl.grpo import group_advantages
 from rl.model_files import resolve
@@ -67,7 +68,10 @@ class RolloutWorker:
         self.rollout, plain = rollout, PlainModel(folder, model, rollout)
         plain.eos = sorted({*plain.eos, *self.encoder.stops})
         self.engine: Engine = ENGINES[rollout.engine](plain, rollout, grpo.max_prompt_length + grpo.max_response_length)
-        environment = self.task if isinstance(self.task, Environment) else None
+        environment: object = self.task
+        if task.environment is not None:
+            environment = OwnEnvironment(task.environment, task.environment_timeout_s)
+        environment = environment if isinstance(environment, Environment) else None
         self.conversations = Conversations(self.engine, self.encoder, environment, task.max_turns)
         self.reference = PlainModel(folder, model, rollout) if grpo.needs_reference else None
 

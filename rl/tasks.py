@@ -19,6 +19,7 @@ from pydantic import ValidationError
 
 from rl.calculator_task import Calculator
 from rl.config import TableParams, TaskConfig
+from rl.environment import check_environment
 from rl.examples import Example
 from rl.hub_rows import check_hub_rows, hub_rows, is_local
 from rl.jsonl_rows import first_row, read_jsonl
@@ -145,6 +146,8 @@ def check_task(config: TaskConfig) -> None:
     _check("task.template_options", _check_template_options, config.template_options)
     if config.reward is not None:
         _check("task.reward", check_reward, config.reward)
+    if config.environment is not None:
+        _check("task.environment", check_environment, config.environment)
 
 
 def _check(key: str, check: Callable[[Any], None], value: Any) -> None:

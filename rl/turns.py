@@ -14,6 +14,7 @@ from typing import Any, Protocol, cast, runtime_checkable
 import numpy as np
 
 from rl.engine import Engine, Key, Samples
+from rl.environment import EnvironmentFailed
 from rl.examples import Example
 from rl.messages import Message, checked_messages
 from rl.prompts import PromptEncoder
@@ -21,15 +22,11 @@ from rl.prompts import PromptEncoder
 
 @runtime_checkable
 class Environment(Protocol):
-    """A task that answers the policy's turns."""
+    """What answers the policy's turns: a task, or a function of the user's."""
 
     def respond(self, messages: list[Message], metadata: dict[str, Any]) -> list[Message] | None:
         """What is said after the last of `messages`, which is the policy's; None: the conversation is over."""
         ...
-
-
-class EnvironmentFailed(RuntimeError):
-    """An environment's answer that no policy can be shown: the run stops."""
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from rl.config import TableParams
+from rl.problem_columns import problem_of
 from tests.commands.checks import check, check_span
 from tests.commands.documents import PAGES, Block, Command, blocks, commands, spans
 from tests.commands.scratch import Scratch
@@ -25,7 +27,11 @@ FILES = {  # blocks that are files, under the names by which the pages call them
     "README.md": {},
     "CONTRIBUTING.md": {"python": ["my_codec.py", "my_merger.py"]},
     "docs/experiments.md": {"toml": ["mine.toml"]},
-    "docs/models.md": {"toml": ["data.toml", "reward.toml"], "python": ["my_rewards.py"]},
+    "docs/models.md": {
+        "toml": ["data.toml", "turns.toml", "reward.toml"],
+        "python": ["my_tools.py", "my_rewards.py"],
+        "json": ["chat.jsonl"],
+    },
 }
 TEXTS = {
     "docs/architecture.md",
@@ -178,8 +184,15 @@ def test_the_files_of_the_page_of_models_do_what_it_says(scratch: Scratch):
             f'extends = "k5"\n{file.read_text()}'.replace("chat = true", "chat = false")
         )  # tiny has no template
     assert load_for_planning(str(scratch.folder / "data.toml"), []).task.params == {}
-    code, output = scratch.run("northstar plan reward.toml", {})
-    assert code == 0, output
+    for name in ("reward.toml", "turns.toml"):
+        code, output = scratch.run(f"northstar plan {name}", {})
+        assert code == 0, output
+    row = json.loads((scratch.folder / "chat.jsonl").read_text())
+    assert problem_of("", row, TableParams(prompt="prompt"))[0] == row["prompt"]
+    tools: dict[str, Any] = {}
+    exec((scratch.folder / "my_tools.py").read_text(), tools)
+    assert tools["respond"]([{"role": "assistant", "content": "6*7=?"}], {"answer": "42"})[0]["content"] == "42"
+    assert tools["respond"]([{"role": "assistant", "content": "42"}], {"answer": "42"}) is None
     names: dict[str, Any] = {}
     exec((scratch.folder / "my_rewards.py").read_text(), names)
     assert names["score"]("1+1=", " 2 ", "2", {"truncated": False}) == 1.0

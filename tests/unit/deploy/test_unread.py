@@ -70,6 +70,8 @@ UNREAD = {  # a setting that does nothing: what was chosen beside it, and what r
     "anchor.norm_bound=5.0": ("", "anchor.clock 'lockstep'", "set anchor.clock=wall"),
     "anchor.timeout_s=9.0": (NO_ANCHOR, "anchor.enabled false", "or diagnostics.every=7"),
     "snapshot.rate=0.05": ("snapshot.encoding=full", "snapshot.encoding 'full'", "set snapshot.encoding=delta"),
+    "task.environment=math:sqrt": ("", "task.max_turns 1", "set task.max_turns=2"),
+    "task.environment_timeout_s=3.0": ("", "task.environment", "set task.environment=MODULE:FUNCTION"),
     "task.max_turns=2": ("", "task.name 'sums'", "set task.name=calculator"),
     "task.reward_timeout_s=3.0": ("", "task.reward", "set task.reward=MODULE:FUNCTION"),
     "model.lora.alpha=8.0": ("", "model.lora.rank 0", "set model.lora.rank=16"),

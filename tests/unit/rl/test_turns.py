@@ -11,14 +11,16 @@ import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from deploy.config import ConfigError, load
 from rl.calculator_task import Calculator
 from rl.config import TaskConfig
 from rl.engine import Key, Samples
+from rl.environment import EnvironmentFailed, OwnEnvironment
 from rl.examples import Example
 from rl.messages import Message
 from rl.model_files import BUILTIN
 from rl.prompts import PromptEncoder
-from rl.turns import Conversations, EnvironmentFailed
+from rl.turns import Conversations
 from tests.unit.rl.test_stops import CHATML, LLAMA3, MISTRAL, SPECIAL
 
 CHARACTERS = ["\n", *map(chr, range(32, 127))]
@@ -170,6 +172,58 @@ def test_an_answer_that_cannot_be_shown_stops_the_run_with_what_it_was_the_answe
     with pytest.raises(EnvironmentFailed, match="after 'a' to 'p'") as caught:
         hold(tokenizer, tmp_path, [["a", "b", "c", "d"]], Echo(reply))
     assert says in str(caught.value)
+
+
+# --- an environment of one's own ---------------------------------------------------------------
+
+TOOLS = """
+import os, time
+
+def respond(messages, metadata):
+    said = messages[-1]["content"]
+    if said == "crash":
+        os._exit(3)
+    if said == "sleep":
+        time.sleep(60)
+    return [{"role": "tool", "content": said + str(metadata["row"])}] if said.endswith("?") else None
+
+def one(messages): ...
+"""
+
+
+@pytest.fixture
+def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    (tmp_path / "some_tools.py").write_text(TOOLS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return "some_tools:respond"
+
+
+def test_a_function_of_ones_own_answers_in_its_own_process_and_is_named_if_it_fails(tools: str):
+    def said(text: str) -> list[Message]:
+        return [{"role": "user", "content": "p"}, {"role": "assistant", "content": text}]
+
+    for text, says in (("sleep", r"was not done after 0.5 s \(task.environment_timeout_s\)"), ("crash", "exit code 3")):
+        environment = OwnEnvironment(tools, 0.5)
+        assert environment.respond(said("a?"), {"row": 7}) == [{"role": "tool", "content": "a?7"}]
+        assert environment.respond(said("a"), {"row": 7}) is None
+        with pytest.raises(EnvironmentFailed, match=f"task.environment 'some_tools:respond' .*{says}.*{text}"):
+            environment.respond(said(text), {"row": 7})
+    with pytest.raises(ValueError, match=r"cannot be imported: .*one must be a function\(messages"):
+        OwnEnvironment("some_tools:one", 0.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("respond", "write it as module:function, for example my_tools:respond"),
+        ("nowhere:respond", "there is no module 'nowhere'"),
+        ("some_tools:respnd", "defines no 'respnd'; did you mean 'respond'"),
+    ],
+)
+def test_an_environment_that_is_not_there_is_refused_when_the_config_is_read(tools: str, name: str, says: str):
+    load("k5", [f"task.environment={tools}", "task.max_turns=2", "task.stop=['?']"])
+    with pytest.raises(ConfigError, match=f"task.environment: .*{says}"):
+        load("k5", [f"task.environment={name}", "task.max_turns=2"])
 
 
 # --- the calculator ----------------------------------------------------------------------------
