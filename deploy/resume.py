@@ -88,7 +88,7 @@ def check_resumes(stored: Path, config: RunConfig) -> None:
     other = {
         key
         for key in other
-        if not key.endswith(("timeout_s", ".resource")) and not key.startswith(("links.", "faults."))
+        if not key.endswith(("timeout_s", ".resource")) and not key.startswith(("links.", "faults.", "samples."))
     }
     other -= {key for key in _MAY_RISE if before[key] < after[key]}
     if other:

@@ -10,9 +10,11 @@ import anchor_service.config
 import codec.config
 import merger.config
 import rl.config
+import swarm.config
 from codec.config import When
 
-READERS = codec.config.READING | merger.config.READING | anchor_service.config.READING | rl.config.READING
+SECTIONS = codec.config, merger.config, anchor_service.config, rl.config, swarm.config
+READERS = {key: ways for sections in SECTIONS for key, ways in sections.READING.items()}
 
 
 def unread(values: dict[str, Any]) -> set[str]:

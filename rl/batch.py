@@ -23,6 +23,14 @@ _DTYPES = {
 }
 
 
+SCORES = ("rewards", "truncated")  # what validation is made of
+
+
+def of_validation(shown: bool) -> tuple[str, ...]:
+    """What an engine tells of validation answers; with `shown` also the answers."""
+    return ("tokens", *SCORES) if shown else SCORES
+
+
 @dataclass(frozen=True)
 class Prompts:
     """coordinator -> engine: the prompts `indices` of a split, `n` samples each, seeded by `step`."""
@@ -32,7 +40,7 @@ class Prompts:
     indices: tuple[int, ...]
     n: int
     temperature: float
-    scores_only: bool = False  # what comes back: rewards, lengths, and which answers were cut
+    wanted: tuple[str, ...] = OPTIONAL  # what comes back beside lengths
 
 
 @dataclass(frozen=True)
@@ -64,6 +72,11 @@ class Batch:
         """What was trained on, whoever sampled the answers."""
         first = np.cumsum(self.total) - self.total
         return digest_of_prompts([self.tokens[i : i + n] for i, n in zip(first, self.prompt)])
+
+    def split(self) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """Tokens of each sample's prompt, and of its response."""
+        parts = np.split(self.tokens, np.cumsum(np.stack([self.prompt, self.response_lengths], 1))[:-1])
+        return parts[0::2], parts[1::2]
 
     def take(self, start: int, stop: int) -> Batch:
         """Samples [start, stop)."""

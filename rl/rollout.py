@@ -118,13 +118,12 @@ class RolloutWorker:
             advantages=self._advantages(rewards, ask.n),
             truncated=np.array(samples.truncated, bool),
         )
-        batch = batch.only("rewards", "truncated") if ask.scores_only else batch
-        frame = batch.to_frame(split=ask.split, step=ask.step)
+        frame = batch.only(*ask.wanted).to_frame(split=ask.split, step=ask.step)
         return frame, peak_memory_gb(self.engine.device), compared | self._undecided()
 
     def _reference_logprobs(self, ask: Prompts, prompts: list[list[int]], samples: Samples) -> list[np.ndarray]:
         """Of the base policy, where a loss will read them; of greedy answers at temperature 1."""
-        if self.reference is None or ask.scores_only:
+        if self.reference is None or "ref_logprobs" not in ask.wanted:
             return []
         return self.reference.score(prompts, samples.tokens, ask.temperature or 1.0)
 

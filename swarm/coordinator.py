@@ -33,6 +33,7 @@ from swarm.engine_line import EngineLine
 from swarm.failure_policy import Decision, FailurePolicy, Status, failure_of
 from swarm.fleet import Fleet
 from swarm.gate import RunGates
+from swarm.json_lines import replace_text
 from swarm.leaving import Leaving
 from swarm.lookout import Lookout
 from swarm.manifest import NotWritten
@@ -44,7 +45,7 @@ from swarm.regroup import Regroup
 from swarm.replay_choice import MiniFrame
 from swarm.rollouts import SAMPLED_S, Rollouts, sample_metrics
 from swarm.run_config import RunConfig
-from swarm.telemetry import Telemetry, combine, replace_text
+from swarm.telemetry import Telemetry, combine
 
 WAIT_S = "timing_s/anchor_wait"
 TICK_S, PAUSED_S = "timing_s/tick", "timing_s/diagnostics"  # the pace of a run is made of them

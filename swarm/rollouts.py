@@ -9,14 +9,16 @@ from typing import Any
 import numpy as np
 
 from rl import mismatch
-from rl.batch import Batch, Prompts, concat
+from rl.batch import Batch, Prompts, concat, of_validation
 from rl.engine import EngineFailed
+from rl.packing import OPTIONAL
 from rl.problems import Problems
 from rl.rollout import UNDECIDED
 from swarm.engine_line import EngineLine
 from swarm.lookahead import Asked, Lookahead, Result
 from swarm.progress import Progress
 from swarm.run_config import RunConfig
+from swarm.sample_file import Reader
 
 SAMPLED_S = "timing_s/gen"
 STALENESS, WEIGHTS = "training/staleness", "rollout/weights_digest"
@@ -28,6 +30,7 @@ class Rollouts:
     def __init__(self, config: RunConfig, progress: Progress, engines: EngineLine):
         self.config, self.progress, self.engines = config, progress, engines
         self.ahead = Lookahead(config.rollout, config.run.steps)
+        self._reader = Reader(config.model.path)
         self._lacking = 0  # steps ahead that the checkpoint lacks with which this run goes on
         self._endless = False  # no answer of the last step came to an end
         self._validated = config.val.size
@@ -70,6 +73,7 @@ class Rollouts:
         batch, found = self._taken("train", results)
         found |= {STALENESS: due.staleness, WEIGHTS: due.weights.digest}
         self._judge_ends(batch)
+        self._keep(batch, "train", self.config.samples.prompts, self.config.grpo.group_size)
         return batch, found | {SAMPLED_S: time.perf_counter() - start}
 
     def _ask_for(self, step: int) -> Asked:
@@ -96,7 +100,17 @@ class Rollouts:
         asked = self._ask("val", 0, range(self._validated), 1, temperature)
         self._deliver_all()  # they stand before it in the queues
         batch, found = self._taken("val", self.engines.deliver(asked, "val samples of step 0"))
+        self._keep(batch, "val", self._validated, 1)
         return batch, found | {SAMPLED_S: time.perf_counter() - start}
+
+    def _keep(self, batch: Batch, kind: str, prompts: int, each: int) -> None:
+        """The answers to the first so many prompts, to be read."""
+        step, tick = self.progress.step, self.progress.tick
+        first = (step - 1) * self.config.grpo.train_batch_size if kind == "train" else 0
+        chosen = min(prompts * each, len(batch))
+        self.progress.telemetry.samples(
+            step, tick, lambda: self._reader.read(batch.take(0, chosen), kind, step, tick, first, each)
+        )
 
     def _deliver_all(self) -> None:
         for asked in self.ahead.asked:
@@ -106,8 +120,8 @@ class Rollouts:
         """Batches of one number of samples, whatever the number of engines: so results do not depend on it."""
         size = self.config.rollout.batch_size * self.config.grpo.group_size // n
         chosen = [tuple(indices[i : i + size]) for i in range(0, len(indices), size)]
-        scores_only = split == "val"
-        return self.engines.ask(step, [Prompts(split, step, c, n, temperature, scores_only) for c in chosen])
+        wanted = of_validation(self.config.samples.kept) if split == "val" else OPTIONAL
+        return self.engines.ask(step, [Prompts(split, step, c, n, temperature, wanted) for c in chosen])
 
     def _taken(self, split: str, results: list[Result]) -> tuple[Batch, dict[str, Any]]:
         """Samples as one batch, and what was measured of them; counted here, when they are used."""

@@ -19,7 +19,7 @@ from rl.config import GrpoConfig, ModelConfig, RolloutConfig, SnapshotConfig, Ta
 from rl.model_files import model_shape
 from rl.model_shape import ModelShape
 from rl.tasks import check_task
-from swarm.config import DiagnosticsConfig, FaultsConfig, LinksConfig, SwarmConfig
+from swarm.config import DiagnosticsConfig, FaultsConfig, LinksConfig, SamplesConfig, SwarmConfig
 
 
 class RunSection(Section):
@@ -59,6 +59,7 @@ class RunConfig(Section):
     anchor: AnchorConfig = AnchorConfig()
     merger: MergerConfig = MergerConfig()
     val: ValConfig = ValConfig()
+    samples: SamplesConfig = SamplesConfig()
     diagnostics: DiagnosticsConfig = DiagnosticsConfig()
     faults: FaultsConfig = FaultsConfig()
     links: LinksConfig = LinksConfig()

@@ -13,7 +13,8 @@ import numpy as np
 
 from deploy.estimate.parameters import parameters
 from deploy.estimate.workload import prompt_tokens, response_tokens
-from rl.batch import Batch
+from rl.batch import Batch, of_validation
+from rl.packing import OPTIONAL
 from swarm.replay_choice import MiniFrame, OwnTick, Window
 from swarm.run_config import RunConfig
 from swarm.shares import shares
@@ -40,9 +41,10 @@ class _Kind(NamedTuple):
     with_ref: bool
 
 
-def answers(config: RunConfig, prompts: int, samples: int, scores_only: bool = False) -> Sizes:
+def answers(config: RunConfig, prompts: int, samples: int, validation: bool = False) -> Sizes:
     """One frame from an engine: `samples` answers to each of `prompts` prompts, or what validation is told of them."""
-    return _answers(_kind(config, prompts, samples), scores_only)
+    wanted = of_validation(config.samples.kept) if validation else OPTIONAL
+    return _answers(_kind(config, prompts, samples), wanted)
 
 
 def replay_bytes(config: RunConfig, ticks: int) -> float:
@@ -67,9 +69,8 @@ def _kind(config: RunConfig, prompts: int, samples: int) -> _Kind:
 
 
 @cache
-def _answers(kind: _Kind, scores_only: bool) -> Sizes:
-    batch = _made_up(kind)
-    batch = batch.only("rewards", "truncated") if scores_only else batch
+def _answers(kind: _Kind, wanted: tuple[str, ...]) -> Sizes:
+    batch = _made_up(kind).only(*wanted)
     return Sizes(batch.to_frame(split="train", step=100).nbytes, batch.nbytes)
 
 

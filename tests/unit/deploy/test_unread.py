@@ -72,6 +72,7 @@ UNREAD = {  # a setting that does nothing: what was chosen beside it, and what r
     "snapshot.rate=0.05": ("snapshot.encoding=full", "snapshot.encoding 'full'", "set snapshot.encoding=delta"),
     "task.reward_timeout_s=3.0": ("", "task.reward", "set task.reward=MODULE:FUNCTION"),
     "grpo.rollout_is_threshold=3.0": ("", "grpo.rollout_is 'none'", "set grpo.rollout_is=token"),
+    "samples.prompts=5": ("samples.max_mb=0.0", "samples.max_mb 0.0", "set samples.max_mb=16.0"),
     "rollout.gpu_memory=0.5": ("", "rollout.engine 'transformers'", "set rollout.engine=vllm"),
     "rollout.kv_cache_gb=2.0": ("", "rollout.engine 'transformers'", "set rollout.engine=vllm"),
 }
@@ -87,7 +88,7 @@ snapshot.dtype snapshot.encoding
 swarm.dp swarm.pp swarm.boundaries swarm.device swarm.placement swarm.resource swarm.micro_batch_size swarm.share_prompts
 swarm.activation_checkpointing swarm.threads swarm.check_every swarm.on_nan swarm.timeout_s swarm.start_timeout_s
 faults.budget faults.a_tick faults.spares faults.spare_s faults.grace_s
-codec.max_kl anchor.enabled anchor.resource merger.kind merger.placebo val.every val.size diagnostics.every
+codec.max_kl anchor.enabled anchor.resource merger.kind merger.placebo val.every val.size samples.max_mb diagnostics.every
 links.swarm_mbit links.swarm_latency_ms links.anchor_mbit links.anchor_latency_ms links.jitter links.worker_tokens_s
 links.anchor_tokens_s links.engine_tokens_s links.response_tokens links.prompt_tokens links.blank_ticks
 links.engine_nodes links.replica_nodes

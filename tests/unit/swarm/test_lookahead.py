@@ -102,7 +102,8 @@ class Run:
         sets = [f"rollout.max_staleness={staleness}", f"run.steps={steps}", "rollout.batch_size=2"]
         self.config = load("k5", [*sets, "grpo.rollout_is=token", *more])
         self.events: list[str] = []
-        self.progress = Progress(SimpleNamespace(event=lambda step, tick, name, **more: self.events.append(name)))
+        told: dict[str, Any] = {"event": lambda step, tick, name, **more: self.events.append(name)}
+        self.progress = Progress(SimpleNamespace(**told, samples=lambda *_: None))
         self.tick, self.engines, self.later = 0, engines, later  # both ends begin with the model's files
         self.fleet = SimpleNamespace(
             engines=engines,
