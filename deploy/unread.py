@@ -10,10 +10,11 @@ import anchor_service.config
 import codec.config
 import merger.config
 import rl.config
+import rl.task_config
 import swarm.config
 from codec.config import When
 
-SECTIONS = codec.config, merger.config, anchor_service.config, rl.config, swarm.config
+SECTIONS = codec.config, merger.config, anchor_service.config, rl.config, rl.task_config, swarm.config
 READERS = {key: ways for sections in SECTIONS for key, ways in sections.READING.items()}
 
 

@@ -1,8 +1,8 @@
-"""Config of the model, task, GRPO, rollouts and validation. No torch."""
+"""Config of the model, GRPO, rollouts and validation. No torch."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
@@ -26,50 +26,6 @@ class ModelConfig(Section):
     def itemsize(self) -> int:
         """Bytes of a number that it computes with."""
         return 2 if self.dtype == "bfloat16" else 4
-
-
-class TaskConfig(Section):
-    """Where prompts and rewards come from."""
-
-    name: str = Field(
-        default="sums",
-        description="`sums`, `reasoning_gym:NAME`, `jsonl:PATH`, or `hf:` and OWNER/NAME, OWNER/NAME/CONFIG or a PATH",
-    )
-    params: dict[str, Any] = Field(
-        default_factory=dict,
-        description="parameters of a reasoning_gym task; of jsonl and hf: columns and splits (docs/models.md)",
-    )
-    reward: str | None = Field(
-        default=None,
-        description="`module:function` of (prompt, response, answer, metadata) -> float in place of the task's own "
-        "score; validation accuracy is then the mean reward",
-    )
-    reward_timeout_s: float = Field(
-        default=60.0, gt=0, description="deadline of one call of `reward`, and of the import of its module"
-    )
-    instruction: str = Field(default="", description="text put in front of every prompt")
-    chat: bool = Field(default=False, description="wrap prompts in the tokenizer's chat template")
-    overlong: Literal["error", "drop"] = Field(
-        default="error",
-        description="rows of jsonl and hf with prompts beyond `grpo.max_prompt_length`: `error` refuses the run, `drop` "
-        "leaves them out",
-    )
-
-
-class TableParams(Section):
-    """`task.params` of a task whose problems are rows of a table."""
-
-    prompt: str | None = Field(default=None, description="column of the prompt; default: prompt, question or problem")
-    answer: str = Field(default="answer", description="column of the answer; a dot goes into a field of it")
-    train: str = Field(default="train", description="hf: split to train on")
-    val: str | None = Field(
-        default=None,
-        description="hf: split, jsonl: file to validate on; default: a tenth of train, by a hash of the prompt",
-    )
-    answers: Literal["auto", "math", "text"] = Field(
-        default="auto",
-        description="`auto`: as numbers, else text, else formulas if they look so; `math`: formulas more often; `text`: never",
-    )
 
 
 class GrpoConfig(Section):
@@ -281,9 +237,6 @@ class ValConfig(Section):
 _VLLM = (When("rollout.engine", ("vllm",)),)
 
 READING: Reading = {
-    "task.params": ((When("task.name", ("reasoning_gym:NAME", "jsonl:PATH", "hf:NAME"), lambda name: ":" in name),),),
-    "task.params.train": ((When("task.name", ("hf:NAME",), lambda name: not name.startswith("jsonl:")),),),
-    "task.reward_timeout_s": ((When("task.reward", ("MODULE:FUNCTION",), bool),),),
     "grpo.rollout_is_threshold": ((When("grpo.rollout_is", ("token",)),),),
     "snapshot.rate": ((When("snapshot.encoding", ("delta",)),),),
     "rollout.gpu_memory": (_VLLM,),

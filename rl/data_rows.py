@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-from rl.config import TableParams
 from rl.problem_columns import text_of, top
+from rl.task_config import TableParams
 
 SHOWN = 5  # faults that an error spells out
 

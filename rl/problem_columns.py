@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, Literal
 
-from rl.config import TableParams
+from rl.task_config import TableParams
 
 PROMPTS = ("prompt", "question", "problem")
 

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from rl.config import TaskConfig
 from rl.data_rows import DataRows, refuse
 from rl.model_files import model_config
+from rl.task_config import TaskConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -15,22 +15,28 @@ import torch
 from codec.frames import digest
 from rl import mismatch
 from rl.batch import Batch, Prompts
-from rl.config import GrpoConfig, ModelConfig, RolloutConfig, SnapshotConfig, TaskConfig
+from rl.config import GrpoConfig, ModelConfig, RolloutConfig, SnapshotConfig
 from rl.device import peak_memory_gb
 from rl.engine import Engine, PlainModel, Samples
+from rl.examples import Example
 from rl.grpo import group_advantages
 from rl.model_files import resolve
 from rl.problems import Problems
 from rl.prompts import PromptEncoder
-from rl.reward import make_reward
+from rl.reward import Judged, make_reward, parts_of
 from rl.snapshot import Receiver
 from rl.table import Table
+from rl.task_config import TaskConfig
 from rl.tasks import make_task
 from rl.transformers_engine import TransformersEngine
 from rl.vllm_engine import VllmEngine
 
 SPLITS = {"train": 0, "val": 1}
 UNDECIDED = "task/undecided"  # answers that the library for formulas was not done with in time: they score 0
+_SHOWN = 500  # characters of what is quoted
+FAILED = (
+    "failed"  # in a frame's header: on how many answers the reward failed, and of the first why, prompt and response
+)
 
 ENGINES: dict[str, Callable[[PlainModel, RolloutConfig, int], Engine]] = {
     "transformers": TransformersEngine,
@@ -58,7 +64,7 @@ class RolloutWorker:
         self.tokenizer = self.encoder.tokenizer
         judge = self.encoder.judge if task.overlong == "drop" else None  # else no row is too long: it was checked
         self.task = make_task(task, seed, val_size, judge)
-        self.reward = make_reward(task.reward, self.task, task.reward_timeout_s)
+        self.reward = make_reward(task, self.task)
         self.grpo, self.seed = grpo, seed
         self.receiver = Receiver(snapshot)
         self.rollout, plain = rollout, PlainModel(folder, model, rollout)
@@ -104,10 +110,9 @@ class RolloutWorker:
         prompts = [p for p in prompts for _ in range(ask.n)]
         examples = [e for e in examples for _ in range(ask.n)]
         ref = self._reference_logprobs(ask, prompts, samples)
-        rewards = [
-            self.reward(example, cast(str, self.tokenizer.decode(tokens, skip_special_tokens=True)), cut)
-            for example, tokens, cut in zip(examples, samples.tokens, samples.truncated)
-        ]
+        texts = [cast(str, self.tokenizer.decode(tokens, skip_special_tokens=True)) for tokens in samples.tokens]
+        judged = self.reward([*zip(examples, texts, samples.truncated)])
+        rewards = [each.reward for each in judged]
         batch = Batch(
             tokens=np.concatenate([np.concatenate([p, t]) for p, t in zip(prompts, samples.tokens)]).astype(np.int32),
             prompt=np.array([len(p) for p in prompts], np.int32),
@@ -118,7 +123,8 @@ class RolloutWorker:
             advantages=self._advantages(rewards, ask.n),
             truncated=np.array(samples.truncated, bool),
         )
-        frame = batch.only(*ask.wanted).to_frame(split=ask.split, step=ask.step)
+        said = {FAILED: failed} if (failed := _failed(judged, examples, texts)) else {}
+        frame = batch.only(*ask.wanted).to_frame(parts_of(judged), split=ask.split, step=ask.step, **said)
         return frame, peak_memory_gb(self.engine.device), compared | self._undecided()
 
     def _reference_logprobs(self, ask: Prompts, prompts: list[list[int]], samples: Samples) -> list[np.ndarray]:
@@ -149,3 +155,13 @@ class RolloutWorker:
             if n > 1
             else np.zeros(len(rewards), np.float32)
         )
+
+
+def _failed(judged: list[Judged], examples: list[Example], texts: list[str]) -> dict[str, str | int]:
+    """Empty if there is a judgement of every answer."""
+    which = [i for i, each in enumerate(judged) if each.failed]
+    if not which:
+        return {}
+    first = which[0]
+    shown = {"prompt": examples[first].prompt[:_SHOWN], "response": texts[first][:_SHOWN]}
+    return {"count": len(which), "reason": judged[first].failed[:_SHOWN]} | shown

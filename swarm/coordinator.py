@@ -60,7 +60,8 @@ class Coordinator:
     ):
         self.config, self.fleet, self.telemetry, self.run_folder = config, fleet, telemetry, folder
         self.progress = progress = Progress(telemetry)
-        fleet.lookout = Lookout(config.faults, fleet.named, progress, folder)
+        rewarding: dict[str, float] = dict.fromkeys(("generate train", "generate val"), config.task.reward_patience_s)
+        fleet.lookout = Lookout(config.faults, fleet.named, progress, folder, rewarding)
         clock, line = anchor_of(config, fleet)
         self.policy = policy or FailurePolicy(config.faults)
         followers = line if config.anchor.weights == "shared" else NoFires()
@@ -223,8 +224,8 @@ class Coordinator:
             f"val-core/{task}/acc/mean@1": accuracy,
             "val-aux/response_length/mean": float(batch.response_lengths.mean()),
             "val-aux/response_length/clip_ratio": float(batch.truncated.mean()),
-            "timing_s/testing": timing[SAMPLED_S],
-        }
+            "timing_s/testing": timing.pop(SAMPLED_S),
+        } | timing
         self.telemetry.val(self.progress.step, self.progress.tick, metrics, accuracy)
 
     def _mini_batches(self, batch: Batch) -> list[MiniFrame]:

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from rl import mismatch
-from rl.batch import Batch, Prompts, concat, of_validation
+from rl.batch import Batch, Parts, Prompts, concat, concat_parts, of_validation
 from rl.engine import EngineFailed
 from rl.packing import OPTIONAL
 from rl.problems import Problems
-from rl.rollout import UNDECIDED
+from rl.rollout import FAILED, UNDECIDED
 from swarm.engine_line import EngineLine
 from swarm.lookahead import Asked, Lookahead, Result
 from swarm.progress import Progress
@@ -73,7 +73,6 @@ class Rollouts:
         batch, found = self._taken("train", results)
         found |= {STALENESS: due.staleness, WEIGHTS: due.weights.digest}
         self._judge_ends(batch)
-        self._keep(batch, "train", self.config.samples.prompts, self.config.grpo.group_size)
         return batch, found | {SAMPLED_S: time.perf_counter() - start}
 
     def _ask_for(self, step: int) -> Asked:
@@ -100,16 +99,18 @@ class Rollouts:
         asked = self._ask("val", 0, range(self._validated), 1, temperature)
         self._deliver_all()  # they stand before it in the queues
         batch, found = self._taken("val", self.engines.deliver(asked, "val samples of step 0"))
-        self._keep(batch, "val", self._validated, 1)
         return batch, found | {SAMPLED_S: time.perf_counter() - start}
 
-    def _keep(self, batch: Batch, kind: str, prompts: int, each: int) -> None:
-        """The answers to the first so many prompts, to be read."""
-        step, tick = self.progress.step, self.progress.tick
-        first = (step - 1) * self.config.grpo.train_batch_size if kind == "train" else 0
-        chosen = min(prompts * each, len(batch))
+    def _keep(self, batch: Batch, parts: Parts, split: str) -> None:
+        """The answers to the first prompts of a step, or all of a validation, to be read."""
+        step, tick, grpo = self.progress.step, self.progress.tick, self.config.grpo
+        first, each, most = 0, 1, len(batch)
+        if split == "train":
+            first, each = (step - 1) * grpo.train_batch_size, grpo.group_size
+            most = min(most, self.config.samples.prompts * each)
+        at = {"kind": split, "step": step, "tick": tick}
         self.progress.telemetry.samples(
-            step, tick, lambda: self._reader.read(batch.take(0, chosen), kind, step, tick, first, each)
+            step, tick, lambda: self._reader.read(at, batch.take(0, most), parts, first, each)
         )
 
     def _deliver_all(self) -> None:
@@ -125,13 +126,25 @@ class Rollouts:
 
     def _taken(self, split: str, results: list[Result]) -> tuple[Batch, dict[str, Any]]:
         """Samples as one batch, and what was measured of them; counted here, when they are used."""
-        batch = concat([Batch.from_frame(frame, "an engine")[1] for frame, *_ in results])
-        self.progress.control(sum(frame.nbytes for frame, *_ in results), batch.nbytes)
+        told = [Batch.with_parts(frame, "an engine") for frame, *_ in results]
+        batch, parts = concat([batch for _, batch, _ in told]), concat_parts([(len(b), p) for _, b, p in told])
+        self.progress.control(
+            sum(frame.nbytes for frame, *_ in results), batch.nbytes + sum(values.nbytes for values in parts.values())
+        )
+        self._say_what_failed(split, [header[FAILED] for header, *_ in told if FAILED in header])
+        self._keep(batch, parts, split)
         self.progress.remember("engine", max(peak for _, peak, _ in results))
         undecided = sum(sums.pop(UNDECIDED, 0) for *_, sums in results)
         if undecided:
             self.progress.event("answers undecided", split=split, count=undecided)
-        return batch, mismatch.dense_metrics([sums for *_, sums in results])
+        return batch, mismatch.dense_metrics([sums for *_, sums in results]) | part_means(split, parts)
+
+    def _say_what_failed(self, split: str, failed: list[dict[str, Any]]) -> None:
+        """Of the reward function."""
+        if failed:
+            first, count = failed[0], sum(each["count"] for each in failed)
+            fields = {name: first[name] for name in ("reason", "prompt", "response")}
+            self.progress.event("reward failed", reward=self.config.task.reward, split=split, count=count, **fields)
 
     def sync(self) -> dict[str, str]:
         """Give the engines the newest weights. Waits until they hold them, and returns their digest as a metric, unless
@@ -154,6 +167,12 @@ class Rollouts:
 
 def _names(problems: Problems) -> str:
     return ", ".join(f"{s.rows} rows of {s.name} (digest {s.digest})" for s in problems.sources) or "none of a file"
+
+
+def part_means(split: str, parts: Parts) -> dict[str, float]:
+    """Of each part of the rewards, over the samples that have it."""
+    prefix = {"train": "critic", "val": "val-aux"}[split]
+    return {f"{prefix}/rewards/{name}/mean": float(np.nanmean(values)) for name, values in parts.items()}
 
 
 def sample_metrics(batch: Batch) -> dict[str, float]:

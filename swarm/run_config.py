@@ -15,9 +15,10 @@ from anchor_service.lag import read_trace
 from codec.config import CodecConfig, Section
 from merger import MERGERS
 from merger.config import MergerConfig
-from rl.config import GrpoConfig, ModelConfig, RolloutConfig, SnapshotConfig, TaskConfig, ValConfig
+from rl.config import GrpoConfig, ModelConfig, RolloutConfig, SnapshotConfig, ValConfig
 from rl.model_files import model_shape
 from rl.model_shape import ModelShape
+from rl.task_config import TaskConfig
 from rl.tasks import check_task
 from swarm.config import DiagnosticsConfig, FaultsConfig, LinksConfig, SamplesConfig, SwarmConfig
 
@@ -108,10 +109,11 @@ class RunConfig(Section):
         if self.anchor.lag.kind == "trace":
             read_trace(self.anchor.lag.path)
         check_task(self.task)
-        if self.task.reward and self.task.reward_timeout_s >= self.rollout.timeout_s:
+        if self.task.reward and self.task.reward_patience_s >= self.rollout.timeout_s:
             raise ValueError(
-                f"task.reward_timeout_s {self.task.reward_timeout_s:g} must be below rollout.timeout_s "
-                f"{self.rollout.timeout_s:g}, the deadline of a whole batch: else a reward that hangs looks like an engine"
+                f"task.reward_timeout_s {self.task.reward_timeout_s:g} times task.reward_failures "
+                f"{self.task.reward_failures} must be below rollout.timeout_s {self.rollout.timeout_s:g}, the deadline of a "
+                f"whole batch: else a reward that hangs looks like an engine"
             )
         try:
             shape = model_shape(self.model.path)

@@ -15,7 +15,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from rl.batch import Batch
+from rl.batch import Batch, Parts
 from rl.model_files import resolve
 from rl.tokenizer import load_tokenizer
 from swarm.json_lines import keep_records, read_records, replace_text
@@ -83,24 +83,33 @@ class Reader:
     def _decode(self) -> Callable[..., Any]:
         return load_tokenizer(resolve(self._model)).decode
 
-    def read(self, batch: Batch, kind: str, step: int, tick: int, first: int, each: int) -> list[Sample]:
-        """`batch`: `each` answers to each of the problems from `first` on, of the split `kind`."""
+    def read(self, at: Sample, batch: Batch, parts: Parts, first: int, each: int) -> list[Sample]:
+        """`batch`: `each` answers to each of the problems from `first` on, with the first of `parts`; `at`: what all have."""
         prompts, responses = batch.split()
         return [
-            {
-                "kind": kind,
-                "step": step,
-                "tick": tick,
+            at
+            | {
                 "problem": first + i // each,
                 "sample": i % each,
                 "prompt": self._text(prompts[i], skip_special_tokens=False),
                 "response": self._text(responses[i], skip_special_tokens=True),
-                "reward": float(str(batch.rewards[i])),  # the shortest number that is this float32
+                "reward": _shortest(batch.rewards[i]),
                 "length": len(responses[i]),
                 "truncated": bool(batch.truncated[i]),
             }
+            | _parts(parts, i)
             for i in range(len(batch))
         ]
 
     def _text(self, tokens: np.ndarray, skip_special_tokens: bool) -> str:
         return cast(str, self._decode(tokens, skip_special_tokens=skip_special_tokens))
+
+
+def _shortest(value: np.float32) -> float:
+    """The shortest number that is this float32: 0.1, not 0.10000000149011612."""
+    return float(str(value))
+
+
+def _parts(parts: Parts, i: int) -> Sample:
+    found = {name: _shortest(values[i]) for name, values in parts.items() if not np.isnan(values[i])}
+    return {"parts": found} if found else {}

@@ -49,8 +49,9 @@ def test_a_sample_is_what_was_shown_answered_and_paid():
     first = batch_of("1+2=", ["3", "12"], [1.0, 0.1], [tokenizer.eos_token_id])
     second = batch_of("7+5+1=", ["1", "2"], [-0.3, 0.0], [])
     batch = Batch.from_frame(concat([first, second]).only(*of_validation(shown=True)).to_frame(), "an engine")[1]
-    found = Reader("builtin:tiny").read(batch, "train", 3, 4, first=32, each=2)
     at = {"kind": "train", "step": 3, "tick": 4}
+    parts = {"right": np.array([1, 0.1, np.nan, 0], np.float32)}
+    found = Reader("builtin:tiny").read(at, batch, parts, first=32, each=2)
     rows = [
         (32, 0, "1+2=", "3", 1.0, 2, False),
         (32, 1, "1+2=", "12", 0.1, 3, False),
@@ -58,7 +59,8 @@ def test_a_sample_is_what_was_shown_answered_and_paid():
         (33, 1, "7+5+1=", "2", 0.0, 1, True),
     ]
     names = ("problem", "sample", "prompt", "response", "reward", "length", "truncated")
-    assert found == [at | dict(zip(names, row)) for row in rows]
+    of = [{"parts": {"right": 1.0}}, {"parts": {"right": 0.1}}, {}, {"parts": {"right": 0.0}}]
+    assert found == [at | dict(zip(names, row)) | more for row, more in zip(rows, of)]
 
 
 def test_validation_without_samples_tells_rewards_and_lengths_alone():
