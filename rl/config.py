@@ -231,7 +231,13 @@ class ValConfig(Section):
     every: int = Field(
         default=25, ge=1, description="validate every so many steps, and before the first and after the last"
     )
-    size: int = Field(default=256, ge=1, description="validation prompts, one sample each")
+    size: int = Field(default=256, ge=1, description="validation prompts")
+    samples: int = Field(
+        default=1,
+        ge=1,
+        description="answers to each, k: accuracy is their mean, `acc/mean@k`; with `acc/pass@j`, the share of prompts that one "
+        "of j answers gets right, for j = 2, 4, … k",
+    )
 
 
 _VLLM = (When("rollout.engine", ("vllm",)),)

@@ -43,7 +43,7 @@ from swarm.pace import DUE_TICK, TICK
 from swarm.progress import Progress
 from swarm.regroup import Regroup
 from swarm.replay_choice import MiniFrame
-from swarm.rollouts import SAMPLED_S, Rollouts, sample_metrics
+from swarm.rollouts import SAMPLED_S, Rollouts, sample_metrics, validation_metrics
 from swarm.run_config import RunConfig
 from swarm.telemetry import Telemetry, combine
 
@@ -218,15 +218,8 @@ class Coordinator:
     def _validate(self) -> None:
         """On the uncompressed weights."""
         batch, timing = self.rollouts.validation()
-        task = self.config.task.name.replace(":", "_").replace("/", "_")
-        accuracy = float(batch.rewards.mean())
-        metrics = {
-            f"val-core/{task}/acc/mean@1": accuracy,
-            "val-aux/response_length/mean": float(batch.response_lengths.mean()),
-            "val-aux/response_length/clip_ratio": float(batch.truncated.mean()),
-            "timing_s/testing": timing.pop(SAMPLED_S),
-        } | timing
-        self.telemetry.val(self.progress.step, self.progress.tick, metrics, accuracy)
+        metrics = validation_metrics(self.config, batch) | {"timing_s/testing": timing.pop(SAMPLED_S)} | timing
+        self.telemetry.val(self.progress.step, self.progress.tick, metrics, float(batch.rewards.mean()))
 
     def _mini_batches(self, batch: Batch) -> list[MiniFrame]:
         """The step's mini-batches, each packed for the anchor and the diagnoser."""

@@ -12,6 +12,7 @@ from rl import mismatch
 from rl.batch import Batch, Parts, Prompts, concat, concat_parts, of_validation
 from rl.engine import EngineFailed
 from rl.packing import OPTIONAL
+from rl.passes import passes
 from rl.problems import Problems
 from rl.rollout import FAILED, UNDECIDED
 from swarm.engine_line import EngineLine
@@ -96,7 +97,7 @@ class Rollouts:
     def validation(self) -> tuple[Batch, dict[str, float]]:
         """The same prompts and random numbers each time, so that runs are paired. On the weights that were sent last."""
         start, temperature = time.perf_counter(), self.config.rollout.validation_temperature
-        asked = self._ask("val", 0, range(self._validated), 1, temperature)
+        asked = self._ask("val", 0, range(self._validated), self.config.val.samples, temperature)
         self._deliver_all()  # they stand before it in the queues
         batch, found = self._taken("val", self.engines.deliver(asked, "val samples of step 0"))
         return batch, found | {SAMPLED_S: time.perf_counter() - start}
@@ -104,7 +105,7 @@ class Rollouts:
     def _keep(self, batch: Batch, parts: Parts, split: str) -> None:
         """The answers to the first prompts of a step, or all of a validation, to be read."""
         step, tick, grpo = self.progress.step, self.progress.tick, self.config.grpo
-        first, each, most = 0, 1, len(batch)
+        first, each, most = 0, self.config.val.samples, len(batch)
         if split == "train":
             first, each = (step - 1) * grpo.train_batch_size, grpo.group_size
             most = min(most, self.config.samples.prompts * each)
@@ -119,7 +120,7 @@ class Rollouts:
 
     def _ask(self, split: str, step: int, indices: range, n: int, temperature: float) -> Asked:
         """Batches of one number of samples, whatever the number of engines: so results do not depend on it."""
-        size = self.config.rollout.batch_size * self.config.grpo.group_size // n
+        size = max(1, self.config.rollout.batch_size * self.config.grpo.group_size // n)
         chosen = [tuple(indices[i : i + size]) for i in range(0, len(indices), size)]
         wanted = of_validation(self.config.samples.kept) if split == "val" else OPTIONAL
         return self.engines.ask(step, [Prompts(split, step, c, n, temperature, wanted) for c in chosen])
@@ -173,6 +174,17 @@ def part_means(split: str, parts: Parts) -> dict[str, float]:
     """Of each part of the rewards, over the samples that have it."""
     prefix = {"train": "critic", "val": "val-aux"}[split]
     return {f"{prefix}/rewards/{name}/mean": float(np.nanmean(values)) for name, values in parts.items()}
+
+
+def validation_metrics(config: RunConfig, batch: Batch) -> dict[str, float]:
+    """Of `val.samples` answers to each prompt; verl's names, but `pass@k`, which verl has not."""
+    core = f"val-core/{config.task.name.replace(':', '_').replace('/', '_')}/acc"
+    found = {f"{core}/mean@{config.val.samples}": float(batch.rewards.mean())}
+    found |= {f"{core}/pass@{k}": share for k, share in passes(batch.rewards.reshape(-1, config.val.samples)).items()}
+    return found | {
+        "val-aux/response_length/mean": float(batch.response_lengths.mean()),
+        "val-aux/response_length/clip_ratio": float(batch.truncated.mean()),
+    }
 
 
 def sample_metrics(batch: Batch) -> dict[str, float]:

@@ -104,6 +104,7 @@ class RunConfig(Section):
             correction_payload(self.anchor, self.merger)
         self._check_shared_weights()
         self._check_staleness()
+        self._check_validation()
         self._check_placement()
         self._check_attention()
         if self.anchor.lag.kind == "trace":
@@ -173,6 +174,14 @@ class RunConfig(Section):
                 f"rollout.max_staleness {stale} trains on samples of older weights, and with grpo.rollout_is 'none' and "
                 f"grpo.old_logprobs {grpo.old_logprobs!r} nothing corrects for that: set grpo.rollout_is=token "
                 f"(truncated importance weights), or grpo.old_logprobs=rollout (ratio to the engine's log-probs)"
+            )
+
+    def _check_validation(self) -> None:
+        """Greedy answers to one prompt are the same."""
+        if self.val.samples > 1 and self.rollout.validation_temperature == 0:
+            raise ValueError(
+                f"val.samples {self.val.samples} greedy answers to a prompt are one: set rollout.val_temperature above 0, or "
+                f"val.samples=1"
             )
 
     def _check_placement(self) -> None:

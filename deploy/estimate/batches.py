@@ -84,8 +84,8 @@ def _replay(kind: _Kind, count: int, ticks: int) -> float:
     for i in range(shown or 1):
         batch = _made_up(kind, i)
         whole = shown <= 1 and taken == len(batch)
-        header = {"step": 100, "index": 1, "denominator": batch.response_tokens}
-        choice.see(i, MiniFrame(batch, None, batch.to_frame(**header).nbytes if whole else 0))
+        frame = batch.to_frame(step=100, index=1, denominator=batch.response_tokens) if whole else None
+        choice.see(i, MiniFrame(batch, None, 0 if frame is None else frame.nbytes))
     return choice.take(1).size * count / taken
 
 

@@ -251,7 +251,8 @@ def _sampled(config: RunConfig, ticks: int) -> Sizes:
     grpo, steps, prompts = config.grpo, ticks // config.grpo.ticks_per_step, config.rollout.batch_size
     validations = 1 + -(-steps // config.val.every)  # before the first step, on schedule, after the last
     asked = _frames(config, grpo.train_batch_size, prompts, grpo.group_size)
-    told = _frames(config, config.val.size, prompts * grpo.group_size, 1, validation=True)
+    each = config.val.samples
+    told = _frames(config, config.val.size, max(1, prompts * grpo.group_size // each), each, validation=True)
     return Sizes(*((steps * a + validations * t) / ticks for a, t in zip(asked, told)))
 
 

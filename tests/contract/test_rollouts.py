@@ -71,6 +71,12 @@ def test_steps_and_samples_differ_but_repeat(worker: RolloutWorker):
     assert len({first.take(i, i + 1).tokens.tobytes() for i in range(16)}) > 1
 
 
+def test_the_first_of_several_validation_answers_is_the_one_that_is_asked_alone(worker: RolloutWorker):
+    several, alone = ask(worker, (0, 1, 2), n=4, split="val"), ask(worker, (0, 1, 2), n=1, split="val")
+    for i in range(3):
+        np.testing.assert_array_equal(several.take(4 * i, 4 * i + 1).tokens, alone.take(i, i + 1).tokens)
+
+
 def test_rewards_are_the_tasks_scores_and_advantages_are_of_groups(worker: RolloutWorker):
     batch = ask(worker, tuple(range(8)), n=8)
     texts = [
