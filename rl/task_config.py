@@ -32,7 +32,7 @@ class TaskConfig(Section):
         default=60.0, gt=0, description="deadline of one call of `reward`; the import of its module may take a minute"
     )
     reward_failures: int = Field(
-        default=5,
+        default=8,
         ge=1,
         description="an answer on which `reward` fails scores 0, so many in a row end the run; 1: the first does",
     )
