@@ -14,6 +14,7 @@ import sys
 import time
 import zlib
 
+HEEDED = "PYTHON", "LD_", "OMP_", "KMP_", "MKL_", "HF_", "TRANSFORMERS_"  # as a program starts, or imports
 WAIT_S = 45.0  # for a server that still imports, on a busy machine; Ray gives a worker a minute
 
 
@@ -68,7 +69,7 @@ def name_here(run: str) -> str:
 
 
 def _heeded_at_start(name: str) -> bool:
-    return name.startswith(("PYTHON", "LD_")) or name.endswith("_NUM_THREADS")
+    return name.startswith(HEEDED) or name.endswith("_NUM_THREADS")
 
 
 def peer_user(connection: socket.socket) -> int:

@@ -119,10 +119,15 @@ def test_a_server_is_for_those_that_were_started_alike(monkeypatch: pytest.Monke
     names = [fork_request.name_here("run")]
     monkeypatch.setenv("NOT_HEEDED", "1")
     assert fork_request.name_here("run") == names[0]
-    for name, value in (("OMP_NUM_THREADS", "7"), ("PYTHONPATH", "/elsewhere"), ("LD_PRELOAD", "libelsewhere.so")):
+    for name, value in (
+        ("OMP_NUM_THREADS", "7"),
+        ("HF_HOME", "/elsewhere"),
+        ("PYTHONPATH", "/elsewhere"),
+        ("LD_PRELOAD", "libelsewhere.so"),
+    ):
         monkeypatch.setenv(name, value)
         names.append(fork_request.name_here("run"))
-    assert len({*names, fork_request.name_here("another")}) == 5 and max(map(len, names)) < 100
+    assert len({*names, fork_request.name_here("another")}) == 6 and max(map(len, names)) < 100
 
 
 def test_what_ray_is_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
