@@ -16,6 +16,8 @@ from merger.look import looked_at
 from rl.batch import Batch, grouped
 from rl.config import GrpoConfig, ModelConfig, SnapshotConfig
 from rl.device import prefer_determinism
+from rl.lora import NO_LORA
+from rl.lora_config import LoraConfig
 from rl.model_files import resolve
 from rl.objective import loss_terms, microbatches
 from rl.policy import EMBEDDING, Stage
@@ -57,14 +59,15 @@ class DenseGradient:
         attention: str = "sdpa",
         checkpointing: bool = False,
         share: bool = False,
+        lora: LoraConfig = NO_LORA,
     ):
         whole = Span(0, stages[0].total, stages[0].total)
-        self.model = Stage(folder, whole, dtype, device, attention=attention, checkpointing=checkpointing)
+        self.model = Stage(folder, whole, dtype, device, attention=attention, checkpointing=checkpointing, lora=lora)
         self.stages, self.device, self.size = stages, device, micro_batch_size
         self.grpo, self.temperature = grpo, temperature
         self.share = share
         self.receiver = Receiver(snapshot)
-        self.tied = bool(self.model.config.tie_word_embeddings)
+        self.tied = bool(self.model.config.tie_word_embeddings) and not lora.rank  # frozen ones have no gradient
 
     @classmethod
     def beside(cls, setup: DenseSetup) -> DenseGradient:
@@ -73,9 +76,8 @@ class DenseGradient:
         numbers, device = getattr(torch, model.dtype), torch.device(anchor.device)
         prefer_determinism(device)
         rest = anchor.micro_batch_size, setup.grpo, setup.temperature, setup.snapshot
-        return cls(
-            resolve(model.path), setup.stages, numbers, device, *rest, model.attention, setup.checkpointing, setup.share
-        )
+        how = model.attention, setup.checkpointing, setup.share, model.lora
+        return cls(resolve(model.path), setup.stages, numbers, device, *rest, *how)
 
     def load(self, parts: list[np.ndarray], tick: int) -> None:
         """Weights frames, one a stage, all of `tick`. Raises FrameError on a mix-up, BaseLost if a delta does not fit."""
@@ -90,8 +92,8 @@ class DenseGradient:
     def gradient(self, batch: Batch, denominator: float | np.ndarray, grpo: GrpoConfig | None = None) -> Tensor:
         """∇L at the loaded weights on `batch`, fp32 [numel], divided by `denominator`: one number, or one a sample [N].
 
-        For a whole mini-batch that is its response tokens, so that M is normalised as the swarm's
-        gradient is; for a share f of its samples f times that, which keeps M unbiased; for samples of n
+        For a whole mini-batch that is `Batch.loss_tokens`, so that M is normalised as the swarm's
+        gradient is; samples have the weights that they have there; for a share f of its samples f times that, which keeps M unbiased; for samples of n
         mini-batches n times that of each (`anchor_service/replay.py`).
         The ratio is taken to the log-probs that the rollout engine recorded: its model is the
         uncompressed one too. `grpo` asks for another objective than the run's. The result is

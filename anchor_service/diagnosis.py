@@ -88,10 +88,10 @@ def effect(name: str, direction: Tensor, reward: Tensor, length: Tensor) -> Foun
 
 
 def unclipped(grpo: GrpoConfig) -> GrpoConfig:
-    """The bare policy gradient: no clip, no KL, no entropy bonus."""
-    return grpo.model_copy(  # unchecked: a file must not ask for an infinite clip
-        update={"clip_ratio": math.inf, "clip_ratio_c": None, "kl_loss_coef": 0.0, "entropy_coeff": 0.0}
-    )
+    """The bare policy gradient: no clip, a ratio a token, no KL, no entropy bonus."""
+    off = {"clip_ratio": math.inf, "clip_ratio_low": None, "clip_ratio_high": None, "clip_ratio_c": None}
+    off |= {"importance_sampling_level": "token", "kl_loss_coef": 0.0, "entropy_coeff": 0.0}
+    return grpo.model_copy(update=off)  # unchecked: a file must not ask for an infinite clip
 
 
 def leave_one_out(values: np.ndarray, group_size: int) -> np.ndarray:
@@ -164,7 +164,8 @@ class Diagnoser:
         The score function times the value less the mean of the others in the group, with the per-token ratio to
         the engine's log-probs, unclipped, summed over tokens, divided by the number of samples.
         """
-        scored = replace(batch, advantages=leave_one_out(values, self.grpo.group_size))
+        advantages = leave_one_out(values, self.grpo.group_size)
+        scored = replace(batch, advantages=advantages, loss_weights=batch.loss_weights[:0])
         return self.gradient(weights, scored, len(batch), unclipped(self.grpo)).neg_()
 
     def _noise(self, g: Tensor, weights: Tensor, batch: Batch, denominator: float | np.ndarray) -> Found:

@@ -4,7 +4,7 @@ M is the mean over the mini-batches t of their gradients at θ_s, each estimated
 
     M = Σ_i ∇l_i / d_i,    d_i = n · D_t · c_t / N_t    for sample i of mini-batch t
 
-with n mini-batches, D_t response tokens in N_t samples, c_t of them chosen: the scale of one tick's gradient.
+with n mini-batches, D_t response tokens that are in the loss in N_t samples, c_t of them chosen: the scale of one tick's gradient.
 """
 
 from __future__ import annotations

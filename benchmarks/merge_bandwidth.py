@@ -21,7 +21,7 @@ from benchmarks.hot_paths import medians
 from codec.ledger import Ledger
 from merger.config import MergerConfig
 from merger.interface import local_norm
-from rl.policy import Weights
+from rl.weights import Weights
 from swarm.grid import Grid
 from swarm.held import Held
 from swarm.messages import TickPlan

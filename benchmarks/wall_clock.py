@@ -4,9 +4,9 @@
     {20, 2}     ten workers of 20 ticks each: a correction of a lag of 20 ticks every 2 ticks
 
 Pairs of runs in turn on one Ray cluster, so that drift of the machine hits both: `make bench-wall`.
-Anchors are slowed by sleeping, so what they compute takes cores from the swarm here, as it would not on a cluster:
-{20, 2} is measured with all samples of a tick in each fire, and with a sixteenth of them, which leaves what the swarm
-itself does for a fire.
+Anchors are slowed by sleeping, so what they compute takes cores from the swarm here, as it would not on a cluster. {20, 2}
+is measured with both stages in one process, which leaves one core of two to the anchors; and with two workers on two cores,
+with all samples of a tick in each fire or a sixteenth of them, which leaves what the swarm itself does for a fire.
 """
 
 from __future__ import annotations
@@ -26,13 +26,20 @@ from deploy.cluster.launch import cluster, drive
 from deploy.config import load
 
 REPETITIONS, STEPS = 12, 30
-COMMON = [f"run.steps={STEPS}", "val.size=8", f"val.every={STEPS}", "swarm.pp=2"]
+COMMON = [f"run.steps={STEPS}", "val.size=8", f"val.every={STEPS}"]
 WITHOUT = ["anchor.enabled=false", "merger.kind=none"]
 OFTEN = ["anchor.clock=wall", "anchor.workers=10", 'anchor.lag={kind="uniform", low=20.0, high=20.0}']
+TWO_WORKERS = ["swarm.pp=2"]
 BESIDE = {
-    "slow": ["anchor.clock=wall", "anchor.slowdown=100.0"],
+    "slow": [*TWO_WORKERS, "anchor.clock=wall", "anchor.slowdown=100.0"],
     "{20, 2}": OFTEN,
-    "{20, 2}, a sixteenth": [*OFTEN, "anchor.replay_fraction=0.0625", "anchor.replay=window"],
+    "{20, 2}, two workers": [*TWO_WORKERS, *OFTEN],
+    "{20, 2}, two workers, a sixteenth": [
+        *TWO_WORKERS,
+        *OFTEN,
+        "anchor.replay_fraction=0.0625",
+        "anchor.replay=window",
+    ],
 }
 
 
@@ -68,7 +75,7 @@ def ratio_interval(ratios: list[float]) -> tuple[float, float]:
 def compare_rates(name: str, beside: list[str], folder: Path, pairs: int) -> None:
     ratios: list[float] = []
     for i in range(pairs):
-        pair = {"without": WITHOUT, "beside": beside}
+        pair = {"without": WITHOUT + [key for key in beside if key in TWO_WORKERS], "beside": beside}
         order = pair if i % 2 == 0 else reversed(pair)  # each goes first in turn: what drifts cancels
         seen = {which: drive_one(pair[which], folder / f"{which}-{i}") for which in order}
         (rate, *_), found = seen["without"], seen["beside"]
@@ -90,7 +97,7 @@ def main() -> None:
     """Of the names in the command line, or all; a number there: so many pairs."""
     numbers = [int(word) for word in sys.argv[1:] if word.isdigit()]
     names = [word for word in sys.argv[1:] if not word.isdigit()] or list(BESIDE)
-    with tempfile.TemporaryDirectory() as temporary, cluster(load("k5", COMMON + OFTEN), address=None):
+    with tempfile.TemporaryDirectory() as temporary, cluster(load("k5", COMMON + TWO_WORKERS + OFTEN), address=None):
         for name in names:
             compare_rates(name, BESIDE[name], Path(temporary) / name.replace(" ", "-"), *numbers or [REPETITIONS])
 

@@ -1,7 +1,8 @@
-"""`northstar export`: the policy of a run's checkpoint as an ordinary Hugging Face folder. No Ray.
+"""`northstar export`: the policy of a run's checkpoint as an ordinary Hugging Face folder, or as a peft adapter. No Ray.
 
     rank-d0p0 ─▶ weights [owned]                  model-00001-of-0000n.safetensors
     rank-d0p1 ─▶ weights [owned | tied copy] ─▶    …                 + index, config, tokenizer
+    adapters alone:                               adapter_model.safetensors + adapter_config.json
 
 Stages hold the model's parameters one after the other, so a tensor is a slice of one stage's masters; no more
 than one shard of them is in memory at a time.
@@ -12,9 +13,10 @@ from __future__ import annotations
 import json
 import shutil
 import tomllib
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -26,8 +28,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rl.config import ModelConfig
+from rl.lora import merged, peft_config, peft_name
+from rl.lora_config import LoraConfig
 from rl.model_files import resolve
-from rl.policy import EMBEDDING, HEAD, layout
+from rl.policy import EMBEDDING, HEAD, adapters, layout
 from rl.stops import ends_named, stop_tokens
 from swarm import checkpoint
 
@@ -64,26 +68,35 @@ class Slot:
         return prod(self.shape)
 
 
-def export_policy(run: Path, out: Path, step: int | None = None, dtype: str | None = None) -> Exported:
+def export_policy(
+    run: Path, out: Path, step: int | None = None, dtype: str | None = None, merge: bool = False
+) -> Exported:
     """Write the newest checkpoint of `run`, or that of `step`, to the new folder `out`.
 
     The folder appears under its name when it is whole. `dtype` is the model's unless given; in float32 the
-    weights are the masters, bit for bit. Raises ExportError, CheckpointError or ModelNotFound.
+    weights are the masters, bit for bit. Adapters are written alone, or with `merge` the whole model with what they add.
+    Raises ExportError, CheckpointError or ModelNotFound.
     """
     model = _model_of(run)
+    if merge and not model.lora.rank:
+        raise ExportError(f"{run} trained all weights and has no adapters to merge: leave out --merge")
     if out.exists():
         raise ExportError(f"{out} is already there: export to a folder that is not, or remove it first")
     saved, damaged = checkpoint.newest_good(run) if step is None else (checkpoint.at_step(run, step), [])
     base, dtype = resolve(model.path), dtype or model.dtype
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    half = out.with_name(out.name + ".partial")
+    shutil.rmtree(half, ignore_errors=True)
+    half.mkdir(parents=True)
     try:
-        parameters = _write_weights(saved, layout(base), partial, DTYPES[dtype])
-        _write_metadata(base, partial, dtype)
-        partial.rename(out)
+        with _trained(saved, base, model.lora) as trained:
+            if model.lora.rank and not merge:
+                parameters = _write_adapters(trained, model, half, DTYPES[dtype])
+            else:
+                parameters = _write_weights(trained, base, model.lora, half, DTYPES[dtype])
+                _write_metadata(base, half, dtype)
+        half.rename(out)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(half, ignore_errors=True)
         raise
     return Exported(out, checkpoint.read_state(saved)["step"], parameters, dtype, tuple(damaged))
 
@@ -99,28 +112,50 @@ def _model_of(run: Path) -> ModelConfig:
         raise ExportError(f"{file}: {error}") from error
 
 
-def _write_weights(saved: Path, shapes: dict[str, tuple[int, ...]], out: Path, dtype: torch.dtype) -> int:
-    """Shards and their index; returns the number of parameters."""
+Trained = Mapping[str, Callable[[], Tensor]]  # name: its fp32 master, read when it is asked for
+
+
+@contextmanager
+def _trained(saved: Path, base: Path, lora: LoraConfig) -> Generator[Trained]:
+    """What the checkpoint holds, in the order of the stages."""
     with ExitStack() as stack:
         masters = [stack.enter_context(safe_open(file, framework="pt")).get_slice("weights") for file in _stages(saved)]
-        slots = dict(_slots(shapes, [flat.get_shape()[0] for flat in masters], saved))
-        split = split_state_dict_into_shards_factory(
-            slots,
-            get_storage_size=lambda slot: slot.size * dtype.itemsize,
-            filename_pattern="model{suffix}.safetensors",
-            max_shard_size=SHARD,
-        )
-        for name, tensors in split.filename_to_tensors.items():
-            shard = {tensor: _read(masters, slots[tensor], dtype) for tensor in tensors}
-            save_file(shard, out / name, metadata={"format": "pt"})
+        shapes = adapters(base, lora) if lora.rank else layout(base)
+        slots = _slots(shapes, [flat.get_shape()[0] for flat in masters], saved)
+        yield {name: partial(_read, masters, slot) for name, slot in slots}
+
+
+def _read(masters: list[Any], slot: Slot) -> Tensor:
+    return masters[slot.stage][slot.start : slot.start + slot.size].view(slot.shape)
+
+
+def _write_weights(trained: Trained, base: Path, lora: LoraConfig, out: Path, dtype: torch.dtype) -> int:
+    """Shards and their index; returns the number of parameters."""
+    shapes = layout(base)
+    split = split_state_dict_into_shards_factory(
+        shapes,
+        get_storage_size=lambda shape: prod(shape) * dtype.itemsize,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=SHARD,
+    )
+    read = merged(trained, base, lora) if lora.rank else lambda name: trained[name]()
+    for name, tensors in split.filename_to_tensors.items():
+        shard = {tensor: read(tensor).to(dtype) for tensor in tensors}
+        save_file(shard, out / name, metadata={"format": "pt"})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
-    return sum(slot.size for slot in slots.values())
+    return sum(map(prod, shapes.values()))
 
 
-def _read(masters: list[Any], slot: Slot, dtype: torch.dtype) -> Tensor:
-    return masters[slot.stage][slot.start : slot.start + slot.size].view(slot.shape).to(dtype)
+def _write_adapters(trained: Trained, model: ModelConfig, out: Path, dtype: torch.dtype) -> int:
+    """As peft saves them."""
+    found = {peft_name(name): read().to(dtype) for name, read in trained.items()}
+    save_file(found, out / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = peft_config(model.lora)
+    config.base_model_name_or_path, config.inference_mode = model.path, True
+    config.save_pretrained(str(out))
+    return sum(tensor.numel() for tensor in found.values())
 
 
 def _stages(saved: Path) -> list[Path]:
@@ -131,7 +166,7 @@ def _stages(saved: Path) -> list[Path]:
 def _slots(shapes: dict[str, tuple[int, ...]], sizes: list[int], saved: Path) -> Iterator[tuple[str, Slot]]:
     """Deal the tensors, in their order, over stages of `sizes` elements; a tied copy at the end is left out."""
     total = sum(prod(shape) for shape in shapes.values())
-    copies = prod(shapes[EMBEDDING]) if len(sizes) > 1 and HEAD not in shapes else 0
+    copies = prod(shapes[EMBEDDING]) if len(sizes) > 1 and EMBEDDING in shapes and HEAD not in shapes else 0
     if sum(sizes) != total + copies:
         raise ExportError(
             f"{saved} holds {sum(sizes) - copies} parameters and the model of the run {total}: "

@@ -85,15 +85,19 @@ def check_resumes(stored: Path, config: RunConfig) -> None:
     other = {key for key in before | after if before.get(key) != after.get(key)} - _MAY_CHANGE
     if config.snapshot.rate is not None:  # where engines get exact weights is part of what they sample
         other |= {key for key in _EXACT_AFTER if before[key] != after[key]}
+    if config.grpo.lr_schedule.kind != "constant" and before["run.steps"] != after["run.steps"]:
+        other.add("run.steps")  # the rate falls to the end of the run
     other = {
         key
         for key in other
         if not key.endswith(("timeout_s", ".resource")) and not key.startswith(("links.", "faults.", "samples."))
     }
-    other -= {key for key in _MAY_RISE if before[key] < after[key]}
+    fixed = {"grpo.max_response_length"} if config.grpo.counts_longest else set[str]()
+    other -= {key for key in _MAY_RISE - fixed if before[key] < after[key]}
     if other:
         changes = ", ".join(f"{key} {before.get(key)!r} -> {after.get(key)!r}" for key in sorted(other))
-        changes += "".join(f"; {key} may only be raised" for key in sorted(other & _MAY_RISE))
+        changes += "".join(f"; {key} may only be raised" for key in sorted(other & (_MAY_RISE - fixed)))
+        changes += "; grpo.lr_schedule falls over run.steps" if "run.steps" in other else ""
         raise ConfigError(f"--resume goes on with the experiment of {stored}, and this is another: {changes}")
 
 

@@ -10,11 +10,14 @@ import anchor_service.config
 import codec.config
 import merger.config
 import rl.config
+import rl.grpo_config
+import rl.lora_config
 import rl.task_config
 import swarm.config
 from codec.config import When
 
-SECTIONS = codec.config, merger.config, anchor_service.config, rl.config, rl.task_config, swarm.config
+_RL = rl.config, rl.grpo_config, rl.lora_config, rl.task_config
+SECTIONS = codec.config, merger.config, anchor_service.config, *_RL, swarm.config
 READERS = {key: ways for sections in SECTIONS for key, ways in sections.READING.items()}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ _DTYPES = {
     "rewards": "float32",
     "advantages": "float32",
     "truncated": "bool",
+    "loss_weights": "float32",
 }
 
 
@@ -57,6 +58,8 @@ class Batch:
     rewards: np.ndarray  # float32 [N]
     advantages: np.ndarray  # float32 [N], zeros for validation
     truncated: np.ndarray  # bool [N]
+    # float32 [N] or [0]: of each response token of a sample in the loss (`rl/aggregation.py`); [0]: all 1
+    loss_weights: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
 
     def __len__(self) -> int:
         return len(self.prompt)
@@ -68,6 +71,13 @@ class Batch:
     @property
     def response_tokens(self) -> int:
         return int(self.response_lengths.sum())
+
+    @property
+    def loss_tokens(self) -> int:
+        """Response tokens that are in the loss, of a whole mini-batch what it is divided by; at least 1."""
+        if not self.loss_weights.size:
+            return self.response_tokens
+        return max(1, int(self.response_lengths[self.loss_weights != 0].sum()))
 
     @property
     def prompts_digest(self) -> str:
@@ -128,9 +138,9 @@ class Batch:
         if set(arrays) != {"body"} or body is None or body.ndim != 1 or body.dtype != np.uint8:
             raise frames.FrameError(sender, "arrays", f"a batch is one row of bytes, not {sorted(arrays)}")
         samples, sent = header.pop("samples", None), header.pop("sent", None)
-        for field, value in (("samples", samples), ("sent", sent)):
+        for name, value in (("samples", samples), ("sent", sent)):
             if type(value) is not int or value < 0:
-                raise frames.FrameError(sender, field, f"is {value!r}, not a number from 0 up")
+                raise frames.FrameError(sender, name, f"is {value!r}, not a number from 0 up")
         for name, values in parts.items():
             if values.shape != (samples,) or values.dtype != np.float32:
                 raise frames.FrameError(

@@ -7,6 +7,8 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from codec.config import NODE_TAG, Reading, Section, When
+from rl.grpo_config import GrpoConfig as GrpoConfig
+from rl.lora_config import LoraConfig
 
 
 class ModelConfig(Section):
@@ -21,78 +23,12 @@ class ModelConfig(Section):
     attention: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"] = Field(
         default="sdpa", description="transformers' attention; the flash kinds need cuda, bfloat16 and their package"
     )
+    lora: LoraConfig = LoraConfig()
 
     @property
     def itemsize(self) -> int:
         """Bytes of a number that it computes with."""
         return 2 if self.dtype == "bfloat16" else 4
-
-
-class GrpoConfig(Section):
-    """One global step: train_batch_size prompts, group_size samples each, in mini-batches of one tick."""
-
-    train_batch_size: int = Field(default=16, ge=1, description="prompts a global step")
-    ppo_mini_batch_size: int = Field(default=8, ge=1, description="prompts a tick; divides train_batch_size")
-    group_size: int = Field(default=8, ge=2, description="samples for each prompt (verl: rollout.n)")
-    clip_ratio: float = Field(default=0.2, gt=0, lt=1, description="ratio is clipped to [1-c, 1+c]")
-    clip_ratio_c: float | None = Field(
-        default=None,
-        gt=1,
-        description="dual clip: a token of negative advantage loses at most c times it; default: no bound",
-    )
-    lr: float = Field(default=1e-6, gt=0, le=1, description="Adam's learning rate, constant")
-    betas: tuple[float, float] = Field(default=(0.9, 0.999), strict=False, description="Adam's betas")
-    weight_decay: float = Field(default=0.0, ge=0, description="decoupled weight decay")
-    grad_clip: float = Field(default=1.0, gt=0, description="largest global gradient norm over all stages")
-    max_prompt_length: int = Field(
-        default=64,
-        ge=1,
-        description="longest prompt in tokens, instruction and template included (but see task.overlong)",
-    )
-    max_response_length: int = Field(
-        default=40, ge=1, description="longer answers are cut and score 0 (but see task.reward), in tokens"
-    )
-    old_logprobs: Literal["trainer", "tick", "rollout"] = Field(
-        default="trainer",
-        description="`trainer`: through the codec as it is at the start of a step; `tick`: as it is in the tick, for a "
-        "step's first mini-batch; `rollout`: the engine's",
-    )
-    rollout_is: Literal["none", "token"] = Field(
-        default="none",
-        description="`token`: a token's policy loss is weighted by trainer's old probability over the engine's, truncated",
-    )
-    rollout_is_threshold: float = Field(default=2.0, ge=1, description="largest weight of `rollout_is`")
-    kl_loss_coef: float = Field(default=0.0, ge=0, description="weight of the KL to the base policy; 0 is off")
-    entropy_coeff: float = Field(default=0.0, ge=0, description="weight of the entropy bonus; 0 is off")
-
-    @model_validator(mode="after")
-    def _whole_ticks(self) -> GrpoConfig:
-        if self.train_batch_size % self.ppo_mini_batch_size:
-            raise ValueError(
-                f"train_batch_size {self.train_batch_size} is not a multiple of "
-                f"ppo_mini_batch_size {self.ppo_mini_batch_size}: a step must be a whole number of ticks"
-            )
-        if not all(0 <= b < 1 for b in self.betas):
-            raise ValueError(f"betas {self.betas} must lie in [0, 1)")
-        if self.rollout_is != "none" and self.old_logprobs == "rollout":
-            raise ValueError(
-                "rollout_is weighs by the trainer's old log-probs over the engine's, and old_logprobs 'rollout' makes "
-                "them the same: set old_logprobs=trainer or rollout_is=none"
-            )
-        return self
-
-    @property
-    def ticks_per_step(self) -> int:
-        return self.train_batch_size // self.ppo_mini_batch_size
-
-    def recomputes(self, mini_batch: int, refreshed: bool) -> bool:
-        """Whether old log-probs of a step's mini-batch take a forward pass of their own.
-
-        The first one's tick computes the same numbers itself, from the same weights, unless its codec is `refreshed`.
-        """
-        if self.old_logprobs == "rollout":
-            return False
-        return mini_batch > 0 or (refreshed and self.old_logprobs == "trainer")
 
 
 class SnapshotConfig(Section):
@@ -243,7 +179,6 @@ class ValConfig(Section):
 _VLLM = (When("rollout.engine", ("vllm",)),)
 
 READING: Reading = {
-    "grpo.rollout_is_threshold": ((When("grpo.rollout_is", ("token",)),),),
     "snapshot.rate": ((When("snapshot.encoding", ("delta",)),),),
     "rollout.gpu_memory": (_VLLM,),
     "rollout.kv_cache_gb": (_VLLM,),

@@ -62,7 +62,8 @@ class PlainModel:
 
     def __init__(self, folder: Path, model: ModelConfig, rollout: RolloutConfig):
         self.folder, self.device = folder, torch.device(rollout.device)
-        self.model, self.weights = whole_model(folder, getattr(torch, model.dtype), self.device, model.attention)
+        numbers = getattr(torch, model.dtype)
+        self.model, self.weights = whole_model(folder, numbers, self.device, model.attention, model.lora)
         self.eos = stop_tokens(folder)
 
     @torch.inference_mode()

@@ -15,10 +15,11 @@ from transformers import PreTrainedTokenizerBase
 
 from rl.model_files import model_config
 from rl.model_shape import ModelRefused
-from rl.policy import EMBEDDING, HEAD, PIECE, layout
+from rl.policy import EMBEDDING, HEAD, layout
 from rl.stops import stop_tokens
 from rl.stored_weights import Stored, stored_tensors
 from rl.tokenizer import load_tokenizer, tokens_beyond
+from rl.weights import PIECE
 
 _TABLES = "rotary_emb.inv_freq"  # in checkpoints of old; they are computed
 

@@ -8,6 +8,7 @@ import struct
 from pathlib import Path
 from typing import Any, TypedDict
 
+from rl.config import ModelConfig
 from rl.gguf_files import convert, converted_folder, gguf_config, gguf_shape
 from rl.model_shape import ModelNotFound, ModelShape, shape_of
 
@@ -154,19 +155,22 @@ def tensor_specs(file: Path) -> tuple[dict[str, TensorSpec], int]:
     return specs, 8 + size
 
 
-def tensor_sizes(folder: Path) -> dict[str, int]:
-    """Elements of every tensor of a checkpoint, from the safetensors headers."""
+def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Of every tensor of a checkpoint, from the safetensors headers."""
     files = set(tensor_files(folder).values())
-    return {name: math.prod(spec["shape"]) for file in files for name, spec in tensor_specs(file)[0].items()}
+    return {name: tuple(spec["shape"]) for file in files for name, spec in tensor_specs(file)[0].items()}
 
 
-def parameter_count(path: str) -> int:
-    """Parameters of a whole model, a tied embedding once."""
-    folder = resolve(path)
-    sizes = tensor_sizes(folder)
+def trained_count(model: ModelConfig) -> int:
+    """Parameters that are trained: a whole model's, a tied embedding once, or its adapters'."""
+    folder, lora = resolve(model.path), model.lora
+    if lora.rank:
+        layers = tuple(f".{target}.weight" for target in lora.targets)
+        return sum(lora.rank * sum(shape) for name, shape in tensor_shapes(folder).items() if name.endswith(layers))
+    shapes = tensor_shapes(folder)
     if folder_shape(folder).tied:
-        sizes.pop("lm_head.weight", None)  # some checkpoints hold the tied embedding twice
-    return sum(sizes.values())
+        shapes.pop("lm_head.weight", None)  # some checkpoints hold the tied embedding twice
+    return sum(map(math.prod, shapes.values()))
 
 
 def _existing(path: str) -> Path:

@@ -35,6 +35,8 @@ class MicroBatch:
     advantages: Float[Tensor, " r"]
     rollout_logprobs: Float[Tensor, " r"]
     ref_logprobs: Float[Tensor, " r"] | None
+    loss_weights: Float[Tensor, " r"] | None  # None: all 1
+    samples: Int[Tensor, " r"]  # which of the B samples each response token is of
     rows: Rows  # the real tokens as a boundary sees them
     tokens: int  # real tokens
     distinct: Distinct | None = None  # rows that samples have in common are computed once
@@ -67,10 +69,12 @@ def _microbatch(batch: Batch, samples: np.ndarray, device: torch.device, tick: i
     columns = np.arange(ids.shape[1])
     response = (columns >= batch.prompt[samples][:, None]) & real
     row, position = np.nonzero(response)
-    advantages = np.repeat(batch.advantages, batch.response_lengths) if len(batch.advantages) else batch.advantages
 
     def per_token(flat: np.ndarray) -> Tensor:
         return torch.from_numpy(np.concatenate([flat[response_at[i] : response_at[i + 1]] for i in samples])).to(device)
+
+    def repeated(values: np.ndarray) -> Tensor:
+        return per_token(np.repeat(values, batch.response_lengths) if len(values) else values)
 
     micro = MicroBatch(
         ids=torch.from_numpy(ids).to(device),
@@ -78,9 +82,11 @@ def _microbatch(batch: Batch, samples: np.ndarray, device: torch.device, tick: i
         predicts=(torch.from_numpy(row).to(device), torch.from_numpy(position - 1).to(device)),
         predicted=None,
         targets=torch.from_numpy(ids[response]).to(device),
-        advantages=per_token(advantages),
+        advantages=repeated(batch.advantages),
         rollout_logprobs=per_token(batch.rollout_logprobs),
         ref_logprobs=per_token(batch.ref_logprobs) if len(batch.ref_logprobs) else None,
+        loss_weights=repeated(batch.loss_weights) if len(batch.loss_weights) else None,
+        samples=torch.from_numpy(row).to(device),
         rows=rows_of(ids, real, device, tick, share),
         tokens=int(real.sum()),
     )
@@ -124,11 +130,11 @@ def loss_terms(
     config: GrpoConfig,
     temperature: float,
 ) -> LossTerms:
-    """Loss of one microbatch; `denominator` counts the response tokens of the global mini-batch, or of each token's own.
+    """Loss of one microbatch; `denominator` is `Batch.loss_tokens` of the global mini-batch, or of each token's own.
 
     `old_logprobs` None: this forward's own are the old ones, so every ratio is 1.
     """
     new, entropy = logprobs(stage, hidden, micro, temperature, True, config.entropy_coeff != 0)
-    old = new.detach() if old_logprobs is None else old_logprobs
-    behaviour = micro.rollout_logprobs
-    return policy_loss(new, old, micro.advantages, denominator, config, entropy, micro.ref_logprobs, behaviour)
+    old, behaviour = new.detach() if old_logprobs is None else old_logprobs, micro.rollout_logprobs
+    known = micro.ref_logprobs, behaviour, micro.loss_weights, micro.samples
+    return policy_loss(new, old, micro.advantages, denominator, config, entropy, *known)

@@ -1,7 +1,8 @@
 """Samples as one row of bytes: whole numbers at the bits they need, prompts once, floats without what they repeat.
 
     which prompt each sample has │ lengths of prompts │ of responses │ tokens of prompts, of responses
-    │ truncated (a bit each) │ rewards │ advantages (different values, and which) │ log-probs (28 bits each)
+    │ truncated (a bit each) │ rewards │ advantages │ weights in the loss (different values, and which)
+    │ log-probs (28 bits each)
 
 Lossless, and the size follows from lengths and vocabulary, so that a plan knows it: nothing is compressed by what it
 happens to say. Every size is checked against the bytes that are there before anything is allocated for it.
@@ -15,8 +16,9 @@ import numpy as np
 
 from codec.frames import FrameError
 
-PER_SAMPLE, PER_RESPONSE = ("rewards", "advantages"), ("rollout_logprobs", "ref_logprobs")
-OPTIONAL = ("tokens", "truncated", *PER_SAMPLE, *PER_RESPONSE)  # what is empty is not sent, lengths always are
+PER_SAMPLE, PER_RESPONSE = ("rewards", "advantages", "loss_weights"), ("rollout_logprobs", "ref_logprobs")
+# What is empty is not sent, lengths always are. A bit each, in this order: a new one comes last, as checkpoints hold frames
+OPTIONAL = ("tokens", "truncated", "rewards", "advantages", *PER_RESPONSE, "loss_weights")
 _SIZE = np.dtype("<u4")
 _MANTISSA = 23  # bits of a float32; before them its sign and exponent
 _EXPONENTS = 5  # bits for which of the signs and exponents that occur: log-probs of one batch have 15 to 30

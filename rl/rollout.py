@@ -24,6 +24,7 @@ from rl.model_files import resolve
 from rl.problems import Problems
 from rl.prompts import PromptEncoder
 from rl.reward import Judged, make_reward, parts_of
+from rl.shaping import shaped
 from rl.snapshot import Receiver
 from rl.table import Table
 from rl.task_config import TaskConfig
@@ -69,7 +70,7 @@ class RolloutWorker:
         self.receiver = Receiver(snapshot)
         self.rollout, plain = rollout, PlainModel(folder, model, rollout)
         self.engine: Engine = ENGINES[rollout.engine](plain, rollout, grpo.max_prompt_length + grpo.max_response_length)
-        self.reference = PlainModel(folder, model, rollout) if grpo.kl_loss_coef else None
+        self.reference = PlainModel(folder, model, rollout) if grpo.needs_reference else None
 
     def load_weights(self, tick: int, *parts: np.ndarray) -> str:
         """One weights frame a stage, all of `tick`. Returns the digest of all weights, fp32, as they are now in use.
@@ -112,20 +113,23 @@ class RolloutWorker:
         ref = self._reference_logprobs(ask, prompts, samples)
         texts = [cast(str, self.tokenizer.decode(tokens, skip_special_tokens=True)) for tokens in samples.tokens]
         judged = self.reward([*zip(examples, texts, samples.truncated)])
-        rewards = [each.reward for each in judged]
+        rewards, taken = [each.reward for each in judged], {}
+        if ask.split == "train":
+            lengths = np.array([len(t) for t in samples.tokens])
+            rewards, taken = shaped(rewards, lengths, self.grpo, samples.logprobs, ref)
         batch = Batch(
             tokens=np.concatenate([np.concatenate([p, t]) for p, t in zip(prompts, samples.tokens)]).astype(np.int32),
             prompt=np.array([len(p) for p in prompts], np.int32),
             total=np.array([len(p) + len(t) for p, t in zip(prompts, samples.tokens)], np.int32),
             rollout_logprobs=np.concatenate(samples.logprobs),
-            ref_logprobs=np.concatenate(ref) if ref else np.zeros(0, np.float32),
+            ref_logprobs=np.concatenate(ref) if ref and self.grpo.kl_loss_coef else np.zeros(0, np.float32),
             rewards=np.array(rewards, np.float32),
             advantages=self._advantages(rewards, ask.n),
             truncated=np.array(samples.truncated, bool),
         )
         said = {FAILED: failed} if (failed := _failed(judged, examples, texts)) else {}
         frame = batch.only(*ask.wanted).to_frame(parts_of(judged), split=ask.split, step=ask.step, **said)
-        return frame, peak_memory_gb(self.engine.device), compared | self._undecided()
+        return frame, peak_memory_gb(self.engine.device), compared | taken | self._undecided()
 
     def _reference_logprobs(self, ask: Prompts, prompts: list[list[int]], samples: Samples) -> list[np.ndarray]:
         """Of the base policy, where a loss will read them; of greedy answers at temperature 1."""
@@ -148,10 +152,9 @@ class RolloutWorker:
         both = (torch.from_numpy(np.concatenate(logprobs)) for logprobs in (samples.logprobs[:: ask.n], plain))
         return {name: value.item() for name, value in mismatch.sums(*both).items()}
 
-    @staticmethod
-    def _advantages(rewards: list[float], n: int) -> np.ndarray:
+    def _advantages(self, rewards: list[float], n: int) -> np.ndarray:
         return (
-            group_advantages(torch.tensor(rewards, dtype=torch.float64), n).numpy()
+            group_advantages(torch.tensor(rewards, dtype=torch.float64), n, self.grpo.norm_adv_by_std).numpy()
             if n > 1
             else np.zeros(len(rewards), np.float32)
         )

@@ -126,12 +126,11 @@ class VllmEngine:
         )
 
     def _named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Views into the flat buffer, by the names of the checkpoint."""
-        weights = self.plain.weights
-        for i, name in enumerate(weights.names):
-            yield name, weights.view(i, weights.compute)
-        if self.unties:
-            yield HEAD, weights.view(weights.names.index(EMBEDDING), weights.compute)
+        """By the names of the checkpoint. Adapters are merged in: they are computed with as weights."""
+        for name, tensor in self.plain.weights.whole():
+            yield name, tensor
+            if self.unties and name == EMBEDDING:
+                yield HEAD, tensor
 
     def _prove(self) -> None:
         """vLLM computes with the weights it was given: its log-probs of a fixed sequence are a plain forward's."""

@@ -24,6 +24,7 @@ from anchor_service.errors import ActorLost, WaitTimeout, described
 from anchor_service.line import NoFires
 from anchor_service.places import Drains
 from rl import mismatch
+from rl.aggregation import weighted
 from rl.batch import Batch
 from rl.grpo import PG_LOSS
 from swarm import checkpoint, scale
@@ -118,7 +119,9 @@ class Coordinator:
             timing[PAUSED_S] = paused
         progress.paced((seconds - paused) / len(ticks))
         totals = {"perf/throughput": float(batch.total.sum()) / seconds}
-        found = step_means(ticks) | metrics | sample_metrics(batch) | timing | totals | progress.ratios()
+        found = (
+            step_means(ticks) | metrics | sample_metrics(batch, self.config.grpo) | timing | totals | progress.ratios()
+        )
         self.telemetry.step(progress.step, progress.tick, found)
 
     def _begin(self, batch: Batch, minis: list[MiniFrame]) -> dict[str, float]:
@@ -162,7 +165,7 @@ class Coordinator:
         diagnosed = self.corrections.sources.diagnosed(progress.tick)
         reports = self._take(self._plans(index, keep, diagnosed), minis)
         outcome = reports[0].merge  # all ranks decide alike
-        metrics, ledger = combine(reports, mini.batch.response_tokens)
+        metrics, ledger = combine(reports, mini.batch.loss_tokens)
         skipped = self.skips.judge(reports)
         if skipped is not None:
             progress.event("tick skipped", reason=str(skipped), in_a_row=self.skips.in_a_row)
@@ -226,8 +229,8 @@ class Coordinator:
         grpo, found = self.config.grpo, []
         samples = grpo.ppo_mini_batch_size * grpo.group_size
         for i in range(grpo.ticks_per_step):
-            mini = batch.take(i * samples, (i + 1) * samples)
-            frame = mini.to_frame(step=self.progress.step, index=i, denominator=mini.response_tokens)
+            mini = weighted(batch.take(i * samples, (i + 1) * samples), grpo)
+            frame = mini.to_frame(step=self.progress.step, index=i, denominator=mini.loss_tokens)
             found.append(MiniFrame(mini, ray.put(frame), frame.nbytes))
         return found
 

@@ -20,7 +20,7 @@ from anchor_service.line import Fire, FireLine, NoFires
 from anchor_service.messages import NORM, VOID
 from anchor_service.norms import NormHistory
 from merger import merger_class
-from rl.model_files import parameter_count
+from rl.model_files import trained_count
 from swarm import checkpoint
 from swarm.anchor_faults import AnchorFaults, stream_of
 from swarm.diagnosis_sources import Sources
@@ -66,7 +66,7 @@ class Corrections:
         self.merged_m_bar: object = None  # of the correction that is held: older than the last if that was refused
         self._expired = False
         self._whole = False  # ranks merge something of what they hold: of the next one they will too
-        self._parameters = parameter_count(config.model.path)
+        self._parameters = trained_count(config.model)
 
     # --- before a tick --------------------------------------------------------------------------
 

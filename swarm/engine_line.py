@@ -20,7 +20,7 @@ from anchor_service.errors import ActorLost, WaitTimeout, described
 from anchor_service.line import FireLine
 from rl.batch import Prompts
 from rl.engine import EngineFailed
-from rl.model_files import parameter_count
+from rl.model_files import trained_count
 from rl.problems import Problems
 from rl.rollout import RolloutWorker
 from rl.snapshot import BaseLost
@@ -56,7 +56,7 @@ class EngineLine:
         self._starting: dict[
             str, tuple[object, float]
         ] = {}  # newcomers: when they are ready, and since when they start
-        self._parameters = parameter_count(config.model.path)
+        self._parameters = trained_count(config.model)
 
     # --- what they are asked for ----------------------------------------------------------------
 

@@ -28,7 +28,7 @@ from merger.config import MergerConfig
 from merger.holds import Holds
 from merger.look import looked_at
 from merger.placebo import PLACEBOS, Placebo
-from rl.policy import Weights
+from rl.weights import Weights
 from swarm.grid import Grid
 from swarm.messages import MergeOutcome, TickPlan
 

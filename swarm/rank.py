@@ -51,6 +51,7 @@ class RankSetup:
     q_cadence: int
     temperature: float
     seed: int  # of the first Q, and of what a rank draws itself
+    ticks: int  # of the whole run: what the learning rate falls over
 
     @property
     def shares_prompts(self) -> bool:
@@ -63,7 +64,7 @@ class MiniBatch:
 
     micros: list[MicroBatch]
     old_logprobs: list[Tensor] | None  # one a microbatch, on the last stage; None: those of the tick itself
-    denominator: int  # response tokens of the global mini-batch
+    denominator: int  # response tokens of the global mini-batch that are in the loss
     refused: str = ""  # why a codec would not encode what was to become its old log-probs
 
 
@@ -97,6 +98,12 @@ class Rank:
         """For the diagnosis of this tick: copies on the host, a tied embedding left to its owner."""
         owned = self.stage.weights.owned
         self.kept |= {k: v[:owned].detach().to("cpu", copy=True).numpy() for k, v in vectors.items()}
+
+    def set_lr(self, tick: int) -> float:
+        """The learning rate of that tick: it depends on nothing else, so a run that goes on has it too."""
+        grpo = self.setup.grpo
+        rate = self.optimizer.param_groups[0]["lr"] = grpo.lr * grpo.lr_schedule.factor(tick, self.setup.ticks)
+        return rate
 
     @contextmanager
     def timed(self, phase: str) -> Generator[None]:
@@ -210,6 +217,7 @@ def build_rank(setup: RankSetup, grid: Grid) -> Rank:
         grid.device,
         attention=setup.model.attention,
         checkpointing=swarm.activation_checkpointing,
+        lora=setup.model.lora,
     )
     cuts = {
         layer: Boundary(setup.codec, index, stage.config.hidden_size, setup.seed, grid.ledger).to(grid.device)

@@ -22,7 +22,7 @@ class Reducer:
         self.config, self.seed, self.grid = config, seed, grid
         weights = stage.weights
         at: dict[str, slice] = {"own": slice(0, weights.numel)}
-        if grid.pp > 1 and stage.config.tie_word_embeddings and (grid.first or grid.last):
+        if grid.pp > 1 and stage.config.tie_word_embeddings and EMBEDDING in weights.names:
             index = weights.names.index(EMBEDDING)
             at["tied"] = tied = slice(weights.offsets[index], weights.offsets[index + 1])
             # it comes first where it is looked up, and last where it is the head

@@ -98,7 +98,7 @@ class OwnTick:
             return Replay(mini.reference, mini.size, mini.reference)
         rng = np.random.default_rng([self.seed, 0x5A3, version])
         chosen = np.sort(rng.choice(len(batch), self.count, replace=False))
-        denominator = batch.response_tokens * self.count / len(batch)
+        denominator = batch.loss_tokens * self.count / len(batch)
         frame = batch.pick(chosen).to_frame(denominator=denominator)
         return Replay(self.store(frame), frame.nbytes, mini.reference)
 
@@ -119,7 +119,7 @@ class _Seen:
     tick: int
     rank: float  # uniform in [0, 1): the ticks of lowest rank give more
     samples: int
-    response_tokens: int  # of all
+    loss_tokens: int  # of all
     batch: Batch
     order: np.ndarray | None  # None: the samples of `batch` are in that order
 
@@ -148,7 +148,7 @@ class Window:
         """The newest mini-batch stays whole: how much of it is needed shows when a fire starts, or the next one comes."""
         self._newest, samples = mini, len(mini.batch)
         rng = np.random.default_rng([self.seed, 0x5A4, tick])
-        new = _Seen(tick, rng.random(), samples, mini.batch.response_tokens, mini.batch, rng.permutation(samples))
+        new = _Seen(tick, rng.random(), samples, mini.batch.loss_tokens, mini.batch, rng.permutation(samples))
         self._seen = self._cut([*self._seen, new], whole=new)
 
     def take(self, version: int) -> Replay:
@@ -159,7 +159,7 @@ class Window:
         each, rest = divmod(self.count, len(seen))
         more = sorted(seen, key=lambda s: s.rank)[:rest]
         counts = [each + (s in more) for s in seen]
-        frame = pack_replay([(s.first(c), len(seen) * s.response_tokens * c / s.samples) for s, c in zip(seen, counts)])
+        frame = pack_replay([(s.first(c), len(seen) * s.loss_tokens * c / s.samples) for s, c in zip(seen, counts)])
         reference = self.store(frame)
         return Replay(reference, frame.nbytes, reference)
 
@@ -174,7 +174,7 @@ class Window:
         seen = self._cut(_by_tick([*void, *self._seen]))
         if not seen:
             return {}
-        ticks = [[s.tick, s.rank, s.samples, s.response_tokens, len(s.batch)] for s in seen]
+        ticks = [[s.tick, s.rank, s.samples, s.loss_tokens, len(s.batch)] for s in seen]
         return {FRAME: concat([s.batch for s in seen]).to_frame(ticks=ticks)}
 
     def restore(self, frame: np.ndarray | None) -> None:

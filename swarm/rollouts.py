@@ -9,12 +9,15 @@ from typing import Any
 import numpy as np
 
 from rl import mismatch
+from rl.aggregation import of_one_reward, out_of_loss
 from rl.batch import Batch, Parts, Prompts, concat, concat_parts, of_validation
+from rl.config import GrpoConfig
 from rl.engine import EngineFailed
 from rl.packing import OPTIONAL
 from rl.passes import passes
 from rl.problems import Problems
 from rl.rollout import FAILED, UNDECIDED
+from rl.shaping import KL_PENALTY, OVERLONG, SCORE
 from swarm.engine_line import EngineLine
 from swarm.lookahead import Asked, Lookahead, Result
 from swarm.progress import Progress
@@ -22,6 +25,7 @@ from swarm.run_config import RunConfig
 from swarm.sample_file import Reader
 
 SAMPLED_S = "timing_s/gen"
+FURTHER = 1 << 32  # prompts of a run are fewer
 STALENESS, WEIGHTS = "training/staleness", "rollout/weights_digest"
 
 
@@ -72,14 +76,32 @@ class Rollouts:
         results = self._delivered(due)
         del self.ahead.asked[0]
         batch, found = self._taken("train", results)
-        found |= {STALENESS: due.staleness, WEIGHTS: due.weights.digest}
+        batch, again = self._filtered(batch, due.step)
+        found |= again | {STALENESS: due.staleness, WEIGHTS: due.weights.digest}
         self._judge_ends(batch)
         return batch, found | {SAMPLED_S: time.perf_counter() - start}
 
-    def _ask_for(self, step: int) -> Asked:
-        """Of the weights that were sent last."""
+    def _filtered(self, batch: Batch, step: int) -> tuple[Batch, dict[str, float]]:
+        """Groups of one reward replaced by others of further prompts, the first that differ, in the order of sampling."""
         grpo = self.config.grpo
-        indices = range((step - 1) * grpo.train_batch_size, step * grpo.train_batch_size)
+        each, wanted, most = grpo.group_size, grpo.train_batch_size, grpo.filter_groups.max_num_gen_batches
+        if most == 1:
+            return batch, {}
+        sampled, alike = 1, of_one_reward(batch, each)
+        while sampled < most and (~alike).sum() < wanted:
+            asked = self._ask_for(step, sampled)
+            more, _ = self._taken("train", self._delivered(asked), shown=False)
+            batch, sampled = concat([batch, more]), sampled + 1
+            alike = of_one_reward(batch, each)
+        groups = np.sort(np.argsort(alike, kind="stable")[:wanted])
+        found = {"training/num_gen_batches": sampled, "training/one_reward_ratio": float(alike.mean())}
+        return batch.pick((groups[:, None] * each + np.arange(each)).reshape(-1)), found
+
+    def _ask_for(self, step: int, again: int = 0) -> Asked:
+        """Of the weights that were sent last. What is sampled `again` is of prompts beyond those of all steps."""
+        grpo = self.config.grpo
+        first = again * FURTHER + (step - 1) * grpo.train_batch_size
+        indices = range(first, first + grpo.train_batch_size)
         return self._ask("train", step, indices, grpo.group_size, self.config.rollout.temperature)
 
     def _delivered(self, asked: Asked) -> list[Result]:
@@ -125,20 +147,24 @@ class Rollouts:
         wanted = of_validation(self.config.samples.kept) if split == "val" else OPTIONAL
         return self.engines.ask(step, [Prompts(split, step, c, n, temperature, wanted) for c in chosen])
 
-    def _taken(self, split: str, results: list[Result]) -> tuple[Batch, dict[str, Any]]:
-        """Samples as one batch, and what was measured of them; counted here, when they are used."""
+    def _taken(self, split: str, results: list[Result], shown: bool = True) -> tuple[Batch, dict[str, Any]]:
+        """Samples as one batch, and what was measured of them; counted here, when they are used. `shown`: to be read."""
         told = [Batch.with_parts(frame, "an engine") for frame, *_ in results]
         batch, parts = concat([batch for _, batch, _ in told]), concat_parts([(len(b), p) for _, b, p in told])
         self.progress.control(
             sum(frame.nbytes for frame, *_ in results), batch.nbytes + sum(values.nbytes for values in parts.values())
         )
         self._say_what_failed(split, [header[FAILED] for header, *_ in told if FAILED in header])
-        self._keep(batch, parts, split)
+        if shown:
+            self._keep(batch, parts, split)
         self.progress.remember("engine", max(peak for _, peak, _ in results))
         undecided = sum(sums.pop(UNDECIDED, 0) for *_, sums in results)
         if undecided:
             self.progress.event("answers undecided", split=split, count=undecided)
-        return batch, mismatch.dense_metrics([sums for *_, sums in results]) | part_means(split, parts)
+        measured = [sums for *_, sums in results]
+        taken = {name for name in (SCORE, OVERLONG, KL_PENALTY) if name in measured[0]}
+        found = {name: sum(sums.pop(name) for sums in measured) / len(batch) for name in taken}
+        return batch, mismatch.dense_metrics(measured) | found | part_means(split, parts)
 
     def _say_what_failed(self, split: str, failed: list[dict[str, Any]]) -> None:
         """Of the reward function."""
@@ -187,10 +213,11 @@ def validation_metrics(config: RunConfig, batch: Batch) -> dict[str, float]:
     }
 
 
-def sample_metrics(batch: Batch) -> dict[str, float]:
+def sample_metrics(batch: Batch, grpo: GrpoConfig) -> dict[str, float]:
     """verl's names for rewards and lengths of one step's samples."""
-    lengths = batch.response_lengths
-    return {
+    lengths, leaves_out = batch.response_lengths, grpo.overlong_filter or grpo.zero_variance == "drop"
+    found = {"training/left_out_ratio": float(out_of_loss(batch, grpo).mean())} if leaves_out else {}
+    return found | {
         "critic/rewards/mean": float(batch.rewards.mean()),
         "response_length/mean": float(lengths.mean()),
         "response_length/max": int(lengths.max()),

@@ -75,6 +75,11 @@ class RunConfig(Section):
         """Whether rows that samples have in common are computed once."""
         return self.swarm.shares_prompts(self.model, self.codec)
 
+    @property
+    def ticks(self) -> int:
+        """Of the whole run."""
+        return self.run.steps * self.grpo.ticks_per_step
+
     def validates_after(self, step: int) -> bool:
         return step % self.val.every == 0 or step == self.run.steps
 
@@ -105,6 +110,8 @@ class RunConfig(Section):
         self._check_shared_weights()
         self._check_staleness()
         self._check_validation()
+        self._check_warmup()
+        self._check_filter()
         self._check_placement()
         self._check_attention()
         if self.anchor.lag.kind == "trace":
@@ -182,6 +189,24 @@ class RunConfig(Section):
             raise ValueError(
                 f"val.samples {self.val.samples} greedy answers to a prompt are one: set rollout.val_temperature above 0, or "
                 f"val.samples=1"
+            )
+
+    def _check_filter(self) -> None:
+        """What is sampled again is of the weights that the step begins with, and so must the rest be."""
+        most, stale = self.grpo.filter_groups.max_num_gen_batches, self.rollout.max_staleness
+        if most > 1 and stale:
+            raise ValueError(
+                f"grpo.filter_groups.max_num_gen_batches {most} samples again while a step waits, and with "
+                f"rollout.max_staleness {stale} nobody waits: set one of them to its default"
+            )
+
+    def _check_warmup(self) -> None:
+        """A rate that never gets to where it should is a mistake."""
+        warmup = self.grpo.lr_schedule.warmup_ticks
+        if warmup > self.ticks:
+            raise ValueError(
+                f"grpo.lr_schedule.warmup_ticks {warmup} is more than the {self.ticks} ticks of {self.run.steps} steps: "
+                f"lower it, or raise run.steps"
             )
 
     def _check_placement(self) -> None:

@@ -1,7 +1,7 @@
 """What each rank is sent of a step's samples: those of its replica, in the order in which it uses them, in one frame.
 
 every stage       tokens and lengths: the rows of a boundary follow from them
-the last stage    advantages and log-probs besides, for the loss
+the last stage    advantages, weights and log-probs besides, for the loss
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from codec.frames import FrameError
 from rl.batch import Batch, concat, deal, deal_together
 
 ROWS = ("tokens",)
-LOSS = ("tokens", "advantages", "rollout_logprobs", "ref_logprobs")
+LOSS = ("tokens", "advantages", "loss_weights", "rollout_logprobs", "ref_logprobs")
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Share:
 def shares(minis: list[Batch], dp: int, pp: int, together: bool = False) -> Iterator[Share]:
     """Of a step's mini-batches, in the order of the ranks. `together`: a prompt's samples are."""
     hands = [(deal_together if together else deal)(mini, dp) for mini in minis]
-    denominators = [mini.response_tokens for mini in minis]
+    denominators = [mini.loss_tokens for mini in minis]
     for d in range(dp):
         own = concat([mini.pick(hand[d]) for mini, hand in zip(minis, hands)])
         for fields, ranks in ((ROWS, pp - 1), (LOSS, 1)):
@@ -40,7 +40,7 @@ def shares(minis: list[Batch], dp: int, pp: int, together: bool = False) -> Iter
 
 
 def mini_batches(frame: np.ndarray) -> list[tuple[Batch, int]]:
-    """A rank's share of each mini-batch, and the response tokens of the global one. Raises FrameError."""
+    """A rank's share of each mini-batch, and the tokens that are in the loss of the global one. Raises FrameError."""
     sender = "the coordinator"
     header, batch = Batch.from_frame(frame, sender)
     denominators = header.get("denominators")

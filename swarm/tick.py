@@ -63,7 +63,7 @@ def tick(rank: Rank, plan: TickPlan, mini: MiniBatch, fetch: Callable[[object], 
             rank.keep(merged=weights.grad, **rank.held.stand_in())
     with rank.timed("optimizer"):
         values["actor/grad_norm"] = _clip(rank, plan, mini, loss)
-        values["actor/lr"] = rank.setup.grpo.lr
+        values["actor/lr"] = rank.set_lr(plan.tick)
         rank.optimizer.step()
         weights.publish()
     report = TickReport(sums, values, {}, {}, outcome)

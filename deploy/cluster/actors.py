@@ -11,7 +11,7 @@ from anchor_service.diagnosis import Diagnoser
 from deploy.cluster.placement import counts
 from merger import merger_class
 from merger.look import stride_of
-from rl.model_files import model_shape, parameter_count, resolve
+from rl.model_files import model_shape, resolve, trained_count
 from rl.rollout import RolloutWorker
 from rl.spans import spans
 from rl.tasks import located
@@ -42,7 +42,7 @@ def actor_plans(config: RunConfig) -> dict[str, list[ActorPlan]]:
 
 def _stride(config: RunConfig) -> int | None:
     """Of the coordinates at which the merger looks, if it does."""
-    return stride_of(parameter_count(config.model.path)) if merger_class(config.merger.kind).looks else None
+    return stride_of(trained_count(config.model)) if merger_class(config.merger.kind).looks else None
 
 
 def _workers(config: RunConfig) -> list[ActorPlan]:
@@ -57,6 +57,7 @@ def _workers(config: RunConfig) -> list[ActorPlan]:
         q_cadence=config.q_cadence,
         temperature=config.rollout.temperature,
         seed=config.run.seed,
+        ticks=config.ticks,
     )
     return [ActorPlan(Worker, (WorkerSetup(index, rank, config.snapshot),)) for index in range(counts(config)[0])]
 

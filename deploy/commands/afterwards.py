@@ -54,12 +54,15 @@ def export_command(
         Literal["float32", "bfloat16"] | None,
         typer.Option(help="of the weights written; default: the run's model.dtype"),
     ] = None,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="of a run of adapters: the whole model with them added, not the adapters")
+    ] = False,
 ) -> None:
-    """Write a checkpoint's policy as a Hugging Face folder, which transformers and vLLM load."""
+    """Write a checkpoint's policy as a Hugging Face folder, which transformers and vLLM load, or its adapters as peft's."""
     from deploy.export import export_policy
 
     try:
-        found = export_policy(run, out, step, dtype)
+        found = export_policy(run, out, step, dtype, merge)
     except ValueError as error:
         raise refused(error) from error
     for reason in found.damaged:

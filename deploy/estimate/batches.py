@@ -13,7 +13,9 @@ import numpy as np
 
 from deploy.estimate.parameters import parameters
 from deploy.estimate.workload import prompt_tokens, response_tokens
+from rl.aggregation import weighted
 from rl.batch import Batch, of_validation
+from rl.config import GrpoConfig
 from rl.packing import OPTIONAL
 from swarm.replay_choice import MiniFrame, OwnTick, Window
 from swarm.run_config import RunConfig
@@ -31,7 +33,7 @@ class Sizes(NamedTuple):
 
 
 class _Kind(NamedTuple):
-    """What the size of a batch depends on: prompts, samples of each, mean lengths, the vocabulary, base log-probs."""
+    """What the size of a batch depends on: prompts, samples of each, mean lengths, the vocabulary, the objective."""
 
     prompts: int
     samples: int
@@ -39,6 +41,7 @@ class _Kind(NamedTuple):
     response: float
     vocab: int
     with_ref: bool
+    weighs: GrpoConfig | None  # None: no sample has a weight of its own
 
 
 def answers(config: RunConfig, prompts: int, samples: int, validation: bool = False) -> Sizes:
@@ -63,9 +66,9 @@ def dealt(config: RunConfig) -> list[Sizes]:
 
 
 def _kind(config: RunConfig, prompts: int, samples: int) -> _Kind:
-    with_ref = config.grpo.kl_loss_coef > 0
+    with_ref, weighs = config.grpo.kl_loss_coef > 0, config.grpo if config.grpo.weighs_samples else None
     vocab = parameters(config).vocab
-    return _Kind(prompts, samples, prompt_tokens(config), response_tokens(config), vocab, with_ref)
+    return _Kind(prompts, samples, prompt_tokens(config), response_tokens(config), vocab, with_ref, weighs)
 
 
 @cache
@@ -82,9 +85,9 @@ def _replay(kind: _Kind, count: int, ticks: int) -> float:
     taken = max(shown, round(count * shown / ticks)) if ticks else count
     choice = (Window if ticks else OwnTick)(taken, 0, lambda frame: None)
     for i in range(shown or 1):
-        batch = _made_up(kind, i)
+        batch = _weighted(_made_up(kind, i), kind)
         whole = shown <= 1 and taken == len(batch)
-        frame = batch.to_frame(step=100, index=1, denominator=batch.response_tokens) if whole else None
+        frame = batch.to_frame(step=100, index=1, denominator=batch.loss_tokens) if whole else None
         choice.see(i, MiniFrame(batch, None, 0 if frame is None else frame.nbytes))
     return choice.take(1).size * count / taken
 
@@ -93,10 +96,14 @@ def _replay(kind: _Kind, count: int, ticks: int) -> float:
 def _dealt(kind: _Kind, ticks: int, dp: int, pp: int, together: bool) -> list[Sizes]:
     batch = _made_up(kind)
     each = len(batch) // ticks
-    minis = [batch.take(i * each, (i + 1) * each) for i in range(ticks)]
+    minis = [_weighted(batch.take(i * each, (i + 1) * each), kind) for i in range(ticks)]
     return [
         Sizes(share.frame.nbytes, share.dense) for share in shares(minis, dp, pp, together) for _ in range(share.ranks)
     ]
+
+
+def _weighted(mini: Batch, kind: _Kind) -> Batch:
+    return weighted(mini, kind.weighs) if kind.weighs else mini
 
 
 @cache

@@ -27,7 +27,15 @@ from rl.spans import spans
 from swarm.run_config import RunConfig
 
 # parts that one expects to be the largest; anything else on top is worth a warning
-EXPECTED = {"fp32 masters", "Adam moments", "activations", "KV cache", "compute copy", "fp32 gradients"}
+EXPECTED = {
+    "fp32 masters",
+    "Adam moments",
+    "activations",
+    "KV cache",
+    "compute copy",
+    "fp32 gradients",
+    "frozen weights",
+}
 
 
 @dataclass(frozen=True)
@@ -60,6 +68,11 @@ def _model(config: RunConfig, role: str, n: int, trained: bool) -> list[Part]:
     return parts
 
 
+def _frozen(config: RunConfig, role: str, n: int) -> Part:
+    """Of the n parameters beneath adapters."""
+    return Part(role, "frozen weights", config.model.itemsize * n)
+
+
 def _error_feedback(config: RunConfig, params: Params, p: int) -> int:
     own, tied = copy_groups(config, params)
     summed = own[p : p + 1] + (tied if p in (0, config.swarm.pp - 1) else [])
@@ -69,6 +82,7 @@ def _error_feedback(config: RunConfig, params: Params, p: int) -> int:
 def worker(config: RunConfig, params: Params, p: int) -> list[Part]:
     span, shapes = spans(params.layers, config.swarm.boundaries, config.swarm.pp)[p], stage_shapes(config, params)[p]
     n, role = sum(map(prod, shapes)), f"worker stage {p}"
+    beneath = stage_shapes(config, params.beneath)[p] if params.beneath else []
     owned = n - (params.embedding if params.tied and span.last and p else 0)
     payload = correction_payload(config.anchor, config.merger)
     held = {"sign": n, "dense": FP32 * n, None: 0}[payload]
@@ -79,6 +93,7 @@ def worker(config: RunConfig, params: Params, p: int) -> list[Part]:
     merger = merger_class(config.merger.kind)
     return [
         *_model(config, role, n, trained=True),
+        _frozen(config, role, sum(map(prod, beneath))),
         Part(role, "Adam moments", 2 * FP32 * n),
         Part(role, "correction held", held),
         Part(role, "merger's state", merger.cost(config.merger, n).state),
@@ -125,19 +140,25 @@ def activations(
     return parts
 
 
+def _beneath(params: Params) -> int:
+    return params.beneath.total if params.beneath else 0
+
+
 def engine(config: RunConfig, params: Params) -> list[Part]:
     role, n = "engine", params.total
     _, kv = attention_widths(model_metadata(config.model.path))
     rows = min(config.rollout.batch_size, config.grpo.train_batch_size) * config.grpo.group_size
     length = prompt_tokens(config) + config.grpo.max_response_length
-    reference = sum(part.bytes for part in _model(config, role, n, trained=False)) if config.grpo.kl_loss_coef else 0
+    of_reference = [*_model(config, role, n, trained=False), _frozen(config, role, _beneath(params))]
+    reference = sum(part.bytes for part in of_reference) if config.grpo.needs_reference else 0
     vllm, gib = config.rollout.engine == "vllm", config.rollout.kv_cache_gb
     cache = rows * length * 2 * kv * params.layers * config.model.itemsize
     if vllm and (gib or config.rollout.device == "cpu"):  # on a GPU it takes what `rollout.gpu_memory` leaves
         cache = (gib or CPU_KV_CACHE_GB) * 2**30
     return [
         *_model(config, role, n, trained=False),
-        Part(role, "vLLM's weights", config.model.itemsize * n if vllm else 0),
+        _frozen(config, role, _beneath(params)),
+        Part(role, "vLLM's weights", config.model.itemsize * params.model.total if vllm else 0),
         Part(role, "reference model", reference),
         Part(role, "KV cache", cache, rough=not gib),
         # a row of fp32 log-probs, then fp64 probabilities and their running sum
@@ -157,6 +178,7 @@ def anchor(config: RunConfig, params: Params) -> list[Part]:
     arriving = arriving_itemsize(config) if config.anchor.weights == "shared" else snapshot_itemsize(config)
     return [
         *_model(config, role, n, trained=True),
+        _frozen(config, role, _beneath(params)),
         *activations(config, params, role, 1, params.layers, config.anchor.micro_batch_size, logits=True),
         Part(role, "M", FP32 * n, "host"),
         Part(role, "M̄, old and new", 2 * FP32 * n, "host"),
@@ -170,6 +192,7 @@ def diagnoser(config: RunConfig, params: Params) -> list[Part]:
     role, n = "diagnoser", params.total
     return [
         *_model(config, role, n, trained=True),
+        _frozen(config, role, _beneath(params)),
         *activations(config, params, role, 1, params.layers, config.anchor.micro_batch_size, logits=True),
         Part(role, "gradients and weights compared", 9 * FP32 * n, "host"),
     ]

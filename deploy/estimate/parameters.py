@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, get_args
 
 from deploy.estimate.published_models import PUBLISHED
+from rl.lora_config import LoraConfig, Projection
 from rl.model_files import local_folder, model_config
 from rl.model_shape import ModelShape
 from rl.spans import spans
@@ -26,12 +27,28 @@ class Params:
     layers: int
     hidden: int
     vocab: int
-    layer_shapes: tuple[tuple[int, ...], ...]  # of one decoder layer, in no particular order
+    layer_shapes: tuple[tuple[int, ...], ...]  # of one decoder layer: the projections first, as in `Projection`
+    beneath: Params | None = None  # of the frozen model, where these are adapters
+
+    @property
+    def model(self) -> Params:
+        """Of all that is computed with, but for adapters."""
+        return self.beneath or self
 
 
 def parameters(config: RunConfig) -> Params:
-    """Of the config's model. Raises ModelNotFound if its metadata can be found nowhere."""
-    return count_parameters(model_metadata(config.model.path))
+    """Those that the config trains. Raises ModelNotFound if the model's metadata can be found nowhere."""
+    model = count_parameters(model_metadata(config.model.path))
+    return adapter_parameters(model, config.model.lora) if config.model.lora.rank else model
+
+
+def adapter_parameters(model: Params, lora: LoraConfig) -> Params:
+    """Of adapters beside `model`, which is frozen."""
+    ends = [shape for name, shape in zip(get_args(Projection), model.layer_shapes) if name in lora.targets]
+    shapes = tuple(shape for out, into in ends for shape in ((lora.rank, into), (out, lora.rank)))
+    per_layer = sum(map(prod, shapes))
+    rest = model.layers, model.hidden, model.vocab, shapes
+    return Params(model.layers * per_layer, 0, per_layer, 0, 0, False, *rest, beneath=model)
 
 
 def model_metadata(path: str) -> dict[str, Any]:
@@ -102,10 +119,11 @@ def stage_shapes(config: RunConfig, params: Params) -> list[list[tuple[int, ...]
     table = params.vocab, params.hidden
     found: list[list[tuple[int, ...]]] = []
     for span in spans(params.layers, config.swarm.boundaries, config.swarm.pp):
-        shapes: list[tuple[int, ...]] = [table] if span.first else []
+        first, last = span.first and not params.beneath, span.last and not params.beneath
+        shapes: list[tuple[int, ...]] = [table] if first else []
         shapes += list(params.layer_shapes) * (span.hi - span.lo)
-        shapes += [(params.hidden,)] if span.last else []
-        shapes += [table] if span.last and not (params.tied and span.first) else []  # the head, or a copy of a tied one
+        shapes += [(params.hidden,)] if last else []
+        shapes += [table] if last and not (params.tied and first) else []  # the head, or a copy of a tied one
         found.append(shapes)
     return found
 

@@ -25,7 +25,7 @@ class Sample:
 
 def sample_weights(path: str, params: Params, pieces: int, length: int) -> Sample:
     """`pieces` pieces of `length` weights, evenly spaced; all weights if there are no more."""
-    stored = stored_weights(path)
+    stored = [] if params.beneath else stored_weights(path)
     if not stored:
         return _made_up(params, min(params.total, pieces * length))
     cut = _cut(stored, pieces, length)

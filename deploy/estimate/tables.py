@@ -40,7 +40,7 @@ def headline(plan: Plan) -> str:
     c, p = plan.config, plan.params
     anchor = f"anchor K={c.anchor.delay_k}/{c.anchor.cadence}" if c.anchor.enabled else "no anchor"
     return (
-        f"[bold]{c.run.name}[/]: {c.model.path}, {p.total:,} parameters{', tied' if p.tied else ''}; "
+        f"[bold]{c.run.name}[/]: {c.model.path}, {p.total:,} parameters{', tied' if p.tied else ''}{f' in adapters beside {p.beneath.total:,}' if p.beneath else ''}; "
         f"dp={c.swarm.dp} pp={c.swarm.pp}, codec {c.codec.kind}, {anchor}, merger {c.merger.kind}"
     )
 

@@ -129,8 +129,9 @@ class Durations:
     @cached_property
     def shares(self) -> np.ndarray:
         """Share of the model's arithmetic by stage [pp]: its layers' and the head's parameters; a look-up is free."""
-        layers = [(span.hi - span.lo) * self.params.per_layer for span in self.spans]
-        layers[-1] += self.params.embedding  # the head, tied or not
+        model = self.params.model
+        layers = [(span.hi - span.lo) * model.per_layer for span in self.spans]
+        layers[-1] += model.embedding  # the head, tied or not
         return np.array(layers) / sum(layers)
 
     @cached_property

@@ -24,6 +24,7 @@ from codec.boundary import Boundary
 from deploy.estimate.worth import Measured
 from merger.calibrated import Agreements, sign_products
 from merger.look import looked_at, stride_of
+from rl.aggregation import weighted
 from rl.batch import Batch
 from rl.objective import loss_terms, microbatches
 from rl.policy import Stage
@@ -39,7 +40,7 @@ def pieces_of(answers: Batch, config: RunConfig) -> list[Batch]:
     groups = len(answers) // each
     size = each * max(1, min(config.grpo.ppo_mini_batch_size, groups // ENOUGH))
     starts = range(0, len(answers) - size + 1, size)[:MOST]
-    return [answers.take(start, start + size) for start in starts]
+    return [weighted(answers.take(start, start + size), config.grpo) for start in starts]
 
 
 class Gradients:
@@ -48,8 +49,9 @@ class Gradients:
     def __init__(self, folder: Path, layers: int, config: RunConfig):
         self.config, self.device = config, torch.device(config.swarm.device)
         dtype, checkpointing = getattr(torch, config.model.dtype), config.swarm.activation_checkpointing
-        whole, attention = Span(0, layers, layers), config.model.attention
-        self.model = Stage(folder, whole, dtype, self.device, attention=attention, checkpointing=checkpointing)
+        whole, model = Span(0, layers, layers), config.model
+        how = True, model.attention, checkpointing, model.lora
+        self.model = Stage(folder, whole, dtype, self.device, *how)
         weights = self.model.weights
         sizes = [math.prod(shape) for shape in weights.shapes]
         self.at = torch.from_numpy(looked_at(sizes, stride_of(weights.numel))).to(self.device)
@@ -65,7 +67,7 @@ class Gradients:
             cuts = {i: b.cut(micro.rows, observe=True) for i, b in boundaries.items()}
             hidden = self.model(micro.ids, micro.real, cuts)
             old = None if boundaries and self.grpo.old_logprobs != "rollout" else micro.rollout_logprobs
-            of, temperature = batch.response_tokens, self.config.rollout.temperature
+            of, temperature = batch.loss_tokens, self.config.rollout.temperature
             loss_terms(self.model, hidden, micro, old, of, self.grpo, temperature).loss.backward()
             weights.collect()
         for rate in (b.way(way).rate for b in boundaries.values() for way in ("fwd", "bwd")):

@@ -23,6 +23,8 @@ from codec.rows import Rows
 from rl import mismatch
 from rl.config import GrpoConfig
 from rl.grpo import log_distribution, policy_loss
+from rl.lora import NO_LORA
+from rl.lora_config import LoraConfig
 from rl.objective import MicroBatch
 from rl.policy import Stage
 from rl.spans import spans
@@ -48,11 +50,12 @@ class Halves:
         dtype: torch.dtype,
         device: torch.device,
         attention: str = "sdpa",
+        lora: LoraConfig = NO_LORA,
     ):
         self.boundaries = boundaries
         low, high = spans(layers, boundaries[:1], 2)
-        self.lower = Stage(folder, low, dtype, device, attention=attention)
-        self.upper = Stage(folder, high, dtype, device, trainable=False, attention=attention)
+        self.lower = Stage(folder, low, dtype, device, attention=attention, lora=lora)
+        self.upper = Stage(folder, high, dtype, device, trainable=False, attention=attention, lora=lora)
         self.hidden = self.upper.config.hidden_size
         self.stride = -(-self.lower.weights.numel // KEPT)
 
@@ -86,7 +89,9 @@ class Head:
     """Norm and head over rows of the last hidden state, a block of rows at a time: logits are the largest tensors."""
 
     def __init__(self, upper: Stage, grpo: GrpoConfig, temperature: float, denominator: float):
-        self.upper, self.grpo, self.temperature, self.denominator = upper, grpo, temperature, denominator
+        self.upper, self.temperature, self.denominator = upper, temperature, denominator
+        # a block may cut a sample; where old log-probs are those of the pass itself, the two levels have one gradient
+        self.grpo = grpo.model_copy(update={"importance_sampling_level": "token"})
 
     def logprobs(self, rows: Tensor) -> Tensor:
         return log_distribution(self.upper.logits(rows), self.temperature)

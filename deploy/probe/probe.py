@@ -119,7 +119,7 @@ def _trials(
     """Of all candidates; the response tokens of gradients, and the boundaries of the config's own codec as they were left."""
     dtype, device = getattr(torch, config.model.dtype), torch.device(config.swarm.device)
     every = sorted({layer for cut in cuts for layer in cut})
-    halves = Halves(folder, layers, every, dtype, device, config.model.attention)
+    halves = Halves(folder, layers, every, dtype, device, config.model.attention, config.model.lora)
     trials = [Trial(codec, halves, config.run.seed, cut) for codec in candidates for cut in cuts]
     calibrate(halves, trials, calibration, config, say)
     reference, gradient_tokens = score(halves, trials, scored, config, say)
@@ -178,7 +178,7 @@ def _answers(config: RunConfig, tokens: int, say: Say) -> tuple[Batch, Batch]:
     worker = RolloutWorker(
         config.model,
         config.task,
-        config.grpo.model_copy(update={"kl_loss_coef": 0.0}),  # no reference policy is needed here
+        config.grpo.model_copy(update={"kl_loss_coef": 0.0, "kl_in_reward": 0.0}),  # no reference policy is needed here
         config.rollout.model_copy(update={"engine": "transformers", "mismatch_every": 0}),
         config.snapshot,
         config.run.seed,

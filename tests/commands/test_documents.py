@@ -55,7 +55,7 @@ CHECKED = {  # what is not run, and why
     "run.loggers": "needs an extra",
 }
 SIZES = ["val.size=8", "grpo.train_batch_size=4", "grpo.ppo_mini_batch_size=2", "grpo.group_size=4"]
-# None: as printed, a page exports step 20; a replay is as long as what it replays; others take 2
+# None: as printed, a page exports step 10; a replay is as long as what it replays; others take 2
 STEPS = {"--out runs/long": None, "--out runs/wall": 12, "--out runs/replay": 12}
 CODES = {"northstar doctor": {0, 1}}  # 1: it found something to say about this machine
 INTERRUPTED = "# Ctrl-C at any time"
@@ -124,9 +124,9 @@ def test_a_command_does_what_is_printed(command: Command, scratch: Scratch, reco
 def test_the_run_that_was_stopped_went_on_to_its_end(scratch: Scratch):
     run = scratch.folder / "runs" / "long"
     summary = json.loads((run / "summary.json").read_text())
-    assert (summary["status"], summary["steps"]) == ("completed", 20)
+    assert (summary["status"], summary["steps"]) == ("completed", 10)
     steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [record["step"] for record in steps if record["kind"] == "step"] == list(range(1, 21))
+    assert [record["step"] for record in steps if record["kind"] == "step"] == list(range(1, 11))
 
 
 @pytest.mark.slow

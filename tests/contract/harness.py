@@ -14,8 +14,10 @@ from codec.config import CodecConfig
 from codec.ledger import Ledger
 from merger import merger_class
 from merger.config import MergerConfig
+from rl.aggregation import weighted
 from rl.batch import Batch, deal, deal_together
 from rl.config import GrpoConfig, ModelConfig
+from rl.lora_config import LoraConfig
 from rl.objective import microbatches
 from swarm.config import SwarmConfig
 from swarm.grid import Grid
@@ -44,12 +46,13 @@ def make_rank(
     checkpointing: bool = False,
     on: str = "cpu",
     on_nan: Literal["stop", "skip"] = "skip",
+    lora: int = 0,
 ) -> Rank:
     grid = Grid(rank, dp, pp, torch.device(on), Ledger(), timeout_s, init)
     layout: dict[str, Any] = {"dp": dp, "pp": pp, "boundaries": list(boundaries)}
     swarm = SwarmConfig(**layout, check_every=check_every, activation_checkpointing=checkpointing, on_nan=on_nan)
     setup = RankSetup(
-        model=ModelConfig(path=str(folder), dtype=dtype),
+        model=ModelConfig(path=str(folder), dtype=dtype, lora=LoraConfig(rank=lora)),
         codec=codec or CodecConfig(kind="powersgd", rank=8),
         swarm=swarm,
         grpo=grpo or GrpoConfig(lr=1e-3),
@@ -59,6 +62,7 @@ def make_rank(
         q_cadence=q_cadence,
         temperature=1.0,
         seed=3,
+        ticks=100,
     )
     return build_rank(setup, grid)
 
@@ -66,12 +70,12 @@ def make_rank(
 def mini_batch(
     rank: Rank, batch: Batch, size: int = 3, trainer_logprobs: bool = False, share: bool = False
 ) -> MiniBatch:
-    grid, hand = rank.grid, deal_together if share else deal
+    grid, hand, batch = rank.grid, deal_together if share else deal, weighted(batch, rank.setup.grpo)
     micros = microbatches(batch, hand(batch, grid.dp)[grid.d], size, grid.device, share=share)
     old = [m.rollout_logprobs for m in micros]
     if trainer_logprobs:
         old = rank.pipeline.logprobs(micros, 1.0)
-    return MiniBatch(micros, old, batch.response_tokens)
+    return MiniBatch(micros, old, batch.loss_tokens)
 
 
 def run_ticks(rank: Rank, batches: list[Batch], corrections: dict[int, Correction] | None = None, **kw: Any) -> dict:
@@ -90,8 +94,9 @@ def run_ticks(rank: Rank, batches: list[Batch], corrections: dict[int, Correctio
         correction = corrections.get(t)
         version = correction.version if correction else version
         plan = TickPlan(t, 0, correction, version)
-        report = tick(rank, plan, mini_batch(rank, batch, **kw), lambda c: c)
-        losses.append(report.sums.get("actor/pg_loss", 0.0) / batch.response_tokens)
+        mini = mini_batch(rank, batch, **kw)
+        report = tick(rank, plan, mini, lambda c: c)
+        losses.append(report.sums.get("actor/pg_loss", 0.0) / mini.denominator)
         reports.append(report)
     return {
         "losses": losses,

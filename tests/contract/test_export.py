@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from peft import PeftModel
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
@@ -20,7 +21,9 @@ from codec.config import CodecConfig
 from deploy.cli import app
 from deploy.config import load, to_toml
 from deploy.export import ExportError, export_policy
+from rl.lora_config import LoraConfig
 from rl.model_files import BUILTIN, model_shape
+from rl.policy import whole_model
 from rl.task_config import TaskConfig
 from rl.tasks import make_task
 from swarm import checkpoint
@@ -47,19 +50,19 @@ def run_folder(root: Path, model: Path, *overrides: str) -> Path:
     return root
 
 
-def trained(run: Path, model: Path, pp: int = 1, step: int = 3, ticks: int = 2) -> dict[str, np.ndarray]:
+def trained(run: Path, model: Path, pp: int = 1, step: int = 3, ticks: int = 2, lora: int = 0) -> dict[str, np.ndarray]:
     """A checkpoint of `step`, as the workers write it; the masters by name."""
     writer = checkpoint.CheckpointWriter(run, step)
-    found = on_ranks(pp, _train, model, pp, str(writer.path), step, ticks)
+    found = on_ranks(pp, _train, model, pp, str(writer.path), step, ticks, lora)
     writer.commit({"step": step}, {}, [files for _, files in found])
     return {name: value for stage, _ in reversed(found) for name, value in stage.items()}
 
 
 def _train(
-    rank: int, init: str, model: Path, pp: int, folder: str, step: int, ticks: int
+    rank: int, init: str, model: Path, pp: int, folder: str, step: int, ticks: int, lora: int
 ) -> tuple[dict[str, np.ndarray], dict[str, Entry]]:
     vocab = model_shape(str(model)).vocab
-    state = make_rank(model, rank, pp=pp, boundaries=CUTS[pp], codec=CodecConfig(kind="none"), init=init)
+    state = make_rank(model, rank, pp=pp, boundaries=CUTS[pp], codec=CodecConfig(kind="none"), init=init, lora=lora)
     found = run_ticks(state, [make_batch(vocab=vocab, seed=step + i) for i in range(ticks)])
     return found["weights"], checkpoint.save_rank(state, folder, step)
 
@@ -77,6 +80,32 @@ def test_the_weights_that_transformers_loads_are_the_masters_to_the_bit(model: P
     assert found.parameters == sum(p.numel() for p in loaded.values())  # a tied embedding is stored once
     with safe_open(out / "model.safetensors", framework="pt") as stored:
         assert set(stored.keys()) == set(masters)
+
+
+def test_adapters_are_peft_s_and_merged_they_are_the_model_of_the_run(model: Path, tmp_path: Path):
+    run, ids = run_folder(tmp_path / "run", model, "model.lora.rank=4"), torch.arange(2, 20)[None]
+    masters = trained(run, model, pp=2, lora=4)
+    export_policy(run, tmp_path / "adapter")
+    whole = export_policy(run, tmp_path / "merged", merge=True)
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), tmp_path / "adapter")
+    found = {name: p for name, p in theirs.named_parameters() if ".lora_" in name}
+    assert len(found) == len(masters) and len(masters) == 2 * 7 * 4
+    for name, value in masters.items():
+        np.testing.assert_array_equal(found[f"base_model.model.{name}"].detach().numpy(), value)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert whole.parameters == sum(p.numel() for p in merged.parameters())
+    ours, weights = whole_model(model, torch.float32, torch.device("cpu"), lora=LoraConfig(rank=4))
+    weights.master.copy_(torch.from_numpy(np.concatenate([masters[name].ravel() for name in weights.names])))
+    with torch.inference_mode():
+        expected = ours(input_ids=ids).logits
+        torch.testing.assert_close(theirs(input_ids=ids).logits, expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(merged(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_there_is_nothing_to_merge_where_all_weights_were_trained(untied_model: Path, tmp_path: Path):
+    run = run_folder(tmp_path / "run", untied_model)
+    with pytest.raises(ExportError, match="no adapters to merge: leave out --merge"):
+        export_policy(run, tmp_path / "out", merge=True)
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +10,17 @@ import pytest
 import torch
 
 from anchor_service.config import AnchorConfig
+from anchor_service.dense_gradient import DenseGradient
 from anchor_service.messages import Correction
+from anchor_service.replay import unpack_replay
 from codec.config import CodecConfig, GradientConfig
 from codec.ledger import Ledger
 from merger.config import MergerConfig
-from rl.config import GrpoConfig
+from rl.aggregation import weighted
+from rl.batch import Batch
+from rl.config import GrpoConfig, SnapshotConfig
+from rl.grpo_config import LrSchedule
+from rl.spans import spans
 from swarm.grid import Grid
 from swarm.peers import WrongSize
 from tests.conftest import make_batch, on_ranks
@@ -28,10 +35,15 @@ def _work(rank: int, init: str, options: dict, trainer_logprobs: bool, size: int
     state = make_rank(rank=rank, init=init, **options)
     for boundary in state.cuts.values() if saved else ():
         boundary.restore({name: torch.from_numpy(value) for name, value in saved.items()})
-    batches = [make_batch(seed=s) for s in range(3)]
+    batches = [cut_batch(s) for s in range(3)]
     corrections = {3: _correction(state)} if state.held.merger.payload and not state.held.placebo else {}
     found = run_ticks(state, batches, corrections, trainer_logprobs=trainer_logprobs, size=size)
     return found | {"codec": {k: v.numpy().copy() for b in state.cuts.values() for k, v in b.state().items()}}
+
+
+def cut_batch(seed: int) -> Batch:
+    """Some of its answers were cut, which by default changes nothing."""
+    return replace(make_batch(seed=seed), truncated=np.arange(16) % 5 == 0)
 
 
 def _correction(state) -> Correction:
@@ -76,6 +88,42 @@ def test_losses_gradients_and_weights_do_not_depend_on_the_layout(model: Path, k
         worst = _compare(reference, ranks, "grad")
         print(f"dp={dp} pp={pp} {kind}: largest relative gradient difference {worst:.1e}")
         _compare(reference, ranks, "weights")
+
+
+WEIGHED = GrpoConfig(
+    lr=1e-3,
+    grad_clip=1e9,
+    group_size=2,
+    loss_agg_mode="seq-mean-token-mean",
+    importance_sampling_level="sequence",
+    clip_ratio_high=0.5,
+    overlong_filter=True,
+    zero_variance="drop",
+    lr_schedule=LrSchedule(kind="cosine"),
+)
+
+
+def test_samples_that_weigh_differently_or_nothing_give_every_layout_and_the_anchor_the_same_gradient(
+    untied_model: Path,
+):
+    options = dict(codec=CodecConfig(kind="none"), grpo=WEIGHED, trainer_logprobs=False)
+    (reference,) = _layout(untied_model, 1, 1, **options)
+    ranks = _layout(untied_model, 2, 2, **options, size=2)
+    np.testing.assert_allclose(np.sum([r["losses"] for r in ranks], axis=0), reference["losses"], rtol=RTOL)
+    _compare(reference, ranks, "grad")
+    _compare(reference, ranks, "weights")
+    rates = [report.values["actor/lr"] for report in reference["reports"]]
+    assert rates == [1e-3 * WEIGHED.lr_schedule.factor(t, 100) for t in (1, 2, 3)] and rates[2] < rates[1] < 1e-3
+
+    batch = weighted(cut_batch(0), WEIGHED)
+    assert 0 < (batch.loss_weights == 0).sum() < len(batch) and len(set(batch.loss_weights)) > 2
+    frame = batch.to_frame(denominator=batch.loss_tokens)
+    settings = untied_model, spans(4, [2], 2), torch.float32, torch.device("cpu"), 5, WEIGHED, 1.0
+    anchor = DenseGradient(*settings, SnapshotConfig(encoding="full"))
+    m = anchor.gradient(*unpack_replay(frame, "a replay"))
+    for i, name in enumerate(anchor.model.weights.names):
+        found = anchor.model.weights.view(i, m).numpy()
+        np.testing.assert_allclose(found, reference["grad"][name], rtol=RTOL, atol=ATOL["grad"], err_msg=name)
 
 
 def test_several_boundaries_mixed_virtual_and_wire(untied_model: Path):

@@ -109,6 +109,25 @@ def test_reference_logprobs_are_those_of_the_base_policy():
     assert np.abs(after.ref_logprobs - after.rollout_logprobs).max() > 1e-3
 
 
+def test_what_is_taken_off_rewards_is_in_the_advantages_and_not_in_validation():
+    buffer = {"length": 36, "penalty": 2.0}
+    worker = make_worker(kl_in_reward=0.5, overlong_buffer=buffer, norm_adv_by_std=False)
+    plain = ask(make_worker(), (0, 1))
+    worker.load_weights(7, whole(7, worker.engine.plain.weights.master.numpy() * np.float32(1.02)))
+    frame, _, sums = worker.generate(Prompts("train", 1, (0, 1), 4, 1.0))
+    batch = Batch.from_frame(frame, "engine")[1]
+    assert not batch.ref_logprobs.size and len(plain) == len(batch)  # a loss without KL reads none
+    lengths, score = batch.response_lengths, sums["critic/score/mean"]
+    overlong = np.maximum(0, lengths - 4) / 36 * 2
+    assert sums["critic/overlong_penalty/mean"] == pytest.approx(overlong.sum())
+    groups = batch.rewards.reshape(2, 4)
+    np.testing.assert_allclose(batch.advantages.reshape(2, 4), groups - groups.mean(1, keepdims=True), atol=1e-6)
+    kl = (score - overlong.sum() - batch.rewards.sum()) / 0.5
+    assert abs(kl) > 1e-3 and np.sign(kl) == np.sign(sums["actor/reward_kl_penalty"])
+    told, _, sums = worker.generate(Prompts("val", 0, (0, 1), 1, 1.0))
+    assert set(Batch.from_frame(told, "engine")[1].rewards) <= {0, 1} and "critic/score/mean" not in sums
+
+
 def test_weights_of_another_tick_or_size_are_refused(worker: RolloutWorker):
     flat = worker.engine.plain.weights.master.numpy().copy()
     with pytest.raises(FrameError, match="stage 0: tick: expected 8, got 7"):

@@ -63,8 +63,9 @@ def through(stages: list[Stage], micro: MicroBatch, grpo: GrpoConfig) -> tuple[t
 
 
 def compare(stages: list[Stage], batch: Batch, order: list[int], entropy_coeff: float = 0.0) -> None:
-    """Of one microbatch, shared and plain."""
-    grpo = GrpoConfig(entropy_coeff=entropy_coeff)
+    """Of one microbatch, shared and plain; with ratios of whole samples, which each have a weight of their own."""
+    grpo = GrpoConfig(entropy_coeff=entropy_coeff, importance_sampling_level="sequence")
+    batch = replace(batch, loss_weights=np.linspace(0, 2, len(batch)).astype(np.float32))
     (plain,), (shared,) = (microbatches(batch, np.array(order), 99, CPU, share=share) for share in (False, True))
     assert shared.ids.numel() < plain.tokens == shared.tokens
     (logprobs, grads), (expected, expected_grads) = (through(stages, micro, grpo) for micro in (shared, plain))

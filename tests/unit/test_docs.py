@@ -76,10 +76,9 @@ def test_every_key_that_is_set_on_a_page_exists(page: Path):
     assert [key for key in set_here if not is_key(key)] == []
 
 
-def test_every_key_on_the_page_for_users_of_verl_exists():
-    column = [
-        line.split("|")[2] for line in (ROOT / "docs" / "verl.md").read_text().splitlines() if line.count("|") == 4
-    ]
+@pytest.mark.parametrize("page", ["verl.md", "trl.md"])
+def test_every_key_on_the_pages_for_users_of_others_exists(page: str):
+    column = [line.split("|")[2] for line in (ROOT / "docs" / page).read_text().splitlines() if line.count("|") == 4]
     keys = [key for cell in column for key in re.findall(r"`([a-z_]+\.[a-z_.]+)`", cell)]
     assert len(keys) > 30 and [key for key in keys if not is_key(key)] == []
 

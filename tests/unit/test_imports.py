@@ -24,6 +24,7 @@ FILES = sorted(file.relative_to(ROOT).as_posix() for package in BEFORE for file 
 CONFIGS = [name for name in FILES if name.endswith("/config.py")]
 LIGHT = [
     *CONFIGS,
+    "rl/grpo_config.py",
     "rl/tasks.py",
     "rl/reward.py",
     "rl/reward_function.py",

@@ -88,6 +88,13 @@ def test_tokens_are_those_that_links_assumes_or_half_of_the_longest():
     assert tokens_per_tick(config) == samples_per_tick(config) * 19.0 == 64 * 19.0
 
 
+def test_samples_that_weigh_differently_are_sent_with_their_weights():
+    plain, weighed = (tick_bytes(load("k5", sets)) for sets in ([], ["grpo.loss_agg_mode=seq-mean-token-mean"]))
+    for channel in ("control", "replay"):
+        assert 1 < weighed[channel][0] / plain[channel][0] < 1.2
+    assert all(weighed[channel] == plain[channel] for channel in plain if channel not in ("control", "replay"))
+
+
 def test_the_published_ratio_follows_from_the_arithmetic():
     """r of H numbers a token, and Q on its schedule."""
     config = load("k5")

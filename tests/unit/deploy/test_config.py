@@ -132,6 +132,22 @@ BAD = {
     "a learning rate that is no number": Bad(["grpo.lr", "nan", "finite"], ["grpo.lr=nan"]),
     "a beta of Adam of 1": Bad(["betas", "1.0", "[0, 1)"], ["grpo.betas=[0.9, 1.0]"]),
     "a clip ratio of 0": Bad(["grpo.clip_ratio", "greater than 0"], ["grpo.clip_ratio=0.0"]),
+    "a warm-up longer than the run": Bad(
+        ["grpo.lr_schedule.warmup_ticks 151", "150 ticks of 75 steps", "raise run.steps"], ["grpo.lr_schedule.warmup_ticks=151"]
+    ),
+    "a buffer longer than an answer": Bad(
+        ["overlong_buffer.length 41", "max_response_length 40", "at most that"], ["grpo.overlong_buffer.length=41"]
+    ),
+    "groups of one reward where none has one": Bad(
+        ["zero_variance 'drop'", "kl_in_reward 0.1", "kl_loss_coef keeps the KL"], ["grpo.zero_variance=drop", "grpo.kl_in_reward=0.1"]
+    ),
+    "groups sampled again ahead of their step": Bad(
+        ["grpo.filter_groups.max_num_gen_batches 3", "rollout.max_staleness 1", "to its default"],
+        ["grpo.filter_groups.max_num_gen_batches=3", "rollout.max_staleness=1", "grpo.rollout_is=token"],
+    ),
+    "an unknown way to aggregate": Bad(
+        ["grpo.loss_agg_mode", "'seq-mean'", "'seq-mean-token-sum-norm'"], ["grpo.loss_agg_mode=seq-mean"]
+    ),
     "a lag whose kind is not said": Bad(["anchor.lag.kind is missing"], ["anchor.lag.mean=8"]),
     "a trace that is none": Bad(["ROOT/junk.gguf", "entry 1"], ["anchor.lag.kind=trace", "anchor.lag.path=ROOT/junk.gguf"]),
     "an unknown engine": Bad(["rollout.engine", "'vlm'", "'transformers'", "'vllm'"], ["rollout.engine=vlm"]),

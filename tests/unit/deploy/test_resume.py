@@ -43,6 +43,22 @@ def test_a_run_that_met_a_limit_goes_on_with_a_higher_one_and_not_with_a_lower(t
         check_resumes(stored, load("k5", ["grpo.max_prompt_length=15", "grpo.max_response_length=41"]))
 
 
+@pytest.mark.parametrize(
+    ("sets", "key"),
+    [
+        (["grpo.lr_schedule.kind=linear"], "run.steps 75 -> 90; grpo.lr_schedule falls over run.steps$"),
+        (["grpo.loss_agg_mode=seq-mean-token-sum-norm"], "grpo.max_response_length 40 -> 41$"),
+        (["grpo.overlong_buffer.length=8"], "grpo.max_response_length 40 -> 41$"),
+    ],
+)
+def test_what_the_objective_counts_does_not_change(sets: list[str], key: str, tmp_path: Path):
+    stored = tmp_path / "config.toml"
+    stored.write_text(to_toml(load("k5", sets)))
+    name, _, _, value = key.partition(";")[0].removesuffix("$").split()
+    with pytest.raises(ConfigError, match=key):
+        check_resumes(stored, load("k5", [*sets, f"{name}={value}"]))
+
+
 def _begun(folder: Path, monkeypatch: pytest.MonkeyPatch, *options: str) -> tuple[int, list[Resume | None]]:
     """Exit code of `northstar run k5`, and where it would go on; None: it begins."""
     seen: list[Resume | None] = []

@@ -73,15 +73,23 @@ UNREAD = {  # a setting that does nothing: what was chosen beside it, and what r
     "task.reward_timeout_s=3.0": ("", "task.reward", "set task.reward=MODULE:FUNCTION"),
     "task.reward_failures=3": ("", "task.reward", "set task.reward=MODULE:FUNCTION"),
     "task.reward_weights.a=1.0": ("", "task.reward", "set task.reward=MODULE:FUNCTION"),
-    "grpo.rollout_is_threshold=3.0": ("", "grpo.rollout_is 'none'", "set grpo.rollout_is=token"),
     "samples.prompts=5": ("samples.max_mb=0.0", "samples.max_mb 0.0", "set samples.max_mb=16.0"),
+    "model.lora.alpha=8.0": ("", "model.lora.rank 0", "set model.lora.rank=16"),
+    'model.lora.targets=["q_proj"]': ("", "model.lora.rank 0", "set model.lora.rank=16"),
+    "grpo.rollout_is_threshold=3.0": ("", "grpo.rollout_is 'none'", "set grpo.rollout_is=token"),
+    "grpo.kl_loss_type=k2": ("", "grpo.kl_loss_coef 0.0", "set grpo.kl_loss_coef=0.001"),
+    "grpo.overlong_buffer.penalty=2.0": ("", "grpo.overlong_buffer.length 0", "set grpo.overlong_buffer.length=8"),
+    "grpo.lr_schedule.min_ratio=0.1": ("", "grpo.lr_schedule.kind 'constant'", "set grpo.lr_schedule.kind=linear"),
     "rollout.gpu_memory=0.5": ("", "rollout.engine 'transformers'", "set rollout.engine=vllm"),
     "rollout.kv_cache_gb=2.0": ("", "rollout.engine 'transformers'", "set rollout.engine=vllm"),
 }
 ALWAYS = """
 run.name run.seed run.steps run.checkpoint_every run.loggers model.path model.dtype model.attention
+model.lora.rank
 task.name task.reward task.instruction task.chat task.overlong
 grpo.train_batch_size grpo.ppo_mini_batch_size grpo.group_size grpo.clip_ratio grpo.clip_ratio_c grpo.lr grpo.betas
+grpo.clip_ratio_low grpo.clip_ratio_high grpo.loss_agg_mode grpo.norm_adv_by_std grpo.overlong_filter grpo.zero_variance
+grpo.filter_groups.max_num_gen_batches grpo.overlong_buffer.length grpo.importance_sampling_level grpo.lr_schedule.kind grpo.lr_schedule.warmup_ticks grpo.kl_in_reward
 grpo.weight_decay grpo.grad_clip grpo.max_prompt_length grpo.max_response_length grpo.old_logprobs grpo.rollout_is
 grpo.kl_loss_coef grpo.entropy_coeff
 rollout.engine rollout.replicas rollout.temperature rollout.batch_size rollout.val_temperature rollout.timeout_s

@@ -191,7 +191,7 @@ def test_a_frame_that_is_no_batch_is_refused_by_naming_the_sender_and_the_field(
             ({}, {"body": body, "more": body}),
         ],
         "samples": [({}, {"body": body}), ({"samples": -1, "sent": 0}, {"body": body})],
-        "sent": [({"samples": 1, "sent": None}, {"body": body}), ({"samples": 1, "sent": 1 << 6}, {"body": body})],
+        "sent": [({"samples": 1, "sent": None}, {"body": body}), ({"samples": 1, "sent": 1 << 7}, {"body": body})],
         "prompt": [({"samples": 1 << 40, "sent": 0}, {"body": body + 1})],
     }
     for field, found in wrong.items():

@@ -20,8 +20,9 @@ from deploy.preflight import preflight
 from rl.model_check import check_model
 from rl.model_files import BUILTIN
 from rl.model_shape import ModelNotFound
-from rl.policy import HEAD, PIECE, Stage
+from rl.policy import HEAD, Stage
 from rl.spans import spans
+from rl.weights import PIECE
 
 TINY = BUILTIN / "tiny"
 Edit = Callable[[Path], None]

@@ -54,6 +54,7 @@ def test_what_is_packed_comes_back_to_the_bit(n: int, seed: int, ref: bool, voca
         "tokens": rng.integers(0, vocab, batch.tokens.size).astype(np.int32),
         "rollout_logprobs": odd,
         "rewards": rng.choice(some, n),
+        "loss_weights": rng.choice(some, n if ref else 0),
     }
     found = unpack_samples(*pack_samples_of(arrays, n))
     assert {name: (a.dtype, a.tobytes()) for name, a in found.items()} == {

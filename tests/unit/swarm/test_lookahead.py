@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 from anchor_service.errors import ActorLost, WaitTimeout
 from anchor_service.line import NoFires
 from deploy.config import load
+from rl.batch import Batch
 from rl.engine import EngineFailed
 from rl.snapshot import BaseLost
 from swarm import engine_line
@@ -24,6 +26,7 @@ from swarm.engine_line import EngineLine
 from swarm.failure_policy import FailurePolicy
 from swarm.progress import Progress
 from swarm.rollouts import STALENESS, Rollouts
+from tests.conftest import make_batch
 
 TICKS = 2  # a step
 FAILURES = {
@@ -416,3 +419,43 @@ def test_an_engine_that_leaves_in_order_takes_no_samples_with_it(
             if name == "gen" and i in old.done and not isinstance(old.done[i], Exception)
         }
         assert not done & {*asked[1]}
+
+
+# --- sampled again ------------------------------------------------------------------------------
+
+
+def rewarded(groups: list[tuple[float, ...]], first: int) -> Batch:
+    """Groups of these rewards, whose prompts are numbered from `first`."""
+    rewards = np.array(groups, np.float32).reshape(-1)
+    whole = make_batch(len(rewards))
+    return replace(
+        whole,
+        rewards=rewards,
+        advantages=np.repeat(np.arange(first, first + len(groups)), len(groups[0])).astype(np.float32),
+    )
+
+
+@pytest.mark.parametrize(
+    ("most", "asked", "groups"), [(1, 1, [0, 1, 2]), (2, 2, [0, 1, 4]), (3, 3, [1, 4, 6]), (9, 3, [1, 4, 6])]
+)
+def test_groups_of_one_reward_are_replaced_within_the_bound(
+    monkeypatch: pytest.MonkeyPatch, most: int, asked: int, groups: list[int]
+):
+    """DAPO's dynamic sampling: the first that differ, in the order of sampling; at the bound, of the rest the first."""
+    same, other = (1.0, 1.0), (0.0, 1.0)
+    sampled = [
+        rewarded(found, 3 * i)
+        for i, found in enumerate([[same, other, same], [same, other, same], [other, other, other]])
+    ]
+    rollouts, seen = Rollouts.__new__(Rollouts), []
+    sizes = ["grpo.train_batch_size=3", "grpo.ppo_mini_batch_size=3", "grpo.group_size=2", "rollout.batch_size=4"]
+    rollouts.config = load("k5", [*sizes, f"grpo.filter_groups.max_num_gen_batches={most}"])
+    rollouts.engines = SimpleNamespace(ask=lambda step, prompts: seen.extend(prompts))
+    monkeypatch.setattr(rollouts, "_delivered", lambda asked: [])
+    monkeypatch.setattr(rollouts, "_taken", lambda split, results, shown: (sampled[len(seen)], {}))
+    batch, found = rollouts._filtered(sampled[0], 7)
+    assert batch.advantages.tolist() == [g for g in groups for _ in range(2)]
+    assert len(seen) == asked - 1 and found.get("training/num_gen_batches", 1) == asked
+    prompts = [i for ask in seen for i in ask.indices]
+    assert len(set(prompts)) == len(prompts) == 3 * (asked - 1) and all(i > 1 << 31 for i in prompts)
+    assert all((ask.split, ask.step, ask.n) == ("train", 7, 2) for ask in seen)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -19,7 +20,8 @@ SAMPLES = 6
 @cache
 def mini(tick: int, samples: int = SAMPLES) -> MiniFrame:
     batch = make_batch(samples, seed=tick)
-    frame = batch.to_frame(denominator=batch.response_tokens)
+    batch = replace(batch, loss_weights=np.linspace(0, tick, samples).astype(np.float32))
+    frame = batch.to_frame(denominator=batch.loss_tokens)
     return MiniFrame(batch, frame, frame.nbytes)
 
 
@@ -35,14 +37,14 @@ def seen(choice: Window, ticks: range) -> Window:
 
 @pytest.mark.parametrize(("count", "ticks"), [(6, 1), (2, 1), (6, 2), (6, 4), (6, 6), (3, 7), (1, 5)])
 def test_a_window_is_an_unbiased_mean_of_its_ticks(count: int, ticks: int):
-    """Over seeds, of sums over samples that are divided as each tick's own are: Σ advantages / response tokens."""
+    """Over seeds, of sums over samples that are divided as each tick's own are: Σ weights · advantages / tokens."""
     batches = [mini(tick).batch for tick in range(1, ticks + 1)]
-    expected = np.mean([batch.advantages.sum() / batch.response_tokens for batch in batches])
+    expected = np.mean([batch.loss_weights @ batch.advantages / batch.loss_tokens for batch in batches])
     found = []
     for seed in range(400):
         batch, over = unpack_replay(seen(window(count, seed), range(1, ticks + 1)).take(1).reference, "a replay")
         assert len(batch) == count
-        found.append((batch.advantages / over).sum())
+        found.append((batch.loss_weights * batch.advantages / over).sum())
     error = np.std(found) / np.sqrt(len(found))
     assert np.mean(found) == pytest.approx(expected, abs=4 * error + 1e-6)
 
