@@ -95,6 +95,7 @@ class Raylets:
         head = {"num_cpus": 0, "include_dashboard": False, "node_ip_address": ADDRESS}
         self.cluster: Any = Cluster(initialize_head=True, head_node_args=head)
         self.held: list[Any] = [self.cluster.add_node(**each) for each in self.arguments]
+        self.cluster._shutdown_at_exit = False  # or Ray sets a signal's handler, which it cannot in a thread
         self._changes: list[threading.Thread] = []
 
     @property

@@ -90,7 +90,7 @@ def check_resumes(stored: Path, config: RunConfig) -> None:
     other = {
         key
         for key in other
-        if not key.endswith(("timeout_s", ".resource")) and not key.startswith(("links.", "faults."))
+        if not key.endswith(("timeout_s", ".resource")) and not key.startswith(("links.", "faults.", "samples."))
     }
     fixed = {"grpo.max_response_length"} if config.grpo.counts_longest else set[str]()
     other -= {key for key in _MAY_RISE - fixed if before[key] < after[key]}

@@ -12,10 +12,13 @@ import merger.config
 import rl.config
 import rl.grpo_config
 import rl.lora_config
+import rl.task_config
+import swarm.config
 from codec.config import When
 
-_RL = rl.config.READING | rl.grpo_config.READING | rl.lora_config.READING
-READERS = codec.config.READING | merger.config.READING | anchor_service.config.READING | _RL
+_RL = rl.config, rl.grpo_config, rl.lora_config, rl.task_config
+SECTIONS = codec.config, merger.config, anchor_service.config, *_RL, swarm.config
+READERS = {key: ways for sections in SECTIONS for key, ways in sections.READING.items()}
 
 
 def unread(values: dict[str, Any]) -> set[str]:

@@ -6,17 +6,21 @@ and a run that stopped early is shown as far as it came, under its own label.
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
 
 import jinja2
+from markupsafe import Markup
 
 from experiments import plots, spending, sweep_report
 from experiments.anchor_worth import anchor_in_words
 from experiments.cells import Findings, is_sweep, load_sweep
 from experiments.frontier import frontier, frontier_picture
 from experiments.runs import Run, load_runs, text
+from experiments.sample_table import ROWS, SampleTable, sample_table
 from experiments.words import markdown_table, plain
 
 COLUMNS: tuple[tuple[str, Callable[[Run], str]], ...] = (
@@ -43,10 +47,14 @@ def write_html(folders: list[Path], out: Path) -> None:
     drawn = [run for cell in findings.tuned.values() for run in cell.runs] if findings else runs
     cost = frontier(findings) if findings else None
     curves = [curve for curve in plots.curves(drawn) if curve.has_data]
+    samples, script = [] if findings else _samples(runs), _script()
     page = _template().render(
         title=findings.sweep.name if findings else ", ".join(dict.fromkeys(run.name for run in runs)),
         headline=_headline(runs),
         anchor=None if findings else _anchor(runs),
+        samples=samples,
+        script=script if samples else "",
+        script_digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         sweep=sweep_report.sweep_tables(findings) if findings else None,
         frontier=frontier_picture(cost) if cost else None,
         plain=plain,
@@ -80,6 +88,16 @@ def report_markdown(folders: list[Path]) -> str:
             lines += markdown_table(list(map(_cell, table.headings)), table.rows)
     words = sweep_report.sweep_markdown(findings) if findings else ""
     return words + "\n".join(lines)
+
+
+def _samples(runs: list[Run]) -> list[tuple[Run, SampleTable]]:
+    """Of each run that has some; several share the rows of a page."""
+    tables = [(run, sample_table(run.folder, max(ROWS // len(runs), 12))) for run in runs]
+    return [(run, table) for run, table in tables if table]
+
+
+def _script() -> Markup:
+    return Markup((Path(__file__).parent / "report.js").read_text(encoding="utf-8"))
 
 
 def _tables(group: list[plots.Curve]) -> list[spending.SpendingTable]:

@@ -25,6 +25,16 @@ _DTYPES = {
 }
 
 
+Parts = dict[str, np.ndarray]  # of the rewards, by name: float32 [N], NaN where a sample has none
+_PART = "part "
+SCORES = ("rewards", "truncated", "own")  # what validation is made of
+
+
+def of_validation(shown: bool) -> tuple[str, ...]:
+    """What an engine tells of validation answers; with `shown` also the answers."""
+    return ("tokens", *SCORES) if shown else SCORES
+
+
 @dataclass(frozen=True)
 class Prompts:
     """coordinator -> engine: the prompts `indices` of a split, `n` samples each, seeded by `step`."""
@@ -34,7 +44,7 @@ class Prompts:
     indices: tuple[int, ...]
     n: int
     temperature: float
-    scores_only: bool = False  # what comes back: rewards, lengths, and which answers were cut
+    wanted: tuple[str, ...] = OPTIONAL  # what comes back beside lengths
 
 
 @dataclass(frozen=True)
@@ -103,6 +113,11 @@ class Batch:
         first = np.cumsum(self.total) - self.total
         return digest_of_prompts([self.tokens[i : i + n] for i, n in zip(first, self.prompt)])
 
+    def split(self) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """Tokens of each sample's prompt, and of its response."""
+        parts = np.split(self.tokens, np.cumsum(np.stack([self.prompt, self.response_lengths], 1))[:-1])
+        return parts[0::2], parts[1::2]
+
     def take(self, start: int, stop: int) -> Batch:
         """Samples [start, stop)."""
         token = np.concatenate([[0], np.cumsum(self.total)])
@@ -131,16 +146,24 @@ class Batch:
         """Of its arrays, as a dense system sends them."""
         return sum(getattr(self, f.name).nbytes for f in fields(self))
 
-    def to_frame(self, **header: Any) -> np.ndarray:
-        """Raises ValueError naming the field if it does not add up."""
+    def to_frame(self, reward_parts: Parts | None = None, **header: Any) -> np.ndarray:
+        """With the parts of the rewards, if they have some. Raises ValueError naming the field if it does not add up."""
         self._check()
         body, sent = pack_samples({f.name: getattr(self, f.name) for f in fields(self)})
-        return frames.pack(header | {"samples": len(self), "sent": sent}, {"body": body})
+        named = {f"{_PART}{name}": values for name, values in (reward_parts or {}).items()}
+        return frames.pack(header | {"samples": len(self), "sent": sent}, {"body": body} | named)
 
     @staticmethod
     def from_frame(frame: np.ndarray, sender: str) -> tuple[dict[str, Any], Batch]:
         """The header, and the samples; what was not sent of them is empty. Raises FrameError."""
+        header, batch, _ = Batch.with_parts(frame, sender)
+        return header, batch
+
+    @staticmethod
+    def with_parts(frame: np.ndarray, sender: str) -> tuple[dict[str, Any], Batch, Parts]:
+        """`from_frame`, and the parts of the rewards."""
         header, arrays = frames.unpack(frame, sender)
+        parts = {name.removeprefix(_PART): arrays.pop(name) for name in [*arrays] if name.startswith(_PART)}
         body = arrays.get("body")
         if set(arrays) != {"body"} or body is None or body.ndim != 1 or body.dtype != np.uint8:
             raise frames.FrameError(sender, "arrays", f"a batch is one row of bytes, not {sorted(arrays)}")
@@ -148,7 +171,12 @@ class Batch:
         for name, value in (("samples", samples), ("sent", sent)):
             if type(value) is not int or value < 0:
                 raise frames.FrameError(sender, name, f"is {value!r}, not a number from 0 up")
-        return header, Batch(**unpack_samples(body, samples, sent, sender))
+        for name, values in parts.items():
+            if values.shape != (samples,) or values.dtype != np.float32:
+                raise frames.FrameError(
+                    sender, f"part {name}", f"is {values.dtype} {values.shape} of {samples} samples"
+                )
+        return header, Batch(**unpack_samples(body, samples, sent, sender)), parts
 
     def _check(self) -> None:
         """Raises ValueError."""
@@ -178,6 +206,13 @@ def concat(batches: list[Batch]) -> Batch:
     if any(b.own.size for b in batches):
         batches = [b if b.own.size else replace(b, own=np.ones(b.response_tokens, bool)) for b in batches]
     return Batch(**{f.name: np.concatenate([getattr(b, f.name) for b in batches]) for f in fields(Batch)})
+
+
+def concat_parts(batches: list[tuple[int, Parts]]) -> Parts:
+    """Of batches of so many samples, in order."""
+    names = dict.fromkeys(name for _, parts in batches for name in parts)
+    lacking = {n: np.full(n, np.nan, np.float32) for n, _ in batches}
+    return {name: np.concatenate([parts.get(name, lacking[n]) for n, parts in batches]) for name in names}
 
 
 def grouped(batch: Batch, ranks: int = 1) -> np.ndarray:

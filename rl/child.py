@@ -66,6 +66,11 @@ class Child:
             raise ChildFailed(f"cannot be given its arguments ({type(error).__name__}: {error})") from None
         return self._answer(seconds)
 
+    @property
+    def over(self) -> bool:
+        """Whether its process has ended."""
+        return not self._end.alive
+
     def close(self) -> None:
         self._end()
 

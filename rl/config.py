@@ -1,8 +1,8 @@
-"""Config of the model, task, GRPO, rollouts and validation. No torch."""
+"""Config of the model, GRPO, rollouts and validation. No torch."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
@@ -29,72 +29,6 @@ class ModelConfig(Section):
     def itemsize(self) -> int:
         """Bytes of a number that it computes with."""
         return 2 if self.dtype == "bfloat16" else 4
-
-
-class TaskConfig(Section):
-    """Where prompts and rewards come from."""
-
-    name: str = Field(
-        default="sums",
-        description="`sums`, `calculator`, `reasoning_gym:NAME`, `jsonl:PATH`, or `hf:` and OWNER/NAME, OWNER/NAME/CONFIG or a PATH",
-    )
-    params: dict[str, Any] = Field(
-        default_factory=dict,
-        description="parameters of a reasoning_gym task; of jsonl and hf: columns and splits (docs/models.md)",
-    )
-    reward: str | None = Field(
-        default=None,
-        description="`module:function` of (prompt, response, answer, metadata) -> float in place of the task's own "
-        "score; validation accuracy is then the mean reward",
-    )
-    reward_timeout_s: float = Field(
-        default=60.0, gt=0, description="deadline of one call of `reward`, and of the import of its module"
-    )
-    instruction: str = Field(
-        default="",
-        description="text put in front of every prompt; of a prompt of messages the system's, where it has none",
-    )
-    chat: bool = Field(default=False, description="wrap prompts in the tokenizer's chat template")
-    template_options: dict[str, Any] = Field(
-        default_factory=dict,
-        description="what the chat template is told besides, e.g. `{enable_thinking = false}`",
-    )
-    max_turns: int = Field(
-        default=1, ge=1, description="turns of the policy in one sample; between two the task is asked for an answer"
-    )
-    environment: str | None = Field(
-        default=None,
-        description="`module:function` of (messages, metadata) that answers the policy's turns with messages, or with None "
-        "to end; default: the task's own, if it has one",
-    )
-    environment_timeout_s: float = Field(default=60.0, gt=0, description="deadline of one call of `environment`")
-    stop: list[str] = Field(
-        default_factory=list,
-        description="texts that end a turn beside the model's own ends, e.g. `</tool_call>`; each a single token",
-    )
-    overlong: Literal["error", "drop"] = Field(
-        default="error",
-        description="rows of jsonl and hf with prompts beyond `grpo.max_prompt_length`: `error` refuses the run, `drop` "
-        "leaves them out",
-    )
-
-
-class TableParams(Section):
-    """`task.params` of a task whose problems are rows of a table."""
-
-    prompt: str | None = Field(
-        default=None, description="column of the prompt; default: prompt, question, problem or messages"
-    )
-    answer: str = Field(default="answer", description="column of the answer; a dot goes into a field of it")
-    train: str = Field(default="train", description="hf: split to train on")
-    val: str | None = Field(
-        default=None,
-        description="hf: split, jsonl: file to validate on; default: a tenth of train, by a hash of the prompt",
-    )
-    answers: Literal["auto", "math", "text"] = Field(
-        default="auto",
-        description="`auto`: as numbers, else text, else formulas if they look so; `math`: formulas more often; `text`: never",
-    )
 
 
 class SnapshotConfig(Section):
@@ -233,22 +167,18 @@ class ValConfig(Section):
     every: int = Field(
         default=25, ge=1, description="validate every so many steps, and before the first and after the last"
     )
-    size: int = Field(default=256, ge=1, description="validation prompts, one sample each")
+    size: int = Field(default=256, ge=1, description="validation prompts")
+    samples: int = Field(
+        default=1,
+        ge=1,
+        description="answers to each, k: accuracy is their mean, `acc/mean@k`; with `acc/pass@j`, the share of prompts that one "
+        "of j answers gets right, for j = 2, 4, … k",
+    )
 
 
 _VLLM = (When("rollout.engine", ("vllm",)),)
 
 READING: Reading = {
-    "task.environment": ((When("task.max_turns", (2,), lambda most: most > 1),),),
-    "task.environment_timeout_s": ((When("task.environment", ("MODULE:FUNCTION",), bool),),),
-    "task.max_turns": (
-        (When("task.name", ("calculator",)),),
-        (When("task.environment", ("MODULE:FUNCTION",), bool),),
-    ),
-    "task.template_options": ((When("task.chat", (True,)),),),
-    "task.params": ((When("task.name", ("reasoning_gym:NAME", "jsonl:PATH", "hf:NAME"), lambda name: ":" in name),),),
-    "task.params.train": ((When("task.name", ("hf:NAME",), lambda name: not name.startswith("jsonl:")),),),
-    "task.reward_timeout_s": ((When("task.reward", ("MODULE:FUNCTION",), bool),),),
     "snapshot.rate": ((When("snapshot.encoding", ("delta",)),),),
     "rollout.gpu_memory": (_VLLM,),
     "rollout.kv_cache_gb": (_VLLM,),

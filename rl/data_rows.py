@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-from rl.config import TableParams
 from rl.messages import Prompt, as_text
 from rl.problem_columns import problem_of, top
+from rl.task_config import TableParams
 
 SHOWN = 5  # faults that an error spells out
 

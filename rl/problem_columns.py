@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from rl.config import TableParams
 from rl.messages import Prompt, checked_chat
+from rl.task_config import TableParams
 
 PROMPTS = ("prompt", "question", "problem", "messages")
 

@@ -7,10 +7,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from rl.config import TaskConfig
 from rl.data_rows import DataRows, refuse
 from rl.messages import Message, Prompt, as_text
 from rl.model_files import model_config
+from rl.task_config import TaskConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -1,27 +1,38 @@
-"""What an answer is worth: the task's own score, or a function of the user's. No torch.
+"""What answers are worth: the task's own score, or a function of the user's. No torch.
 
-A user's function runs in a process of its own (`rl.child`), so that one that hangs, exits or crashes is named.
+A user's function runs in a process of its own (`rl.child`, `rl.reward_function`). An answer on which it hangs, exits,
+crashes or raises scores 0 and is named; several in a row end the run, for a bug must not train as if it were a judgement.
 """
 
 from __future__ import annotations
 
-import ast
-import difflib
-import importlib
-import inspect
 import math
-from collections.abc import Callable
-from importlib.metadata import packages_distributions
-from pathlib import Path
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple, Protocol, cast
 
+import numpy as np
+
+from rl.batch import Parts
 from rl.child import Child, ChildFailed
 from rl.examples import Example
-from rl.module_source import bound_names, find_module
+from rl.messages import Prompt, as_text
+from rl.reward_function import LARGEST, Asked, Said, late
+from rl.task_config import TaskConfig
 
-Reward = Callable[[Example, str, bool], float]  # (example, answer, was it cut at the length limit)
-FORM = "function(prompt: str | list, response: str, answer: str, metadata: dict) -> float"
-LARGEST = 1e15  # squares of a whole batch still add up in float32, in which a batch keeps rewards
+Answer = tuple[Example, str, bool]  # with the policy's text, and whether it was cut at the length limit
+_IMPORT_S = 60.0  # its module may import much, on a busy machine
+_GRACE_S = 1.0  # an async function is stopped at its deadline by its own process
+
+
+class Judged(NamedTuple):
+    """`failed`: why there is no judgement, and the reward is 0; "" where there is one."""
+
+    reward: float
+    parts: Mapping[str, float] = {}
+    failed: str = ""
+
+
+Reward = Callable[[Sequence[Answer]], list[Judged]]
 
 
 class Scorer(Protocol):
@@ -31,115 +42,114 @@ class Scorer(Protocol):
 
 
 class RewardError(RuntimeError):
-    """A reward function failed on one answer: the run stops, for a silent 0 would train on a bug."""
+    """A reward function that does not judge: the run stops."""
 
-    def __init__(self, name: str, reason: str, prompt: str, response: str, answer: str):
+    def __init__(self, name: str, reason: str, prompt: Prompt, response: str, answer: str):
         super().__init__(name, reason, prompt, response, answer)
         self.name, self.reason, self.prompt, self.response, self.answer = name, reason, prompt, response, answer
 
     def __str__(self) -> str:
-        sample = f"prompt {self.prompt[:200]!r}, response {self.response[:200]!r}, answer {self.answer[:200]!r}"
+        sample = (
+            f"prompt {as_text(self.prompt)[:200]!r}, response {self.response[:200]!r}, answer {self.answer[:200]!r}"
+        )
         return f"task.reward {self.name!r} {self.reason}; {sample}"
 
 
-def make_reward(name: str | None, task: Scorer, timeout_s: float = 60.0) -> Reward:
-    """The task's score, 0 for an answer that was cut; or the function `name`, which also judges cut ones.
+def make_reward(config: TaskConfig, task: Scorer) -> Reward:
+    """The task's score, 0 for an answer that was cut; or the function `config.reward`, which also judges cut ones.
 
-    Raises ValueError if the function cannot be imported within `timeout_s` or takes other arguments; the reward
-    raises RewardError.
+    Raises ValueError if the function cannot be imported in time or takes other arguments; the reward raises RewardError.
     """
-    if name is None:
-        return lambda example, text, cut: 0.0 if cut else task.score(example, text)
-    child = _started(name, timeout_s)
+    if config.reward is None:
+        return lambda answers: [Judged(0.0 if cut else task.score(example, text)) for example, text, cut in answers]
+    return OwnReward(config.reward, config)
 
-    def reward(example: Example, text: str, cut: bool) -> float:
-        sample = (example.text, text, example.answer)
+
+def parts_of(judged: Sequence[Judged]) -> Parts:
+    """Of all names that there are; NaN where an answer has no such part."""
+    names = dict.fromkeys(name for each in judged for name in each.parts)
+    return {name: np.array([each.parts.get(name, math.nan) for each in judged], np.float32) for name in names}
+
+
+class OwnReward:
+    """The user's function, with the process that it runs in."""
+
+    def __init__(self, name: str, config: TaskConfig):
+        self.name, self.config = name, config
+        self._child = self._started()
+        self._together = bool(self._child.ask(_IMPORT_S, None, 0.0))
+        self._in_a_row = 0
+
+    def __call__(self, answers: Sequence[Answer]) -> list[Judged]:
+        """Raises RewardError at the last of `reward_failures` in a row, or of as many in one call that hang."""
+        asked = [(e.prompt, text, e.answer, dict(e.metadata) | {"truncated": cut}) for e, text, cut in answers]
+        found, hung = list[Judged](), 0
+        for sample, (said, hangs) in zip(asked, self._said(asked)):
+            judged = self._judged(said)
+            self._in_a_row = self._in_a_row + 1 if judged.failed else 0
+            hung += hangs
+            self._check(judged, hung, sample)
+            found.append(judged)
+        return found
+
+    def _check(self, judged: Judged, hung: int, sample: Asked) -> None:
+        most = self.config.reward_failures
+        if max(self._in_a_row, hung) < most:
+            return
+        where = "in a row" if self._in_a_row >= most else "of one request"
+        many = f"failed on {most} answers {where} (task.reward_failures), the last time it " if most > 1 else ""
+        raise RewardError(self.name, f"{many}{judged.failed}", *sample[:3])
+
+    def _said(self, asked: list[Asked]) -> Iterator[tuple[Said, bool]]:
+        """Of each answer, and whether it hung. An async function is asked about all at once."""
+        seconds = self.config.reward_timeout_s
+        for chunk in [asked] if self._together and asked else [[sample] for sample in asked]:
+            try:
+                told = self._process(chunk).ask(seconds + _GRACE_S * self._together, chunk, seconds)
+            except ChildFailed as failure:
+                yield from self._alone(chunk, failure)
+            else:
+                yield from ((said, False) for said in cast(list[Said], told))
+
+    def _alone(self, chunk: list[Asked], failure: ChildFailed) -> Iterator[tuple[Said, bool]]:
+        """Whose fault it was: one by one, unless it was one."""
+        if len(chunk) == 1:
+            yield {"failed": late(self.config.reward_timeout_s) if failure.late else failure.reason}, failure.late
+            return
+        for sample in chunk:
+            yield from self._said([sample])
+
+    def _judged(self, said: Said) -> Judged:
+        weights = self.config.reward_weights
+        if "failed" in said:
+            return Judged(0.0, failed=said["failed"])
+        if "number" in said:
+            wrong = f"returned a number, and task.reward_weights weighs {', '.join(weights)}" if weights else ""
+            return Judged(0.0 if wrong else said["number"], failed=wrong)
+        parts = said.get("parts", {})
+        if lacking := [name for name in weights if name not in parts]:
+            return Judged(0.0, failed=f"returned no {', '.join(lacking)}, which task.reward_weights weighs")
+        total = math.fsum(weights.get(name, 1.0) * part for name, part in parts.items())
+        if abs(total) > LARGEST:
+            return Judged(0.0, failed=f"returned {parts}, weighed {total:g}: rewards may be {LARGEST:g} at most")
+        return Judged(total, parts)
+
+    def _process(self, chunk: list[Asked]) -> Child:
+        """The one that is there, or another in the place of one that is over. Raises RewardError."""
+        if self._child.over:
+            try:
+                self._child = self._started()
+            except ValueError as error:
+                raise RewardError(self.name, f"could not be started again: {error}", *chunk[0][:3]) from None
+        return self._child
+
+    def _started(self) -> Child:
+        child = Child("rl.reward_function:judge", self.name)
         try:
-            judged = child.ask(
-                timeout_s, example.prompt, text, example.answer, dict(example.metadata) | {"truncated": cut}
-            )
+            child.started(max(_IMPORT_S, self.config.reward_timeout_s))
         except ChildFailed as failure:
-            hint = " (task.reward_timeout_s)" if failure.late else ""
-            raise RewardError(name, f"{failure.reason}{hint}", *sample) from None
-        if isinstance(judged, str):
-            raise RewardError(name, f"returned {judged}", *sample)
-        return judged
-
-    return reward
-
-
-def _started(name: str, timeout_s: float) -> Child:
-    child = Child("rl.reward:judge", name)
-    try:
-        child.started(timeout_s)
-    except ChildFailed as failure:
-        hint = ": raise task.reward_timeout_s" if failure.late else ""
-        raise ValueError(f"task.reward {name!r} cannot be imported: its module {failure.reason}{hint}") from None
-    return child
-
-
-def judge(name: str) -> Callable[[str, str, str, dict[str, Any]], float | str]:
-    """In the child: the user's function; it returns a reward, or what is wrong with what the user's returned."""
-    function = _imported(name)
-    return lambda *sample: _number(function(*sample))
-
-
-def _number(value: Any) -> float | str:
-    try:
-        number = float(value)
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
-    if not math.isfinite(number):
-        return f"{value!r}, not a finite number"
-    if abs(number) > LARGEST:
-        return f"{value!r}: rewards are kept in float32 and may be {LARGEST:g} at most, of either sign"
-    return number
-
-
-def _imported(name: str) -> Callable[..., Any]:
-    module, _, function = name.partition(":")
-    found = getattr(importlib.import_module(module), function)
-    if inspect.iscoroutinefunction(found) or (callable(found) and inspect.iscoroutinefunction(type(found).__call__)):
-        raise TypeError(f"{function} is async, and a reward must be a plain {FORM}")
-    try:
-        inspect.signature(found).bind("", "", "", {})
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"{function} must be a {FORM}: {error}") from None
-    return found
-
-
-def check_reward(name: str) -> None:
-    """Raises ValueError unless the source of `name` defines it. Reads the source, imports nothing."""
-    module, colon, function = name.partition(":")
-    if not (colon and function.isidentifier() and all(part.isidentifier() for part in module.split("."))):
-        raise ValueError(f"{name!r}: write it as module:function, for example my_rewards:score, a {FORM}")
-    spec = find_module(module)
-    if spec is None:
-        raise ValueError(f"{name!r}: there is no module {module!r}{_why_missing(module)}")
-    if spec.origin is None or not spec.origin.endswith(".py"):
-        return
-    try:
-        tree = ast.parse(Path(spec.origin).read_bytes())
-    except (SyntaxError, ValueError) as error:
-        line = f", line {error.lineno}: {error.msg}" if isinstance(error, SyntaxError) else f": {error}"
-        raise ValueError(f"{name!r}: {spec.origin}{line}") from None
-    _check_defined(name, function, spec.origin, tree)
-
-
-def _check_defined(name: str, function: str, file: str, tree: ast.Module) -> None:
-    last = [node for node in tree.body if function in set(bound_names(ast.Module([node], [])))][-1:]
-    if last and isinstance(last[0], ast.AsyncFunctionDef) and not last[0].decorator_list:
-        raise ValueError(f"{name!r}: {file} defines it with async def, and nothing awaits it: make it a plain {FORM}")
-    names = set(bound_names(tree))
-    if function not in names and "*" not in names:
-        near = difflib.get_close_matches(function, names, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"{name!r}: {file} defines no {function!r}{hint}")
-
-
-def _why_missing(module: str) -> str:
-    top = module.partition(".")[0]
-    owners = packages_distributions().get(top)
-    if find_module(top) is None or top == module or not owners:
-        return ": run from the folder that holds it, or install it"
-    return f": {top!r} is a package of {owners[0]}'s own: give the folder of your rewards another name"
+            hint = ": raise task.reward_timeout_s" if failure.late else ""
+            raise ValueError(
+                f"task.reward {self.name!r} cannot be imported: its module {failure.reason}{hint}"
+            ) from None
+        return child

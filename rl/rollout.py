@@ -15,7 +15,7 @@ import torch
 from codec.frames import digest
 from rl import mismatch
 from rl.batch import Batch, Prompts
-from rl.config import GrpoConfig, ModelConfig, RolloutConfig, SnapshotConfig, TaskConfig
+from rl.config import GrpoConfig, ModelConfig, RolloutConfig, SnapshotConfig
 from rl.device import peak_memory_gb
 from rl.engine import Engine, PlainModel
 from rl.environment import OwnEnvironment
@@ -24,10 +24,11 @@ from rl.grpo import group_advantages
 from rl.model_files import resolve
 from rl.problems import Problems
 from rl.prompts import PromptEncoder
-from rl.reward import make_reward
+from rl.reward import Judged, make_reward, parts_of
 from rl.shaping import shaped
 from rl.snapshot import Receiver
 from rl.table import Table
+from rl.task_config import TaskConfig
 from rl.tasks import make_task
 from rl.transformers_engine import TransformersEngine
 from rl.turns import Conversations, Environment, Talks
@@ -35,6 +36,10 @@ from rl.vllm_engine import VllmEngine
 
 SPLITS = {"train": 0, "val": 1}
 UNDECIDED = "task/undecided"  # answers that the library for formulas was not done with in time: they score 0
+_SHOWN = 500  # characters of what is quoted
+FAILED = (
+    "failed"  # in a frame's header: on how many answers the reward failed, and of the first why, prompt and response
+)
 
 ENGINES: dict[str, Callable[[PlainModel, RolloutConfig, int], Engine]] = {
     "transformers": TransformersEngine,
@@ -62,7 +67,7 @@ class RolloutWorker:
         self.tokenizer = self.encoder.tokenizer
         judge = self.encoder.judge if task.overlong == "drop" else None  # else no row is too long: it was checked
         self.task = make_task(task, seed, val_size, judge)
-        self.reward = make_reward(task.reward, self.task, task.reward_timeout_s)
+        self.reward = make_reward(task, self.task)
         self.grpo, self.seed = grpo, seed
         self.receiver = Receiver(snapshot)
         self.rollout, plain = rollout, PlainModel(folder, model, rollout)
@@ -114,9 +119,10 @@ class RolloutWorker:
         prompts = [p for p in prompts for _ in range(ask.n)]
         examples = self._told([e for e in examples for _ in range(ask.n)], samples)
         ref = self._reference_logprobs(ask, prompts, samples)
-        rewards = [self.reward(*answer) for answer in zip(examples, samples.texts, samples.truncated)]
-        lengths, taken = np.array([len(t) for t in samples.tokens]), {}
+        judged = self.reward([*zip(examples, samples.texts, samples.truncated)])
+        rewards, taken = [each.reward for each in judged], {}
         if ask.split == "train":
+            lengths = np.array([len(t) for t in samples.tokens])
             rewards, taken = shaped(rewards, lengths, self.grpo, samples.logprobs, ref)
         batch = Batch(
             tokens=np.concatenate([np.concatenate([p, t]) for p, t in zip(prompts, samples.tokens)]).astype(np.int32),
@@ -129,13 +135,13 @@ class RolloutWorker:
             truncated=np.array(samples.truncated, bool),
             own=samples.marks,
         )
-        batch = batch.only("rewards", "truncated", "own") if ask.scores_only else batch
-        frame = batch.to_frame(split=ask.split, step=ask.step)
+        said = {FAILED: failed} if (failed := _failed(judged, examples, samples.texts)) else {}
+        frame = batch.only(*ask.wanted).to_frame(parts_of(judged), split=ask.split, step=ask.step, **said)
         return frame, peak_memory_gb(self.engine.device), compared | taken | self._undecided()
 
     def _reference_logprobs(self, ask: Prompts, prompts: list[list[int]], samples: Talks) -> list[np.ndarray]:
         """Of the base policy, where a loss will read them; of greedy answers at temperature 1."""
-        if self.reference is None or ask.scores_only:
+        if self.reference is None or "ref_logprobs" not in ask.wanted:
             return []
         return samples.of_own(self.reference.score(prompts, samples.tokens, ask.temperature or 1.0))
 
@@ -167,3 +173,13 @@ class RolloutWorker:
             if n > 1
             else np.zeros(len(rewards), np.float32)
         )
+
+
+def _failed(judged: list[Judged], examples: list[Example], texts: list[str]) -> dict[str, str | int]:
+    """Empty if there is a judgement of every answer."""
+    which = [i for i, each in enumerate(judged) if each.failed]
+    if not which:
+        return {}
+    first = which[0]
+    shown = {"prompt": examples[first].text[:_SHOWN], "response": texts[first][:_SHOWN]}
+    return {"count": len(which), "reason": judged[first].failed[:_SHOWN]} | shown

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rl.config import GrpoConfig, TaskConfig
+from rl.config import GrpoConfig
 from rl.messages import Prompt
 from rl.problems import Problems
 from rl.prompts import PromptEncoder
+from rl.task_config import TaskConfig
 from rl.tasks import make_task
 
 if TYPE_CHECKING:

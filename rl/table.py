@@ -8,13 +8,13 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 from rl.answers import final_answer, is_number, normal, same
-from rl.config import TableParams
 from rl.data_rows import DataRows, digest_of_problems
 from rl.examples import Example
 from rl.messages import Prompt, as_text
 from rl.problem_columns import problem_of, prompt_column
 from rl.problems import Problems, ProblemSource
 from rl.symbolic import Formulas, comparable
+from rl.task_config import TableParams
 
 Judge = Callable[[DataRows, Sequence[Prompt]], list[bool]]  # (rows, their prompts) -> which of them are kept
 

@@ -18,16 +18,16 @@ from typing import Any, Protocol
 from pydantic import ValidationError
 
 from rl.calculator_task import Calculator
-from rl.config import TableParams, TaskConfig
 from rl.environment import check_environment
 from rl.examples import Example
 from rl.hub_rows import check_hub_rows, hub_rows, is_local
 from rl.jsonl_rows import first_row, read_jsonl
 from rl.problem_columns import prompt_column
 from rl.problems import Problems
-from rl.reward import check_reward
+from rl.reward_function import check_reward
 from rl.sums_task import Sums
 from rl.table import Judge, Table
+from rl.task_config import TableParams, TaskConfig
 
 
 class Task(Protocol):
@@ -130,6 +130,9 @@ def located(config: TaskConfig) -> TaskConfig:
     """With absolute paths: an engine may have another working directory."""
     kind, _, argument = config.name.partition(":")
     params = dict(config.params)
+    if config.reward and config.reward.rpartition(":")[0].endswith(".py"):
+        reward = str(Path(config.reward).expanduser().absolute())
+        config = config.model_copy(update={"reward": reward})
     if kind == "jsonl" and params.get("val"):
         params["val"] = str(Path(params["val"]).expanduser().absolute())
     if kind == "jsonl" or (kind == "hf" and is_local(argument)):

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from codec.config import NODE_TAG, CodecConfig, Section
+from codec.config import NODE_TAG, CodecConfig, Reading, Section, When
 from rl.config import ModelConfig
 
 
@@ -92,6 +92,26 @@ class SwarmConfig(Section):
                 f"share evenly: give {self.pp - 1} boundaries, or a multiple of pp minus one"
             )
         return self
+
+
+class SamplesConfig(Section):
+    """Which answers of the policy are kept to be read: `samples.jsonl` in the run's folder, and its report."""
+
+    prompts: int = Field(
+        default=2,
+        ge=0,
+        description="the first so many prompts of each step, with all their answers; 0: validation alone",
+    )
+    max_mb: float = Field(
+        default=16.0,
+        ge=0,
+        description="size of the file in MB; when it is full, steps between the first and the last go, evenly; 0: "
+        "nothing is kept, and engines tell the rewards and lengths alone of validation",
+    )
+
+    @property
+    def kept(self) -> bool:
+        return self.max_mb > 0
 
 
 class DiagnosticsConfig(Section):
@@ -180,3 +200,6 @@ class LinksConfig(Section):
         le=1,
         description="share of ticks assumed to have no gradient, because no group has an advantage",
     )
+
+
+READING: Reading = {"samples.prompts": ((When("samples.max_mb", (16.0,), lambda mb: mb > 0),),)}

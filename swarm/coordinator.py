@@ -34,6 +34,7 @@ from swarm.engine_line import EngineLine
 from swarm.failure_policy import Decision, FailurePolicy, Status, failure_of
 from swarm.fleet import Fleet
 from swarm.gate import RunGates
+from swarm.json_lines import replace_text
 from swarm.leaving import Leaving
 from swarm.lookout import Lookout
 from swarm.manifest import NotWritten
@@ -43,9 +44,9 @@ from swarm.pace import DUE_TICK, TICK
 from swarm.progress import Progress
 from swarm.regroup import Regroup
 from swarm.replay_choice import MiniFrame
-from swarm.rollouts import SAMPLED_S, Rollouts, sample_metrics
+from swarm.rollouts import SAMPLED_S, Rollouts, sample_metrics, validation_metrics
 from swarm.run_config import RunConfig
-from swarm.telemetry import Telemetry, combine, replace_text
+from swarm.telemetry import Telemetry, combine
 
 WAIT_S = "timing_s/anchor_wait"
 TICK_S, PAUSED_S = "timing_s/tick", "timing_s/diagnostics"  # the pace of a run is made of them
@@ -60,7 +61,8 @@ class Coordinator:
     ):
         self.config, self.fleet, self.telemetry, self.run_folder = config, fleet, telemetry, folder
         self.progress = progress = Progress(telemetry)
-        fleet.lookout = Lookout(config.faults, fleet.named, progress, folder)
+        rewarding: dict[str, float] = dict.fromkeys(("generate train", "generate val"), config.task.reward_patience_s)
+        fleet.lookout = Lookout(config.faults, fleet.named, progress, folder, rewarding)
         clock, line = anchor_of(config, fleet)
         self.policy = policy or FailurePolicy(config.faults)
         followers = line if config.anchor.weights == "shared" else NoFires()
@@ -219,15 +221,8 @@ class Coordinator:
     def _validate(self) -> None:
         """On the uncompressed weights."""
         batch, timing = self.rollouts.validation()
-        task = self.config.task.name.replace(":", "_").replace("/", "_")
-        accuracy = float(batch.rewards.mean())
-        metrics = {
-            f"val-core/{task}/acc/mean@1": accuracy,
-            "val-aux/response_length/mean": float(batch.own_lengths.mean()),
-            "val-aux/response_length/clip_ratio": float(batch.truncated.mean()),
-            "timing_s/testing": timing[SAMPLED_S],
-        }
-        self.telemetry.val(self.progress.step, self.progress.tick, metrics, accuracy)
+        metrics = validation_metrics(self.config, batch) | {"timing_s/testing": timing.pop(SAMPLED_S)} | timing
+        self.telemetry.val(self.progress.step, self.progress.tick, metrics, float(batch.rewards.mean()))
 
     def _mini_batches(self, batch: Batch) -> list[MiniFrame]:
         """The step's mini-batches, each packed for the anchor and the diagnoser."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import queue
 import re
@@ -26,6 +27,10 @@ class Logger(Protocol):
     """One open run of a tracking tool. Any exception ends it, and nothing else."""
 
     def log(self, metrics: dict[str, float], tick: int) -> None: ...
+
+    def show(self, samples: list[dict[str, Any]], tick: int) -> None:
+        """Answers of the policy, of one step or one validation."""
+        ...
 
     def close(self) -> None: ...
 
@@ -46,6 +51,11 @@ class Wandb:
 
     def log(self, metrics: dict[str, float], tick: int) -> None:
         self.run.log(metrics, step=tick)
+
+    def show(self, samples: list[dict[str, Any]], tick: int) -> None:
+        import wandb  # pyright: ignore[reportMissingImports]
+
+        self.run.log({_shown_as(samples): wandb.Table(**_columns(samples))}, step=tick)
 
     def close(self) -> None:
         self.run.finish()
@@ -73,6 +83,10 @@ class Mlflow:
         for start in range(0, len(entries), 1000):  # as many as one call takes
             self.client.log_batch(self.run, metrics=entries[start : start + 1000])
 
+    def show(self, samples: list[dict[str, Any]], tick: int) -> None:
+        lines = "".join(json.dumps(sample) + "\n" for sample in samples)
+        self.client.log_text(self.run, lines, f"{_shown_as(samples)}/tick-{tick:06d}.jsonl")
+
     def close(self) -> None:
         self.client.set_terminated(self.run)
 
@@ -89,6 +103,11 @@ class Trackio:
     def log(self, metrics: dict[str, float], tick: int) -> None:
         self.run.log(metrics, step=tick)
 
+    def show(self, samples: list[dict[str, Any]], tick: int) -> None:
+        import trackio  # pyright: ignore[reportMissingImports]
+
+        self.run.log({_shown_as(samples): trackio.Table(**_columns(samples))}, step=tick)
+
     def close(self) -> None:
         with contextlib.redirect_stdout(io.StringIO()):
             self.run.finish()
@@ -104,6 +123,17 @@ LOGGERS: dict[str, Callable[[str, Path, dict[str, Any]], Logger]] = {
 def mlflow_name(name: str) -> str:
     """A metric's name in the letters that MLflow takes: `acc/mean@1` is `acc/mean_at_1`, as verl writes it."""
     return re.sub(r"[^\w./ :-]", "_", name.replace("@", "_at_"))
+
+
+def _shown_as(samples: list[dict[str, Any]]) -> str:
+    return f"samples/{samples[0]['kind']}"
+
+
+def _columns(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """As a table of strings and numbers."""
+    flat = [dict(_flat(sample)) for sample in samples]
+    names = list(dict.fromkeys(name for sample in flat for name in sample))
+    return {"columns": names, "data": [[sample.get(name) for name in names] for sample in flat]}
 
 
 def _flat(table: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -127,7 +157,11 @@ class Loggers:
 
     def log(self, metrics: dict[str, float], tick: int) -> None:
         for thread in self._threads.values():
-            thread.queue.put((metrics, tick))
+            thread.queue.put(lambda logger: logger.log(metrics, tick))
+
+    def show(self, samples: list[dict[str, Any]], tick: int) -> None:
+        for thread in self._threads.values() if samples else ():
+            thread.queue.put(lambda logger: logger.show(samples, tick))
 
     def failed(self) -> dict[str, str]:
         """Name -> reason of every logger that has failed since this was last asked; it gets nothing any more."""
@@ -153,14 +187,14 @@ class _Thread(threading.Thread):
     def __init__(self, name: str, make: Callable[[], Logger]):
         super().__init__(name=f"logger {name}", daemon=True)  # a run that has ended does not wait for it
         self.make, self.error = make, ""
-        self.queue: queue.SimpleQueue[tuple[dict[str, float], int] | None] = queue.SimpleQueue()
+        self.queue: queue.SimpleQueue[Callable[[Logger], None] | None] = queue.SimpleQueue()
         self.start()
 
     def run(self) -> None:
         try:
             logger = self.make()
-            while (entry := self.queue.get()) is not None:
-                logger.log(*entry)
+            while (told := self.queue.get()) is not None:
+                told(logger)
             logger.close()
         except BaseException as error:  # SystemExit of a library too: it would end the thread unsaid
             self.error = f"{type(error).__name__}: {error}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,9 +30,14 @@ class Lookout:
     """`actors`: those of the run by the names that waits have for them; workers answer `doing`, the others do not."""
 
     def __init__(
-        self, faults: FaultsConfig, actors: Callable[[], dict[str, ActorHandle[Any]]], progress: Progress, folder: Path
+        self,
+        faults: FaultsConfig,
+        actors: Callable[[], dict[str, ActorHandle[Any]]],
+        progress: Progress,
+        folder: Path,
+        patience: Mapping[str, float] | None = None,
     ):
-        self.pace, self.actors, self.progress, self.folder = Pace(faults), actors, progress, folder
+        self.pace, self.actors, self.progress, self.folder = Pace(faults, patience), actors, progress, folder
         self._said = ""  # what `look_after` has called slow last
 
     @contextmanager

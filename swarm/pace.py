@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict, deque
+from collections.abc import Mapping
 from statistics import median
 
 from swarm.config import FaultsConfig
@@ -18,8 +19,9 @@ WITHIN = {DUE_TICK: FIRE}  # what one of a kind may have to wait for as a whole
 class Pace:
     """Of one run, by kind of request: `tick`, `weights`, `generate train`, …"""
 
-    def __init__(self, faults: FaultsConfig):
-        self.faults = faults
+    def __init__(self, faults: FaultsConfig, patience: Mapping[str, float] | None = None):
+        """`patience`: seconds more than `faults.hang_floor_s` that some kinds have, as they may rightly wait for others."""
+        self.faults, self.patience = faults, patience or {}
         self._took: defaultdict[str, deque[float]] = defaultdict(lambda: deque(maxlen=REMEMBERED))
 
     def observe(self, kind: str, seconds: float) -> None:
@@ -42,5 +44,5 @@ class Pace:
         known = [seconds for seconds in usual if seconds is not None]
         if len(known) < len(usual):
             return limit
-        floor = self.faults.hang_floor_s, "faults.hang_floor_s"
+        floor = self.faults.hang_floor_s + self.patience.get(kind, 0.0), "faults.hang_floor_s"
         return min(limit, max(floor, (self.faults.hang_factor * max(known), "faults.hang_factor")))

@@ -10,16 +10,19 @@ import numpy as np
 
 from rl import mismatch
 from rl.aggregation import of_one_reward, out_of_loss
-from rl.batch import Batch, Prompts, concat
+from rl.batch import Batch, Parts, Prompts, concat, concat_parts, of_validation
 from rl.config import GrpoConfig
 from rl.engine import EngineFailed
+from rl.packing import OPTIONAL
+from rl.passes import passes
 from rl.problems import Problems
-from rl.rollout import UNDECIDED
+from rl.rollout import FAILED, UNDECIDED
 from rl.shaping import KL_PENALTY, OVERLONG, SCORE
 from swarm.engine_line import EngineLine
 from swarm.lookahead import Asked, Lookahead, Result
 from swarm.progress import Progress
 from swarm.run_config import RunConfig
+from swarm.sample_file import Reader
 
 SAMPLED_S = "timing_s/gen"
 FURTHER = 1 << 32  # prompts of a run are fewer
@@ -32,6 +35,7 @@ class Rollouts:
     def __init__(self, config: RunConfig, progress: Progress, engines: EngineLine):
         self.config, self.progress, self.engines = config, progress, engines
         self.ahead = Lookahead(config.rollout, config.run.steps)
+        self._reader = Reader(config.model.path)
         self._lacking = 0  # steps ahead that the checkpoint lacks with which this run goes on
         self._endless = False  # no answer of the last step came to an end
         self._validated = config.val.size
@@ -86,7 +90,7 @@ class Rollouts:
         sampled, alike = 1, of_one_reward(batch, each)
         while sampled < most and (~alike).sum() < wanted:
             asked = self._ask_for(step, sampled)
-            more, _ = self._taken("train", self._delivered(asked))
+            more, _ = self._taken("train", self._delivered(asked), shown=False)
             batch, sampled = concat([batch, more]), sampled + 1
             alike = of_one_reward(batch, each)
         groups = np.sort(np.argsort(alike, kind="stable")[:wanted])
@@ -115,10 +119,22 @@ class Rollouts:
     def validation(self) -> tuple[Batch, dict[str, float]]:
         """The same prompts and random numbers each time, so that runs are paired. On the weights that were sent last."""
         start, temperature = time.perf_counter(), self.config.rollout.validation_temperature
-        asked = self._ask("val", 0, range(self._validated), 1, temperature)
+        asked = self._ask("val", 0, range(self._validated), self.config.val.samples, temperature)
         self._deliver_all()  # they stand before it in the queues
         batch, found = self._taken("val", self.engines.deliver(asked, "val samples of step 0"))
         return batch, found | {SAMPLED_S: time.perf_counter() - start}
+
+    def _keep(self, batch: Batch, parts: Parts, split: str) -> None:
+        """The answers to the first prompts of a step, or all of a validation, to be read."""
+        step, tick, grpo = self.progress.step, self.progress.tick, self.config.grpo
+        first, each, most = 0, self.config.val.samples, len(batch)
+        if split == "train":
+            first, each = (step - 1) * grpo.train_batch_size, grpo.group_size
+            most = min(most, self.config.samples.prompts * each)
+        at = {"kind": split, "step": step, "tick": tick}
+        self.progress.telemetry.samples(
+            step, tick, lambda: self._reader.read(at, batch.take(0, most), parts, first, each)
+        )
 
     def _deliver_all(self) -> None:
         for asked in self.ahead.asked:
@@ -126,23 +142,36 @@ class Rollouts:
 
     def _ask(self, split: str, step: int, indices: range, n: int, temperature: float) -> Asked:
         """Batches of one number of samples, whatever the number of engines: so results do not depend on it."""
-        size = self.config.rollout.batch_size * self.config.grpo.group_size // n
+        size = max(1, self.config.rollout.batch_size * self.config.grpo.group_size // n)
         chosen = [tuple(indices[i : i + size]) for i in range(0, len(indices), size)]
-        scores_only = split == "val"
-        return self.engines.ask(step, [Prompts(split, step, c, n, temperature, scores_only) for c in chosen])
+        wanted = of_validation(self.config.samples.kept) if split == "val" else OPTIONAL
+        return self.engines.ask(step, [Prompts(split, step, c, n, temperature, wanted) for c in chosen])
 
-    def _taken(self, split: str, results: list[Result]) -> tuple[Batch, dict[str, Any]]:
-        """Samples as one batch, and what was measured of them; counted here, when they are used."""
-        batch = concat([Batch.from_frame(frame, "an engine")[1] for frame, *_ in results])
-        self.progress.control(sum(frame.nbytes for frame, *_ in results), batch.nbytes)
+    def _taken(self, split: str, results: list[Result], shown: bool = True) -> tuple[Batch, dict[str, Any]]:
+        """Samples as one batch, and what was measured of them; counted here, when they are used. `shown`: to be read."""
+        told = [Batch.with_parts(frame, "an engine") for frame, *_ in results]
+        batch, parts = concat([batch for _, batch, _ in told]), concat_parts([(len(b), p) for _, b, p in told])
+        self.progress.control(
+            sum(frame.nbytes for frame, *_ in results), batch.nbytes + sum(values.nbytes for values in parts.values())
+        )
+        self._say_what_failed(split, [header[FAILED] for header, *_ in told if FAILED in header])
+        if shown:
+            self._keep(batch, parts, split)
         self.progress.remember("engine", max(peak for _, peak, _ in results))
         undecided = sum(sums.pop(UNDECIDED, 0) for *_, sums in results)
         if undecided:
             self.progress.event("answers undecided", split=split, count=undecided)
-        parts = [sums for *_, sums in results]
-        taken = {name for name in (SCORE, OVERLONG, KL_PENALTY) if name in parts[0]}
-        found = {name: sum(sums.pop(name) for sums in parts) / len(batch) for name in taken}
-        return batch, mismatch.dense_metrics(parts) | found
+        measured = [sums for *_, sums in results]
+        taken = {name for name in (SCORE, OVERLONG, KL_PENALTY) if name in measured[0]}
+        found = {name: sum(sums.pop(name) for sums in measured) / len(batch) for name in taken}
+        return batch, mismatch.dense_metrics(measured) | found | part_means(split, parts)
+
+    def _say_what_failed(self, split: str, failed: list[dict[str, Any]]) -> None:
+        """Of the reward function."""
+        if failed:
+            first, count = failed[0], sum(each["count"] for each in failed)
+            fields = {name: first[name] for name in ("reason", "prompt", "response")}
+            self.progress.event("reward failed", reward=self.config.task.reward, split=split, count=count, **fields)
 
     def sync(self) -> dict[str, str]:
         """Give the engines the newest weights. Waits until they hold them, and returns their digest as a metric, unless
@@ -165,6 +194,23 @@ class Rollouts:
 
 def _names(problems: Problems) -> str:
     return ", ".join(f"{s.rows} rows of {s.name} (digest {s.digest})" for s in problems.sources) or "none of a file"
+
+
+def part_means(split: str, parts: Parts) -> dict[str, float]:
+    """Of each part of the rewards, over the samples that have it."""
+    prefix = {"train": "critic", "val": "val-aux"}[split]
+    return {f"{prefix}/rewards/{name}/mean": float(np.nanmean(values)) for name, values in parts.items()}
+
+
+def validation_metrics(config: RunConfig, batch: Batch) -> dict[str, float]:
+    """Of `val.samples` answers to each prompt; verl's names, but `pass@k`, which verl has not."""
+    core = f"val-core/{config.task.name.replace(':', '_').replace('/', '_')}/acc"
+    found = {f"{core}/mean@{config.val.samples}": float(batch.rewards.mean())}
+    found |= {f"{core}/pass@{k}": share for k, share in passes(batch.rewards.reshape(-1, config.val.samples)).items()}
+    return found | {
+        "val-aux/response_length/mean": float(batch.own_lengths.mean()),
+        "val-aux/response_length/clip_ratio": float(batch.truncated.mean()),
+    }
 
 
 def sample_metrics(batch: Batch, grpo: GrpoConfig) -> dict[str, float]:

@@ -15,11 +15,12 @@ from anchor_service.lag import read_trace
 from codec.config import CodecConfig, Section
 from merger import MERGERS
 from merger.config import MergerConfig
-from rl.config import GrpoConfig, ModelConfig, RolloutConfig, SnapshotConfig, TaskConfig, ValConfig
+from rl.config import GrpoConfig, ModelConfig, RolloutConfig, SnapshotConfig, ValConfig
 from rl.model_files import model_shape
 from rl.model_shape import ModelShape
+from rl.task_config import TaskConfig
 from rl.tasks import check_task
-from swarm.config import DiagnosticsConfig, FaultsConfig, LinksConfig, SwarmConfig
+from swarm.config import DiagnosticsConfig, FaultsConfig, LinksConfig, SamplesConfig, SwarmConfig
 
 
 class RunSection(Section):
@@ -59,6 +60,7 @@ class RunConfig(Section):
     anchor: AnchorConfig = AnchorConfig()
     merger: MergerConfig = MergerConfig()
     val: ValConfig = ValConfig()
+    samples: SamplesConfig = SamplesConfig()
     diagnostics: DiagnosticsConfig = DiagnosticsConfig()
     faults: FaultsConfig = FaultsConfig()
     links: LinksConfig = LinksConfig()
@@ -107,6 +109,7 @@ class RunConfig(Section):
             correction_payload(self.anchor, self.merger)
         self._check_shared_weights()
         self._check_staleness()
+        self._check_validation()
         self._check_warmup()
         self._check_filter()
         self._check_placement()
@@ -114,10 +117,11 @@ class RunConfig(Section):
         if self.anchor.lag.kind == "trace":
             read_trace(self.anchor.lag.path)
         check_task(self.task)
-        if self.task.reward and self.task.reward_timeout_s >= self.rollout.timeout_s:
+        if self.task.reward and self.task.reward_patience_s >= self.rollout.timeout_s:
             raise ValueError(
-                f"task.reward_timeout_s {self.task.reward_timeout_s:g} must be below rollout.timeout_s "
-                f"{self.rollout.timeout_s:g}, the deadline of a whole batch: else a reward that hangs looks like an engine"
+                f"task.reward_timeout_s {self.task.reward_timeout_s:g} times task.reward_failures "
+                f"{self.task.reward_failures} must be below rollout.timeout_s {self.rollout.timeout_s:g}, the deadline of a "
+                f"whole batch: else a reward that hangs looks like an engine"
             )
         try:
             shape = model_shape(self.model.path)
@@ -177,6 +181,14 @@ class RunConfig(Section):
                 f"rollout.max_staleness {stale} trains on samples of older weights, and with grpo.rollout_is 'none' and "
                 f"grpo.old_logprobs {grpo.old_logprobs!r} nothing corrects for that: set grpo.rollout_is=token "
                 f"(truncated importance weights), or grpo.old_logprobs=rollout (ratio to the engine's log-probs)"
+            )
+
+    def _check_validation(self) -> None:
+        """Greedy answers to one prompt are the same."""
+        if self.val.samples > 1 and self.rollout.validation_temperature == 0:
+            raise ValueError(
+                f"val.samples {self.val.samples} greedy answers to a prompt are one: set rollout.val_temperature above 0, or "
+                f"val.samples=1"
             )
 
     def _check_filter(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from swarm.telemetry import replace_text
+from swarm.json_lines import replace_text
 
 
 def _file(run: Path) -> Path:

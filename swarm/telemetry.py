@@ -13,11 +13,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+from anchor_service.errors import described
 from rl import mismatch
+from swarm.json_lines import append_record, keep_records, replace_text
 from swarm.listeners import Board, Listener, Listeners, numbers
 from swarm.loggers import Loggers
-from swarm.manifest import NotWritten, writing
+from swarm.manifest import NotWritten
 from swarm.messages import Entries, Report, TickReport
+from swarm.sample_file import Sample, SampleFile
 
 REWOUND = "rewound"  # an event that stays, also where what was written beyond a checkpoint is dropped
 
@@ -66,13 +69,16 @@ class Telemetry:
     A line that the disk does not take raises NotWritten: a run that nobody can read must not go on.
 
     `listener` gets every record, TensorBoard and the `loggers` the numbers. One of them that fails is left out from
-    then on, with one event and one warning; only a KeyboardInterrupt of a listener ends the run.
+    then on, with one event and one warning; only a KeyboardInterrupt of a listener ends the run. So it is with
+    samples.jsonl, where there is one.
     """
 
-    def __init__(self, run: Path, listener: Listener, loggers: Loggers | None = None):
+    def __init__(
+        self, run: Path, listener: Listener, loggers: Loggers | None = None, samples: SampleFile | None = None
+    ):
         self.run = run
         self.listeners = Listeners({"display": lambda: listener, "tensorboard": lambda: Board(run)})
-        self.loggers = loggers or Loggers({})
+        self.loggers, self._samples = loggers or Loggers({}), samples
         self.started = time.time()
         self.validations: list[dict[str, float]] = []
         self.last: dict[str, Any] = {}
@@ -97,11 +103,32 @@ class Telemetry:
         keys = ("version", "source_tick", "first_tick", "digest", "bytes")
         first = report["first_tick"]
         line = {k: report[k] for k in keys} | {"lag": None if first is None else first - report["source_tick"]}
-        _append(self._corrections, line)
+        append_record(self._corrections, line)
         self._write("fire", step, tick, {k: v for k, v in report.items() if not isinstance(v, list)})
 
     def event(self, step: int, tick: int, name: str, **fields: Any) -> None:
         self._write("event", step, tick, {"event": name} | fields)
+
+    def samples(self, step: int, tick: int, make: Callable[[], list[Sample]]) -> None:
+        """Keep what `make` gives, if samples are kept, and show it to the loggers."""
+
+        def keep(file: SampleFile) -> None:
+            found = make()
+            file.add(found)
+            self.loggers.show(found, tick)
+
+        self._keep_samples(step, tick, keep)
+
+    def _keep_samples(self, step: int, tick: int, work: Callable[[SampleFile], None]) -> None:
+        if self._samples is None:
+            return
+        try:
+            work(self._samples)
+        except Exception as error:  # of a tokenizer, of a disk
+            self._samples = None
+            reason = described(error)
+            warnings.warn(f"samples are not kept any more, the run goes on: {reason}", stacklevel=2)
+            self.event(step, tick, "samples_failed", reason=reason)
 
     def processes(self, found: list[Process]) -> None:
         """Which processes the run consists of now, this one included: processes.json, if it has changed."""
@@ -115,7 +142,7 @@ class Telemetry:
 
     def _write(self, kind: str, step: int, tick: int, metrics: dict[str, Any]) -> None:
         record = {"kind": kind, "step": step, "tick": tick} | metrics
-        _append(self._metrics, record)
+        append_record(self._metrics, record)
         self.last[kind] = record
         found = numbers(record)
         if found:  # loggers have one axis, which must not go back: ticks
@@ -148,6 +175,7 @@ class Telemetry:
         self._metrics = _keep(self._metrics, lambda record: record["step"] <= step or record.get("event") == REWOUND)
         self._corrections = _keep(self._corrections, lambda record: record["version"] <= merged)
         last = self.validations[-1] if self.validations else {"tick": 0, "accuracy": None}
+        self._keep_samples(step, int(last["tick"] or 0), lambda file: file.drop(step))
         self.listeners.tell({"kind": "restored", "step": step, "tick": last["tick"], "accuracy": last["accuracy"]})
 
     def finish(self, status: str, extra: dict[str, Any]) -> dict[str, Any]:
@@ -189,28 +217,5 @@ def _keep(file: TextIO, wanted: Callable[[dict[str, Any]], bool]) -> TextIO:
     """The file again, with only the lines that are whole and wanted, open for appending."""
     file.close()
     path = Path(file.name)
-    lines = [line for line in path.read_text().splitlines() if (record := _whole(line)) and wanted(record)]
-    replace_text(path, "".join(f"{line}\n" for line in lines))
+    keep_records(path, wanted)
     return path.open("a")
-
-
-def _whole(line: str) -> dict[str, Any] | None:
-    """None of a line that a full disk or a death has cut."""
-    try:
-        return json.loads(line)
-    except ValueError:
-        return None
-
-
-def _append(file: TextIO, record: dict[str, Any]) -> None:
-    with writing(Path(file.name)):
-        file.write(json.dumps(record) + "\n")
-        file.flush()
-
-
-def replace_text(path: Path, text: str) -> None:
-    """All of it or nothing. Raises NotWritten."""
-    partial = path.with_name(path.name + ".partial")
-    with writing(path):
-        partial.write_text(text)
-        os.replace(partial, path)

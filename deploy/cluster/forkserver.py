@@ -1,7 +1,9 @@
-"""Workers of a local cluster by fork: torch and all else but Ray is imported once, and not in every worker.
+"""Workers by fork: torch and all else but Ray is imported once on a node, and not in every worker.
 
     Ray starts a program a worker ─▶ fork_request.py passes on what it was given ─▶ this server forks, and runs that
 
+On a cluster of one's own the command has the server; on another one the first that asks on a node starts it
+(node_forks.py), and it ends when the last that it forked has. It serves no other user.
 Ray itself is imported after the fork: its C++ side keeps what the environment said when it was loaded. Without an
 answer of the server a worker starts as it always did. A command that has not imported Ray yet is forked itself: what
 it needs of torch and transformers is then imported once for it and for all workers (`fork_ahead`).
@@ -20,11 +22,14 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from deploy.cluster.fork_request import peer_user
 
 if TYPE_CHECKING:
     from swarm.run_config import RunConfig
@@ -32,6 +37,8 @@ if TYPE_CHECKING:
 IMPORTED = "rl.rollout", "swarm.tick", "anchor_service.dense_gradient"  # what takes long, and no Ray
 REQUEST = Path(__file__).with_name("fork_request.py")
 OUTPUT = 0, 1, 2
+READ_S = 5.0  # for one that asks to say what
+LOOK_S, IDLE_S = 1.0, 10.0  # a server that nobody watches ends when it has had no fork for so long
 
 
 _ahead: dict[str, str] | None = None  # what `fork_ahead` offers while it lasts
@@ -118,7 +125,7 @@ def _forked(listener: socket.socket) -> tuple[int, int]:
 def _started(listener: int, threads: int) -> subprocess.Popen[bytes]:
     path = os.pathsep.join(folder or os.getcwd() for folder in sys.path)
     return subprocess.Popen(
-        [sys.executable, "-P", "-m", __name__, str(listener)],
+        [sys.executable, "-P", "-m", __name__, str(listener), "--watched"],
         env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": str(threads)},
         stdin=subprocess.PIPE,  # ends when this process does
         pass_fds=[listener],
@@ -127,28 +134,59 @@ def _started(listener: int, threads: int) -> subprocess.Popen[bytes]:
 
 
 def main() -> None:
+    """`--watched`: it ends with its standard input. Else there is nobody whom it could end with."""
+    listener, *watched = sys.argv[1:]
+    if not watched and os.getppid() == int(os.environ.get("RAY_RAYLET_PID", 0)):
+        sys.exit()  # a raylet that takes in orphans (a setting of Ray's) ends them
     _import()
-    _serve(socket.socket(fileno=int(sys.argv[1])), sys.stdin.fileno())
+    _serve(socket.socket(fileno=int(listener)), sys.stdin.fileno() if watched else None)
 
 
-def _serve(listener: socket.socket, watched: int) -> None:
-    """Until `watched` ends this process forks; returns in a worker, when that is done."""
+def _serve(listener: socket.socket, watched: int | None) -> None:
+    """Until `watched` ends, or without one the last fork, this process forks; returns in a worker, when that is done."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # of a worker that ended nothing is left
-    while watched not in select.select([watched, listener], [], [])[0]:
-        asked, _ = listener.accept()
+    files, patience = ([listener], LOOK_S) if watched is None else ([listener, watched], None)
+    used = time.monotonic()
+    while watched not in (ready := select.select(files, [], [], patience)[0]):
+        if ready and _worker(listener):
+            return
+        if _has_forks():
+            used = time.monotonic()
+        elif watched is None and time.monotonic() > used + IDLE_S:
+            break
+    os._exit(0)
+
+
+def _has_forks() -> bool:
+    try:
+        os.waitpid(-1, os.WNOHANG)
+    except ChildProcessError:
+        return False
+    return True
+
+
+def _worker(listener: socket.socket) -> bool:
+    """A fork for the next one that asks; true in it, when what it was made for is done."""
+    asked, _ = listener.accept()
+    with asked:
         try:
+            asked.settimeout(READ_S)
+            if peer_user(asked) != os.geteuid():
+                return False
             output, request = _read(asked)
         except (OSError, ValueError):  # who asked was ended before all was said
-            asked.close()
-            continue
-        child = not os.fork()
-        asked.close()
-        if child:
-            listener.close()
-            return _become(output, *request)
-        for file in output:
-            os.close(file)
-    os._exit(0)
+            return False
+        if os.fork():
+            for file in output:
+                os.close(file)
+            return False
+        try:
+            asked.sendall(b".")
+        except OSError:  # it waits no more, and has gone on without
+            os._exit(0)
+    listener.close()
+    _become(output, *request)
+    return True
 
 
 def _read(asked: socket.socket) -> tuple[list[int], tuple[list[str], dict[str, str], str]]:

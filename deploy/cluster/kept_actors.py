@@ -16,6 +16,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from anchor_service.calls import answered, gather
 from anchor_service.stacks import listen
 from deploy.cluster.actors import ActorPlan, actor_plans
+from deploy.cluster.node_forks import node_forks
 from deploy.cluster.placement import A_TRACE, BLOCKING, ROLES, SPARE, UNMASKED, counts, demand, placement, tags
 from deploy.cluster.room import await_room, leaves, reserve
 from deploy.cluster.takedown import bounded
@@ -197,7 +198,7 @@ class ActorGroup:
             num_gpus=needs["GPU"],
             max_restarts=0,
             max_task_retries=0,  # a repeated tick would hang the other ranks
-            runtime_env={"env_vars": env},
+            runtime_env={"env_vars": env} | node_forks(config),
         )
         wanted = placement(config)
         bundle = wanted.of_actor[number]

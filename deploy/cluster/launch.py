@@ -25,9 +25,11 @@ from deploy.cluster.takedown import shut_down
 from deploy.config import to_toml
 from deploy.resume import Resume
 from swarm.fleet import Fleet
+from swarm.json_lines import replace_text
 from swarm.loggers import Loggers
 from swarm.run_config import RunConfig
-from swarm.telemetry import Listener, Telemetry, replace_text
+from swarm.sample_file import SampleFile
+from swarm.telemetry import Listener, Telemetry
 
 KNOCK_S = 10.0
 SETUP = str(Path(__file__).with_name("worker_setup.py"))  # Ray joins it to its folder: an absolute path stays
@@ -122,7 +124,8 @@ def drive(
     if not resume:
         replace_text(run / "config.toml", to_toml(config))
     loggers = Loggers.named([*config.run.loggers], config.run.name, run, config.model_dump(mode="json"))
-    telemetry = Telemetry(run, listener, loggers)
+    samples = SampleFile(run, round(1e6 * config.samples.max_mb)) if config.samples.kept else None
+    telemetry = Telemetry(run, listener, loggers, samples)
     outcome = _Outcome(config, telemetry, begun=resume is None)
     try:
         with actors(config) as fleet, outcome:  # the summary is written first: taking Ray down may not succeed

@@ -15,8 +15,9 @@ import numpy as np
 from deploy.estimate.parameters import parameters
 from deploy.estimate.workload import prompt_tokens, response_tokens
 from rl.aggregation import weighted
-from rl.batch import Batch
+from rl.batch import Batch, of_validation
 from rl.config import GrpoConfig
+from rl.packing import OPTIONAL
 from swarm.replay_choice import MiniFrame, OwnTick, Window
 from swarm.run_config import RunConfig
 from swarm.shares import shares
@@ -45,9 +46,10 @@ class _Kind(NamedTuple):
     turns: bool  # whose each token is, is said
 
 
-def answers(config: RunConfig, prompts: int, samples: int, scores_only: bool = False) -> Sizes:
+def answers(config: RunConfig, prompts: int, samples: int, validation: bool = False) -> Sizes:
     """One frame from an engine: `samples` answers to each of `prompts` prompts, or what validation is told of them."""
-    return _answers(_kind(config, prompts, samples), scores_only)
+    wanted = of_validation(config.samples.kept) if validation else OPTIONAL
+    return _answers(_kind(config, prompts, samples), wanted)
 
 
 def replay_bytes(config: RunConfig, ticks: int) -> float:
@@ -73,9 +75,8 @@ def _kind(config: RunConfig, prompts: int, samples: int) -> _Kind:
 
 
 @cache
-def _answers(kind: _Kind, scores_only: bool) -> Sizes:
-    batch = _made_up(kind)
-    batch = batch.only("rewards", "truncated", "own") if scores_only else batch
+def _answers(kind: _Kind, wanted: tuple[str, ...]) -> Sizes:
+    batch = _made_up(kind).only(*wanted)
     return Sizes(batch.to_frame(split="train", step=100).nbytes, batch.nbytes)
 
 
@@ -89,8 +90,8 @@ def _replay(kind: _Kind, count: int, ticks: int) -> float:
     for i in range(shown or 1):
         batch = _weighted(_made_up(kind, i), kind)
         whole = shown <= 1 and taken == len(batch)
-        header = {"step": 100, "index": 1, "denominator": batch.loss_tokens}
-        choice.see(i, MiniFrame(batch, None, batch.to_frame(**header).nbytes if whole else 0))
+        frame = batch.to_frame(step=100, index=1, denominator=batch.loss_tokens) if whole else None
+        choice.see(i, MiniFrame(batch, None, 0 if frame is None else frame.nbytes))
     return choice.take(1).size * count / taken
 
 

@@ -251,13 +251,14 @@ def _sampled(config: RunConfig, ticks: int) -> Sizes:
     grpo, steps, prompts = config.grpo, ticks // config.grpo.ticks_per_step, config.rollout.batch_size
     validations = 1 + -(-steps // config.val.every)  # before the first step, on schedule, after the last
     asked = _frames(config, grpo.train_batch_size, prompts, grpo.group_size)
-    told = _frames(config, config.val.size, prompts * grpo.group_size, 1, scores_only=True)
+    each = config.val.samples
+    told = _frames(config, config.val.size, max(1, prompts * grpo.group_size // each), each, validation=True)
     return Sizes(*((steps * a + validations * t) / ticks for a, t in zip(asked, told)))
 
 
-def _frames(config: RunConfig, prompts: int, most: int, samples: int, scores_only: bool = False) -> Sizes:
+def _frames(config: RunConfig, prompts: int, most: int, samples: int, validation: bool = False) -> Sizes:
     """With `samples` answers to each of `prompts` prompts, `most` prompts in a frame."""
     whole, rest = divmod(prompts, most)
-    sizes = [answers(config, most, samples, scores_only)] * whole
-    sizes += [answers(config, rest, samples, scores_only)] if rest else []
+    sizes = [answers(config, most, samples, validation)] * whole
+    sizes += [answers(config, rest, samples, validation)] if rest else []
     return Sizes(*(sum(size) for size in zip(*sizes)))

@@ -93,7 +93,7 @@ class _Run:
         steps = -(-self.last_tick // grpo.ticks_per_step)
         sampled: list[float] = []  # when the samples of a step are there
         self._send_weights(0)
-        yield self._engines_until(self._sample(val.size, 1))
+        yield self._engines_until(self._sample(val.size, val.samples))
         for step in range(1, steps + 1):
             start = self.env.now
             while len(sampled) < self.config.rollout.ahead_of(step, steps):
@@ -114,7 +114,7 @@ class _Run:
             seconds = (self.env.now - start) / len(ticks)
             self.tick_seconds = paced(self.tick_seconds, seconds)
             if step % val.every == 0 or step == steps:
-                yield self._engines_until(self._sample(val.size, 1))
+                yield self._engines_until(self._sample(val.size, val.samples))
 
     def _send_weights(self, step: int) -> None:
         """Those after `step`, beside whatever the engines do: they take them after what they were asked for before."""

@@ -12,9 +12,9 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from rl.config import TaskConfig
 from rl.examples import Example
 from rl.sums_task import EOS
+from rl.task_config import TaskConfig
 from rl.tasks import Task, make_task
 
 RECHECK = 0.3  # chance of one more look at the last step

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from rl.config import TableParams
 from rl.problem_columns import problem_of
+from rl.task_config import TableParams
 from tests.commands.checks import check, check_span
 from tests.commands.documents import PAGES, Block, Command, blocks, commands, spans
 from tests.commands.scratch import Scratch
@@ -195,5 +195,4 @@ def test_the_files_of_the_page_of_models_do_what_it_says(scratch: Scratch):
     assert tools["respond"]([{"role": "assistant", "content": "42"}], {"answer": "42"}) is None
     names: dict[str, Any] = {}
     exec((scratch.folder / "my_rewards.py").read_text(), names)
-    assert names["score"]("1+1=", " 2 ", "2", {"truncated": False}) == 1.0
-    assert names["score"]("1+1=", "2", "2", {"truncated": True}) == -1.0
+    assert names["score"]("1+1=", " 2 ", "2", {"truncated": False}) == {"right": 1.0, "short": -0.03}

@@ -21,10 +21,10 @@ from codec.config import CodecConfig
 from deploy.cli import app
 from deploy.config import load, to_toml
 from deploy.export import ExportError, export_policy
-from rl.config import TaskConfig
 from rl.lora_config import LoraConfig
 from rl.model_files import BUILTIN, model_shape
 from rl.policy import whole_model
+from rl.task_config import TaskConfig
 from rl.tasks import make_task
 from swarm import checkpoint
 from swarm.manifest import Entry

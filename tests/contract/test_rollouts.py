@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,11 +15,12 @@ from codec.frames import FrameError, digest, pack
 from deploy.config import load
 from rl import mismatch
 from rl.batch import Batch, Prompts
-from rl.config import GrpoConfig, ModelConfig, RolloutConfig, SnapshotConfig, TaskConfig
+from rl.config import GrpoConfig, ModelConfig, RolloutConfig, SnapshotConfig
 from rl.model_files import BUILTIN
 from rl.prompts import PromptTooLong
 from rl.reward import RewardError
 from rl.rollout import UNDECIDED, RolloutWorker
+from rl.task_config import TaskConfig
 from swarm.progress import Progress
 from swarm.rollouts import Rollouts
 
@@ -66,6 +69,12 @@ def test_steps_and_samples_differ_but_repeat(worker: RolloutWorker):
     other = Batch.from_frame(other, "engine")[1]
     assert len(other.tokens) != len(first.tokens) or (other.tokens != first.tokens).any()
     assert len({first.take(i, i + 1).tokens.tobytes() for i in range(16)}) > 1
+
+
+def test_the_first_of_several_validation_answers_is_the_one_that_is_asked_alone(worker: RolloutWorker):
+    several, alone = ask(worker, (0, 1, 2), n=4, split="val"), ask(worker, (0, 1, 2), n=1, split="val")
+    for i in range(3):
+        np.testing.assert_array_equal(several.take(4 * i, 4 * i + 1).tokens, alone.take(i, i + 1).tokens)
 
 
 def test_rewards_are_the_tasks_scores_and_advantages_are_of_groups(worker: RolloutWorker):
@@ -232,7 +241,8 @@ def test_a_reward_that_hangs_or_ends_is_named_with_its_sample_and_the_engine_liv
 ):
     (tmp_path / "own_bad_reward.py").write_text(f"def score(prompt, response, answer, metadata):\n    {body}\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    worker = make_worker(task=TaskConfig(reward="own_bad_reward:score", reward_timeout_s=2.0), max_response_length=5)
+    task = TaskConfig(reward="own_bad_reward:score", reward_timeout_s=2.0, reward_failures=1)
+    worker = make_worker(task=task, max_response_length=5)
     with pytest.raises(RewardError) as failed:
         ask(worker, (0,))
     prompt = worker.task.example("train", 0).prompt
@@ -252,5 +262,54 @@ def test_answers_that_were_not_decided_are_counted_and_become_an_event(tmp_path:
     rollouts, events = Rollouts.__new__(Rollouts), []
     rollouts.config, rollouts.progress = load("k5"), Progress(None)
     monkeypatch.setattr(rollouts.progress, "event", lambda name, **fields: events.append((name, fields)))
+    monkeypatch.setattr(rollouts, "_keep", lambda *_: None)
     rollouts._taken("train", [found])
     assert events == [("answers undecided", {"split": "train", "count": 2})]
+
+
+REWARD = """
+def score(prompt, response, answer, metadata):
+    if len(response) % 2:
+        raise LookupError("odd")
+    return {"length": len(response) / 8, "constant": 0.25}
+"""
+
+
+def test_parts_and_failures_of_rewards_reach_metrics_events_and_samples(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "own_parts_reward.py").write_text(REWARD)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    task = TaskConfig(reward="own_parts_reward:score", reward_weights={"constant": 2.0}, reward_failures=99)
+    worker = make_worker(task=task, max_response_length=10)
+    results = [worker.generate(Prompts("train", 2, (16 + i,), 8, 1.0)) for i in range(3)]
+    events: list[dict[str, Any]] = []
+    samples: list[dict[str, Any]] = []
+    told = SimpleNamespace(
+        event=lambda step, tick, name, **fields: events.append({"event": name} | fields),
+        samples=lambda step, tick, make: samples.extend(make()),
+    )
+    config = load("k5", ["grpo.group_size=8", "grpo.train_batch_size=16", "task.reward=own_parts_reward:score"])
+    rollouts = Rollouts(config, Progress(told), SimpleNamespace())
+    rollouts.progress.step = 2
+    batch, found = rollouts._taken("train", results)
+    good = np.array([len(text) % 2 == 0 for text in answers_of(worker, batch)])
+    lengths = np.array([len(text) / 8 for text in answers_of(worker, batch)])
+    assert 0 < good.sum() < len(batch) == 24
+    np.testing.assert_array_equal(batch.rewards, np.where(good, lengths + 0.5, 0).astype(np.float32))
+    assert found["critic/rewards/length/mean"] == pytest.approx(lengths[good].mean())
+    assert found["critic/rewards/constant/mean"] == 0.25
+    (event,) = events
+    first = int(np.flatnonzero(~good)[0])
+    assert event["event"] == "reward failed" and event["count"] == 24 - good.sum() and event["split"] == "train"
+    assert event["reward"] == "own_parts_reward:score" and event["reason"] == "raised LookupError: odd"
+    assert event["prompt"] == worker.task.example("train", 16 + first // 8).prompt
+    assert event["response"] == answers_of(worker, batch)[first]
+    assert [s["problem"] for s in samples] == [16] * 8 + [17] * 8  # of samples.prompts = 2
+    expected = [{"length": length, "constant": 0.25} if ok else None for length, ok in zip(lengths, good)]
+    assert [s.get("parts") for s in samples] == expected[:16]
+    assert [s["response"] for s in samples] == answers_of(worker, batch)[:16]
+
+
+def answers_of(worker: RolloutWorker, batch: Batch) -> list[str]:
+    return [worker.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in batch.split()[1]]

@@ -15,7 +15,7 @@ from tests.ray.conftest import lines, run_kept
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 
-SHORT = ["run.steps=3", "val.size=8", "rollout.replicas=1"]  # an actor that is not forked is five seconds of a core
+SHORT = ["run.steps=3", "val.size=8", "rollout.replicas=1"]
 
 
 def test_on_three_nodes_each_role_is_on_its_own_and_the_run_is_the_same_to_the_bit(tmp_path: Path):
@@ -25,6 +25,7 @@ def test_on_three_nodes_each_role_is_on_its_own_and_the_run_is_the_same_to_the_b
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["places"] == {role: [role] for role in ("swarm", "engine", "anchor")}
+    assert "deploy.cluster.forkserver" in found["by"]  # of all: there is one machine
     one = run_kept(load("demo", SHORT), tmp_path / "one")
     assert found["weights_digests"] == one["weights_digests"]
     assert lines(tmp_path / "three", "corrections.jsonl") == lines(tmp_path / "one", "corrections.jsonl")

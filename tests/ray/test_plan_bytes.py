@@ -61,6 +61,7 @@ WHOLE = (  # snapshots; and everything that adds to control
     "merger.adaptive_lambda_mode=ratio",
     "swarm.check_every=5",
     "val.every=4",
+    "val.samples=3",
 )
 
 

@@ -43,7 +43,7 @@ def short(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def long(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Six steps from the start."""
     run = tmp_path_factory.mktemp("runs") / "long"
-    return run_kept(small(), run) | {"corrections": lines(run, "corrections.jsonl")}
+    return run_kept(small(), run) | {name: lines(run, f"{name}.jsonl") for name in ("corrections", "samples")}
 
 
 def content(folder: Path) -> dict[str, tuple[str, int]]:
@@ -75,6 +75,8 @@ def test_a_run_made_longer_ends_where_one_that_was_long_from_the_start_did(
     assert summary["weights_digests"] == long["weights_digests"]
     assert lines(run, "corrections.jsonl") == long["corrections"]
     assert [record["tick"] for record in of_kind(run, "tick")] == list(range(1, 13))
+    at_its_old_end = ("val", 4)
+    assert [s for s in lines(run, "samples.jsonl") if (s["kind"], s["step"]) != at_its_old_end] == long["samples"]
     before = content(run)
     third = command(run, EVERY)
     assert third.exit_code == 0 and "is completed, 6 steps: nothing is left to do" in third.output

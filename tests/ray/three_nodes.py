@@ -1,16 +1,18 @@
 """A run on three raylets of this machine, each with nodes of one role; run as a program, it has Ray to itself.
 
-python -m tests.ray.three_nodes FOLDER section.key=value…        prints who was where, and the digests of the weights
+python -m tests.ray.three_nodes FOLDER section.key=value…        prints who was where and started by whom, and the digests of the weights
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 from ray.cluster_utils import Cluster
 
@@ -31,6 +33,11 @@ def node_of(actor: Any) -> str:
     return tag
 
 
+def started_by(actor: Any) -> int:
+    """The process that an actor's is a child of."""
+    return ray.get(actor.__ray_call__.remote(lambda _: os.getppid()), timeout=60)
+
+
 def main() -> None:
     folder, *overrides = sys.argv[1:]
     asked = [f"{section}.resource={tag}" for section, tag in zip(("swarm", "rollout", "anchor"), NODES)]
@@ -42,8 +49,10 @@ def main() -> None:
     with cluster(config, nodes.address), new_actors(config) as actors:
         roles = {"swarm": actors.workers, "engine": actors.engines, "anchor": actors.anchors}
         places = {role: sorted({node_of(actor) for actor in held}) for role, held in roles.items()}
+        (server,) = {started_by(actor) for held in roles.values() for actor in held}
+        by = psutil.Process(server).cmdline()
         summary = drive(config, Path(folder), lambda record: None, actors=lambda _: nullcontext(actors))
-    print(json.dumps({"places": places, "weights_digests": summary["weights_digests"]}))
+    print(json.dumps({"places": places, "by": by, "weights_digests": summary["weights_digests"]}))
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ from pydantic import BaseModel
 
 from deploy.config import preset_names
 from deploy.reference import reference
-from rl.config import TableParams
 from rl.model_shape import FAMILIES
+from rl.task_config import TableParams
 from rl.tasks import TASKS
 from swarm.run_config import RunConfig
 

@@ -27,6 +27,8 @@ LIGHT = [
     "rl/grpo_config.py",
     "rl/tasks.py",
     "rl/reward.py",
+    "rl/reward_function.py",
+    "rl/task_config.py",
     "rl/gguf_files.py",
     "rl/model_files.py",
     "rl/model_shape.py",

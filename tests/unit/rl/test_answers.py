@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rl.answers import final_answer, is_number, normal, same
-from rl.config import TableParams, TaskConfig
 from rl.data_rows import DataRows
 from rl.examples import Example
 from rl.symbolic import Formulas, comparable
 from rl.table import Table
+from rl.task_config import TableParams, TaskConfig
 from rl.tasks import make_task
 
 BIG = "9007199254740993"  # 2**53 + 1: no float

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from codec.frames import FrameError, pack
-from rl.batch import Batch, concat, deal, deal_together
+from rl.batch import Batch, concat, concat_parts, deal, deal_together
 from rl.objective import MicroBatch, microbatches
 from rl.packing import OPTIONAL, PER_TOKEN
 from tests.conftest import with_environment
@@ -357,3 +357,21 @@ def test_a_samples_numbers_do_not_depend_on_who_shares_its_microbatch():
 
 def test_no_samples_make_no_microbatches():
     assert microbatches(random_batch(3), np.array([], np.int64), 4, CPU) == []
+
+
+def test_parts_of_rewards_travel_beside_a_batch_and_change_nothing_of_one_without():
+    batch, part = random_batch(5), np.array([1, np.nan, 0.25, -3, 0], np.float32)
+    assert np.array_equal(batch.to_frame({}, step=3), batch.to_frame(step=3))
+    header, found, parts = Batch.with_parts(batch.to_frame({"a b": part, "c": 2 * part}, step=3), "engine 1")
+    assert header == {"step": 3} and samples(found) == samples(batch) and list(parts) == ["a b", "c"]
+    np.testing.assert_array_equal(parts["c"], 2 * part)
+    joined = concat_parts([(5, parts), (2, {}), (1, {"c": np.ones(1, np.float32)})])
+    np.testing.assert_array_equal(joined["c"], [*(2 * part), np.nan, np.nan, 1])
+    np.testing.assert_array_equal(joined["a b"], [*part, np.nan, np.nan, np.nan])
+    assert concat_parts([(5, {}), (2, {})]) == {}
+
+
+@pytest.mark.parametrize("part", [np.zeros(4, np.float32), np.zeros(5, np.float64), np.zeros((5, 1), np.float32)])
+def test_parts_that_do_not_fit_the_samples_are_refused(part: np.ndarray):
+    with pytest.raises(FrameError, match=r"engine 1: part right: is float.* of 5 samples"):
+        Batch.with_parts(random_batch(5).to_frame({"right": part}), "engine 1")

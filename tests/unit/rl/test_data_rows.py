@@ -10,9 +10,9 @@ import ray
 from typer.testing import CliRunner
 
 from deploy.cli import app
-from rl.config import TableParams
 from rl.jsonl_rows import first_row, read_jsonl
 from rl.problem_columns import problem_of
+from rl.task_config import TableParams
 
 GOOD = [{"prompt": f"{i % 10}+{i // 10 % 10}+{i // 100}=", "answer": str(i % 7)} for i in range(200)]
 LONG = {"prompt": "+".join("123456789") + "=", "answer": "5"}  # 18 tokens of the built-in tokenizer

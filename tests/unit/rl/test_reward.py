@@ -8,18 +8,21 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 
 from deploy.config import ConfigError, load
-from rl.config import TaskConfig
 from rl.examples import Example
-from rl.reward import RewardError, check_reward, make_reward
-from rl.tasks import make_task
+from rl.reward import Judged, Reward, RewardError, make_reward, parts_of
+from rl.reward_function import check_reward
+from rl.task_config import TaskConfig
+from rl.tasks import located, make_task
 
 SOURCE = """
-import functools, math, os, sys, time
+import asyncio, functools, math, os, sys, time
 from os.path import join as joined
 if True:
     def under_an_if(prompt, response, answer, metadata):
@@ -98,6 +101,47 @@ class Awaiting:
 
 awaiting = Awaiting()
 
+def told(prompt, response, answer, metadata):
+    if response == "hang":
+        time.sleep(1000)
+    if response == "exit":
+        os._exit(7)
+    if response == "crash":
+        os.kill(os.getpid(), 11)
+    if response == "stop":
+        sys.exit(1)
+    return float(response)
+
+async def told_together(prompt, response, answer, metadata):
+    if response == "wait":
+        await asyncio.sleep(1000)
+    if response == "meet":
+        waiting.append(asyncio.get_running_loop().create_future())
+        if len(waiting) == 3:
+            for future in waiting:
+                future.set_result(None)
+        await waiting[-1] if len(waiting) < 3 else None
+        return len(waiting)
+    return told(prompt, response, answer, metadata)
+
+waiting = []
+
+def own_loop(prompt, response, answer, metadata):
+    return asyncio.run(told_together(prompt, response, answer, metadata))
+
+def deferred(prompt, response, answer, metadata):
+    return told_together(prompt, response, answer, metadata)
+
+def in_parts(prompt, response, answer, metadata):
+    if response == "bare":
+        return 1.0
+    if response == "empty":
+        return {}
+    if response == "named":
+        return {"of two words": 1.0}
+    parts = {"right": float(response == answer), "short": -len(response) / 4}
+    return parts | {"bonus": 2} if response == "bonus" else parts
+
 def sets():
     global globally
     globally = right
@@ -124,28 +168,35 @@ def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 EXAMPLE = Example("what?", "42", {"weight": 0.25})
 
 
+def own(name: str, **config: Any) -> Reward:
+    return make_reward(TaskConfig(reward=name, **({"reward_failures": 1} | config)), None)
+
+
+def rewards(reward: Reward, *texts: str, cut: bool = False) -> list[float]:
+    return [judged.reward for judged in reward([(EXAMPLE, text, cut) for text in texts])]
+
+
 def test_the_function_gets_prompt_response_answer_and_metadata_in_this_order():
-    assert make_reward("own_rewards:echo", None)(EXAMPLE, "abc", False) == 500 + 30 + 2 + 0.25
+    assert rewards(own("own_rewards:echo"), "abc") == [500 + 30 + 2 + 0.25]
 
 
 def test_rewards_need_not_be_0_or_1_and_the_function_judges_truncated_answers_too():
-    reward = make_reward("own_rewards:shorter", None)
-    assert [reward(EXAMPLE, text, False) for text in ("", "ab", "abcd")] == [0.5, 0.0, -0.5]
-    assert reward(EXAMPLE, "ab", True) == -1.0  # a 0 would make running on worth more than a long answer
+    reward = own("own_rewards:shorter")
+    assert rewards(reward, "", "ab", "abcd") == [0.5, 0.0, -0.5]
+    assert rewards(reward, "ab", cut=True) == [-1.0]  # a 0 would make running on worth more than a long answer
     assert EXAMPLE.metadata == {"weight": 0.25}  # each call has a copy of its own
 
 
 def test_true_and_false_are_rewards():
-    reward = make_reward("own_rewards:right", None)
-    assert (reward(EXAMPLE, "42", False), reward(EXAMPLE, "41", False)) == (1.0, 0.0)
+    assert rewards(own("own_rewards:right"), "42", "41") == [1.0, 0.0]
 
 
 def test_without_a_function_it_is_the_tasks_score_and_nothing_for_what_was_cut():
     task = make_task(TaskConfig(), 0, 8)
     example = task.example("train", 0)
-    reward = make_reward(None, task)
-    assert reward(example, f"1#{example.answer}", False) == 1.0 == task.score(example, f"1#{example.answer}")
-    assert reward(example, f"1#{example.answer}", True) == 0.0
+    judged = make_reward(TaskConfig(), task)([(example, f"1#{example.answer}", cut) for cut in (False, True)])
+    assert judged == [Judged(1.0), Judged(0.0)] and task.score(example, f"1#{example.answer}") == 1.0
+    assert parts_of(judged) == {}
 
 
 @pytest.mark.parametrize(
@@ -158,15 +209,112 @@ def test_without_a_function_it_is_the_tasks_score_and_nothing_for_what_was_cut()
         ("interrupts", "raised KeyboardInterrupt"),
         ("ends", "ended its process (exit code 7)"),
         ("crashes", "ended its process (signal SIGSEGV)"),
-        ("hangs", "was not done after 3 s (task.reward_timeout_s)"),
+        ("hangs", "was not done after 2 s (task.reward_timeout_s)"),
     ],
 )
 def test_a_function_that_fails_stops_with_its_name_and_the_sample(function: str, says: str):
     with pytest.raises(RewardError) as failed:
-        make_reward(f"own_rewards:{function}", None, 3.0)(EXAMPLE, "seven", False)
+        rewards(own(f"own_rewards:{function}", reward_timeout_s=2.0), "seven")
     for error in (failed.value, pickle.loads(pickle.dumps(failed.value))):  # it comes from an actor
         message = str(error)
         assert all(part in message for part in (f"own_rewards:{function}", says, "'what?'", "'seven'", "'42'"))
+
+
+# --- failures cost a sample --------------------------------------------------------------------
+
+BAD = {
+    "exit": "ended its process (exit code 7)",
+    "crash": "ended its process (signal SIGSEGV)",
+    "hang": "was not done after 1 s (task.reward_timeout_s)",
+    "stop": "raised SystemExit: 1",
+    "x": "raised ValueError: could not convert string to float: 'x'",
+}
+
+
+@pytest.mark.parametrize("name", ["told", "told_together"])
+def test_one_that_hangs_exits_or_crashes_costs_its_sample_alone(name: str):
+    reward = own(f"own_rewards:{name}", reward_timeout_s=1.0, reward_failures=2)
+    texts = [text for bad in BAD for text in (bad, "0.5")]
+    judged = reward([(EXAMPLE, text, False) for text in texts])
+    assert judged[0::2] == [Judged(0.0, failed=says) for says in BAD.values()]
+    assert judged[1::2] == [Judged(0.5)] * len(BAD)
+
+
+def test_so_many_in_a_row_end_the_run_also_over_requests_and_a_judgement_begins_anew():
+    reward = own("own_rewards:told", reward_failures=3)
+    assert rewards(reward, "x", "x", "1", "x", "x") == [0.0, 0.0, 1.0, 0.0, 0.0]
+    with pytest.raises(RewardError) as failed:
+        rewards(reward, "y", "1")
+    says = "failed on 3 answers in a row (task.reward_failures), the last time it raised ValueError"
+    assert all(part in str(failed.value) for part in (says, "'what?'", "'y'"))
+
+
+def test_as_many_that_hang_in_one_request_end_the_run_for_the_engine_has_a_deadline_too():
+    reward = own("own_rewards:told", reward_failures=2, reward_timeout_s=1.0)
+    with pytest.raises(RewardError, match="failed on 2 answers of one request"):
+        rewards(reward, "hang", "1", "hang", "1")
+
+
+def test_an_async_function_judges_all_answers_of_a_request_at_the_same_time():
+    assert rewards(own("own_rewards:told_together"), "meet", "meet", "meet") == [3.0] * 3
+    start = time.monotonic()
+    judged = own("own_rewards:told_together", reward_timeout_s=0.5, reward_failures=9)(
+        [(EXAMPLE, text, False) for text in ("wait", "1", *["wait"] * 6)]
+    )
+    late = "was not done after 0.5 s (task.reward_timeout_s)"
+    assert judged == [Judged(1.0) if i == 1 else Judged(0.0, failed=late) for i in range(8)]
+    assert time.monotonic() - start < 3
+
+
+@pytest.mark.parametrize("name", ["own_loop", "deferred"])
+def test_a_plain_function_may_run_a_loop_or_return_what_is_to_be_awaited(name: str):
+    assert rewards(own(f"own_rewards:{name}"), "0.25", "1") == [0.25, 1.0]
+
+
+# --- parts -------------------------------------------------------------------------------------
+
+
+def test_parts_are_weighed_and_kept_by_name():
+    weighed = own("own_rewards:in_parts", reward_weights={"right": 2.0, "short": 0.5})
+    judged = weighed([(EXAMPLE, text, False) for text in ("42", "1", "bonus")])
+    assert [each.reward for each in judged] == [2 - 0.25, -0.125, 0.5 * -5 / 4 + 2]
+    parts = parts_of(judged)
+    np.testing.assert_array_equal(parts.pop("bonus"), np.array([np.nan, np.nan, 2], np.float32))
+    assert {name: values.tolist() for name, values in parts.items()} == {
+        "right": [1.0, 0.0, 0.0],
+        "short": [-0.5, -0.25, -1.25],
+    }
+    assert rewards(own("own_rewards:in_parts"), "42") == [0.5]
+
+
+@pytest.mark.parametrize(
+    ("text", "weights", "says"),
+    [
+        ("bare", {"right": 1.0}, "returned a number, and task.reward_weights weighs right"),
+        ("42", {"rigth": 1.0}, "returned no rigth, which task.reward_weights weighs"),
+        ("empty", {}, "returned no parts"),
+        ("named", {}, "returned a part called 'of two words'"),
+        ("42", {"right": 1e16}, "rewards may be 1e+15 at most"),
+    ],
+)
+def test_parts_that_do_not_fit_are_a_failure(text: str, weights: dict[str, float], says: str):
+    with pytest.raises(RewardError) as failed:
+        rewards(own("own_rewards:in_parts", reward_weights=weights), text)
+    assert says in str(failed.value)
+
+
+def test_a_file_is_found_by_its_path_and_imports_what_lies_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = tmp_path / "some rewards"
+    folder.mkdir()
+    (folder / "length.py").write_text("def of(text): return len(text)\n")
+    (folder / "my.py").write_text("from length import of\ndef score(prompt, response, *_): return of(response)\n")
+    monkeypatch.chdir(tmp_path)
+    config = load("k5", ["task.reward=some rewards/my.py:score"])
+    found = located(config.task)
+    monkeypatch.chdir("/")
+    assert rewards(make_reward(found, None), "abc") == [3.0]
+    with pytest.raises(ValueError, match="did you mean 'score'"):
+        check_reward(f"{folder / 'my.py'}:scores")
 
 
 @pytest.mark.parametrize(
@@ -175,49 +323,47 @@ def test_a_function_that_fails_stops_with_its_name_and_the_sample(function: str,
         ("own_rewards:two_arguments", "metadata: dict"),
         ("own_rewards:CONSTANT", "metadata"),
         ("own_torn:x", "SyntaxError"),
-        ("own_rewards:awaits", "is async"),
-        ("own_rewards:awaiting", "is async"),
         ("own_exit:score", "raised SystemExit"),
         ("own_end:score", "ended its process (exit code 5)"),
     ],
 )
 def test_what_cannot_be_called_is_refused_when_it_is_imported(name: str, says: str):
     with pytest.raises(ValueError, match=r"task\.reward") as refused:
-        make_reward(name, None)
+        own(name)
     assert says in str(refused.value)
 
 
 @pytest.mark.parametrize("value", ["1e39", "-3.5e38", "1e20", "-1e20", "1.1e15"])
 def test_a_reward_that_float32_does_not_carry_is_refused_with_the_limit(value: str):
     with pytest.raises(RewardError) as failed:
-        make_reward("own_rewards:too_large", None)(EXAMPLE, value, False)
+        rewards(own("own_rewards:too_large"), value)
     assert all(part in str(failed.value) for part in ("own_rewards:too_large", repr(float(value)), "1e+15", "float32"))
 
 
 def test_rewards_up_to_the_limit_are_taken_as_they_are():
-    reward = make_reward("own_rewards:too_large", None)
     values = ["1e15", "-1e15", "0.1", "1e-30"]
-    assert [reward(EXAMPLE, value, False) for value in values] == list(map(float, values))
+    assert rewards(own("own_rewards:too_large"), *values) == list(map(float, values))
 
 
 def test_metadata_that_does_not_travel_is_named():
     with pytest.raises(RewardError, match=r"own_rewards:right' cannot be given its arguments"):
-        make_reward("own_rewards:right", None)(Example("", "", {"scorer": lambda: 1}), "", False)
+        own("own_rewards:right")([(Example("", "", {"scorer": lambda: 1}), "", False)])
 
 
 def test_the_function_keeps_one_process_which_ends_with_the_last_reference():
-    reward = make_reward("own_rewards:where", None)
-    pid = int(reward(EXAMPLE, "", False))
-    assert pid == reward(EXAMPLE, "", False) and pid != os.getpid() and psutil.pid_exists(pid)
+    reward = own("own_rewards:where")
+    pid, again = map(int, rewards(reward, "", ""))
+    assert pid == again == rewards(reward, "")[0] and pid != os.getpid() and psutil.pid_exists(pid)
     del reward
     assert not psutil.pid_exists(pid)
 
 
 def test_the_process_of_a_function_that_hangs_ends_when_its_parent_is_killed():
     code = (
-        "from rl.examples import Example; from rl.reward import make_reward; "
-        "where = make_reward('own_rewards:where', None); print(int(where(Example('', ''), '', False)), flush=True); "
-        "make_reward('own_rewards:hangs', None)(Example('', ''), '', False)"
+        "from rl.examples import Example; from rl.reward import make_reward; from rl.task_config import TaskConfig; "
+        "own = lambda name: make_reward(TaskConfig(reward=name), None); answers = [(Example('', ''), '', False)]; "
+        "where = own('own_rewards:where'); print(int(where(answers)[0].reward), flush=True); "
+        "own('own_rewards:hangs')(answers)"
     )
     env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, sys.path))}
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env=env)
@@ -251,7 +397,7 @@ ASSIGNED = [
 @pytest.mark.parametrize("name", ASSIGNED)
 def test_a_function_that_is_assigned_is_found_and_judges(name: str):
     check_reward(f"own_rewards:{name}")
-    assert make_reward(f"own_rewards:{name}", None)(EXAMPLE, "42", False) == 1.0
+    assert rewards(own(f"own_rewards:{name}"), "42") == [1.0]
 
 
 def test_a_module_that_makes_its_names_as_it_runs_is_not_judged_by_its_source(tmp_path: Path):
@@ -273,13 +419,12 @@ def test_a_name_that_the_source_defines_is_accepted_without_importing_it(name: s
         ("own_rewards", "write it as module:function"),
         ("own_rewards:", "write it as module:function"),
         (":echo", "write it as module:function"),
-        ("own_rewards.py:echo", "there is no module 'own_rewards.py'"),
+        ("nowhere/own_rewards.py:echo", "the file 'nowhere/own_rewards.py' cannot be read (No such file"),
         ("own-rewards:echo", "write it as module:function"),
         ("own_rewardz:echo", "there is no module 'own_rewardz'"),
         ("own_package.outer:echo", "there is no module"),
         ("own_rewards:ecko", "did you mean 'echo'"),
         ("own_torn:score", "line 1"),
-        ("own_rewards:awaits", "async def, and nothing awaits it"),
         ("rl.my_rewards:score", "'rl' is a package of northstar's own: give the folder of your rewards another name"),
     ],
 )

@@ -13,11 +13,12 @@ from transformers import PreTrainedTokenizerFast
 
 from deploy.export import _write_ends
 from rl.batch import Batch, Prompts
-from rl.config import GrpoConfig, ModelConfig, RolloutConfig, SnapshotConfig, TaskConfig
+from rl.config import GrpoConfig, ModelConfig, RolloutConfig, SnapshotConfig
 from rl.model_files import BUILTIN
 from rl.model_shape import ModelRefused
 from rl.rollout import RolloutWorker
 from rl.stops import end_of_turn, stop_tokens
+from rl.task_config import TaskConfig
 
 TINY = BUILTIN / "tiny"
 SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|eot_id|>", "<|end|>", "<|endoftext|>"]

@@ -11,10 +11,11 @@ from typer.testing import CliRunner
 from deploy.cli import app
 from deploy.config import load, to_toml
 from deploy.preflight import preflight
-from rl.config import GrpoConfig, ModelConfig, RolloutConfig, SnapshotConfig, TaskConfig
+from rl.config import GrpoConfig, ModelConfig, RolloutConfig, SnapshotConfig
 from rl.problems import Problems, ProblemSource
 from rl.prompts import PromptEncoder
 from rl.rollout import RolloutWorker
+from rl.task_config import TaskConfig
 from rl.tasks import located, make_task
 from tests.unit.rl.test_data_rows import GOOD, LONG, write
 

@@ -10,7 +10,7 @@ import huggingface_hub
 import pytest
 
 from deploy.config import ConfigError, load
-from rl.config import TaskConfig
+from rl.task_config import TaskConfig
 from rl.tasks import Task, check_task, make_task
 
 ROWS = [{"question": f"What is {i} + {i}?", "answer": f"#### {2 * i}", "level": i % 3} for i in range(300)]

@@ -9,8 +9,8 @@ import pytest
 import reasoning_gym
 from reasoning_gym.factory import DATASETS
 
-from rl.config import TaskConfig
 from rl.examples import Example
+from rl.task_config import TaskConfig
 from rl.tasks import ReasoningGym, check_task, gym_names, make_task
 
 ODD = ["", " ", "#", "####", "\n", "x", "None", "nan", "1e999", "{}", "[1, 2", "0/0", "\x00", "é☃", "9" * 500, "#" * 99]

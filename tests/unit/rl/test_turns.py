@@ -13,13 +13,13 @@ from transformers import PreTrainedTokenizerFast
 
 from deploy.config import ConfigError, load
 from rl.calculator_task import Calculator
-from rl.config import TaskConfig
 from rl.engine import Key, Samples
 from rl.environment import EnvironmentFailed, OwnEnvironment
 from rl.examples import Example
 from rl.messages import Message
 from rl.model_files import BUILTIN
 from rl.prompts import PromptEncoder
+from rl.task_config import TaskConfig
 from rl.turns import Conversations
 from tests.unit.rl.test_stops import CHATML, LLAMA3, MISTRAL, SPECIAL
 

@@ -105,7 +105,8 @@ class Run:
         sets = [f"rollout.max_staleness={staleness}", f"run.steps={steps}", "rollout.batch_size=2"]
         self.config = load("k5", [*sets, "grpo.rollout_is=token", *more])
         self.events: list[str] = []
-        self.progress = Progress(SimpleNamespace(event=lambda step, tick, name, **more: self.events.append(name)))
+        told: dict[str, Any] = {"event": lambda step, tick, name, **more: self.events.append(name)}
+        self.progress = Progress(SimpleNamespace(**told, samples=lambda *_: None))
         self.tick, self.engines, self.later = 0, engines, later  # both ends begin with the model's files
         self.fleet = SimpleNamespace(
             engines=engines,
@@ -451,7 +452,7 @@ def test_groups_of_one_reward_are_replaced_within_the_bound(
     rollouts.config = load("k5", [*sizes, f"grpo.filter_groups.max_num_gen_batches={most}"])
     rollouts.engines = SimpleNamespace(ask=lambda step, prompts: seen.extend(prompts))
     monkeypatch.setattr(rollouts, "_delivered", lambda asked: [])
-    monkeypatch.setattr(rollouts, "_taken", lambda split, results: (sampled[len(seen)], {}))
+    monkeypatch.setattr(rollouts, "_taken", lambda split, results, shown: (sampled[len(seen)], {}))
     batch, found = rollouts._filtered(sampled[0], 7)
     assert batch.advantages.tolist() == [g for g in groups for _ in range(2)]
     assert len(seen) == asked - 1 and found.get("training/num_gen_batches", 1) == asked

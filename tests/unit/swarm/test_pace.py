@@ -73,3 +73,10 @@ def test_the_knob_that_is_named_is_the_one_that_decided(usual: float, after: flo
 
 def test_a_floor_above_the_deadline_does_not_move_it():
     assert pace(1.0, 1.0, 1.0, hang_floor_s=900.0).hung_after("tick", LIMIT) == LIMIT
+
+
+def test_what_may_wait_for_a_reward_hangs_so_much_later_and_nothing_else_does():
+    found = Pace(FaultsConfig(), {"generate train": 100.0})
+    for kind in ("generate train", "tick") * SEEN:
+        found.observe(kind, 1.0)
+    assert found.hung_after("generate train", LIMIT)[0] == 160.0 and found.hung_after("tick", LIMIT)[0] == 60.0
