@@ -86,6 +86,8 @@ class Reader:
     def read(self, at: Sample, batch: Batch, parts: Parts, first: int, each: int) -> list[Sample]:
         """`batch`: `each` answers to each of the problems from `first` on, with the first of `parts`; `at`: what all have."""
         prompts, responses = batch.split()
+        marks = np.split(batch.own, np.cumsum(batch.response_lengths)[:-1]) if batch.own.size else []
+        lengths = batch.own_lengths
         return [
             at
             | {
@@ -94,12 +96,20 @@ class Reader:
                 "prompt": self._text(prompts[i], skip_special_tokens=False),
                 "response": self._text(responses[i], skip_special_tokens=True),
                 "reward": _shortest(batch.rewards[i]),
-                "length": len(responses[i]),
+                "length": int(lengths[i]),
                 "truncated": bool(batch.truncated[i]),
             }
             | _parts(parts, i)
+            | (self._turns(responses[i], marks[i]) if marks else {})
             for i in range(len(batch))
         ]
+
+    def _turns(self, tokens: np.ndarray, own: np.ndarray) -> Sample:
+        """What policy and environment said, one after the other, where the latter did."""
+        if own.all():
+            return {}
+        turns = np.split(tokens, np.flatnonzero(np.diff(own)) + 1)
+        return {"turns": [self._text(turn, skip_special_tokens=True) for turn in turns]}
 
     def _text(self, tokens: np.ndarray, skip_special_tokens: bool) -> str:
         return cast(str, self._decode(tokens, skip_special_tokens=skip_special_tokens))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,17 @@ def test_a_sample_is_what_was_shown_answered_and_paid():
     names = ("problem", "sample", "prompt", "response", "reward", "length", "truncated")
     of = [{"parts": {"right": 1.0}}, {"parts": {"right": 0.1}}, {}, {"parts": {"right": 0.0}}]
     assert found == [at | dict(zip(names, row)) | more for row, more in zip(rows, of)]
+
+
+def test_where_an_environment_spoke_a_sample_has_its_turns_and_the_length_of_the_policys():
+    batch = concat([batch_of("1+2=", ["1?3#3", "3"], [1.0, 0.0], [])])
+    marks = np.array([True, True, False, True, True, True])
+    batch = Batch.from_frame(replace(batch, own=marks).only(*of_validation(shown=True)).to_frame(), "an engine")[1]
+    found = Reader("builtin:tiny").read({}, batch, {}, first=0, each=2)
+    assert [(s["response"], s["length"], s.get("turns")) for s in found] == [
+        ("1?3#3", 4, ["1?", "3", "#3"]),
+        ("3", 1, None),
+    ]
 
 
 def test_validation_without_samples_tells_rewards_and_lengths_alone():
