@@ -22,8 +22,8 @@ PARTS = "parts"  # (samples, denominator) of each mini-batch, in the order of th
 
 def pack_replay(parts: Sequence[tuple[Batch, float]]) -> np.ndarray:
     """What was chosen of each mini-batch, and what the sum over its tokens is divided by."""
-    sizes = [[len(batch), denominator] for batch, denominator in parts]
-    return concat([batch for batch, _ in parts]).to_frame(**{PARTS: sizes})
+    header: dict[str, Any] = {PARTS: [[len(batch), denominator] for batch, denominator in parts]}
+    return concat([batch for batch, _ in parts]).to_frame(**header)
 
 
 def unpack_replay(frame: np.ndarray, what: str) -> tuple[Batch, float | np.ndarray]:
