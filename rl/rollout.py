@@ -37,9 +37,7 @@ from rl.vllm_engine import VllmEngine
 SPLITS = {"train": 0, "val": 1}
 UNDECIDED = "task/undecided"  # answers that the library for formulas was not done with in time: they score 0
 _SHOWN = 500  # characters of what is quoted
-FAILED = (
-    "failed"  # in a frame's header: on how many answers the reward failed, and of the first why, prompt and response
-)
+FAILED = "failed"  # in a frame's header: on how many answers the reward failed; of the first why, prompt and response
 
 ENGINES: dict[str, Callable[[PlainModel, RolloutConfig, int], Engine]] = {
     "transformers": TransformersEngine,
