@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ast
-import difflib
 import importlib
 import inspect
 from collections.abc import Callable
@@ -12,7 +10,7 @@ from typing import Any
 
 from rl.child import Child, ChildFailed
 from rl.messages import Message, as_text
-from rl.module_source import bound_names, find_module
+from rl.module_source import check_defines, find_module
 
 _FORM = "function(messages: list, metadata: dict) -> list | None"
 _IMPORT_S = 60.0  # its module may import much, on a busy machine
@@ -64,13 +62,5 @@ def check_environment(name: str) -> None:
     spec = find_module(module)
     if spec is None:
         raise ValueError(f"{name!r}: there is no module {module!r}: run from the folder that holds it, or install it")
-    if spec.origin is None or not spec.origin.endswith(".py"):
-        return
-    try:
-        names = set(bound_names(ast.parse(Path(spec.origin).read_bytes())))
-    except (SyntaxError, ValueError) as error:
-        raise ValueError(f"{name!r}: {spec.origin}: {error}") from None
-    if function not in names and "*" not in names:
-        near = difflib.get_close_matches(function, names, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"{name!r}: {spec.origin} defines no {function!r}{hint}")
+    if spec.origin is not None and spec.origin.endswith(".py"):
+        check_defines(name, function, Path(spec.origin))

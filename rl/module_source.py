@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import difflib
 import importlib.util
 from collections.abc import Iterator
 from importlib.machinery import ModuleSpec, PathFinder
+from pathlib import Path
 
 _DYNAMIC = {"globals", "vars", "setattr", "exec", "locals"}
 
@@ -19,6 +21,22 @@ def find_module(module: str) -> ModuleSpec | None:
             return None
         spec = PathFinder.find_spec(part, list(spec.submodule_search_locations))
     return spec
+
+
+def check_defines(name: str, function: str, file: Path) -> None:
+    """Raises ValueError, with the setting's value `name`, unless the source in `file` binds `function`."""
+    try:
+        tree = ast.parse(file.read_bytes())
+    except OSError as error:
+        raise ValueError(f"{name!r}: the file {str(file)!r} cannot be read ({error.strerror})") from None
+    except (SyntaxError, ValueError) as error:
+        line = f", line {error.lineno}: {error.msg}" if isinstance(error, SyntaxError) else f": {error}"
+        raise ValueError(f"{name!r}: {file}{line}") from None
+    names = set(bound_names(tree))
+    if function not in names and "*" not in names:
+        near = difflib.get_close_matches(function, names, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{name!r}: {file} defines no {function!r}{hint}")
 
 
 def bound_names(tree: ast.AST) -> Iterator[str]:

@@ -5,9 +5,7 @@ What it returns is a number, or parts by name; one that is async judges all answ
 
 from __future__ import annotations
 
-import ast
 import asyncio
-import difflib
 import importlib
 import importlib.util
 import inspect
@@ -20,7 +18,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from rl.messages import Prompt
-from rl.module_source import bound_names, find_module
+from rl.module_source import check_defines, find_module
 
 FORM = (
     "function(prompt: str | list, response: str, answer: str, metadata: dict) -> float or dict of parts, async or not"
@@ -144,7 +142,7 @@ def check_reward(name: str) -> None:
     """Raises ValueError unless the source of `name` defines it. Reads the source, imports nothing."""
     module, colon, function = name.rpartition(":")
     if module.endswith(".py") and function.isidentifier():
-        _check_source(name, function, Path(module).expanduser())
+        check_defines(name, function, Path(module).expanduser())
         return
     if not (colon and function.isidentifier() and all(part.isidentifier() for part in module.split("."))):
         raise ValueError(
@@ -154,22 +152,7 @@ def check_reward(name: str) -> None:
     if spec is None:
         raise ValueError(f"{name!r}: there is no module {module!r}{_why_missing(module)}")
     if spec.origin is not None and spec.origin.endswith(".py"):
-        _check_source(name, function, Path(spec.origin))
-
-
-def _check_source(name: str, function: str, file: Path) -> None:
-    try:
-        tree = ast.parse(file.read_bytes())
-    except OSError as error:
-        raise ValueError(f"{name!r}: the file {str(file)!r} cannot be read ({error.strerror})") from None
-    except (SyntaxError, ValueError) as error:
-        line = f", line {error.lineno}: {error.msg}" if isinstance(error, SyntaxError) else f": {error}"
-        raise ValueError(f"{name!r}: {file}{line}") from None
-    names = set(bound_names(tree))
-    if function not in names and "*" not in names:
-        near = difflib.get_close_matches(function, names, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"{name!r}: {file} defines no {function!r}{hint}")
+        check_defines(name, function, Path(spec.origin))
 
 
 def _why_missing(module: str) -> str:

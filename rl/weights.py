@@ -79,7 +79,8 @@ class Weights:
     ):
         every = slots_of(parts)
         self.lora = lora
-        slots = [slot for slot in every if is_adapter(slot.full)] if lora.rank else every
+        slots = [slot for slot in every if is_adapter(slot.full) or not lora.rank]
+        frozen = [slot for slot in every if not is_adapter(slot.full)] if lora.rank else []
         self.names = [slot.full for slot in slots]
         self.shapes = [slot.shape for slot in slots]
         sizes = [prod(shape) for shape in self.shapes]
@@ -93,7 +94,7 @@ class Weights:
         self.grad = torch.zeros_like(self.master) if trainable else self.master.new_zeros(0)  # of what is only read
         self._compute_grad = torch.zeros_like(self.compute) if trainable and dtype != torch.float32 else self.grad
         self.frozen: dict[str, Tensor] = {}
-        self._read(folder, slots, [slot for slot in every if slot not in slots], dtype)
+        self._read(folder, slots, frozen, dtype)
         self._bind(slots, trainable)
 
     def _bind(self, slots: list[Named], trainable: bool) -> None:

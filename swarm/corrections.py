@@ -287,8 +287,7 @@ def anchor_of(config: RunConfig, fleet: Fleet) -> tuple[Clock, FireLine]:
     """When this run's fires start and end, and the workers that run them."""
     if correction_payload(config.anchor, config.merger) is None:
         return Lockstep([]), NoFires()
-    run, ticks_per_step = config.run, config.grpo.ticks_per_step
-    longer = run.checkpoint_every > 0
-    clock = make_clock(config.anchor, run.seed, run.steps * ticks_per_step, ticks_per_step, beyond=longer)
+    longer = config.run.checkpoint_every > 0
+    clock = make_clock(config.anchor, config.run.seed, config.ticks, config.grpo.ticks_per_step, beyond=longer)
     parts = 2 if merger_class(config.merger.kind).looks else 1  # a head comes before what is merged
     return clock, FireLine(fleet.anchors, config.swarm.pp, parts, config.anchor.timeout_s, clock.bound())

@@ -28,7 +28,6 @@ from deploy.estimate.workload import (
     replica_nodes,
     response_tokens,
     tokens_per_tick,
-    total_ticks,
 )
 from merger import merger_class
 from merger.look import stride_of
@@ -39,7 +38,7 @@ from swarm.run_config import RunConfig
 
 def cost_of_codec(config: RunConfig, hidden: int) -> CodecCost:
     """What this run's codec costs at one boundary. Raises ValueError for one that does not say it."""
-    tokens = max(1.0, total_ticks(config) * tokens_per_tick(config) / config.swarm.dp)
+    tokens = max(1.0, config.ticks * tokens_per_tick(config) / config.swarm.dp)
     sample = prompt_tokens(config) + response_tokens(config)
     return codec_cost(config.codec, BoundaryShape(hidden, config.model.itemsize), Tokens(tokens, sample))
 
@@ -48,7 +47,7 @@ def snapshot_bytes(config: RunConfig, params: Params, apart: float) -> float:
     """One exact snapshot, `apart` ticks after what its receiver holds; 0 ticks: the same weights, which cost nothing."""
     if full(config):
         return params.total * snapshot_itemsize(config)
-    ticks = total_ticks(config)
+    ticks = config.ticks
     return params.total * weights_walk(config, params, ticks).between(ticks - min(ticks, round(apart)), ticks)
 
 
@@ -134,7 +133,7 @@ def tick_bytes(
     (measured on a sample), sign planes that repeat themselves, and fires that an old trace never merged.
     """
     params = parameters(config)
-    ticks = ticks or total_ticks(config)
+    ticks = ticks or config.ticks
     sources = [due.source_tick for due in expected_fires(config, ticks)] if fires is None else evenly(fires, ticks)
     fires = len(sources) / ticks if fires is None else fires
     merges = fires if merges is None else merges

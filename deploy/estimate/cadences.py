@@ -20,7 +20,7 @@ from codec.costs import FP32
 from deploy.estimate.bytes import anchor_channels
 from deploy.estimate.parameters import parameters
 from deploy.estimate.phases import Phases, sustainable_cadence
-from deploy.estimate.workload import expected_fires, total_ticks
+from deploy.estimate.workload import expected_fires
 from merger import merger_class
 from swarm.run_config import RunConfig
 
@@ -51,7 +51,7 @@ class Affordable:
 def affordable(config: RunConfig, tick_s: float, sustainable: int, budget: float) -> Affordable:
     """`tick_s`: seconds from tick to tick; `sustainable`: the smallest cadence that the configured workers keep."""
     each = config.grpo.ticks_per_step if config.anchor.weights == "shared" else 1  # snapshots at the end of a step
-    steps = range(-(-sustainable // each) * each, max(sustainable, total_ticks(config)) + each, each)
+    steps = range(-(-sustainable // each) * each, max(sustainable, config.ticks) + each, each)
     within = cache(lambda cadence: anchor_bytes(config, cadence) <= KNOWN * budget)
     top = 0
     while top < len(steps) - 1 and not within(steps[top]):  # few cadences are looked at, short ones first
@@ -63,14 +63,14 @@ def affordable(config: RunConfig, tick_s: float, sustainable: int, budget: float
 
 def anchor_bytes(config: RunConfig, cadence: int, workers: int | None = None) -> float:
     """A tick, of snapshot, replay and correction. Weights move as in the config's own run: others are within 5 %."""
-    ticks, sources = total_ticks(config), _sources(config, cadence)
+    ticks, sources = config.ticks, _sources(config, cadence)
     return sum(anchor_channels(_with(config, cadence, workers), ticks, sources, len(sources) / ticks).values())
 
 
 def _cadence(config: RunConfig, cadence: int, tick_s: float) -> Cadence:
     workers = fewest_workers(config, cadence, tick_s)
     there = _with(config, cadence, workers).anchor
-    fires = len(_sources(config, cadence)) / total_ticks(config)
+    fires = len(_sources(config, cadence)) / config.ticks
     m_bar = FP32 * parameters(config).total * fires if there.workers > 1 else 0.0
     return Cadence(cadence, there.replay, workers, anchor_bytes(config, cadence, workers), m_bar)
 
@@ -98,4 +98,4 @@ def _sources(config: RunConfig, cadence: int) -> list[int]:
     """Of the fires at a fixed lag of the config's delay."""
     anchor = {"cadence": cadence, "clock": "lockstep", "lag": FixedLag()}
     fixed = config.model_copy(update={"anchor": config.anchor.model_copy(update=anchor)})
-    return [due.source_tick for due in expected_fires(fixed, total_ticks(config))]
+    return [due.source_tick for due in expected_fires(fixed, config.ticks)]

@@ -16,7 +16,7 @@ import numpy as np
 
 from deploy.estimate.bytes import sync_bytes
 from deploy.estimate.timing import Durations
-from deploy.estimate.workload import fires_per_tick, forward_passes, total_ticks
+from deploy.estimate.workload import fires_per_tick, forward_passes
 from swarm.run_config import RunConfig
 
 
@@ -87,7 +87,7 @@ class Phases(Durations):
         """
         grpo = self.config.grpo
         rollouts = self.rollout(grpo.train_batch_size, grpo.group_size)
-        sizes = sync_bytes(self.config, self.params, total_ticks(self.config))
+        sizes = sync_bytes(self.config, self.params, self.config.ticks)
         sync = self.weight_sync(float(np.mean(sizes[-(len(sizes) // 2) :])))
         passes = forward_passes(self.config, self.has_tables) - 1
         deal, old = self.deal(), grpo.ticks_per_step * passes * self.old_logprobs().before

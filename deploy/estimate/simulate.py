@@ -26,7 +26,7 @@ from codec.schedule import q_should_refresh
 from deploy.estimate.bytes import sync_bytes, tick_bytes
 from deploy.estimate.simulation import Simulation
 from deploy.estimate.timing import Durations
-from deploy.estimate.workload import forward_passes, total_ticks
+from deploy.estimate.workload import forward_passes
 from swarm.run_config import RunConfig
 
 
@@ -43,7 +43,7 @@ class SimulatedFire:
 
 def simulate(config: RunConfig, ticks: int | None = None) -> Simulation:
     """Run `config` for `ticks` ticks (default: all of its own) on a virtual clock."""
-    return _Run(config, ticks or total_ticks(config)).result()
+    return _Run(config, ticks or config.ticks).result()
 
 
 class _Run:

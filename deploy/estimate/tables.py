@@ -12,7 +12,7 @@ from deploy.estimate.cadences import Cadence
 from deploy.estimate.memory import peak
 from deploy.estimate.parameters import Params
 from deploy.estimate.plan import Plan, human_bytes, mb
-from deploy.estimate.workload import prompt_tokens, response_tokens, samples_per_tick, tokens_per_tick, total_ticks
+from deploy.estimate.workload import prompt_tokens, response_tokens, samples_per_tick, tokens_per_tick
 from deploy.estimate.worth import prediction_in_words
 from merger import merger_class
 from swarm.run_config import RunConfig
@@ -145,7 +145,7 @@ def _unmerged(config: RunConfig) -> str:
 
 
 def _deltas(config: RunConfig, params: Params) -> str:
-    if weights_walk(config, params, total_ticks(config)).own:
+    if weights_walk(config, params, config.ticks).own:
         return "Weight deltas were measured on a sample of the model's weights, moved by Adam on noise."
     return "Sizes of weight deltas are an estimate: the model's weights are not on this machine, normal ones stood in."
 

@@ -34,10 +34,6 @@ def tokens_per_tick(config: RunConfig) -> float:
     return samples_per_tick(config) * (prompt_tokens(config) + response_tokens(config))
 
 
-def total_ticks(config: RunConfig) -> int:
-    return config.run.steps * config.grpo.ticks_per_step
-
-
 def expected_fires(config: RunConfig, ticks: int) -> list[Due]:
     """Lockstep: the agenda. Wall clock: about what comes of workers that need delay_k ticks for each fire."""
     anchor = config.anchor
@@ -54,7 +50,7 @@ def evenly(rate: float, ticks: int) -> list[int]:
 
 
 def fires_per_tick(config: RunConfig, ticks: int | None = None) -> float:
-    ticks = ticks or total_ticks(config)
+    ticks = ticks or config.ticks
     return len(expected_fires(config, ticks)) / ticks
 
 
@@ -90,11 +86,11 @@ def recomputed(config: RunConfig, first: int, tables: bool) -> int:
 
 def forward_passes(config: RunConfig, tables: bool, ticks: int | None = None) -> float:
     """In a mean tick of the first `ticks` (default: all): its own, and that for old log-probs where there is one."""
-    ticks, each = ticks or total_ticks(config), config.grpo.ticks_per_step
+    ticks, each = ticks or config.ticks, config.grpo.ticks_per_step
     return 1 + sum(recomputed(config, first, tables) for first in range(1, ticks + 1, each)) / ticks
 
 
 def refresh_share(config: RunConfig, ticks: int | None = None) -> float:
     """Share of the first `ticks` ticks (default: all) that refresh Q."""
-    ticks = ticks or total_ticks(config)
+    ticks = ticks or config.ticks
     return sum(q_should_refresh(t, config.q_cadence) for t in range(1, ticks + 1)) / ticks

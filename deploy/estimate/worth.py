@@ -19,7 +19,7 @@ from anchor_service.config import correction_payload
 from codec.ledger import ANCHOR
 from deploy.config import ConfigError
 from deploy.estimate.bytes import tick_bytes
-from deploy.estimate.workload import expected_fires, total_ticks
+from deploy.estimate.workload import expected_fires
 from merger.calibrated import Agreements, Calibrated, Mean, pairs
 from merger.holds import Holds
 from swarm.run_config import RunConfig
@@ -111,7 +111,7 @@ class Worth:
 
     def _after(self, errors: float) -> Calibrated:
         """With agreements that speak more for the anchor by so many of their standard errors."""
-        ticks, seen = total_ticks(self._config), self.measured
+        ticks, seen = self._config.ticks, self.measured
         due = [d for d in expected_fires(self._config, ticks) if d.first_tick and d.first_tick <= ticks]
         found = Calibrated(self.config.merger)
         found.holds = Holds(self.config.anchor.cadence, self.config.anchor.beta_anc)

@@ -13,7 +13,7 @@ from anchor_service.diagnosis import cosine
 from codec.config import CodecConfig
 from codec.costs import CodecCost
 from deploy.estimate.bytes import cost_of_codec, tick_bytes
-from deploy.estimate.workload import forward_passes, samples_per_tick, total_ticks
+from deploy.estimate.workload import forward_passes, samples_per_tick
 from deploy.probe.codec_trial import Trial
 from rl import mismatch
 from swarm.run_config import RunConfig
@@ -137,7 +137,7 @@ def scored_trial(trial: Trial, reference: Tensor, config: RunConfig, mean_length
 
 def dense_of_run(config: RunConfig, cost: CodecCost, hidden: int, mean_length: float) -> dict[str, float]:
     """Bytes of one boundary over the whole run, dense in bf16, by way."""
-    dense = 2 * hidden * total_ticks(config) * samples_per_tick(config) * mean_length
+    dense = 2 * hidden * config.ticks * samples_per_tick(config) * mean_length
     return {"fwd": forward_passes(config, cost.ways > 0) * dense, "bwd": dense}
 
 
@@ -148,6 +148,6 @@ def _side_bytes(trial: Trial, cost: CodecCost, config: RunConfig, mean_length: f
     """
     tokens = samples_per_tick(config) * mean_length
     if cost.once:
-        return sum(trial.side.values()) / (len(trial.layers) * tokens * total_ticks(config))
+        return sum(trial.side.values()) / (len(trial.layers) * tokens * config.ticks)
     sent, _ = tick_bytes(config.model_copy(update={"codec": trial.codec}))["basis"]
     return sent / (tokens * len(config.swarm.boundaries))

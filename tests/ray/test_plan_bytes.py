@@ -11,7 +11,6 @@ from codec.ledger import CHANNELS
 from deploy.estimate.bytes import correction_bytes, head_bytes
 from deploy.estimate.parameters import stage_parameters
 from deploy.estimate.plan import Plan, make_plan
-from deploy.estimate.workload import total_ticks
 from tests.ray.conftest import of_kind, run_kept, small
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
@@ -89,7 +88,7 @@ def test_the_planned_bytes_are_those_of_the_ledger(overrides: tuple[str, ...], t
     run = tmp_path / "run"
     summary = run_kept(small(*RUN, *overrides), run)
     plan = make_plan(small(*RUN, *overrides, *as_it_went(run)))
-    ticks = total_ticks(plan.config)
+    ticks = plan.config.ticks
     assert summary["ticks"] == ticks
     planned = {c: [sent * ticks, dense * ticks] for c, (sent, dense) in plan.configured.channels.items()}
     counted = {c: [entry["sent"], entry["dense"]] for c, entry in summary["bytes"].items()}

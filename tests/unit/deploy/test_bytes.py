@@ -19,7 +19,7 @@ from transformers import (
 from deploy.config import load
 from deploy.estimate.bytes import tick_bytes
 from deploy.estimate.parameters import count_parameters, parameters, stage_parameters
-from deploy.estimate.workload import prompt_tokens, response_tokens, samples_per_tick, tokens_per_tick, total_ticks
+from deploy.estimate.workload import prompt_tokens, response_tokens, samples_per_tick, tokens_per_tick
 from rl.config import SnapshotConfig
 from rl.model_files import BUILTIN
 from rl.policy import Stage
@@ -144,6 +144,6 @@ def test_a_forward_crosses_a_boundary_once_a_tick_and_once_for_each_pass_that_ol
     overrides: list[str], passes: int
 ):
     config = load("k5", overrides, given=())
-    found, ticks = tick_bytes(config), total_ticks(config)
+    found, ticks = tick_bytes(config), config.ticks
     forward, backward = (found[f"boundary_{way}"][1] for way in ("fwd", "bwd"))
     assert forward * ticks == pytest.approx(passes * backward)

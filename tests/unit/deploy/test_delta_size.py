@@ -13,7 +13,6 @@ from deploy.estimate import delta_size as walk
 from deploy.estimate import sample
 from deploy.estimate.bytes import weights_walk
 from deploy.estimate.parameters import count_parameters, parameters
-from deploy.estimate.workload import total_ticks
 from merger import MERGERS, make_merger, merger_class
 from merger.config import MergerConfig
 from merger.interface import Merger, local_norm
@@ -23,7 +22,7 @@ from swarm.run_config import RunConfig
 
 def walked(*overrides: str, preset: str = "demo") -> walk.Walk:
     config = load(preset, list(overrides))
-    return weights_walk(config, parameters(config), total_ticks(config))
+    return weights_walk(config, parameters(config), config.ticks)
 
 
 def noise(n: int, seed: int) -> np.ndarray:
