@@ -30,6 +30,7 @@ from anchor_service.errors import ActorLost, WaitTimeout
 __all__ = [
     "ActorHandle",
     "Alarm",
+    "Calls",
     "answered",
     "done_of",
     "failure",
@@ -41,6 +42,8 @@ __all__ = [
     "several",
     "take",
 ]
+
+Calls = list[tuple[str, object]]  # the name of an actor, and a reference to what it delivers
 
 VERDICT_S = 30.0  # Ray takes up to 25 s to call a node dead that sends no heartbeat
 _WHERE = re.compile(r'^ +File "(.+)", line (\d+), in (.+)$', re.MULTILINE)

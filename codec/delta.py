@@ -171,8 +171,13 @@ def _named(field: str) -> str:
 
 def _zigzag(difference: np.ndarray) -> np.ndarray:
     """Differences modulo 2^bits, unsigned [n] -> unsigned [n] that is small for small steps either way."""
-    sign = difference >> (8 * difference.itemsize - 1)
-    return (difference << 1) ^ np.negative(sign)
+    signed = difference.view(f"i{difference.itemsize}")
+    values = np.empty_like(difference)
+    for first in range(0, difference.size, _IN_CACHE):
+        part = slice(first, first + _IN_CACHE)
+        np.left_shift(difference[part], 1, out=values[part])
+        values[part] ^= (signed[part] >> (8 * difference.itemsize - 1)).view(difference.dtype)
+    return values
 
 
 def _unzigzag(values: np.ndarray) -> np.ndarray:

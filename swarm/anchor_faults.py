@@ -50,7 +50,7 @@ class AnchorFaults:
         ] = {}  # newcomers: when they are ready, and since when they start
         self._shared = config.anchor.weights == "shared"
 
-    def lose(self, worker: int, reason: BaseLost) -> None:
+    def lose(self, worker: int, reason: Exception) -> None:
         """A worker that is there has lost the base of its stream."""
         self.progress.event("snapshot lost", stream=stream_of(worker), reason=str(reason))
         self._begin_whole(worker)
@@ -235,6 +235,13 @@ class AnchorFaults:
         self.progress.event(name, worker=k, reason=described(failure), void=versions)
         if decision is Decision.RENEW:
             self._starting[k] = self.fleet.arrival(self.fleet.renew("anchor", k)), time.monotonic()
+
+    def unsent(self, version: int, failure: ActorLost) -> None:
+        """The weights that a fire was to start from were lost with a rank."""
+        fire = self.line.under_way.get(version)
+        if fire is not None:
+            self._drop([fire])
+            self.lose(fire.worker, failure)
 
     def refuse(self, fire: Fire, reason: str) -> None:
         """Of a worker that is well: no rank gets it, and M̄ goes on without it."""

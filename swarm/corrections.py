@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from anchor_service.norms import NormHistory
 from merger import merger_class
 from rl.model_files import trained_count
 from swarm import checkpoint
-from swarm.anchor_faults import AnchorFaults, stream_of
+from swarm.anchor_faults import AnchorFaults
 from swarm.diagnosis_sources import Sources
 from swarm.engine_line import EngineLine
 from swarm.failure_policy import FailurePolicy
@@ -33,6 +34,7 @@ from swarm.progress import Progress
 from swarm.refusal import fault_of
 from swarm.replay_choice import FRAME, MiniFrame, make_choice
 from swarm.run_config import RunConfig
+from swarm.snapshots import Snapshots
 
 
 class Corrections:
@@ -59,6 +61,7 @@ class Corrections:
         self.fleet, self.progress, self.line, self.clock = fleet, progress, line, clock
         self.store, self.waited = store, 0.0  # seconds before the last tick, for a correction that was due
         self.faults = AnchorFaults(config, fleet, progress, line, clock, self.choice, engines, policy)
+        self.snapshots = Snapshots(config.anchor, fleet, progress, self.faults)
         self.whole_frames = config.snapshot.encoding == "full"
         self.sources = Sources(config.diagnostics.every, clock)
         self.norms = NormHistory(config.anchor.norm_bound)
@@ -75,13 +78,7 @@ class Corrections:
         if self.progress.tick or self.anchor.weights == "shared" or self.whole_frames:
             return
         for worker in range(len(self.line.workers)):
-
-            def weights(worker: int = worker) -> list[object]:
-                references, nbytes = self._snapshot(worker)
-                self.progress.ledger.add("snapshot", nbytes, 0)
-                return references
-
-            self.faults.check(worker, weights)
+            self.faults.check(worker, partial(self.snapshots.of, worker))
 
     def offer(self, mini: MiniFrame) -> bool:
         """Hand θ_s and b_{s+1} to the anchor if a fire starts from them; waits for nothing. Whether one does."""
@@ -90,27 +87,17 @@ class Corrections:
         self.choice.see(self.progress.tick + 1, mini)
         for due in dues:
             worker = self.line.free_worker(due.version)
-            references, nbytes = self._snapshot(worker)
+            references = self.snapshots.of(worker, None if self.clock.waits else due.version)
             replay = self.choice.take(due.version)
             if self.clock.waits:  # a fire that fails ends the run
                 self.choice.release(due.version)
             self.line.start(due, worker, references, replay.reference, self._least_seconds(due))
-            ledger.add("snapshot", nbytes, 0)
             ledger.add("replay", replay.size, 0)
             if self.sources.wants(due):
                 self.sources.keep(due, self.fleet.records(self.progress.tick), replay.diagnosed)
             if self.anchor.workers > 1:  # M̄ goes from one anchor worker to the next, in fp32
                 ledger.add("control", 4 * self._parameters, 0)
         return bool(dues)
-
-    def _snapshot(self, worker: int) -> tuple[list[object], int]:
-        """Weights for one fire; each anchor worker has its own stream, or none if it shares the engines'."""
-        if self.anchor.weights == "shared":
-            return [], 0
-        stream = stream_of(worker)
-        whole = stream in self.faults.begin_whole
-        self.faults.begin_whole.discard(stream)
-        return self.fleet.weights(self.progress.tick, stream, whole)
 
     def _least_seconds(self, due: Due) -> float:
         """On the wall clock a lag model slows the real anchor down by that many tick times."""
@@ -183,6 +170,7 @@ class Corrections:
 
     def log(self, outcome: MergeOutcome) -> None:
         """Write down what this tick was the first to merge, what it passed over, and what it dropped."""
+        self.snapshots.settle()
         newest = outcome.newest
         for fire in self.line.settled(newest) if newest > self.merged else []:
             self._settle(fire, outcome)

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from anchor_service.calls import ActorHandle, done_of, gather, raised
+from anchor_service.calls import ActorHandle, Calls, done_of, gather, raised
 from anchor_service.errors import ActorLost, WaitTimeout, described
 from anchor_service.line import FireLine
 from rl.batch import Prompts
@@ -26,7 +26,7 @@ from rl.rollout import RolloutWorker
 from rl.snapshot import BaseLost
 from swarm.failure_policy import Decision, Failure, FailurePolicy, Status, failure_of
 from swarm.fleet import Fleet
-from swarm.lookahead import Asked, Calls, Result, Sent
+from swarm.lookahead import Asked, Result, Sent
 from swarm.messages import ENGINES_STREAM
 from swarm.progress import Progress
 from swarm.run_config import RunConfig

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from anchor_service.actor import Anchor
-from anchor_service.calls import ActorHandle, gather, several
+from anchor_service.calls import ActorHandle, Calls, gather, several
 from anchor_service.config import AnchorConfig
 from anchor_service.diagnosis import Diagnoser
 from anchor_service.places import Place, places_of, where
@@ -159,6 +159,15 @@ class Fleet:
                 whole = True  # stages that are left have made the step that nobody got
             else:
                 return [frame for frame, _ in pairs], nbytes
+
+    def weights_beside(self, tick: int, stream: str, whole: bool) -> tuple[list[object], Calls]:
+        """References as from `weights`, and calls that deliver their sizes; waits for nothing: the frames are made beside the
+        next tick. They are gone with a rank that is lost before."""
+        for worker in self._first_replica:
+            worker.keep.remote(tick)
+        ask = [worker.kept.options(num_returns=2, concurrency_group="outbox") for worker in self._first_replica]
+        pairs = [several(kept.remote(tick, stream, whole)) for kept in ask]
+        return [frame for frame, _ in pairs], [(f"worker d0p{p}", size) for p, (_, size) in enumerate(pairs)]
 
     def nodes(self, actors: Sequence[ActorHandle[Any]]) -> set[str]:
         """Nodes that these actors are on: an object goes once to each. An actor is asked once, before it is busy."""

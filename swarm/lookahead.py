@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
+from anchor_service.calls import Calls
 from rl.batch import Prompts
 from rl.config import RolloutConfig
 from swarm import checkpoint
 
-Calls = list[tuple[str, object]]  # engine, reference to what it delivers
 Result = tuple[
     np.ndarray, float, dict[str, float]
 ]  # of some prompts: batch frame, peak memory in GB, sums (`generate`)

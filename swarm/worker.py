@@ -24,7 +24,6 @@ from rl import mismatch
 from rl.config import SnapshotConfig
 from rl.device import peak_memory_gb, prefer_determinism
 from rl.objective import MicroBatch, microbatches, rows_per_token
-from rl.snapshot import BaseLost, Sender
 from swarm import checkpoint, twin
 from swarm.doing import Doing
 from swarm.grid import Grid
@@ -32,6 +31,7 @@ from swarm.manifest import Entry
 from swarm.meeting import meeting
 from swarm.messages import Report, Standing, TickPlan, TickReport
 from swarm.nonfinite import explained
+from swarm.outbox import Outbox
 from swarm.rank import MiniBatch, RankSetup, build_rank
 from swarm.replicas import weights_digest
 from swarm.shares import mini_batches
@@ -83,7 +83,7 @@ class Worker:
         self.marked = self.done = 0
         self.report: TickReport | None = None
         self.compared: defaultdict[str, float] = defaultdict(float)
-        self.senders: dict[str, Sender] = {}
+        self.outbox = Outbox(setup.snapshot, setup.rank.model)
         self.task: tuple[str, float] | None = None  # what it was asked for, and when it began, on the monotonic clock
 
     def address(self) -> str:
@@ -208,11 +208,11 @@ class Worker:
 
     def copied(self, leaves: bool = False) -> np.ndarray:
         """All that the next tick depends on, as a frame, for another replica of this stage, or for whom it `leaves` its place."""
-        return twin.pack_state(self.rank, self.senders if leaves else None)
+        return twin.pack_state(self.rank, self.outbox.senders if leaves else None)
 
     def become(self, frame: np.ndarray, done: int) -> int:
         """Go on after `done` ticks from another's `copied`; its bytes. Raises FrameError."""
-        self.senders |= twin.take_state(self.rank, frame, self.setup.snapshot)
+        self.outbox.senders |= twin.take_state(self.rank, frame, self.setup.snapshot)
         self.marked = self.done = done
         return frame.nbytes
 
@@ -246,21 +246,24 @@ class Worker:
         (frame,) = gather([("the anchor", reference)], what, self.rank.setup.anchor.timeout_s, "anchor.timeout_s")
         return frame
 
+    @property
+    def _own(self) -> Tensor:
+        """This stage's weights; a tied copy is left to its owner."""
+        return self.rank.stage.weights.master[: self.rank.stage.weights.owned].detach()
+
     @_told
     def weights(self, tick: int, stream: str, whole: bool, exact: bool) -> tuple[np.ndarray, int]:
-        """Frame of this stage's weights after `tick` ticks, and its size; a tied copy is left to its owner.
+        """Frame of this stage's weights after `tick` ticks, and its size; raises BaseLost as `Outbox.frame` does."""
+        return self.outbox.frame(self._own, tick, self.rank.grid.p, stream, self.done, whole, exact)
 
-        Each stream has a sender of its own, which knows what its receivers hold.
-        Raises BaseLost if it is asked for earlier weights of a stream that another has sent.
-        """
-        weights = self.rank.stage.weights
-        if stream not in self.senders:
-            if tick < self.done:  # whoever was here before knew them
-                raise BaseLost(self.rank.grid.p, tick, None)
-            self.senders[stream] = twin.sender_of(stream, self.setup.snapshot, self.setup.rank.model)
-        sender, stage = self.senders[stream], self.rank.grid.p
-        frame = sender.frame(weights.master[: weights.owned], tick, stage, whole, exact)
-        return frame, frame.nbytes
+    @_told
+    def keep(self, tick: int) -> None:
+        self.outbox.keep(self._own, tick)
+
+    def kept(self, tick: int, stream: str, whole: bool) -> tuple[np.ndarray, int]:
+        """`weights` as they were when they were kept, made beside the tick that changes them."""
+        weights = self.outbox.take(tick, self.setup.rank.swarm.timeout_s)
+        return self.outbox.frame(weights, tick, self.rank.grid.p, stream, tick, whole)
 
     def doing(self) -> Doing:
         """Asked in a thread of its own, beside whatever is going on: it reads, and takes no lock."""
@@ -279,9 +282,8 @@ class Worker:
     @_told
     def record(self, tick: int) -> np.ndarray:
         """This stage's weights after `tick` ticks, fp32, with what that tick kept if it is diagnosed."""
-        weights, kept = self.rank.stage.weights, self.rank.kept
-        self.rank.kept = {}
-        after = weights.master[: weights.owned].detach().cpu().numpy()
+        kept, self.rank.kept = self.rank.kept, {}
+        after = self._own.cpu().numpy()
         return pack_record(kept | {"after": after}, tick, self.rank.grid.p)
 
     @_told

@@ -209,8 +209,8 @@ class ActorGroup:
             asked = wanted.bundles[bundle].keys() - {"CPU", "GPU"}
             options["resources"] = dict.fromkeys([SPARE] if own else asked, A_TRACE)
             options["num_cpus"] = 0 if own else needs["CPU"]
-        if role == "worker":  # beside a running tick corrections arrive, and it says what it is doing
-            options["concurrency_groups"] = {"inbox": 1, "watch": 1}
+        if role == "worker":  # beside a running tick corrections come and weights go, and it says what it is doing
+            options["concurrency_groups"] = {"inbox": 1, "outbox": 1, "watch": 1}
         handle = cast(ActorHandle[Any], ray.remote(**options)(plan.kind).remote(*plan.arguments))
         handle.__ray_call__.remote(listen)
         return handle

@@ -107,6 +107,7 @@ def worker(config: RunConfig, params: Params, p: int) -> list[Part]:
         Part(role, "scratch of norm and merge", 16 * min(owned, 1 << 22), rough=True, during="merge"),
         *activations(config, params, role, alive, span.hi - span.lo, config.swarm.micro_batch_size, span.last),
         Part(role, "bases of deltas", 0 if full(config) else bases, "host"),
+        Part(role, "copy for a snapshot", FP32 * owned if exact and config.anchor.clock == "wall" else 0, "host"),
         Part(role, "kept for a diagnosis", 3 * FP32 * owned if config.diagnostics.every else 0, "host"),
     ]
 

@@ -38,7 +38,6 @@ class Alone(Worker):
 
     def __init__(self, rank: Rank, passes: bool):
         self.rank, self.passes = rank, passes
-        self.senders = {}
 
     def _old_logprobs(self, index: int, micros: list, refreshed: bool) -> list | None:
         return super()._old_logprobs(index, micros, refreshed or self.passes)

@@ -17,7 +17,6 @@ from codec.config import CodecConfig, GradientConfig
 from merger.config import MergerConfig
 from rl.config import SnapshotConfig
 from swarm import twin
-from swarm.config import SwarmConfig
 from swarm.grid import Grid, PeerLost
 from swarm.meeting import meeting
 from swarm.messages import ENGINES_STREAM, Standing, TickPlan
@@ -249,7 +248,7 @@ def test_from_where_the_others_go_on(standings: list[Standing | None], expected:
 
 def _worker(rank: Rank, marked: int) -> Worker:
     """Around a rank that is at tick `marked`."""
-    worker = Worker(cast(WorkerSetup, SimpleNamespace(rank=SimpleNamespace(swarm=SwarmConfig()))))
+    worker = Worker(cast(WorkerSetup, SimpleNamespace(rank=rank.setup, snapshot=SnapshotConfig())))
     worker.rank, worker.marked, worker.done = rank, marked, marked - 1
     return worker
 

@@ -166,7 +166,7 @@ class Alone(Worker):
     """A worker around a rank that is there, without Ray."""
 
     def __init__(self, rank):
-        self.rank, self.senders = rank, {}
+        self.rank = rank
 
 
 @pytest.mark.parametrize("kind", ["transform", "powersgd"])

@@ -20,7 +20,7 @@ from anchor_service.line import FireLine
 from anchor_service.messages import NORM
 from deploy.config import load
 from rl.snapshot import BaseLost
-from swarm import anchor_faults
+from swarm import anchor_faults, snapshots
 from swarm.config import FaultsConfig
 from swarm.corrections import Corrections
 from swarm.failure_policy import FailurePolicy
@@ -99,7 +99,9 @@ class Lazy:
     def _copy(self, value: Any) -> Any:
         return value
 
-    def _follow(self, tick: int, frame: tuple[bool, int, int]) -> None:
+    def _follow(self, tick: int, frame: tuple[bool, int, int] | ActorLost) -> None:
+        if isinstance(frame, ActorLost):
+            raise frame
         whole, base, after = frame
         if after != tick or not (whole or base == self.held):
             raise BaseLost(0, base, self.held)
@@ -145,6 +147,7 @@ class Run:
             anchors=workers,
             workers=self.ranks,
             weights=self._weights,
+            weights_beside=self._weights_beside,
             renew=self._renew,
             arrival=lambda worker: worker.ready.remote(),
             arrived=lambda worker, place: None,
@@ -153,6 +156,7 @@ class Run:
             nodes=lambda actors: {"the node"},
             replicas_of=lambda p: [],
             anchor_limit=(1.0, "anchor.timeout_s"),
+            swarm_limit=(1.0, "swarm.timeout_s"),
             lookout=None,
         )
         self._patch(monkeypatch, swift)
@@ -190,10 +194,11 @@ class Run:
             monkeypatch.setattr(module, "raised", raised)
             monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: self.now))
         monkeypatch.setattr(anchor_line, "gather", gather)
+        monkeypatch.setattr(snapshots, "gather", lambda calls, *_: [ref() for _, ref in calls])
         monkeypatch.setattr(anchor_faults, "carried", lambda worker, made: worker.copy.remote(made))
         monkeypatch.setattr(anchor_faults, "take", lambda ref, *_: ref.value())
         monkeypatch.setattr(anchor_faults, "lost", lambda references: bool(self.gone & set(map(str, references))))
-        self.gone, self.forgotten = set[str](), False
+        self.gone, self.forgotten, self.rank_dies = set[str](), False, -1
 
     def _renew(self, role: str, k: int) -> Lazy:
         assert role == "anchor"
@@ -208,6 +213,18 @@ class Run:
         assert not full or tick == self.progress.tick  # it would be of other weights than those that were asked for
         base, self.tick_of[stream] = self.tick_of.get(stream, 0), tick
         return [(whole or full, base, tick)], 10
+
+    def _weights_beside(self, tick: int, stream: str, whole: bool) -> tuple[list[object], list[tuple[str, Any]]]:
+        references, nbytes = self._weights(tick, stream, whole)
+        if tick != self.rank_dies:
+            return references, [("worker d0p0", lambda: nbytes)]
+        self.tick_of[stream] = self.tick_of[stream] - 1  # whatever it is: the next frame is whole
+        lost = ActorLost("worker d0p0", "its call", "killed")
+
+        def size() -> int:
+            raise lost
+
+        return [lost], [("worker d0p0", size)]
 
     def _deliver(self, version: int, reference: list[Ref], whole: bool) -> Ref:
         self.delivered.append(reference[0].value())
@@ -374,6 +391,27 @@ def test_on_the_wall_clock_the_fire_is_void_and_the_newcomer_serves_later(
             ticks = [int(m.split(",")[0].removeprefix("M(θ")) for m in word]
             assert ticks == sorted(set(ticks)) and all(m == f"M(θ{t}, b{t + 1})" for m, t in zip(word, ticks))
         assert run.merged[-1][: len(run.merged[0])] == run.merged[0]  # M̄ lives on
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("swift", [False, True])
+def test_a_snapshot_that_is_lost_with_its_rank_voids_its_fire_and_no_anchor_is_blamed(
+    monkeypatch: pytest.MonkeyPatch, workers: int, swift: bool
+):
+    held = [Lazy() for _ in range(workers)]
+    run = Run(monkeypatch, [*held], swift, *WALL).begin()
+    while not run.names:
+        run.rank_dies = run.progress.tick
+        run.tick()
+    run.rank_dies = -1
+    while run.progress.tick < TICKS:
+        run.tick()
+        for fire in run.line.under_way.values():
+            fire.report.value()
+    assert run.names == ["snapshot lost"] and run.workers == held
+    assert run.merged and not any(m.startswith("M(θ0,") for m in run.merged[-1])
+    begun, jobs = workers, sum(name == "gradient" for worker in held for name, _ in worker.queue)
+    assert run.progress.ledger.state()["snapshot"][0] == 10 * (begun + jobs - 1)
 
 
 def test_nothing_starts_while_no_anchor_worker_is_there_and_nothing_waits(monkeypatch: pytest.MonkeyPatch):
