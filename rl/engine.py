@@ -78,7 +78,8 @@ class PlainModel:
         found = []
         for prompt, response in zip(prompts, responses):
             ids = torch.tensor([[*prompt, *response.tolist()]], device=self.device)
-            logits, targets = self.model(input_ids=ids).logits[0, len(prompt) - 1 : -1], ids[0, len(prompt) :]
+            logits = self.model(input_ids=ids, logits_to_keep=len(response) + 1).logits[0, :-1]
+            targets = ids[0, len(prompt) :]
             found.append(token_logprobs(logits, targets, temperature, with_entropy=False)[0].cpu().numpy())
         return found
 

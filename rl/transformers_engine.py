@@ -9,6 +9,7 @@ from transformers import DynamicCache
 from rl.config import RolloutConfig
 from rl.device import prefer_determinism
 from rl.engine import Key, PlainModel, Samples, uniforms
+from rl.growing_cache import growing_cache
 from rl.grpo import log_distribution
 
 BLOCK = 32  # tokens; longer than a prompt of the built-in model
@@ -65,7 +66,7 @@ class TransformersEngine:
 
     def _prefill(self, prompts: list[list[int]], n: int) -> tuple[DynamicCache, Tensor, Tensor | None]:
         """Left-padded prompts once each, their common beginning once for all; then the cache repeated for n samples each."""
-        cache, first = DynamicCache(config=self.model.config), in_common(prompts)
+        cache, first = growing_cache(self.model.config), in_common(prompts)
         if first:
             ids = torch.tensor([prompts[0][:first]], device=self.device)
             self._forward(ids, torch.arange(first, device=self.device)[None], None, cache)
