@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
@@ -79,18 +80,42 @@ def attend(
     distinct: Distinct | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' sdpa; with `distinct` of rows that samples share, b = 1 and l = n. Returns [b, l, h, d]."""
+    """`_grouped`; with `distinct` of rows that samples share, b = 1 and l = n. Returns [b, l, h, d]."""
     if distinct is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+        return _grouped(module, query, key, value, attention_mask, **options), None
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     blocks = [(distinct.whole, distinct.whole, None), (distinct.own, distinct.seen, distinct.mask)]
     found = [
-        sdpa_attention_forward(module, _taken(q, own), _taken(k, seen), _taken(v, seen), mask, **options)[0]
+        _grouped(module, _taken(q, own), _taken(k, seen), _taken(v, seen), mask, **options)
         for own, seen, mask in blocks
         if own.numel()
     ]
     out = torch.cat([block.flatten(0, 1) for block in found])
     return out.flatten(1).index_select(0, distinct.back).view(1, *q.shape), None
+
+
+def _grouped(
+    module: nn.Module,
+    query: Float[Tensor, "b h o d"],
+    key: Float[Tensor, "b g m d"],
+    value: Float[Tensor, "b g m d"],
+    mask: Tensor | None,
+    **options: Any,
+) -> Float[Tensor, "b o h d"]:
+    """transformers' sdpa, which beside a mask repeats keys and values for all h heads of g groups: on a CPU the kernel
+    reads them where they are, for the same outputs to the bit."""
+    if mask is None or query.device.type != "cpu" or "position_bias" in options:
+        return sdpa_attention_forward(module, query, key, value, mask, **options)[0]
+    out = scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        dropout_p=options.get("dropout", 0.0),
+        scale=options.get("scaling"),
+        enable_gqa=True,
+    )
+    return out.transpose(1, 2).contiguous()
 
 
 def _taken(x: Float[Tensor, "n h d"], rows: Int[Tensor, "s l"]) -> Float[Tensor, "s h l d"]:

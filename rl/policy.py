@@ -144,7 +144,7 @@ def whole_model(
 
     The buffer has the order of all stages' owned parameters one after the other.
     """
-    model = skeleton(folder, attention, dtype, lora)
+    model = skeleton(folder, registered() if attention == "sdpa" else attention, dtype, lora)
     weights = Weights(_parts(model), folder, dtype, device, trainable=False, lora=lora)
     if is_tied(model):
         model.lm_head.weight = model.model.embed_tokens.weight

@@ -106,8 +106,9 @@ def test_trainer_reference_and_sampler_divide_bf16_logits_by_the_temperature_in_
     micro = SimpleNamespace(predicts=(torch.arange(6),), predicted=None, targets=targets)
     trainer, _ = logprobs(stage, logits, micro, temperature)
     last = torch.zeros(1, 50, dtype=torch.bfloat16)  # predicts what would follow the answer
-    model = SimpleNamespace(logits=torch.cat([logits, last])[None])
-    plain = SimpleNamespace(device=torch.device("cpu"), model=lambda input_ids: model)
+    known = torch.cat([logits, last])[None]
+    model = lambda input_ids, logits_to_keep: SimpleNamespace(logits=known[:, -logits_to_keep:])  # noqa: E731
+    plain = SimpleNamespace(device=torch.device("cpu"), model=model)
     (reference,) = PlainModel.score(plain, [[0]], [targets.numpy()], temperature)
     for found in (trainer, torch.from_numpy(reference), sampler):
         assert found.dtype == torch.float32
