@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaModel
 
+from benchmarks.medians import medians
 from benchmarks.merge_bandwidth import merge_speed
-from benchmarks.timing import medians
 from codec import frames, signs
 from codec.boundary import Boundary
 from codec.config import CodecConfig

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from anchor_service.config import AnchorConfig
 from anchor_service.messages import Correction
-from benchmarks.timing import medians
+from benchmarks.medians import medians
 from codec import signs
 from codec.ledger import Ledger
 from codec.signs import SignPlanes
@@ -65,7 +65,7 @@ def merge_speed(device: torch.device, parameters: int) -> dict[str, float]:
     moved = {"merge": 2 * GRADIENT + (BIT if packed else 1), "encode": GRADIENT + BIT}
     found = medians(jobs, ROUNDS)
     numbers: dict[str, float] = {"parameters": parameters}
-    for job in jobs.keys() & moved.keys():
+    for job in (job for job in moved if job in jobs):
         numbers |= bandwidth_share(job, moved[job] * parameters, found[job], 2 * GRADIENT * parameters, found["copy"])
     return numbers
 

@@ -42,7 +42,7 @@ def packed(values: np.ndarray) -> tuple[np.ndarray, np.ndarray | None, bool]:
     return plus.view(np.uint8)[:size], zero.view(np.uint8)[:size] if found[1] else None, bool(found[0])
 
 
-def merge(g: np.ndarray, plus: np.ndarray, zero: np.ndarray | None, a: float, b: float) -> tuple[int, int]:
+def merge_planes(g: np.ndarray, plus: np.ndarray, zero: np.ndarray | None, a: float, b: float) -> tuple[int, int]:
     """g ← g + a·b·(|g|·sign - g), float32 [n], contiguous, in its place; signs as `packed` gives them.
 
     How many signs were those of g, and how many of g it has turned.

@@ -47,9 +47,9 @@ def merge_in_place(merger: Merger, g_comp: Tensor, correction: Tensor | SignPlan
     if isinstance(correction, SignPlanes):
         factors = cast(AlongSigns, merger).factors()
         if factors is not None:
-            from codec.sign_loops import merge  # LLVM is loaded where there is enough to do
+            from codec.sign_loops import merge_planes  # LLVM is loaded where there is enough to do
 
-            return merge(g_comp.numpy(), correction.plus, correction.zero, *factors)
+            return merge_planes(g_comp.numpy(), correction.plus, correction.zero, *factors)
         correction = correction.sign()
     agree, flips = g_comp.new_zeros((), dtype=torch.int64), g_comp.new_zeros((), dtype=torch.int64)
     block = CACHED if g_comp.device.type == "cpu" else WIDE
