@@ -12,6 +12,7 @@ from torch import Tensor
 
 from anchor_service.errors import NotFinite
 from codec import frames, signs
+from codec.signs import SignPlanes
 from codec.state import prefixed, under
 
 LOOK = "look"
@@ -40,7 +41,8 @@ class Correction:
     version: int
     source_tick: int
     first_tick: int | None  # None on the wall clock: in the first tick in which all ranks hold it
-    values: Tensor | None  # int8 signs or float32 M̄, [numel of the stage]; None: of a head, or never fetched
+    # signs, packed or in int8, or float32 M̄, [numel of the stage]; None: of a head, or never fetched
+    values: Tensor | SignPlanes | None
     digest: str  # of the frame that has the values
     look: Tensor | None = None  # int8 signs of M alone, at the coordinates of `merger.look`, for a merger that looks
     fetch: Callable[[], Correction] | None = None  # of a head: the whole
@@ -81,7 +83,7 @@ def unpack_correction(frame: np.ndarray, stage: int, numel: int) -> Correction:
     not, as the anchor itself says."""
     header, arrays = _unpacked(frame, kind="correction", stage=stage, numel=numel)
     try:
-        values = signs.decode(arrays, numel) if header.get("payload") == "sign" else _dense(arrays, numel)
+        values = signs.expanded(arrays, numel) if header.get("payload") == "sign" else _dense(arrays, numel)
     except ValueError as error:
         raise frames.FrameError("the anchor", "arrays", str(error)) from error
     return Correction(

@@ -5,14 +5,14 @@ Machines are noisy: medians of interleaved rounds, and only the ratios mean anyt
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaModel
 
+from benchmarks.medians import medians
+from benchmarks.merge_bandwidth import merge_speed
 from codec import frames, signs
 from codec.boundary import Boundary
 from codec.config import CodecConfig
@@ -20,21 +20,12 @@ from codec.ledger import Ledger
 from codec.rows import Rows
 from merger import MERGERS
 from merger.config import MergerConfig
+from swarm.merge_sweep import merge_in_place
 
 HIDDEN, TOKENS, SAMPLES, PARAMETERS = 576, 1024, 4, 4_000_000  # SmolLM2's hidden size
+OF_BANDWIDTH = 8_000_000, 100_000_000  # parameters
 torch.set_num_threads(1)
 torch.manual_seed(0)
-
-
-def medians(jobs: dict[str, Callable[[], object]], rounds: int = 9) -> dict[str, float]:
-    """Median seconds of each job, all jobs in turn in every round so that drift hits them alike."""
-    seconds: dict[str, list[float]] = {name: [] for name in jobs}
-    for _ in range(rounds + 1):  # the first warms up
-        for name, job in jobs.items():
-            start = time.perf_counter()
-            job()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(found[1:]) for name, found in seconds.items()}
 
 
 def print_ratios(title: str, baseline: str, jobs: dict[str, Callable[[], object]]) -> None:
@@ -98,11 +89,12 @@ def correction() -> None:
     parameter.grad = g.clone()
     adam = torch.optim.AdamW([parameter], lr=1e-6, fused=True)
     merge = MERGERS["signed_ema"](MergerConfig())
-    planes, sign = signs.encode(m), m.sign().to(torch.int8)
+    merge.prepare(g, m, 0)
+    planes, held = signs.encode(m), signs.planes_of(m)
     frame = frames.pack({}, planes)
     jobs: dict[str, Callable[[], object]] = {
         "Adam step": adam.step,
-        "merge signed_ema": lambda: merge(g, sign, 0),
+        "merge signed_ema": lambda: merge_in_place(merge, g, held),
         "encode signs": lambda: signs.encode(m),
         "decode signs": lambda: signs.decode(planes, PARAMETERS),
         "pack a frame of fp32": lambda: frames.pack({}, {"m": m.numpy()}),
@@ -111,6 +103,16 @@ def correction() -> None:
     print_ratios(f"correction, {PARAMETERS:,} parameters", "Adam step", jobs)
 
 
+def bandwidth() -> None:
+    """Merging and packing signs beside a copy: bytes that each must move, over its time, as a share of the copy's."""
+    for parameters in OF_BANDWIDTH:
+        found = merge_speed(torch.device("cpu"), parameters)
+        print(f"bandwidth, {parameters:,} parameters (a copy: {found['copy_gb_s']:.1f} GB/s)")
+        for job in ("merge", "encode"):
+            print(f"  {job + ' signs':44} {found[f'{job}_share']:8.3f} x  {found[f'{job}_ms']:9.2f} ms")
+
+
 if __name__ == "__main__":
     boundary()
     correction()
+    bandwidth()

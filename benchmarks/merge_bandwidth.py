@@ -1,7 +1,8 @@
 """How much of a device's memory bandwidth a merge uses. python -m benchmarks.merge_bandwidth [--device cuda] [--parameters N]
 
-The merge is the one of a tick (`swarm/held.py`), with its counts of signs: signed_ema, of a sign in int8 a parameter. What
-it must at least move is the gradient in, the sign in and the gradient out; a copy of as many floats moves two.
+The merge is the one of a tick (`swarm/held.py`), with its counts of signs: signed_ema, of a bit a parameter on a CPU and of a
+sign in int8 elsewhere. What it must at least move is the gradient in, the signs in and the gradient out; a copy of as many
+floats moves two. On a CPU the same is said of packing an M̄ into a frame's sign planes: a float in, a bit out.
 """
 
 from __future__ import annotations
@@ -17,29 +18,31 @@ from torch import Tensor
 
 from anchor_service.config import AnchorConfig
 from anchor_service.messages import Correction
-from benchmarks.hot_paths import medians
+from benchmarks.medians import medians
+from codec import signs
 from codec.ledger import Ledger
+from codec.signs import SignPlanes
 from merger.config import MergerConfig
 from merger.interface import local_norm
 from rl.weights import Weights
 from swarm.grid import Grid
 from swarm.held import Held
+from swarm.merge_sweep import held_form
 from swarm.messages import TickPlan
 
-GRADIENT, SIGN = 4, 1  # bytes a parameter
+GRADIENT, BIT = 4, 1 / 8  # bytes a parameter
 PARAMETERS = 134_515_008  # of SmolLM2-135M, embedding tied
 ROUNDS = 9
 
 
-def bandwidth_share(parameters: int, merge_s: float, copy_s: float) -> dict[str, float]:
-    """Of `parameters`, merged in `merge_s` seconds; a copy of as many floats takes `copy_s`. Gigabytes are 1e9 bytes."""
-    merged, copied = (2 * GRADIENT + SIGN) * parameters / merge_s, 2 * GRADIENT * parameters / copy_s
+def bandwidth_share(name: str, moved: float, seconds: float, copied: float, copy_s: float) -> dict[str, float]:
+    """Of a job that must move `moved` bytes, beside a copy that moves `copied`. Gigabytes are 1e9 bytes."""
+    speed, of_copy = moved / seconds, copied / copy_s
     return {
-        "parameters": parameters,
-        "merge_ms": 1e3 * merge_s,
-        "merge_gb_s": merged / 1e9,
-        "copy_gb_s": copied / 1e9,
-        "merge_share": merged / copied,
+        f"{name}_ms": 1e3 * seconds,
+        f"{name}_gb_s": speed / 1e9,
+        "copy_gb_s": of_copy / 1e9,
+        f"{name}_share": speed / of_copy,
     }
 
 
@@ -47,8 +50,8 @@ def merge_speed(device: torch.device, parameters: int) -> dict[str, float]:
     """On random numbers, in medians of ROUNDS."""
     generator = torch.Generator(device).manual_seed(0)
     gradient = torch.randn(parameters, generator=generator, device=device)
-    signs = torch.randn(parameters, generator=generator, device=device).sign().char()
-    held = _holding(signs, device)
+    m = torch.randn(parameters, generator=generator, device=device)
+    held = _holding(m.sign().char(), device)
     plan = TickPlan(tick=2, mini_batch=0, correction=None, version=None)
 
     def merge() -> None:
@@ -56,15 +59,23 @@ def merge_speed(device: torch.device, parameters: int) -> dict[str, float]:
 
     spare = torch.empty_like(gradient)
     jobs = {"merge": _finished(merge, device), "copy": _finished(lambda: spare.copy_(gradient), device)}
+    if device.type == "cpu":
+        jobs["encode"] = lambda: signs.encode(m)
+    packed = held.correction is not None and isinstance(held.correction.values, SignPlanes)
+    moved = {"merge": 2 * GRADIENT + (BIT if packed else 1), "encode": GRADIENT + BIT}
     found = medians(jobs, ROUNDS)
-    return bandwidth_share(parameters, found["merge"], found["copy"])
+    numbers: dict[str, float] = {"parameters": parameters}
+    for job in (job for job in moved if job in jobs):
+        numbers |= bandwidth_share(job, moved[job] * parameters, found[job], 2 * GRADIENT * parameters, found["copy"])
+    return numbers
 
 
-def _holding(signs: Tensor, device: torch.device) -> Held:
+def _holding(m_bar: Tensor, device: torch.device) -> Held:
     """One rank's part in merging, as it is after the tick in which it adopted these signs."""
-    weights = cast(Weights, SimpleNamespace(names=["all"], shapes=[(len(signs),)], offsets=[0, len(signs)]))
+    weights = cast(Weights, SimpleNamespace(names=["all"], shapes=[(len(m_bar),)], offsets=[0, len(m_bar)]))
     held = Held(AnchorConfig(), MergerConfig(), 0, weights, Grid(0, 1, 1, device, Ledger()))
-    held.correction = Correction(version=0, source_tick=0, first_tick=1, values=signs, digest="")
+    values = held_form(held.merger, m_bar, device.type)
+    held.correction = Correction(version=0, source_tick=0, first_tick=1, values=values, digest="")
     held.merger.holds.fire(1)
     return held
 
@@ -86,6 +97,7 @@ def main() -> None:
     parser.add_argument("--parameters", type=int, default=PARAMETERS)
     asked = parser.parse_args()
     device = torch.device(asked.device)
+    torch.set_num_threads(1)
     on = {"on": torch.cuda.get_device_name(device)} if device.type == "cuda" else {"on": "cpu"}
     print(json.dumps(on | merge_speed(device, asked.parameters)))
 

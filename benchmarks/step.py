@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.hot_paths import medians
+from benchmarks.medians import medians
 from rl.batch import Batch
 from rl.config import GrpoConfig
 from rl.model_files import model_shape, resolve

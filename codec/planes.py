@@ -9,6 +9,8 @@ from __future__ import annotations
 import numpy as np
 import zstandard
 
+COMPILED_FROM = 1 << 20  # signs: fewer are packed and merged by whole arrays before LLVM is loaded
+
 
 def shrink(plane: np.ndarray, level: int = 1) -> np.ndarray:
     """uint8 [n], contiguous -> uint8 [at most n]: a zstd frame if that is shorter, else the plane itself."""

@@ -7,11 +7,36 @@ an M whose batch had no advantage), so compressed they cost next to nothing: 2 t
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from codec.planes import expand, shrink
+from codec.planes import COMPILED_FROM, expand, shrink
+
+
+@dataclass(frozen=True)
+class SignPlanes:
+    """Signs of `numel` numbers, uint8 [numel/8 rounded up] a plane; what fills up the last byte means nothing."""
+
+    plus: np.ndarray  # bits that are set where a number is > 0
+    zero: np.ndarray | None  # where it is 0; None if there is none
+    numel: int
+
+    def sign(self) -> Tensor:
+        """-1, 0 or 1, int8 [numel]; by the name that a tensor has for it."""
+        signs = self._bits(self.plus)
+        signs *= 2
+        signs -= 1
+        if self.zero is not None:
+            nonzero = self._bits(self.zero)
+            nonzero ^= 1
+            signs *= nonzero
+        return torch.from_numpy(signs)
+
+    def _bits(self, plane: np.ndarray) -> np.ndarray:
+        return np.unpackbits(plane, count=self.numel, bitorder="little").view(np.int8)
 
 
 def encode(m: Tensor, name: str = "M") -> dict[str, np.ndarray]:
@@ -19,33 +44,49 @@ def encode(m: Tensor, name: str = "M") -> dict[str, np.ndarray]:
 
     Raises ValueError naming `name` if m holds a NaN.
     """
-    values = m.detach().reshape(-1).cpu()
-    if torch.isnan(values).any():
-        raise ValueError(f"the gradient of {name} holds a NaN: a sign cannot be sent")
-    arrays = {"plus": _pack(values > 0)}
-    zeros = values == 0
-    return arrays | {"zero": _pack(zeros)} if zeros.any() else arrays
+    planes = planes_of(m, name)
+    arrays = {"plus": shrink(planes.plus)}
+    return arrays if planes.zero is None else arrays | {"zero": shrink(planes.zero)}
 
 
 def decode(arrays: dict[str, np.ndarray], numel: int) -> Tensor:
     """Arrays of `encode` -> int8 [numel] of -1, 0, 1. Raises ValueError if they do not fit `numel`."""
+    return expanded(arrays, numel).sign()
+
+
+def planes_of(m: Tensor, name: str = "M") -> SignPlanes:
+    """Of a tensor of any shape, flat. Raises ValueError naming `name` if it holds a NaN."""
+    values = m.detach().reshape(-1).cpu()
+    if values.dtype == torch.float32 and values.numel() >= COMPILED_FROM:
+        from codec.sign_loops import packed  # LLVM is loaded where there is enough to do
+
+        plus, zero, nan = packed(values.contiguous().numpy())
+    else:
+        plus, zero, nan = plain_planes(values)
+    if nan:
+        raise ValueError(f"the gradient of {name} holds a NaN: a sign cannot be sent")
+    return SignPlanes(plus, zero, values.numel())
+
+
+def plain_planes(values: Tensor) -> tuple[np.ndarray, np.ndarray | None, bool]:
+    """`codec.sign_loops.packed` in whole arrays, of any dtype."""
+    nan = bool(torch.isnan(values).any())
+    zeros = values == 0
+    return _pack(values > 0), _pack(zeros) if zeros.any() else None, nan
+
+
+def expanded(arrays: dict[str, np.ndarray], numel: int) -> SignPlanes:
+    """Arrays of `encode` -> planes of their own memory. Raises ValueError if they do not fit `numel`."""
     if "plus" not in arrays or set(arrays) - {"plus", "zero"}:
         raise ValueError(f"sign planes are 'plus' and, where there are zeros, 'zero', not {sorted(arrays)}")
-    signs = _unpack(arrays, "plus", numel)
-    signs *= 2
-    signs -= 1
-    if "zero" in arrays:
-        nonzero = _unpack(arrays, "zero", numel)
-        nonzero ^= 1
-        signs *= nonzero
-    return torch.from_numpy(signs)
+    planes = {field: _expanded(array, field, numel) for field, array in arrays.items()}
+    return SignPlanes(planes["plus"], planes.get("zero"), numel)
+
+
+def _expanded(array: np.ndarray, field: str, numel: int) -> np.ndarray:
+    """A copy: a plane that was stored as it is lies in a frame, and would keep that alive."""
+    return expand(array, -(-numel // 8), f"sign plane {field!r}").copy()
 
 
 def _pack(mask: Tensor) -> np.ndarray:
-    return shrink(np.packbits(mask.numpy(), bitorder="little"))
-
-
-def _unpack(arrays: dict[str, np.ndarray], field: str, numel: int) -> np.ndarray:
-    """0 and 1, int8 [numel]; the bits that fill up the last byte mean nothing."""
-    plane = expand(arrays[field], -(-numel // 8), f"sign plane {field!r}")
-    return np.unpackbits(plane, count=numel, bitorder="little").view(np.int8)
+    return np.packbits(mask.numpy(), bitorder="little")

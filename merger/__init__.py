@@ -8,6 +8,8 @@ from __future__ import annotations
 from typing import cast
 
 from codec.named import imported
+from codec.planes import COMPILED_FROM
+from merger.along_signs import AlongSigns
 from merger.calibrated import Calibrated
 from merger.delta import Delta
 from merger.interface import Merger
@@ -50,6 +52,12 @@ def make_merger(config: MergerSettings) -> Merger:
     if not hasattr(merger, "dose"):
         raise ValueError(f"merger.kind = {config.kind!r} is no merger: it lacks dose, which `prepare` sets")
     return merger
+
+
+def holds_planes(merger: type[Merger], device: str, numel: int) -> bool:
+    """Whether signs stay packed while they are held. What somebody else's merger asks of a correction is not known."""
+    ours = merger in MERGERS.values() and issubclass(merger, AlongSigns)
+    return ours and device == "cpu" and numel >= COMPILED_FROM
 
 
 def _has(found: object, name: str) -> bool:

@@ -24,7 +24,8 @@ import math
 from dataclasses import astuple, dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
-from merger.interface import Merger, MergerCost, Norm, Payload, Total, local_norm, towards_signs
+from merger.along_signs import AlongSigns
+from merger.interface import MergerCost, Norm, Total, local_norm
 from merger.settings import MergerSettings
 
 if TYPE_CHECKING:
@@ -95,10 +96,9 @@ class Agreements:
         return math.sqrt(self.average / self.single) if self.single else 0.0
 
 
-class Calibrated(Merger):
+class Calibrated(AlongSigns):
     """Needs sign(M̄), and of each M the signs at the coordinates that it looks at."""
 
-    payload: ClassVar[Payload | None] = "sign"
     looks: ClassVar[bool] = True
 
     def __init__(self, config: MergerSettings):
@@ -171,14 +171,8 @@ class Calibrated(Merger):
     def prepare(self, g_comp: Gradient, correction: Held, age: int, norm: Norm = local_norm) -> None:
         self.dose = self.share(age)
 
-    def apply(self, g_comp: Gradient, correction: Held) -> Gradient:
-        """`g_comp` fp32, `correction` M̄ or its sign, whole or any block of both -> merged, fp32."""
-        if not self.dose:
-            return g_comp
-        merged = towards_signs(g_comp, correction)
-        merged *= self.dose
-        merged += g_comp
-        return merged
+    def factors(self) -> tuple[float, float] | None:
+        return (self.dose, 1.0) if self.dose else None
 
     def metrics(self) -> dict[str, float]:
         found = {"merger/w": self.dose, "merger/hold": self.holds.mean(), "merger/tau": self.holds.tau()}

@@ -8,10 +8,11 @@ Each coordinate is multiplied by 1 where the signs agree, by 1-2d(1-α) where th
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
+from merger.along_signs import AlongSigns
 from merger.dose import cost_of_dose, dose_at
-from merger.interface import Merger, MergerCost, Norm, Payload, local_norm, towards_signs
+from merger.interface import MergerCost, Norm, local_norm, towards_signs
 from merger.settings import MergerSettings
 
 if TYPE_CHECKING:
@@ -19,10 +20,8 @@ if TYPE_CHECKING:
     from merger.interface import Gradient, Held
 
 
-class SignedEMA(Merger):
-    """Needs only sign(M̄), so a correction costs one bit a parameter."""
-
-    payload: ClassVar[Payload | None] = "sign"
+class SignedEMA(AlongSigns):
+    """Keeps α of G_comp whatever the signs say."""
 
     @classmethod
     def cost(cls, config: MergerSettings, n: int) -> MergerCost:
@@ -44,12 +43,8 @@ class SignedEMA(Merger):
         asked = config.dose * (1 - config.alpha)  # in the first merge, before λ
         return asked if config.hold_cap and asked > holds.bound(config.cap) else None
 
-    def apply(self, g_comp: Gradient, correction: Held) -> Gradient:
-        """`g_comp` fp32, `correction` M̄ or its sign, whole or any block of both -> merged, fp32."""
-        merged = self._delta(g_comp, correction)
-        merged *= self.dose
-        merged += g_comp
-        return merged
+    def factors(self) -> tuple[float, float]:
+        return 1 - self.config.alpha, self.dose
 
     def _delta(self, g_comp: Gradient, correction: Held) -> Gradient:
         """S - G_comp, in one new tensor."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -30,9 +30,8 @@ from merger.look import looked_at
 from merger.placebo import PLACEBOS, Placebo
 from rl.weights import Weights
 from swarm.grid import Grid
+from swarm.merge_sweep import held_form, merge_in_place, restored, stored
 from swarm.messages import MergeOutcome, TickPlan
-
-CACHED, WIDE = 1 << 16, 1 << 22  # elements of a block: on a CPU temporaries of a merge stay in the second-level cache
 
 
 class Held:
@@ -97,7 +96,7 @@ class Held:
             self.inbox.refuse(version, str(error))
             return
         reason = ""
-        if not waits and found.values is not None and found.values.is_floating_point():
+        if not waits and isinstance(found.values, Tensor) and found.values.is_floating_point():
             reason = self.norms.judge(found.values.norm().item())
         self.inbox.refuse(found.version, reason) if reason else self.inbox.put(found)
 
@@ -165,8 +164,8 @@ class Held:
             assert self.at is not None and held.look is not None
             self.merger.dose = 0.0
             return (held.look == g_comp[self.at].sign()).double().mean().item(), 0.0
-        self.merger.prepare(g_comp, held.values, age, norm)
-        agree, flips = self._in_place(g_comp, held.values)
+        self.merger.prepare(g_comp, cast(Tensor, held.values), age, norm)  # of packed ones it asks the sign alone
+        agree, flips = merge_in_place(self.merger, g_comp, held.values)
         return agree / g_comp.numel(), flips / g_comp.numel()
 
     def _standing(self, plan: TickPlan, reason: str) -> MergeOutcome:
@@ -177,17 +176,6 @@ class Held:
             outcome = MergeOutcome(held.version, held.source_tick, lag, age, held.values is not None)
             outcome = replace(outcome, expired=self.anchor.max_age is not None and age > self.anchor.max_age)
         return replace(outcome, refused=self.seen if reason else None, reason=reason)
-
-    def _in_place(self, g_comp: Tensor, correction: Tensor) -> tuple[int, int]:
-        """One sweep over the gradient: merge, and count agreeing and flipped signs, while a block is in the cache."""
-        agree, flips = g_comp.new_zeros((), dtype=torch.int64), g_comp.new_zeros((), dtype=torch.int64)
-        block = CACHED if g_comp.device.type == "cpu" else WIDE
-        for g, c in zip(g_comp.split(block), correction.split(block)):
-            merged = self.merger.apply(g, c)
-            agree += (c.sign() == g.sign()).sum()
-            flips += (merged * g < 0).sum()
-            g.copy_(merged)
-        return int(agree.item()), int(flips.item())
 
     def _adopt(self, plan: TickPlan) -> str:
         """Take over the newest version that all ranks hold; or why not, the same on all of them but in its wording."""
@@ -228,10 +216,10 @@ class Held:
             return replace(held, values=None, look=held.look.to(device), fetch=None)
         whole = held if held.fetch is None else held.fetch()
         assert whole.values is not None
-        values = whole.values.to(device)
+        values = held_form(self.merger, whole.values, device.type)
         if self.merger.needs_source:
             assert source is not None  # the tick that started this fire has kept it
-            values = values - source
+            values = cast(Tensor, values) - source  # of a dense M̄
         return replace(held, values=values, look=None, fetch=None)
 
     def _total(self, numbers: list[float]) -> list[float]:
@@ -257,6 +245,7 @@ class Held:
             self.seen += 1
             signs, alone = fired
             look = None if self.at is None else alone[self.at]
+            signs = held_form(self.merger, signs, self.grid.device.type)
             self.correction = Correction(self.seen, source, plan.tick, signs, self.config.placebo or "", look)
             self._learn(self.correction, plan)
         return ""
@@ -264,7 +253,7 @@ class Held:
     def stand_in(self) -> dict[str, Tensor]:
         """What a diagnosis cannot get from an anchor, as there is none: the placebo's correction."""
         values = self.correction.values if self.placebo and self.correction else None
-        return {} if values is None else {"m_bar": values}
+        return {} if values is None else {"m_bar": values.sign()}
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors, and plain fields: all that the next tick needs of corrections."""
@@ -275,8 +264,8 @@ class Held:
         fields: dict[str, Any] = {"seen": self.seen, "holds": self.merger.holds.fields()}
         if self.correction is not None:
             held = self.correction
-            parts = {"correction": held.values, "look": held.look if held.values is None else None}
-            tensors |= {name: part for name, part in parts.items() if part is not None}
+            tensors |= stored("correction", held.values)
+            tensors |= stored("look", held.look if held.values is None else None)
             fields["correction"] = {k: getattr(held, k) for k in ("version", "source_tick", "first_tick", "digest")}
         return tensors, fields
 
@@ -291,5 +280,6 @@ class Held:
         self.seen = fields["seen"]
         self.merger.holds.restore(fields["holds"])
         if "correction" in fields:
-            parts = {"values": here.get("correction"), "look": here.get("look")}
-            self.correction = Correction(**parts, **fields["correction"])
+            values = restored("correction", here, sum(self.sizes.values()))
+            values = None if values is None else held_form(self.merger, values, self.grid.device.type)
+            self.correction = Correction(values=values, look=here.get("look"), **fields["correction"])

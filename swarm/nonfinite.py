@@ -196,7 +196,7 @@ def held(rank: Rank, micros: list[MicroBatch], old_logprobs: list[Tensor]) -> li
     pieces += [(Kind.ENGINE, micro.rollout_logprobs) for micro in micros]
     pieces += [(Kind.REFERENCE, micro.ref_logprobs) for micro in micros if micro.ref_logprobs is not None]
     pieces += [(Kind.OLD, old) for old in old_logprobs]
-    if rank.held.correction is not None and rank.held.correction.values is not None:
+    if rank.held.correction is not None and isinstance(rank.held.correction.values, Tensor):  # packed signs are finite
         pieces.append((Kind.CORRECTION, rank.held.correction.values))
     return found + [code(kind, 0) for kind, values in pieces if not values.isfinite().all()]
 

@@ -105,5 +105,7 @@ def _clip(rank: Rank, plan: TickPlan, mini: MiniBatch, loss: Loss) -> float:
     norm = rank.norm(rank.stage.weights.grad)
     if not math.isfinite(norm):
         raise first_seen(rank, f"the gradient norm of tick {plan.tick} is {norm}", mini, loss)
-    rank.stage.weights.grad.mul_(min(1.0, rank.setup.grpo.grad_clip / (norm + 1e-6)))
+    scale = rank.setup.grpo.grad_clip / (norm + 1e-6)
+    if scale < 1:
+        rank.stage.weights.grad.mul_(scale)
     return norm

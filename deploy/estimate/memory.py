@@ -21,7 +21,7 @@ from deploy.estimate.parameters import (
     stage_shapes,
 )
 from deploy.estimate.workload import microbatch_count, prompt_tokens, response_tokens
-from merger import merger_class
+from merger import holds_planes, merger_class
 from rl.config import CPU_KV_CACHE_GB
 from rl.spans import spans
 from swarm.run_config import RunConfig
@@ -85,12 +85,13 @@ def worker(config: RunConfig, params: Params, p: int) -> list[Part]:
     beneath = stage_shapes(config, params.beneath)[p] if params.beneath else []
     owned = n - (params.embedding if params.tied and span.last and p else 0)
     payload = correction_payload(config.anchor, config.merger)
-    held = {"sign": n, "dense": FP32 * n, None: 0}[payload]
+    merger = merger_class(config.merger.kind)
+    packed = holds_planes(merger, config.swarm.device, n)  # in two planes, if there are zeros
+    held = n / 4 if payload and packed else {"sign": n, "dense": FP32 * n, None: 0}[payload]
     alive = min(config.swarm.pp - p, microbatch_count(config))
     exact = config.anchor.workers if payload and config.anchor.weights == "swarm" else 0
     bases = (arriving_itemsize(config) + exact * snapshot_itemsize(config)) * owned
     error = _error_feedback(config, params, p)
-    merger = merger_class(config.merger.kind)
     return [
         *_model(config, role, n, trained=True),
         _frozen(config, role, sum(map(prod, beneath))),

@@ -31,14 +31,14 @@ def test_without_a_gpu_it_says_so_in_its_file_and_ends_well(tmp_path: Path):
 
 def test_a_share_of_the_bandwidth_is_bytes_over_time_over_that_of_a_copy():
     """Nine bytes a parameter, in and out, against the eight of a copy of floats."""
-    found = bandwidth_share(10**9, merge_s=0.018, copy_s=0.004)
+    found = bandwidth_share("merge", 9e9, 0.018, copied=8e9, copy_s=0.004)
     assert found["merge_gb_s"] == pytest.approx(500) and found["copy_gb_s"] == pytest.approx(2000)
     assert found["merge_share"] == pytest.approx(0.25) and found["merge_ms"] == pytest.approx(18)
 
 
 def test_the_merge_that_is_measured_runs_on_a_cpu():
     found = merge_speed(torch.device("cpu"), 100_000)
-    assert found["parameters"] == 100_000 and 0 < found["merge_share"] < 2
+    assert found["parameters"] == 100_000 and 0 < found["merge_share"] < 2 and 0 < found["encode_share"] < 2
 
 
 def _run_folder(folder: Path) -> Path:

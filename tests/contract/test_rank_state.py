@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import merger
 from anchor_service.messages import Correction, joined
 from codec.config import CodecConfig
 from merger.config import MergerConfig
@@ -75,12 +76,12 @@ def _go(rank: Rank, ticks: range) -> None:
 
 @pytest.mark.parametrize("name", KINDS)
 def test_a_rank_that_takes_over_a_state_goes_on_as_if_nothing_had_been(untied_model: Path, name: str):
-    merger, codec = KINDS[name]
-    whole, first, second = (make_rank(untied_model, merger=merger, codec=codec) for _ in range(3))
+    merger_config, codec = KINDS[name]
+    whole, first, second = (make_rank(untied_model, merger=merger_config, codec=codec) for _ in range(3))
     _go(whole, range(1, TICKS + 1))
     _go(first, range(1, 5))  # with a correction held, and of `delta` a source kept
     tensors, fields = first.state()
-    assert first.held.at is None or ("correction" in tensors) == (merger.prior > 0)
+    assert first.held.at is None or ("correction" in tensors) == (merger_config.prior > 0)
     second.restore({k: v.detach().clone() for k, v in tensors.items()}, fields)
     _go(second, range(5, TICKS + 1))
     np.testing.assert_array_equal(second.stage.weights.master.numpy(), whole.stage.weights.master.numpy())
@@ -88,6 +89,29 @@ def test_a_rank_that_takes_over_a_state_goes_on_as_if_nothing_had_been(untied_mo
     assert expected.keys() == found.keys()
     for key in expected:
         assert torch.equal(expected[key], found[key]), key
+
+
+@pytest.mark.parametrize("name", ["signed_ema, powersgd", "calibrated"])
+def test_packed_signs_make_no_difference_to_a_run_nor_to_a_state(
+    untied_model: Path, name: str, monkeypatch: pytest.MonkeyPatch
+):
+    """A model is large or small, and a checkpoint may be of before signs were held packed."""
+    merger_config, codec = KINDS[name]
+    plain, packed, resumed = (make_rank(untied_model, merger=merger_config, codec=codec) for _ in range(3))
+    _go(plain, range(1, 5))
+    tensors, fields = plain.state()
+    assert "correction" in tensors
+    tensors = {k: v.detach().clone() for k, v in tensors.items()}
+    _go(plain, range(5, TICKS + 1))
+    monkeypatch.setattr(merger, "COMPILED_FROM", 0)
+    resumed.restore(tensors, fields)
+    _go(packed, range(1, 5))
+    again = {k: v.detach().clone() for k, v in packed.state()[0].items()}
+    assert "correction.plus" in again and "correction" not in again
+    packed.restore(again, packed.state()[1])
+    for rank in (packed, resumed):
+        _go(rank, range(5, TICKS + 1))
+        np.testing.assert_array_equal(rank.stage.weights.master.numpy(), plain.stage.weights.master.numpy())
 
 
 def test_a_state_of_another_model_is_refused(untied_model: Path, tied_model: Path):

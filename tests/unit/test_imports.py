@@ -38,7 +38,7 @@ LIGHT = [
     "swarm/run_config.py",
     "deploy/resume.py",
 ]
-HEAVY = {"torch", "ray", "transformers"}
+HEAVY = {"torch", "ray", "transformers", "llvmlite"}
 RAY_ALLOWED = {
     "anchor_service/actor.py",
     "anchor_service/calls.py",

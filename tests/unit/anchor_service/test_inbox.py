@@ -95,7 +95,7 @@ def test_a_correction_arrives_as_it_was_sent(payload: str):
     frame = pack_correction(M, payload, version=3, source_tick=10, first_tick=15, stage=1)
     found = unpack_correction(frame, stage=1, numel=9)
     assert (found.version, found.source_tick, found.first_tick) == (3, 10, 15)
-    assert torch.equal(found.values, M if payload == "dense" else M.sign().to(torch.int8))
+    assert torch.equal(found.values, M) if payload == "dense" else torch.equal(found.values.sign(), M.sign().char())
     assert found.digest == xxhash.xxh3_128(frame[24:].tobytes()).hexdigest()
 
 
@@ -136,7 +136,7 @@ def test_a_head_has_the_signs_that_are_looked_at_and_fits_its_correction_alone(p
     assert (head.version, head.source_tick, head.first_tick, head.values) == (3, 5, 8, None)
     wholes = [unpack_correction(frame, stage=1, numel=9) for frame in frames]
     both = joined(head, wholes[0])
-    assert both.look is not None and torch.equal(both.values, wholes[0].values)
+    assert both.look is not None and both.values is wholes[0].values
     assert both.look.tolist() == [-1, 0]
     with pytest.raises(FrameError, match=r"digest: .* the head of correction 3"):
         joined(head, wholes[1])
@@ -201,4 +201,4 @@ def test_a_whole_frame_with_a_wrong_content_is_refused(change: dict[str, Any], a
 
 
 def test_the_same_frame_without_the_change_is_accepted():
-    assert unpack_correction(pack(HEADER, {"plus": PLUS}), stage=0, numel=9).values.tolist() == [-1] * 9
+    assert unpack_correction(pack(HEADER, {"plus": PLUS}), stage=0, numel=9).values.sign().tolist() == [-1] * 9

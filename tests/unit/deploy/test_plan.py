@@ -183,11 +183,14 @@ def test_slower_links_cost_time_where_bytes_cross_them():
 # --- memory --------------------------------------------------------------------------------------
 
 
-def test_memory_of_a_worker_by_hand(tiny: Path):
+def test_memory_of_a_worker_by_hand(tiny: Path, monkeypatch: pytest.MonkeyPatch):
     parts = {p.name: p.bytes for p in memory(config(tiny), parameters(config(tiny))) if p.role == "worker stage 1"}
     assert parts["fp32 masters"] == parts["fp32 gradients"] == 4 * 696
     assert parts["Adam moments"] == 8 * 696 and parts["correction held"] == 696
     assert parts["scratch of norm and merge"] == 16 * (696 - 80)
+    monkeypatch.setattr("merger.COMPILED_FROM", 696)  # as if that were many: two planes
+    parts = {p.name: p.bytes for p in memory(config(tiny), parameters(config(tiny))) if p.role == "worker stage 1"}
+    assert parts["correction held"] == 696 / 4
     assert "compute copy" not in parts and "bases of deltas" not in parts
 
 
