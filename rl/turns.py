@@ -66,6 +66,11 @@ class _Talk:
         self.own = np.concatenate([self.own, np.full(len(tokens), own)])
 
 
+def conversation_id(key: Key) -> str:
+    """The same to the environment and to the reward."""
+    return "/".join(map(str, key))
+
+
 class Conversations:
     """`most`: turns of the policy in one of them; the `environment` is asked between two."""
 
@@ -111,7 +116,8 @@ class Conversations:
     def _answered(self, talk: _Talk, limit: int) -> bool:
         """Whether the conversation goes on: what the environment says, if it fits with a token more, is put behind it."""
         assert self.environment is not None  # more turns than one are refused without
-        replies = self.environment.respond([*talk.messages], dict(talk.example.metadata))
+        metadata = dict(talk.example.metadata) | {"conversation_id": conversation_id(talk.key)}
+        replies = self.environment.respond([*talk.messages], metadata)
         if replies is None:
             return False
         try:

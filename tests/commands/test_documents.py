@@ -50,6 +50,7 @@ CHECKED = {  # what is not run, and why
     "northstar sweep smollm2": "trains SmolLM2 for forty minutes",
     "make chain": "trains a policy for six minutes",
     "make vllm": "installs a package",
+    "make verifiers": "installs a package",
     "make gpu-check": "takes nine minutes where there is a GPU: tests/contract/test_gpu_check.py runs it as if there were none",
     "device=cuda": "needs a GPU",
     "smollm2-gsm --set rollout.engine=vllm": "needs five minutes of two cores",

@@ -20,7 +20,7 @@ from rl.messages import Message
 from rl.model_files import BUILTIN
 from rl.prompts import PromptEncoder
 from rl.task_config import TaskConfig
-from rl.turns import Conversations
+from rl.turns import Conversations, conversation_id
 from tests.unit.rl.test_stops import CHATML, LLAMA3, MISTRAL, SPECIAL
 
 CHARACTERS = ["\n", *map(chr, range(32, 127))]
@@ -141,7 +141,10 @@ def test_later_turns_come_behind_the_very_tokens_with_keys_and_room_of_their_own
     assert found.truncated == [False, False, True, False]  # the turn limit cuts nothing
     assert found.texts == ["a.", "g", "cut~", "ff."]
     assert [m["role"] for m in found.messages[1]] == ["user", *["assistant", "tool"] * 2, "assistant"]
-    assert environment.seen[-1] == (found.messages[3], {"row": 2}) and len(environment.seen) == 5
+    name = conversation_id(keys[3])
+    assert (
+        environment.seen[-1] == (found.messages[3], {"row": 2, "conversation_id": name}) and len(environment.seen) == 5
+    )
     values = [np.arange(len(t)) for t in found.tokens]
     assert [each.tolist() for each in found.of_own(values)][3] == [0, 4, 5, 6]
 
