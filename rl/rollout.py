@@ -69,7 +69,7 @@ class RolloutWorker:
         self.grpo, self.seed = grpo, seed
         self.receiver = Receiver(snapshot)
         self.rollout, plain = rollout, PlainModel(folder, model, rollout)
-        plain.eos = sorted({*plain.eos, *self.encoder.stops})
+        plain.stops = self.encoder.stops
         self.engine: Engine = ENGINES[rollout.engine](plain, rollout, grpo.max_prompt_length + grpo.max_response_length)
         environment: object = self.task
         if task.environment is not None:

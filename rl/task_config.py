@@ -59,7 +59,11 @@ class TaskConfig(Section):
     environment_timeout_s: float = Field(default=60.0, gt=0, description="deadline of one answer of the environment")
     stop: list[str] = Field(
         default_factory=list,
-        description="texts that end a turn beside the model's own ends, e.g. `</tool_call>`; each a single token",
+        description="texts that end a turn beside the model's own ends, e.g. `</tool_call>`: with the token that completes one",
+    )
+    skip_special_tokens: bool = Field(
+        default=True,
+        description="whether special tokens are left out of the text that `reward`, `environment` and a verifiers environment get",
     )
     overlong: Literal["error", "drop"] = Field(
         default="error",
@@ -111,6 +115,7 @@ READING: Reading = {
     "task.environment": ((When("task.max_turns", (2,), lambda most: most > 1),),),
     "task.environment_timeout_s": (_OWN_ENVIRONMENT, _VERIFIERS),
     "task.max_turns": ((When("task.name", ("calculator",)),), _OWN_ENVIRONMENT, _VERIFIERS),
+    "task.skip_special_tokens": (*_OWN, _OWN_ENVIRONMENT, _VERIFIERS),
     "task.template_options": ((When("task.chat", (True,)),),),
     "task.reward_weights": _OWN,
     "task.reward_timeout_s": (*_OWN, _VERIFIERS),

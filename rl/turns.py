@@ -9,7 +9,7 @@ engine is given the whole conversation for each turn.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -109,8 +109,7 @@ class Conversations:
         for talk, tokens, logprobs, cut in zip(talks, said.tokens, said.logprobs, said.truncated, strict=True):
             talk.add(tokens, own=True)
             talk.logprobs = np.concatenate([talk.logprobs, logprobs])
-            text = cast(str, self.encoder.tokenizer.decode(tokens, skip_special_tokens=True))
-            talk.messages.append({"role": "assistant", "content": text})
+            talk.messages.append({"role": "assistant", "content": self.encoder.said(tokens)})
             talk.truncated = cut
 
     def _answered(self, talk: _Talk, limit: int) -> bool:
