@@ -38,6 +38,8 @@ def reply_of(service: Service, messages: list[Message], *values: Any) -> list[Me
     except ChildFailed as failure:
         hint = f" ({service.key})" if failure.late else ""
         raise EnvironmentFailed(f"{service.what} {failure.reason}{hint}, to {as_text(messages)[-400:]}") from None
+    except ValueError as error:  # there is no process that could be asked
+        raise EnvironmentFailed(f"{service.what} {error}") from None
 
 
 def responder(name: str) -> Callable[..., Any]:

@@ -52,7 +52,7 @@ class _Elsewhere:
     """In place of the client behind a network, which some environments ask for more than turns."""
 
     def __getattr__(self, name: str) -> Any:
-        raise EnvironmentRefused("asks for a model behind a network, which there is not here")
+        raise EnvironmentRefused("it asks for a model behind a network, which there is not here")
 
 
 def client_of(turns: PolicyTurns) -> Any:

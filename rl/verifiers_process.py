@@ -52,7 +52,7 @@ class Rollout:
             return None
         goes_on = _plain(shown[: len(before)]) == before and len(shown) > len(before)
         if not goes_on or shown[len(before)].role != "assistant":
-            raise EnvironmentRefused("asks for more than the next turn of a conversation, or changes what was said")
+            raise EnvironmentRefused("it asks for more than the next turn of a conversation, or changes what was said")
         self.prompt = shown
         return shown[len(before) + 1 :]
 
@@ -74,7 +74,7 @@ class HostedEnvironment:
         environment = self.environment
         train, val = environment.build_dataset(), environment.build_eval_dataset()
         if train is None:
-            raise EnvironmentRefused("has problems to validate on and none to train on")
+            raise EnvironmentRefused("it has problems to validate on and none to train on")
         splits = {"train": train} if val is None else {"train": train, "val": val}
         tools = _plain(environment.tool_defs or [])
         found = {name: [_row(name, i, row) for i, row in enumerate(rows)] for name, rows in splits.items()}
@@ -104,7 +104,7 @@ class HostedEnvironment:
         return replies
 
     async def _judged(self, response: str, metadata: dict[str, Any]) -> Said:
-        said = metadata.get("conversation", [{"role": "assistant", "content": response}])
+        said = metadata.get("conversation", [*metadata["prompt"], {"role": "assistant", "content": response}])
         metadata = {"conversation_id": ""} | metadata
         await self._spoken(said, metadata, metadata["truncated"])
         rollout = self._rollouts.pop(metadata["conversation_id"])
@@ -116,7 +116,7 @@ class HostedEnvironment:
             await rubric.score_rollout(state)
         await rubric.cleanup(state)
         if errors:
-            return {"failed": errors[0]}
+            return {"failed": f"raised in a reward function ({errors[0]})"}
         return {**as_said(state["metrics"]), **as_said(state["reward"])}
 
     async def _begun(self, row: dict[str, Any]) -> Rollout:
@@ -124,9 +124,9 @@ class HostedEnvironment:
         state = asyncio.ensure_future(self.environment.rollout(row, client_of(turns), "policy", {}))
         shown = await turns.shown(state)
         if shown is None:
-            raise EnvironmentRefused("ended before the policy said anything")
+            raise EnvironmentRefused("it ended before the policy said anything")
         if [(m.role, m.content) for m in shown] != [(m["role"], m["content"]) for m in row["prompt"]]:
-            raise EnvironmentRefused("shows the policy another prompt than its data set has")
+            raise EnvironmentRefused("it shows the policy another prompt than its data set has")
         return Rollout(turns, state, shown)
 
     def _input(self, split: str, index: int) -> dict[str, Any]:
@@ -151,7 +151,7 @@ def check_runs_here(environment: Any) -> None:
             if base.__name__ in NETWORK:
                 raise EnvironmentRefused(f"{type(part).__name__} {NETWORK[base.__name__]}, which is not run here")
     if environment.requires_group_rollouts:
-        raise EnvironmentRefused("has reward functions of a whole group; only those of one rollout are run here")
+        raise EnvironmentRefused("it has reward functions of a whole group; only those of one rollout are run here")
 
 
 def parts_of_rubric(rubric: Any) -> list[Any]:
@@ -167,7 +167,7 @@ def limit_turns(environment: Any, turns: int) -> None:
     most = getattr(environment, "max_turns", 1)
     if turns == 1 and most != 1:
         much = f"{most} turns" if most > 0 else "any number of turns"
-        raise EnvironmentRefused(f"has {much}: set task.max_turns to how many the policy is to have")
+        raise EnvironmentRefused(f"it has {much}: set task.max_turns to how many the policy is to have")
     if hasattr(environment, "max_turns"):
         environment.max_turns = min(most, turns) if most > 0 else turns
 

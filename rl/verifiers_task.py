@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from rl.child import IMPORT_S, Service
+from rl.child import IMPORT_S, ChildFailed, Service
 from rl.data_rows import DataRows
 from rl.environment import reply_of
 from rl.examples import Example
@@ -31,7 +31,10 @@ class VerifiersTask:
         what, key = f"task.name {config.name!r}", "task.environment_timeout_s"
         arguments = name, json.dumps(config.params), str(config.max_turns)
         self._service = Service(what, key, config.environment_timeout_s, "rl.verifiers_process:host", *arguments)
-        told = self._service.ask(max(IMPORT_S, config.environment_timeout_s), "rows")
+        try:
+            told = self._service.ask(max(IMPORT_S, config.environment_timeout_s), "rows")
+        except ChildFailed as failure:
+            raise ValueError(f"{what} {failure.reason}") from None
         check_tools(config, told["tools"])
         rows = {split: DataRows(f"{config.name} ({split})", found) for split, found in told["rows"].items()}
         columns = TableParams(prompt="prompt", answer="answer")

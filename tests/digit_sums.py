@@ -55,4 +55,7 @@ def rows(split: str, count: int) -> Dataset:
 def load_environment(problems: int = 64, tool: bool = False, **arguments: Any) -> vf.Environment:
     rubric = vf.Rubric(funcs=[right, asked], weights=[1.0, 0.25])
     data = {"dataset": rows("train", problems), "eval_dataset": rows("val", 16), "rubric": rubric}
-    return vf.ToolEnv(tools=[last_digit], **data, **arguments) if tool else Calculator(**data, **arguments)
+    if not tool:
+        return Calculator(**data, **arguments)
+    shown = [{"role": "user", "content": "1+1+1+1+1="}, {"role": "assistant", "content": "#5"}]
+    return vf.ToolEnv(tools=[last_digit], few_shot=shown, **data, **arguments)

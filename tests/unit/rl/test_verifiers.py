@@ -164,7 +164,8 @@ def task() -> VerifiersTask:
 
 def talk(task: VerifiersTask, example: Example, name: str, *turns: str) -> tuple[list[Message], Example]:
     """A conversation as engines hold it, and the problem as its reward is given it."""
-    messages: list[Message] = [{"role": "user", "content": example.text}]
+    assert not isinstance(example.prompt, str) and len(example.prompt) == 3  # with a turn that the policy did not say
+    messages = [*example.prompt]
     metadata = example.metadata | {"conversation_id": name}
     for i, turn in enumerate(turns):
         messages.append({"role": "assistant", "content": turn})
@@ -188,7 +189,7 @@ def test_tools_answer_turns_and_a_turn_without_one_is_the_last(task: VerifiersTa
     first, second = (m["content"] for m in messages if m["role"] == "tool")
     assert first == "5" and "not iterable" in second
     messages, _ = talk(task, example, "b", "#5", "never said")
-    assert [m["role"] for m in messages] == ["user", "assistant", "assistant"]
+    assert [m["role"] for m in messages[2:]] == ["user", "assistant", "assistant"]
 
 
 def test_the_rubric_judges_the_whole_by_function_and_weight(task: VerifiersTask):
@@ -206,7 +207,7 @@ def test_the_rubric_judges_the_whole_by_function_and_weight(task: VerifiersTask)
 def test_a_conversation_that_was_cut_is_judged_as_far_as_it_went(task: VerifiersTask):
     example = task.example("train", 2)
     _, full = talk(task, example, "a", call([1]))  # the answer to it did not fit: the policy is not asked again
-    full = replace(full, metadata=full.metadata | {"conversation": full.metadata["conversation"][:2]})
+    full = replace(full, metadata=full.metadata | {"conversation": full.metadata["conversation"][:4]})
     (judged,) = make_reward(CONFIG, task)([(full, call([1]), True)])
     assert judged == Judged(0.25, judged.parts) and judged.parts["num_turns"] == 1
 
@@ -223,6 +224,6 @@ def test_a_process_that_does_not_know_the_conversation_is_told_what_was_said(tas
 def test_a_reward_function_that_raises_is_no_judgement_of_zero(task: VerifiersTask):
     example = task.example("train", 4)
     (judged,) = make_reward(CONFIG, task)([(example, "raise", False)])
-    assert judged.failed == "Error calling reward function right: the reward is broken" and judged.reward == 0
+    assert judged.failed.endswith("(Error calling reward function right: the reward is broken)") and judged.reward == 0
     with pytest.raises(EnvironmentFailed, match=r"task.name 'verifiers:tests.digit_sums' raised .*IndexError"):
         task.respond([{"role": "assistant", "content": "x"}], {"row": ["train", 10**6], "conversation_id": "z"})
