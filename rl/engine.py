@@ -13,7 +13,7 @@ from numpy.random import Generator, Philox, SeedSequence
 from rl.config import ModelConfig, RolloutConfig
 from rl.grpo import token_logprobs
 from rl.policy import whole_model
-from rl.stops import stop_tokens
+from rl.stops import StopTexts, stop_tokens
 
 # (seed, split, step, prompt, sample), and the turn from the second on: all that a sample's random numbers depend on
 Key = tuple[int, ...]
@@ -34,9 +34,9 @@ class EngineFailed(RuntimeError):
 class Samples:
     """What an engine returns for one list of prompts, in order: prompt-major, then sample."""
 
-    tokens: list[np.ndarray]  # int32, response tokens with the EOS if there was one
+    tokens: list[np.ndarray]  # int32, response tokens with the end, if there was one
     logprobs: list[np.ndarray]  # float32, under the sampling distribution
-    truncated: list[bool]  # no EOS within the limit
+    truncated: list[bool]  # no end within the limit
 
 
 class Engine(Protocol):
@@ -71,6 +71,7 @@ class PlainModel:
         numbers = getattr(torch, model.dtype)
         self.model, self.weights = whole_model(folder, numbers, self.device, model.attention, model.lora)
         self.eos = stop_tokens(folder)
+        self.stops: StopTexts | None = None  # of the task
 
     @torch.inference_mode()
     def score(self, prompts: list[list[int]], responses: list[np.ndarray], temperature: float) -> list[np.ndarray]:

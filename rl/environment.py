@@ -8,12 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rl.child import Child, ChildFailed
+from rl.child import ChildFailed, Service
 from rl.messages import Message, as_text
 from rl.module_source import check_defines, find_module
 
 _FORM = "function(messages: list, metadata: dict) -> list | None"
-_IMPORT_S = 60.0  # its module may import much, on a busy machine
 
 
 class EnvironmentFailed(RuntimeError):
@@ -24,21 +23,23 @@ class OwnEnvironment:
     """The function `name`, which is asked about one turn at a time. Raises ValueError if it cannot be imported."""
 
     def __init__(self, name: str, timeout_s: float):
-        self.name, self.timeout_s = name, timeout_s
-        self._child = Child("rl.environment:responder", name)
-        try:
-            self._child.started(max(_IMPORT_S, timeout_s))
-        except ChildFailed as failure:
-            raise ValueError(f"task.environment {name!r} cannot be imported: its module {failure.reason}") from None
+        what, key = f"task.environment {name!r}", "task.environment_timeout_s"
+        self._service = Service(what, key, timeout_s, "rl.environment:responder", name)
 
     def respond(self, messages: list[Message], metadata: dict[str, Any]) -> list[Message] | None:
         """Raises EnvironmentFailed."""
-        try:
-            return self._child.ask(self.timeout_s, messages, metadata)
-        except ChildFailed as failure:
-            hint = " (task.environment_timeout_s)" if failure.late else ""
-            to = f"to {as_text(messages)[-400:]}"
-            raise EnvironmentFailed(f"task.environment {self.name!r} {failure.reason}{hint}, {to}") from None
+        return reply_of(self._service, messages, messages, metadata)
+
+
+def reply_of(service: Service, messages: list[Message], *values: Any) -> list[Message] | None:
+    """What the environment behind `service` answers to `messages`, asked with `values`. Raises EnvironmentFailed."""
+    try:
+        return service.ask(service.timeout_s, *values)
+    except ChildFailed as failure:
+        hint = f" ({service.key})" if failure.late else ""
+        raise EnvironmentFailed(f"{service.what} {failure.reason}{hint}, to {as_text(messages)[-400:]}") from None
+    except ValueError as error:  # there is no process that could be asked
+        raise EnvironmentFailed(f"{service.what} {error}") from None
 
 
 def responder(name: str) -> Callable[..., Any]:

@@ -13,7 +13,10 @@ from rl.model_files import model_config
 from rl.task_config import TaskConfig
 
 if TYPE_CHECKING:
+    import numpy as np
     from transformers import PreTrainedTokenizerBase
+
+    from rl.stops import StopTexts
 
 CHUNK = 1024  # prompts a call of the tokenizer, which takes them in parallel
 _TURN = "what-the-policy-says"
@@ -47,7 +50,7 @@ class PromptEncoder:
         self.tokenizer = load_tokenizer(folder) if tokenizer is None else tokenizer
         self._task, self._limit, self._vocab = task, limit, model_config(str(folder))["vocab_size"]
         self._nothing = next(self._encoded([""]))
-        self.stops = [self._stop(text) for text in task.stop]  # tokens that end a turn
+        self._folder = folder
 
     def encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         """Token ids. Raises PromptRefused for the first that cannot be shown."""
@@ -130,12 +133,16 @@ class PromptEncoder:
         alone = not instruction or prompt[0]["role"] == "system"
         return prompt if alone else [{"role": "system", "content": instruction}, *prompt]
 
+    def said(self, tokens: np.ndarray) -> str:
+        """What the policy said, as environments and rewards read it."""
+        return cast(str, self.tokenizer.decode(tokens, skip_special_tokens=self._task.skip_special_tokens))
+
     def continuation(self, replies: list[Message], last: int) -> list[int]:
         """Token ids of what comes behind a turn of the policy that ended in the token `last`: what others said, up to where
         its next turn begins. Raises PromptRefused."""
         text = "".join(message["content"] for message in replies)
         try:
-            shown = self._behind(replies, closed=last not in self.stops) if self._task.chat else text
+            shown = self._behind(replies, closed=last in self._ends) if self._task.chat else text
             ids = cast(list[int], self.tokenizer(shown, add_special_tokens=False, verbose=False)["input_ids"])
         except Exception as error:  # as in `_alone`
             raise PromptRefused(f"{text[:200]!r}, which is not taken ({type(error).__name__}: {error})") from error
@@ -165,14 +172,19 @@ class PromptEncoder:
         end = end_of_turn(self.tokenizer)
         return "" if end is None else cast(str, self.tokenizer.convert_ids_to_tokens(end))
 
-    def _stop(self, text: str) -> int:
-        """Raises ValueError: an engine looks at tokens, and in one text may end within a token."""
-        ids = cast(list[int], self.tokenizer(text, add_special_tokens=False)["input_ids"])
-        if len(ids) != 1 or ids[0] >= self._vocab:
-            raise ValueError(
-                f"task.stop {text!r} is {len(ids)} tokens of this model, and a turn ends at one: {ids[:9]}"
-            )
-        return ids[0]
+    @cached_property
+    def stops(self) -> StopTexts | None:
+        """Texts that end a turn. Raises ValueError."""
+        from rl.stops import StopTexts
+
+        return StopTexts(self.tokenizer, self._task.stop) if self._task.stop else None
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        """Tokens with which the model itself ends a turn."""
+        from rl.stops import stop_tokens
+
+        return stop_tokens(self._folder, self.tokenizer)
 
     def _plain(self, prompt: Prompt) -> str:
         if isinstance(prompt, str):

@@ -29,7 +29,7 @@ Asked = tuple[Prompt, str, str, dict[str, Any]]  # prompt, response, answer, met
 
 
 class Said(TypedDict, total=False):
-    """Of one answer: one of these."""
+    """Of one answer: one of these, or parts beside the number that they came to."""
 
     number: float
     parts: dict[str, float]
@@ -61,7 +61,7 @@ async def _awaited(function: Callable[..., Any], sample: Asked, seconds: float) 
         value = await _in_time(function(*sample), seconds)
     except _RAISED as error:
         return _failure(error, seconds)
-    return _said(value)
+    return as_said(value)
 
 
 def _alone(function: Callable[..., Any], sample: Asked, seconds: float, runner: asyncio.Runner) -> Said:
@@ -72,7 +72,7 @@ def _alone(function: Callable[..., Any], sample: Asked, seconds: float, runner: 
             value = runner.run(_in_time(value, seconds))
     except _RAISED as error:
         return _failure(error, seconds)
-    return _said(value)
+    return as_said(value)
 
 
 async def _in_time(value: Awaitable[Any], seconds: float) -> Any:
@@ -89,7 +89,8 @@ def _failure(error: BaseException, seconds: float) -> Said:
     return {"failed": f"raised {type(error).__name__}: {error}"}
 
 
-def _said(value: Any) -> Said:
+def as_said(value: Any) -> Said:
+    """A number, or a dict of parts, checked."""
     try:
         if not isinstance(value, dict):
             return {"number": _number(value)}

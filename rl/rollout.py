@@ -17,7 +17,7 @@ from rl import mismatch
 from rl.batch import Batch, Prompts
 from rl.config import GrpoConfig, ModelConfig, RolloutConfig, SnapshotConfig
 from rl.device import peak_memory_gb
-from rl.engine import Engine, PlainModel
+from rl.engine import Engine, Key, PlainModel
 from rl.environment import OwnEnvironment
 from rl.examples import Example
 from rl.grpo import group_advantages
@@ -31,7 +31,7 @@ from rl.table import Table
 from rl.task_config import TaskConfig
 from rl.tasks import make_task
 from rl.transformers_engine import TransformersEngine
-from rl.turns import Conversations, Environment, Talks
+from rl.turns import Conversations, Environment, Talks, conversation_id
 from rl.vllm_engine import VllmEngine
 
 SPLITS = {"train": 0, "val": 1}
@@ -69,7 +69,7 @@ class RolloutWorker:
         self.grpo, self.seed = grpo, seed
         self.receiver = Receiver(snapshot)
         self.rollout, plain = rollout, PlainModel(folder, model, rollout)
-        plain.eos = sorted({*plain.eos, *self.encoder.stops})
+        plain.stops = self.encoder.stops
         self.engine: Engine = ENGINES[rollout.engine](plain, rollout, grpo.max_prompt_length + grpo.max_response_length)
         environment: object = self.task
         if task.environment is not None:
@@ -115,7 +115,7 @@ class RolloutWorker:
         samples = self.conversations.hold(prompts, examples, keys, limit, ask.temperature)
         compared = self._compare(ask, prompts, samples)
         prompts = [p for p in prompts for _ in range(ask.n)]
-        examples = self._told([e for e in examples for _ in range(ask.n)], samples)
+        examples = self._told([e for e in examples for _ in range(ask.n)], keys, samples)
         ref = self._reference_logprobs(ask, prompts, samples)
         judged = self.reward([*zip(examples, samples.texts, samples.truncated)])
         rewards, taken = [each.reward for each in judged], {}
@@ -143,12 +143,15 @@ class RolloutWorker:
             return []
         return samples.of_own(self.reference.score(prompts, samples.tokens, ask.temperature or 1.0))
 
-    def _told(self, examples: list[Example], samples: Talks) -> list[Example]:
+    def _told(self, examples: list[Example], keys: list[Key], samples: Talks) -> list[Example]:
         """With what was said in several turns, for a reward."""
         if self.conversations.most == 1:
             return examples
-        pairs = zip(examples, samples.messages, strict=True)
-        return [replace(e, metadata=e.metadata | {"conversation": messages}) for e, messages in pairs]
+        said = [
+            {"conversation": messages, "conversation_id": conversation_id(key)}
+            for messages, key in zip(samples.messages, keys, strict=True)
+        ]
+        return [replace(e, metadata=e.metadata | told) for e, told in zip(examples, said, strict=True)]
 
     def _undecided(self) -> dict[str, float]:
         count = self.task.formulas.take_undecided() if isinstance(self.task, Table) else 0

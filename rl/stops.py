@@ -1,4 +1,4 @@
-"""Where an answer ends: the tokens that one of a model's files names as an end."""
+"""Where an answer ends: at tokens that one of a model's files names as an end, and at texts that a task names."""
 
 from __future__ import annotations
 
@@ -7,12 +7,58 @@ from pathlib import Path
 from typing import Any, cast
 
 from jinja2 import TemplateError
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerBase
 
 from rl.model_shape import ModelRefused
 from rl.tokenizer import has_tokenizer, load_tokenizer
 
 _ANSWER = "what-the-assistant-says"
+
+
+class StopTexts:
+    """Texts that end a turn, with the token that completes the first of them. Raises ValueError for one that none can.
+
+    They are looked for as vLLM looks for its `stop`: in the turn's own text, token by token, special tokens included.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, texts: list[str]):
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if not isinstance(backend, Tokenizer):
+            raise ValueError(f"task.stop needs a tokenizer.json of the model, not a {type(tokenizer).__name__}")
+        self.texts, self.backend = texts, backend
+        for text in texts:
+            said = backend.decode(backend.encode(text, add_special_tokens=False).ids, skip_special_tokens=False)
+            if not text or text.strip() not in said:
+                raise ValueError(
+                    f"task.stop {text!r}: the model's tokenizer makes {said!r} of it, so no turn ends there"
+                )
+
+    def turn(self, behind: list[int]) -> TurnText:
+        """What is said behind these tokens."""
+        return TurnText(self, behind)
+
+
+class TurnText:
+    """A turn as it is said."""
+
+    def __init__(self, stops: StopTexts, behind: list[int]):
+        self._stops, self._stream = stops, DecodeStream(ids=behind, skip_special_tokens=False)
+        self._kept, self._said = max(map(len, stops.texts)) - 1, ""
+
+    def ends_with(self, token: int) -> bool:
+        """Whether it holds one of the texts, now that the token is said."""
+        said = self._said + (self._step(token) or "")
+        self._said = said[len(said) - self._kept :] if len(said) > self._kept else said
+        return any(text in said for text in self._stops.texts)
+
+    def _step(self, token: int) -> str | None:
+        try:
+            return self._stream.step(self._stops.backend, token)
+        except Exception:  # bytes that are no text after all: vLLM begins anew there too
+            self._stream = DecodeStream(skip_special_tokens=False)
+            return self._stream.step(self._stops.backend, token)
 
 
 def stop_tokens(folder: Path, tokenizer: PreTrainedTokenizerBase | None = None) -> list[int]:

@@ -23,6 +23,7 @@ def survey(
 ) -> Problems:
     """`folder` and `tokenizer` are the model's. Raises ValueError with the rows, or the problem, that a run could not be shown."""
     encoder = PromptEncoder(folder, task, grpo.max_prompt_length, tokenizer)
+    _ = encoder.stops  # raises
     val_size = min(val_size, SAMPLE)  # a table does not ask; making a problem may take long
     made = make_task(task, seed, val_size, encoder.judge)
     found = made.problems()

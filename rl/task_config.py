@@ -14,11 +14,12 @@ class TaskConfig(Section):
 
     name: str = Field(
         default="sums",
-        description="`sums`, `calculator`, `reasoning_gym:NAME`, `jsonl:PATH`, or `hf:` and OWNER/NAME, OWNER/NAME/CONFIG or a PATH",
+        description="`sums`, `calculator`, `reasoning_gym:NAME`, `jsonl:PATH`, `verifiers:NAME`, or `hf:` and OWNER/NAME, "
+        "OWNER/NAME/CONFIG or a PATH",
     )
     params: dict[str, Any] = Field(
         default_factory=dict,
-        description="parameters of a reasoning_gym task; of jsonl and hf: columns and splits (docs/models.md)",
+        description="parameters of a reasoning_gym task; arguments of a verifiers environment; of jsonl and hf: columns and splits (docs/models.md)",
     )
     reward: str | None = Field(
         default=None,
@@ -29,7 +30,9 @@ class TaskConfig(Section):
         default_factory=dict, description="weights of the parts in a reward that is a dict; default: 1 each"
     )
     reward_timeout_s: float = Field(
-        default=60.0, gt=0, description="deadline of one call of `reward`; the import of its module may take a minute"
+        default=60.0,
+        gt=0,
+        description="deadline of one call of `reward`, or of a verifiers rubric; the import of its module may take a minute",
     )
     reward_failures: int = Field(
         default=8,
@@ -53,10 +56,14 @@ class TaskConfig(Section):
         description="`module:function` of (messages, metadata) that answers the policy's turns with messages, or with None "
         "to end; default: the task's own, if it has one",
     )
-    environment_timeout_s: float = Field(default=60.0, gt=0, description="deadline of one call of `environment`")
+    environment_timeout_s: float = Field(default=60.0, gt=0, description="deadline of one answer of the environment")
     stop: list[str] = Field(
         default_factory=list,
-        description="texts that end a turn beside the model's own ends, e.g. `</tool_call>`; each a single token",
+        description="texts that end a turn beside the model's own ends, e.g. `</tool_call>`: with the token that completes one",
+    )
+    skip_special_tokens: bool = Field(
+        default=True,
+        description="whether special tokens are left out of the text that `reward`, `environment` and a verifiers environment get",
     )
     overlong: Literal["error", "drop"] = Field(
         default="error",
@@ -67,7 +74,11 @@ class TaskConfig(Section):
     @property
     def reward_patience_s(self) -> float:
         """So long one request may wait for a reward that hangs, before the run ends by it; 0 without one."""
-        return self.reward_timeout_s * self.reward_failures if self.reward else 0.0
+        return self.reward_timeout_s * self.reward_failures if self.reward or _verifiers(self.name) else 0.0
+
+
+def _verifiers(name: str) -> bool:
+    return name.startswith("verifiers:")
 
 
 class TableParams(Section):
@@ -88,17 +99,25 @@ class TableParams(Section):
     )
 
 
+_VERIFIERS = (When("task.name", ("verifiers:NAME",), _verifiers),)
 _OWN = ((When("task.reward", ("MODULE:FUNCTION",), bool),),)
 _OWN_ENVIRONMENT = (When("task.environment", ("MODULE:FUNCTION",), bool),)
 
 READING: Reading = {
-    "task.params": ((When("task.name", ("reasoning_gym:NAME", "jsonl:PATH", "hf:NAME"), lambda name: ":" in name),),),
-    "task.params.train": ((When("task.name", ("hf:NAME",), lambda name: not name.startswith("jsonl:")),),),
+    "task.params": (
+        (
+            When(
+                "task.name", ("reasoning_gym:NAME", "jsonl:PATH", "hf:NAME", "verifiers:NAME"), lambda name: ":" in name
+            ),
+        ),
+    ),
+    "task.params.train": ((When("task.name", ("hf:NAME",), lambda name: name.startswith("hf:")),),),
     "task.environment": ((When("task.max_turns", (2,), lambda most: most > 1),),),
-    "task.environment_timeout_s": (_OWN_ENVIRONMENT,),
-    "task.max_turns": ((When("task.name", ("calculator",)),), _OWN_ENVIRONMENT),
+    "task.environment_timeout_s": (_OWN_ENVIRONMENT, _VERIFIERS),
+    "task.max_turns": ((When("task.name", ("calculator",)),), _OWN_ENVIRONMENT, _VERIFIERS),
+    "task.skip_special_tokens": (*_OWN, _OWN_ENVIRONMENT, _VERIFIERS),
     "task.template_options": ((When("task.chat", (True,)),),),
     "task.reward_weights": _OWN,
-    "task.reward_timeout_s": _OWN,
-    "task.reward_failures": _OWN,
+    "task.reward_timeout_s": (*_OWN, _VERIFIERS),
+    "task.reward_failures": (*_OWN, _VERIFIERS),
 }

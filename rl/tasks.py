@@ -28,6 +28,7 @@ from rl.reward_function import check_reward
 from rl.sums_task import Sums
 from rl.table import Judge, Table
 from rl.task_config import TableParams, TaskConfig
+from rl.verifiers_task import VerifiersTask, check_verifiers
 
 
 class Task(Protocol):
@@ -105,15 +106,21 @@ def _build_hf(argument: str, config: TaskConfig, seed: int, val_size: int, judge
     return Table(hub_rows(argument, columns.train), val, columns, seed, judge)
 
 
+def _build_verifiers(argument: str, config: TaskConfig, seed: int, val_size: int, judge: Judge | None) -> Task:
+    return VerifiersTask(argument, config, seed, judge)
+
+
 TASKS = {
     "sums": _build_sums,
     "calculator": _build_calculator,
     "reasoning_gym": _build_gym,
     "jsonl": _build_jsonl,
     "hf": _build_hf,
+    "verifiers": _build_verifiers,
 }
 PLAIN = ("sums", "calculator")  # their names are all that there is to say
 TABLES = ("jsonl", "hf")
+ROWS = (*TABLES, "verifiers")  # whose problems are all read before a run
 _OURS = frozenset(  # of apply_chat_template
     "conversation chat_template add_generation_prompt continue_final_message tokenize padding truncation max_length "
     "return_tensors return_dict return_assistant_tokens_mask tokenizer_kwargs".split()
@@ -151,6 +158,12 @@ def check_task(config: TaskConfig) -> None:
         _check("task.reward", check_reward, config.reward)
     if config.environment is not None:
         _check("task.environment", check_environment, config.environment)
+    if config.name.startswith("verifiers:"):
+        for key in ("reward", "environment"):
+            if getattr(config, key) is not None:
+                raise ValueError(
+                    f"task.{key}: {config.name!r} answers turns and judges by itself: leave task.{key} out"
+                )
 
 
 def _check(key: str, check: Callable[[Any], None], value: Any) -> None:
@@ -166,7 +179,7 @@ def _check_name(name: str) -> None:
         near = difflib.get_close_matches(kind, TASKS, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(
-            f"unknown task {name!r}: use sums, calculator, reasoning_gym:NAME, jsonl:PATH or hf:NAME{hint}"
+            f"unknown task {name!r}: use sums, calculator, reasoning_gym:NAME, jsonl:PATH, hf:NAME or verifiers:NAME{hint}"
         )
     if kind in PLAIN and argument:
         raise ValueError(f"unknown task {name!r}: {kind} takes no argument")
@@ -174,6 +187,8 @@ def _check_name(name: str) -> None:
         raise ValueError(f"no such file: {argument!r}")
     if kind == "hf":
         check_hub_rows(argument)
+    if kind == "verifiers":
+        check_verifiers(argument)
     if kind == "reasoning_gym" and argument not in gym_names():
         near = difflib.get_close_matches(argument, gym_names(), n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"its tasks are {', '.join(sorted(gym_names()))}"
@@ -203,7 +218,7 @@ def _check_params(config: TaskConfig) -> None:
 
 def _check_overlong(config: TaskConfig) -> None:
     kind = config.name.partition(":")[0]
-    if config.overlong == "drop" and kind not in TABLES:
+    if config.overlong == "drop" and kind not in ROWS:
         raise ValueError(
             f"'drop' leaves rows of a table out, and {kind} makes its problems: leave it at 'error', and raise "
             f"grpo.max_prompt_length or ask for shorter problems in task.params"

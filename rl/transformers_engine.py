@@ -11,6 +11,7 @@ from rl.device import prefer_determinism
 from rl.engine import Key, PlainModel, Samples, uniforms
 from rl.growing_cache import growing_cache
 from rl.grpo import log_distribution
+from rl.stops import TurnText
 
 BLOCK = 32  # tokens; longer than a prompt of the built-in model
 
@@ -38,6 +39,8 @@ class TransformersEngine:
         drawn = torch.from_numpy(uniforms(keys, max_new)).to(self.device)
         cache, logits, mask = self._prefill(prompts, n)
         rows = torch.arange(len(keys), device=self.device)  # which samples are still running
+        stops = self.plain.stops
+        turns = [stops.turn(prompts[i // n]) for i in range(len(keys))] if stops else []
         tokens = torch.zeros(len(keys), max_new, dtype=torch.int64, device=self.device)
         logprobs = torch.zeros(len(keys), max_new, device=self.device)
         lengths = limits.clone()
@@ -46,7 +49,7 @@ class TransformersEngine:
         for t in range(max_new):
             chosen, logp = _draw(logits, drawn[rows, t], temperature)
             tokens[rows, t], logprobs[rows, t] = chosen, logp
-            done = torch.isin(chosen, self.eos)
+            done = torch.isin(chosen, self.eos) | self._stopped(turns, rows, chosen)
             lengths[rows[done]] = t + 1
             finished[rows[done]] = True
             done |= limits[rows] == t + 1
@@ -63,6 +66,13 @@ class TransformersEngine:
             logits = self._forward(chosen[:, None], position[:, None], mask, cache)
             position = position + 1
         return _ragged(tokens, logprobs, lengths, finished)
+
+    def _stopped(self, turns: list[TurnText], rows: Tensor, chosen: Tensor) -> Tensor:
+        """Which of the running samples end with this token by their text."""
+        if not turns:
+            return torch.zeros_like(chosen, dtype=torch.bool)
+        found = [turns[row].ends_with(token) for row, token in zip(rows.tolist(), chosen.tolist(), strict=True)]
+        return torch.tensor(found, device=self.device)
 
     def _prefill(self, prompts: list[list[int]], n: int) -> tuple[DynamicCache, Tensor, Tensor | None]:
         """Left-padded prompts once each, their common beginning once for all; then the cache repeated for n samples each."""

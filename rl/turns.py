@@ -9,7 +9,7 @@ engine is given the whole conversation for each turn.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -66,6 +66,11 @@ class _Talk:
         self.own = np.concatenate([self.own, np.full(len(tokens), own)])
 
 
+def conversation_id(key: Key) -> str:
+    """The same to the environment and to the reward."""
+    return "/".join(map(str, key))
+
+
 class Conversations:
     """`most`: turns of the policy in one of them; the `environment` is asked between two."""
 
@@ -104,14 +109,14 @@ class Conversations:
         for talk, tokens, logprobs, cut in zip(talks, said.tokens, said.logprobs, said.truncated, strict=True):
             talk.add(tokens, own=True)
             talk.logprobs = np.concatenate([talk.logprobs, logprobs])
-            text = cast(str, self.encoder.tokenizer.decode(tokens, skip_special_tokens=True))
-            talk.messages.append({"role": "assistant", "content": text})
+            talk.messages.append({"role": "assistant", "content": self.encoder.said(tokens)})
             talk.truncated = cut
 
     def _answered(self, talk: _Talk, limit: int) -> bool:
         """Whether the conversation goes on: what the environment says, if it fits with a token more, is put behind it."""
         assert self.environment is not None  # more turns than one are refused without
-        replies = self.environment.respond([*talk.messages], dict(talk.example.metadata))
+        metadata = dict(talk.example.metadata) | {"conversation_id": conversation_id(talk.key)}
+        replies = self.environment.respond([*talk.messages], metadata)
         if replies is None:
             return False
         try:

@@ -62,7 +62,7 @@ class VllmEngine:
         cache_gb = rollout.kv_cache_gb or (CPU_KV_CACHE_GB if on_cpu else None)
         return LLM(
             model=str(self.plain.folder),
-            skip_tokenizer_init=True,  # token ids in, token ids out
+            skip_tokenizer_init=self.plain.stops is None,  # token ids in, token ids out
             load_format="dummy",
             generation_config="vllm",  # no sampling defaults of the model's
             dtype="bfloat16" if self.plain.weights.compute.dtype == torch.bfloat16 else "float32",
@@ -106,6 +106,7 @@ class VllmEngine:
 
         if not self.ready:
             raise EngineFailed("samples of vllm", "its weights are not those of the run", _RESTART)
+        stops = self.plain.stops
         params = [
             SamplingParams(
                 temperature=temperature,
@@ -114,7 +115,10 @@ class VllmEngine:
                 stop_token_ids=self.plain.eos,
                 logprobs=0,  # the sampled token's alone
                 flat_logprobs=True,
-                detokenize=False,
+                stop=stops.texts if stops else None,
+                include_stop_str_in_output=True,
+                detokenize=stops is not None,
+                skip_special_tokens=False,  # as `TurnText` has it
             )
             for seed, most in zip(request_seeds(keys), [max_new] * len(keys) if isinstance(max_new, int) else max_new)
         ]

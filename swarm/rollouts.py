@@ -35,7 +35,7 @@ class Rollouts:
     def __init__(self, config: RunConfig, progress: Progress, engines: EngineLine):
         self.config, self.progress, self.engines = config, progress, engines
         self.ahead = Lookahead(config.rollout, config.run.steps)
-        self._reader = Reader(config.model.path)
+        self._reader = Reader(config.model.path, config.task.skip_special_tokens)
         self._lacking = 0  # steps ahead that the checkpoint lacks with which this run goes on
         self._endless = False  # no answer of the last step came to an end
         self._validated = config.val.size

@@ -117,7 +117,7 @@ class RunConfig(Section):
         if self.anchor.lag.kind == "trace":
             read_trace(self.anchor.lag.path)
         check_task(self.task)
-        if self.task.reward and self.task.reward_patience_s >= self.rollout.timeout_s:
+        if self.task.reward_patience_s >= self.rollout.timeout_s:
             raise ValueError(
                 f"task.reward_timeout_s {self.task.reward_timeout_s:g} times task.reward_failures "
                 f"{self.task.reward_failures} must be below rollout.timeout_s {self.rollout.timeout_s:g}, the deadline of a "

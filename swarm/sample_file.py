@@ -76,8 +76,8 @@ def _apart(keys: list[_Key], gap: int) -> list[_Key]:
 class Reader:
     """Makes text of tokens: a prompt as the policy is shown it, an answer as the reward is."""
 
-    def __init__(self, model: str):
-        self._model = model
+    def __init__(self, model: str, skip_special_tokens: bool):
+        self._model, self._skip = model, skip_special_tokens
 
     @cached_property
     def _decode(self) -> Callable[..., Any]:
@@ -94,7 +94,7 @@ class Reader:
                 "problem": first + i // each,
                 "sample": i % each,
                 "prompt": self._text(prompts[i], skip_special_tokens=False),
-                "response": self._text(responses[i], skip_special_tokens=True),
+                "response": self._text(responses[i], self._skip),
                 "reward": _shortest(batch.rewards[i]),
                 "length": int(lengths[i]),
                 "truncated": bool(batch.truncated[i]),
@@ -109,7 +109,7 @@ class Reader:
         if own.all():
             return {}
         turns = np.split(tokens, np.flatnonzero(np.diff(own)) + 1)
-        return {"turns": [self._text(turn, skip_special_tokens=True) for turn in turns]}
+        return {"turns": [self._text(turn, self._skip) for turn in turns]}
 
     def _text(self, tokens: np.ndarray, skip_special_tokens: bool) -> str:
         return cast(str, self._decode(tokens, skip_special_tokens=skip_special_tokens))

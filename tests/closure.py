@@ -1,6 +1,6 @@
 """The distributions that `make setup` installs, with the versions that are there: what constraints.txt holds.
 
-Without vLLM's, which pins its own, without what torch built for CUDA pins, and without pip and setuptools, which come first.
+Without those of vLLM and verifiers, which ask for other versions of mcp, without what torch built for CUDA pins, and without pip and setuptools, which come first.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ whole file. A command that can neither run here nor is named in CHECKED fails.
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,7 +29,7 @@ FILES = {  # blocks that are files, under the names by which the pages call them
     "CONTRIBUTING.md": {"python": ["my_codec.py", "my_merger.py"]},
     "docs/experiments.md": {"toml": ["mine.toml"]},
     "docs/models.md": {
-        "toml": ["data.toml", "turns.toml", "reward.toml"],
+        "toml": ["data.toml", "turns.toml", "environment.toml", "reward.toml"],
         "python": ["my_tools.py", "my_rewards.py"],
         "json": ["chat.jsonl"],
     },
@@ -50,6 +51,7 @@ CHECKED = {  # what is not run, and why
     "northstar sweep smollm2": "trains SmolLM2 for forty minutes",
     "make chain": "trains a policy for six minutes",
     "make vllm": "installs a package",
+    "make verifiers": "installs a package",
     "make gpu-check": "takes nine minutes where there is a GPU: tests/contract/test_gpu_check.py runs it as if there were none",
     "device=cuda": "needs a GPU",
     "smollm2-gsm --set rollout.engine=vllm": "needs five minutes of two cores",
@@ -176,6 +178,7 @@ def test_no_command_hides_in_an_indented_block():
 
 
 def test_the_files_of_the_page_of_models_do_what_it_says(scratch: Scratch):
+    from deploy.config import load
     from deploy.estimate.plan import load_for_planning
 
     for name in FILES["docs/models.md"]["toml"]:
@@ -184,6 +187,9 @@ def test_the_files_of_the_page_of_models_do_what_it_says(scratch: Scratch):
             f'extends = "k5"\n{file.read_text()}'.replace("chat = true", "chat = false")
         )  # tiny has no template
     assert load_for_planning(str(scratch.folder / "data.toml"), []).task.params == {}
+    environment = scratch.folder / "environment.toml"  # of a package that is not installed
+    environment.write_text(re.sub(r'"verifiers:\w+"(.*\n)params.*\n', r'"calculator"\1', environment.read_text()))
+    assert load(str(environment), []).task.max_turns == 6
     for name in ("reward.toml", "turns.toml"):
         code, output = scratch.run(f"northstar plan {name}", {})
         assert code == 0, output

@@ -15,6 +15,8 @@ import torch
 from rl.config import ModelConfig, RolloutConfig
 from rl.engine import Engine, Key, PlainModel, Samples
 from rl.rollout import ENGINES
+from rl.stops import StopTexts
+from rl.tokenizer import has_tokenizer, load_tokenizer
 
 LENGTH = 400
 IMPORTED = [__name__, "vllm.entrypoints.llm"]  # ten seconds of a core, once for all engines of a test's process
@@ -64,7 +66,11 @@ class EngineProcess:
 def build(kind: str, folder: Path, dtype: str, length: int = LENGTH, attention: str = "sdpa", **options: Any) -> Engine:
     rollout = RolloutConfig(engine=kind, **({"kv_cache_gb": 0.1} | options))
     plain = PlainModel(folder, ModelConfig(dtype=dtype, attention=attention), rollout)
-    return ENGINES[kind](plain, rollout, length)
+    if has_tokenizer(folder):  # so that `stop_at` can be said later
+        plain.stops = StopTexts(load_tokenizer(folder), ["a"])
+    engine = ENGINES[kind](plain, rollout, length)
+    plain.stops = None
+    return engine
 
 
 def _serve(pipe: Any, kind: str, folder: Path, dtype: str, rollout: dict[str, Any]) -> None:
@@ -88,6 +94,11 @@ def sample(
     engine: Engine, prompts: list[list[int]], keys: list[Key], max_new: int | list[int], temperature: float
 ) -> Samples:
     return engine.sample(prompts, keys, max_new, temperature)
+
+
+def stop_at(engine: Engine, texts: list[str]) -> None:
+    """Texts that end a turn; none."""
+    engine.plain.stops = StopTexts(load_tokenizer(engine.plain.folder), texts) if texts else None
 
 
 def score(engine: Engine, prompts: list[list[int]], answers: list[np.ndarray], temperature: float) -> list[np.ndarray]:

@@ -7,21 +7,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from rl.engine import Key, Samples, request_seeds, uniforms
 from rl.rollout import ENGINES
 from rl.transformers_engine import _draw, in_common
 from tests.conftest import make_model
-from tests.contract.engine_process import LENGTH, EngineHere, EngineProcess, load, sample, save, score, weights
+from tests.contract.engine_process import LENGTH, EngineHere, EngineProcess, load, sample, save, score, stop_at, weights
 
 PROMPTS = [[3, 4, 5, 6], [7, 8], [9, 10, 11, 12, 13, 2], [5, 5, 5]]
 LONG = [list(np.random.default_rng(5).integers(2, 48, LENGTH - 20).tolist())]  # some blocks of a prefix cache
+WORDS = ["<pad>", "<end>", *("".join(w) for n in range(1, 6) for w in product("ab", repeat=n))][:48]
+STOPS = ["abba", "babab"]
 NEEDS_VLLM = [
     pytest.mark.slow,
     pytest.mark.skipif(find_spec("vllm") is None, reason="vllm is not installed: `make vllm` installs it"),
@@ -39,6 +43,9 @@ BARS = {"float32": 1e-4, "bfloat16": 1e-1}  # nats, mean over tokens
 def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineProcess]:
     kind, tied, dtype = request.param
     folder = make_model(tmp_path_factory.mktemp(tied), tied == "tied", hidden=128, positions=512)
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="a"))
+    core.pre_tokenizer, core.decoder = pre_tokenizers.Split("", "isolated"), decoders.Fuse()
+    PreTrainedTokenizerFast(tokenizer_object=core, eos_token=WORDS[1]).save_pretrained(folder)
     process = (EngineProcess if kind == "vllm" else EngineHere)(kind, folder, dtype)
     process.kind, process.dtype, process.folder = kind, dtype, folder
     yield process
@@ -135,6 +142,30 @@ def test_each_sample_may_have_a_limit_of_its_own(engine: EngineProcess):
     pairs = zip(found.tokens, whole.tokens, limits)
     agree = [np.array_equal(ours, theirs[:n]) for ours, theirs, n in pairs]
     assert all(agree) if engine.dtype == "float32" else sum(agree) >= 6
+
+
+def said(tokens: np.ndarray) -> str:
+    return "".join(WORDS[i] for i in tokens)
+
+
+def test_a_turn_ends_with_the_first_token_that_completes_a_stop_text(engine: EngineProcess):
+    whole = engine(sample, PROMPTS * 4, keys(16, 2), 12, 1.0)
+    engine(stop_at, STOPS)
+    try:
+        found, alone = (
+            engine(sample, prompts, keys(n, 2), 12, 1.0) for prompts, n in ((PROMPTS * 4, 16), (PROMPTS, 4))
+        )
+    finally:
+        engine(stop_at, [])
+    inside = 0
+    for tokens, before, logprobs, cut in zip(found.tokens, whole.tokens, found.logprobs, found.truncated):
+        ends = [n + 1 for n in range(len(tokens)) if any(text in said(tokens[: n + 1]) for text in STOPS)]
+        assert ends in ([], [len(tokens)]) and len(logprobs) == len(tokens)
+        assert cut == (not ends and tokens[-1] != 1)
+        assert np.array_equal(tokens, before[: len(tokens)]) or engine.dtype == "bfloat16"
+        inside += bool(ends) and not said(tokens).endswith(tuple(STOPS))
+    assert inside and any(tokens[-1] == 1 for tokens in found.tokens)
+    assert all(np.array_equal(a, b) for a, b in zip(alone.tokens, found.tokens)) or engine.dtype == "bfloat16"
 
 
 def test_a_low_temperature_takes_likely_tokens(engine: EngineProcess):

@@ -94,6 +94,15 @@ def test_rewards_are_the_tasks_scores_and_advantages_are_of_groups(worker: Rollo
     np.testing.assert_allclose(batch.advantages.reshape(-1, 8), centred, rtol=1e-4, atol=1e-5)
 
 
+def test_special_tokens_are_in_the_text_of_a_reward_that_asks_for_them(tmp_path: Path):
+    file = tmp_path / "closed.py"
+    file.write_text("def closed(prompt, response, answer, metadata):\n    return float(response.endswith('$'))\n")
+    for skip in (True, False):
+        worker = make_worker(task=TaskConfig(reward=f"{file}:closed", skip_special_tokens=skip))
+        batch = ask(worker, (0, 1))
+        assert batch.rewards.tolist() == [float(not (skip or cut)) for cut in batch.truncated]
+
+
 def test_turns_with_the_calculator_are_marked_scored_and_repeat_in_any_chunks(worker: RolloutWorker):
     task = TaskConfig(name="calculator", max_turns=3, stop=["?"])
     turns = make_worker(task=task, kl_loss_coef=0.1)

@@ -73,6 +73,7 @@ UNREAD = {  # a setting that does nothing: what was chosen beside it, and what r
     "task.environment=math:sqrt": ("", "task.max_turns 1", "set task.max_turns=2"),
     "task.environment_timeout_s=3.0": ("", "task.environment", "set task.environment=MODULE:FUNCTION"),
     "task.max_turns=2": ("", "task.name 'sums'", "set task.name=calculator"),
+    "task.skip_special_tokens=false": ("", "task.reward", "set task.reward=MODULE:FUNCTION"),
     "task.reward_timeout_s=3.0": ("", "task.reward", "set task.reward=MODULE:FUNCTION"),
     "task.reward_failures=3": ("", "task.reward", "set task.reward=MODULE:FUNCTION"),
     "task.reward_weights.a=1.0": ("", "task.reward", "set task.reward=MODULE:FUNCTION"),

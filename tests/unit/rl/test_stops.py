@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from deploy.export import _write_ends
@@ -17,7 +17,7 @@ from rl.config import GrpoConfig, ModelConfig, RolloutConfig, SnapshotConfig
 from rl.model_files import BUILTIN
 from rl.model_shape import ModelRefused
 from rl.rollout import RolloutWorker
-from rl.stops import end_of_turn, stop_tokens
+from rl.stops import StopTexts, end_of_turn, stop_tokens
 from rl.task_config import TaskConfig
 
 TINY = BUILTIN / "tiny"
@@ -135,3 +135,52 @@ def test_an_export_says_where_the_runs_answers_ended(
     _write_ends(base, out)
     file = out / "generation_config.json"
     assert (json.loads(file.read_text())["eos_token_id"] if file.exists() else ...) == written
+
+
+# --- texts --------------------------------------------------------------------------------------
+
+
+def bytes_tokenizer() -> PreTrainedTokenizerFast:
+    """Every byte a token, some pairs of letters, and a special token."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {piece: i for i, piece in enumerate([*alphabet, "ab", "bc"])}
+    core = Tokenizer(models.BPE(vocab, [("a", "b"), ("b", "c")]))
+    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<end>", additional_special_tokens=["<s>"])
+
+
+@pytest.mark.parametrize(
+    ("texts", "turn", "ends_at"),
+    [
+        (["abc"], [*"xab", "ab", "c", "x"], 5),
+        (["ca", "abc"], ["ab", *"cab"], 2),
+        (["b"], ["x", "ab", "x"], 2),  # within a token
+        (["é"], [*"x", "\xc3", "\xa9", "x"], 3),  # a character of two tokens
+        (["a<s>b"], ["a", "<s>", "b", "x"], 3),
+        (["abc"], ["a", "<s>", "bc", "ab"], None),
+        (["zz"], ["\xff", "\xff", "z", "\xc3", "z", "z"], 6),  # bytes that are no text
+    ],
+)
+def test_a_text_ends_a_turn_with_the_first_token_that_completes_it(
+    texts: list[str], turn: list[str], ends_at: int | None
+):
+    made = bytes_tokenizer()
+    of_byte = dict(zip(range(256), map(made.convert_tokens_to_ids, byte_pieces()), strict=True))
+    ids = [of_byte[ord(t)] if len(t) == 1 else made.convert_tokens_to_ids(t) for t in turn]
+    said = StopTexts(made, texts).turn(ids)  # what stands before a turn ends none
+    assert next((n for n, token in enumerate(ids, 1) if said.ends_with(token)), None) == ends_at
+    decoded = [made.decode(ids[:n]) for n in range(1, len(ids) + 1)]
+    holds = [n for n, text in enumerate(decoded, 1) if any(stop in text for stop in texts)]
+    assert (holds or [None])[0] == ends_at
+
+
+def byte_pieces() -> list[str]:
+    """What a byte is called in the vocabulary of a byte-level tokenizer, as GPT-2 has it."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = iter(range(256, 512))
+    return [chr(b) if b in plain else chr(next(others)) for b in range(256)]
+
+
+def test_texts_need_a_tokenizer_that_decodes_token_by_token():
+    with pytest.raises(ValueError, match=r"task.stop needs a tokenizer.json of the model, not a object"):
+        StopTexts(object(), ["a"])  # pyright: ignore[reportArgumentType]

@@ -20,7 +20,7 @@ from rl.messages import Message
 from rl.model_files import BUILTIN
 from rl.prompts import PromptEncoder
 from rl.task_config import TaskConfig
-from rl.turns import Conversations
+from rl.turns import Conversations, conversation_id
 from tests.unit.rl.test_stops import CHATML, LLAMA3, MISTRAL, SPECIAL
 
 CHARACTERS = ["\n", *map(chr, range(32, 127))]
@@ -82,9 +82,11 @@ def test_without_a_template_it_is_the_text_and_nothing_that_a_tokenizer_puts_aro
     assert tokenizer.decode(found) == "7"
 
 
-def test_a_text_that_is_several_tokens_ends_no_turn(tokenizer: PreTrainedTokenizerFast, tmp_path: Path):
-    with pytest.raises(ValueError, match=r"task.stop '</x>' is 4 tokens of this model"):
-        encoder_of(tokenizer, tmp_path, stop=["?", "</x>"])
+@pytest.mark.parametrize("text", ["é", ""])
+def test_a_text_that_cannot_be_said_ends_no_turn(tokenizer: PreTrainedTokenizerFast, tmp_path: Path, text: str):
+    assert encoder_of(tokenizer, tmp_path).stops is None and encoder_of(tokenizer, tmp_path, stop=["</x>"]).stops
+    with pytest.raises(ValueError, match=f"task.stop '{text}': the model's tokenizer makes '.*' of it"):
+        _ = encoder_of(tokenizer, tmp_path, stop=["?", text]).stops
 
 
 # --- conversations -----------------------------------------------------------------------------
@@ -141,7 +143,8 @@ def test_later_turns_come_behind_the_very_tokens_with_keys_and_room_of_their_own
     assert found.truncated == [False, False, True, False]  # the turn limit cuts nothing
     assert found.texts == ["a.", "g", "cut~", "ff."]
     assert [m["role"] for m in found.messages[1]] == ["user", *["assistant", "tool"] * 2, "assistant"]
-    assert environment.seen[-1] == (found.messages[3], {"row": 2}) and len(environment.seen) == 5
+    told = {"row": 2, "conversation_id": conversation_id((0, 0, 1, 1, 1))}
+    assert environment.seen[-1] == (found.messages[3], told) and len(environment.seen) == 5
     values = [np.arange(len(t)) for t in found.tokens]
     assert [each.tolist() for each in found.of_own(values)][3] == [0, 4, 5, 6]
 

@@ -52,7 +52,7 @@ def test_a_sample_is_what_was_shown_answered_and_paid():
     batch = Batch.from_frame(concat([first, second]).only(*of_validation(shown=True)).to_frame(), "an engine")[1]
     at = {"kind": "train", "step": 3, "tick": 4}
     parts = {"right": np.array([1, 0.1, np.nan, 0], np.float32)}
-    found = Reader("builtin:tiny").read(at, batch, parts, first=32, each=2)
+    found = Reader("builtin:tiny", True).read(at, batch, parts, first=32, each=2)
     rows = [
         (32, 0, "1+2=", "3", 1.0, 2, False),
         (32, 1, "1+2=", "12", 0.1, 3, False),
@@ -68,7 +68,7 @@ def test_where_an_environment_spoke_a_sample_has_its_turns_and_the_length_of_the
     batch = concat([batch_of("1+2=", ["1?3#3", "3"], [1.0, 0.0], [])])
     marks = np.array([True, True, False, True, True, True])
     batch = Batch.from_frame(replace(batch, own=marks).only(*of_validation(shown=True)).to_frame(), "an engine")[1]
-    found = Reader("builtin:tiny").read({}, batch, {}, first=0, each=2)
+    found = Reader("builtin:tiny", True).read({}, batch, {}, first=0, each=2)
     assert [(s["response"], s["length"], s.get("turns")) for s in found] == [
         ("1?3#3", 4, ["1?", "3", "#3"]),
         ("3", 1, None),
