@@ -275,9 +275,11 @@ class Coordinator:
         progress.restore(state)
         before, now = checkpoint.replicas_in(folder), self.config.swarm.dp
         if before != now:  # one alone sums nothing: it has nobody to send what was owed
-            coded = self.config.codec.gradient.kind != "none"
-            dropped = "what replicas owed to the sum of gradients" if coded and now == 1 else None
-            progress.event("grid changed", dp_before=before, dp=now, dropped=dropped)
+            owed = now == 1 and checkpoint.owes(folder)
+            dropped = "what replicas owed to the sum of gradients" if owed else None
+            reason = f"swarm.dp {before} -> {now}: results are equal up to rounding, not to the bit"
+            reason += f"; {dropped} is dropped" if dropped else ""
+            progress.event("grid changed", reason=reason, dp_before=before, dp=now, dropped=dropped)
 
 
 def step_means(ticks: list[dict[str, float]]) -> dict[str, float]:
