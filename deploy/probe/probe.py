@@ -28,6 +28,7 @@ from rl.batch import Batch, Prompts, concat
 from rl.model_files import model_shape, resolve
 from rl.objective import MicroBatch, microbatches
 from rl.rollout import RolloutWorker
+from rl.val_config import OWN
 from swarm.run_config import RunConfig
 
 CALIBRATION = 2  # times as many tokens as are scored; a run pools over far more
@@ -182,7 +183,7 @@ def _answers(config: RunConfig, tokens: int, say: Say) -> tuple[Batch, Batch]:
         config.rollout.model_copy(update={"engine": "transformers", "mismatch_every": 0}),
         config.snapshot,
         config.run.seed,
-        config.val.size,
+        config.val.model_copy(update={"sets": {}}),
         config.swarm.threads,
     )
     return _sample(worker, "train", config, CALIBRATION * tokens, say), _sample(worker, "val", config, tokens, say)
@@ -191,7 +192,7 @@ def _answers(config: RunConfig, tokens: int, say: Say) -> tuple[Batch, Batch]:
 def _sample(worker: RolloutWorker, split: str, config: RunConfig, tokens: int, say: Say) -> Batch:
     """Batches of prompts until there are `tokens` response tokens, or no more validation prompts."""
     size, n = config.rollout.batch_size, config.grpo.group_size  # as many as share a prompt's rows in the run
-    last = min(config.val.size, worker.problems().validation or config.val.size) if split == "val" else None
+    last = worker.tasks.there(OWN) if split == OWN else None
     batches, count, first = [], 0, 0
     while count < tokens and first != last:
         stop = first + size if last is None else min(first + size, last)
