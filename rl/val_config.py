@@ -5,12 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import BeforeValidator, Field, field_validator
 
 from codec.config import Section
 from rl.task_config import TaskConfig
 
-Size = Annotated[int, Field(ge=1)] | Literal["all"]
+
+def _size(value: Any) -> Any:
+    if value == "all" or (type(value) is int and value >= 1):
+        return value
+    raise ValueError(f"{value!r} must be a whole number from 1 on, or 'all'")
+
+
+Size = Annotated[int | Literal["all"], BeforeValidator(_size)]
 OWN = "val"  # the split of the task's own validation problems; a set's is `val/NAME`
 
 

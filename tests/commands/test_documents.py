@@ -28,7 +28,7 @@ FILES = {  # blocks that are files, under the names by which the pages call them
     "CONTRIBUTING.md": {"python": ["my_codec.py", "my_merger.py"]},
     "docs/experiments.md": {"toml": ["mine.toml"]},
     "docs/models.md": {
-        "toml": ["data.toml", "turns.toml", "reward.toml"],
+        "toml": ["data.toml", "validation.toml", "turns.toml", "reward.toml"],
         "python": ["my_tools.py", "my_rewards.py"],
         "json": ["chat.jsonl"],
     },
