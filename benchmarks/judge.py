@@ -24,7 +24,7 @@ from benchmarks.chaos import Records, Struck
 from rl.batch import digest_of_prompts
 from rl.model_files import resolve
 from rl.prompts import PromptEncoder
-from rl.tasks import make_task
+from rl.task_sets import TaskSets
 from swarm.coordinator import PROMPTS
 from swarm.run_config import RunConfig
 
@@ -61,7 +61,7 @@ def scheduled_prompts(config: RunConfig) -> list[str]:
     grpo = config.grpo
     encoder = PromptEncoder(resolve(config.model.path), config.task, grpo.max_prompt_length)
     judge = encoder.judge if config.task.overlong == "drop" else None
-    task = make_task(config.task, config.run.seed, config.val.size, judge)
+    task = TaskSets(config.task, config.val, config.run.seed, judge)
     found: list[str] = []
     for first in range(0, config.run.steps * grpo.train_batch_size, grpo.ppo_mini_batch_size):
         texts = [task.example("train", i).prompt for i in range(first, first + grpo.ppo_mini_batch_size)]

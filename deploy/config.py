@@ -9,7 +9,7 @@ import difflib
 import tomllib
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import tomli_w
 from pydantic import ValidationError
@@ -59,6 +59,14 @@ def own_settings(
     """{dotted key: value} of what is said for this run itself; what a preset says is inherited."""
     shipped = (PRESETS / f"{source}.toml").exists()
     return flat(_layered({} if shipped else _parse(source)[0], overrides, tables))
+
+
+def names_in(source: str, overrides: list[str], *tables: str) -> list[str]:
+    """The keys of a table of the config as it is written, presets included; none where it is not there."""
+    found: Any = _layered(_read(source), overrides)
+    for table in tables:
+        found = found.get(table, {}) if isinstance(found, dict) else {}
+    return list(found) if isinstance(found, dict) else []
 
 
 def preset_names() -> list[str]:
@@ -173,6 +181,9 @@ def _section_at(loc: Location) -> type[Section]:
     """The section at a pydantic location; behind a union of kinds comes the kind that was chosen."""
     section: Any = RunConfig
     for part in loc:
+        if get_origin(section) is dict:  # of sections by names of the user's own
+            section = get_args(section)[1]
+            continue
         kinds = {kind.model_fields["kind"].default: kind for kind in get_args(section)}
         section = kinds[part] if kinds else section.model_fields[part].annotation
     return section

@@ -32,4 +32,4 @@ def preflight(config: RunConfig) -> Problems:
     if config.swarm.boundaries:
         make_codec(config.codec, shape.hidden, config.run.seed)
     tokenizer = check_model(folder)  # loaded once: a second for a large vocabulary
-    return survey(config.task, config.grpo, folder, tokenizer, config.run.seed, config.val.size)
+    return survey(config.task, config.val, config.grpo, folder, tokenizer, config.run.seed)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import get_args
+from types import NoneType, UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
@@ -50,6 +51,10 @@ def _section(name: str, section: type[Section]) -> list[str]:
             continue
         if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
             nested += _section(f"{name}.{key}", field.annotation)
+        elif named := [
+            part for part in get_args(field.annotation) if isinstance(part, type) and issubclass(part, Section)
+        ]:
+            nested += _section(f"{name}.{key}.NAME", named[0])
         else:
             read = _read_by(f"{name}.{key}")
             lines.append(f"| `{key}` | {_kind(field)} | {_default(field)} | {field.description}{read} |")
@@ -63,8 +68,18 @@ def _read_by(key: str) -> str:
 
 
 def _kind(field: FieldInfo) -> str:
-    text = field.annotation.__name__ if isinstance(field.annotation, type) else str(field.annotation)
-    return text.replace("typing.", "").replace("|", "or")
+    return _type(field.annotation).replace("typing.", "").replace("|", "or")
+
+
+def _type(annotation: Any) -> str:
+    """As it is written, without the bounds of its parts."""
+    if isinstance(annotation, type) and not get_args(annotation):
+        return "None" if annotation is NoneType else annotation.__name__
+    if get_origin(annotation) is Annotated:
+        return _type(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return " | ".join(map(_type, get_args(annotation)))
+    return str(annotation)
 
 
 def _default(field: FieldInfo) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.config import ConfigError, load
+from deploy.unread import unread, within
 from experiments.sweep import flat
 from swarm.manifest import CheckpointError
 from swarm.run_config import RunConfig
@@ -22,6 +23,7 @@ _MAY_CHANGE = {  # where a run goes on: what decides where and how long it runs,
     "rollout.replicas",
     "rollout.gpu_memory",
     "rollout.kv_cache_gb",
+    "anchor.workers",
     "anchor.slowdown",
     "swarm.dp",  # each replica has all that the ticks need; `checkpoint.restore_rank`
     "swarm.placement",
@@ -83,6 +85,8 @@ def check_resumes(stored: Path, config: RunConfig) -> None:
     """Raises ConfigError if `config` is another experiment than the one of a run folder's config.toml."""
     before, after = (flat(c.model_dump(mode="json")) for c in (load(str(stored), given=()), config))
     other = {key for key in before | after if before.get(key) != after.get(key)} - _MAY_CHANGE
+    dead = unread(before) | unread(after)  # what one of them does not read follows from another key, which is compared
+    other -= {key for key in other for table in dead if within(key, table)}
     if config.snapshot.rate is not None:  # where engines get exact weights is part of what they sample
         other |= {key for key in _EXACT_AFTER if before[key] != after[key]}
     if config.grpo.lr_schedule.kind != "constant" and before["run.steps"] != after["run.steps"]:

@@ -21,6 +21,7 @@ from experiments.cells import Findings, is_sweep, load_sweep
 from experiments.frontier import frontier, frontier_picture
 from experiments.runs import Run, load_runs, text
 from experiments.sample_table import ROWS, SampleTable, sample_table
+from experiments.validations import ValidationTable, validation_table
 from experiments.words import markdown_table, plain
 
 COLUMNS: tuple[tuple[str, Callable[[Run], str]], ...] = (
@@ -52,6 +53,7 @@ def write_html(folders: list[Path], out: Path) -> None:
         title=findings.sweep.name if findings else ", ".join(dict.fromkeys(run.name for run in runs)),
         headline=_headline(runs),
         anchor=None if findings else _anchor(runs),
+        validations=[] if findings else _validations(runs),
         samples=samples,
         script=script if samples else "",
         script_digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
@@ -83,6 +85,9 @@ def report_markdown(folders: list[Path]) -> str:
     notes = [f"- {_cell(run.name)}, seed {_cell(run.seed)}: {_cell(note)}" for run in runs for note in run.notes]
     notes += [f"- anchor: {anchor}"] if not findings and (anchor := _anchor(runs)) else []
     lines = markdown_table([heading for heading, _ in COLUMNS], rows) + [*notes, ""] * bool(notes)
+    for run, table in [] if findings else _validations(runs):
+        headings = [f"{table.headings[0]} of {_cell(run.name)}, seed {_cell(run.seed)}", *table.headings[1:]]
+        lines += markdown_table(headings, [[_cell(row[0]), *row[1:]] for row in table.rows])
     for group in [] if findings else plots.together(plots.curves(runs)):
         for table in _tables(group):
             lines += markdown_table(list(map(_cell, table.headings)), table.rows)
@@ -93,6 +98,12 @@ def report_markdown(folders: list[Path]) -> str:
 def _samples(runs: list[Run]) -> list[tuple[Run, SampleTable]]:
     """Of each run that has some; several share the rows of a page."""
     tables = [(run, sample_table(run.folder, max(ROWS // len(runs), 12))) for run in runs]
+    return [(run, table) for run, table in tables if table]
+
+
+def _validations(runs: list[Run]) -> list[tuple[Run, ValidationTable]]:
+    """Of each run that validates on several sets."""
+    tables = [(run, validation_table(run)) for run in runs]
     return [(run, table) for run, table in tables if table]
 
 

@@ -24,6 +24,7 @@ class SampleRow(NamedTuple):
     length: int
     truncated: bool
     parts: tuple[str, ...]  # of the reward, `name number`
+    of: str = ""  # the set that was validated on, where it is not the task's own
 
 
 class SampleTable(NamedTuple):
@@ -68,7 +69,10 @@ def _row(sample: dict[str, Any]) -> SampleRow:
     given = sample.get("parts")
     parts = tuple(f"{name} {text(value)}" for name, value in given.items()) if isinstance(given, dict) else ()
     cut = bool(sample.get("truncated"))
-    return SampleRow(sample["step"], sample["kind"], prompt, response, sample["reward"], sample["length"], cut, parts)
+    of = str(sample.get("set", ""))
+    return SampleRow(
+        sample["step"], sample["kind"], prompt, response, sample["reward"], sample["length"], cut, parts, of
+    )
 
 
 def _shortened(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Config of the model, GRPO, rollouts and validation. No torch."""
+"""Config of the model and of rollouts, with those of GRPO and validation. No torch."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from codec.config import NODE_TAG, Reading, Section, When
 from rl.grpo_config import GrpoConfig as GrpoConfig
 from rl.lora_config import LoraConfig
+from rl.val_config import ValConfig as ValConfig
 
 
 class ModelConfig(Section):
@@ -159,21 +160,6 @@ class RolloutConfig(Section):
                 f"val_temperature {self.val_temperature:g} must be 0 (greedy) or at least {LEAST_TEMPERATURE}"
             )
         return self
-
-
-class ValConfig(Section):
-    """Validation on prompts that training never sees."""
-
-    every: int = Field(
-        default=25, ge=1, description="validate every so many steps, and before the first and after the last"
-    )
-    size: int = Field(default=256, ge=1, description="validation prompts")
-    samples: int = Field(
-        default=1,
-        ge=1,
-        description="answers to each, k: accuracy is their mean, `acc/mean@k`; with `acc/pass@j`, the share of prompts that one "
-        "of j answers gets right, for j = 2, 4, … k",
-    )
 
 
 _VLLM = (When("rollout.engine", ("vllm",)),)

@@ -46,6 +46,24 @@ def problem_of(where: str, row: dict[str, Any], columns: TableParams) -> tuple[P
     return (chat[0]["content"] if [m["role"] for m in chat] == ["user"] else chat), str(answer)
 
 
+def group_of(row: dict[str, Any], column: str, prompt: str) -> str:
+    """The value of a column as a part of a metric's name. Raises ValueError, with `prompt`, where it is none."""
+    value: Any = row
+    for part in [column] if column in row else column.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    if not isinstance(value, str | int) or not str(value).strip():
+        raise ValueError(
+            f"the row of {prompt[:60]!r} has no text or whole number in column {column!r} ({value!r}); it has "
+            f"{', '.join(row)}"
+        )
+    return metric_name(str(value))
+
+
+def metric_name(text: str) -> str:
+    """`text` as one part of the name of a metric."""
+    return "_".join(text.replace(":", "_").replace("/", "_").split())
+
+
 def top(column: str, row: dict[str, Any]) -> str:
     """The column of `row` that `column` is, or lies in."""
     return column if column in row else column.split(".")[0]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 
@@ -23,9 +24,16 @@ class Problems:
 
     validation: int | None = None
     sources: tuple[ProblemSource, ...] = ()
+    groups: tuple[str, ...] = ()  # of each problem that is validated on, in their order, where metrics are asked for by
+    sets: Mapping[str, Problems] = field(default_factory=dict[str, "Problems"])  # by split: further sets to validate on
+
+    @property
+    def read(self) -> tuple[ProblemSource, ...]:
+        """All that was read, for the sets too."""
+        return self.sources + tuple(source for one in self.sets.values() for source in one.sources)
 
     def to_json(self) -> str:
-        return json.dumps([asdict(source) for source in self.sources], indent=1) + "\n"
+        return json.dumps([asdict(source) for source in self.read], indent=1) + "\n"
 
 
 def check_same(stored: Path, now: Problems) -> None:
@@ -36,7 +44,7 @@ def check_same(stored: Path, now: Problems) -> None:
     if not stored.exists():
         return
     before = [ProblemSource(**source) for source in json.loads(stored.read_text())]
-    for old, source in zip(before, now.sources):  # by place: an engine's names are absolute paths
+    for old, source in zip(before, now.read):  # by place: an engine's names are absolute paths
         if old.digest != source.digest:
             raise ValueError(
                 f"{source.name} was changed since the run began ({old.rows} rows, digest {old.digest}; now "

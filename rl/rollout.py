@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from hashlib import blake2b
 
 import numpy as np
 import torch
@@ -24,14 +25,15 @@ from rl.grpo import group_advantages
 from rl.model_files import resolve
 from rl.problems import Problems
 from rl.prompts import PromptEncoder
-from rl.reward import Judged, make_reward, parts_of
+from rl.reward import Judged, Reward, make_reward, parts_of
 from rl.shaping import shaped
 from rl.snapshot import Receiver
 from rl.table import Table
 from rl.task_config import TaskConfig
-from rl.tasks import make_task
+from rl.task_sets import TaskSets
 from rl.transformers_engine import TransformersEngine
 from rl.turns import Conversations, Environment, Talks, conversation_id
+from rl.val_config import ValConfig
 from rl.vllm_engine import VllmEngine
 
 SPLITS = {"train": 0, "val": 1}
@@ -56,7 +58,7 @@ class RolloutWorker:
         rollout: RolloutConfig,
         snapshot: SnapshotConfig,
         seed: int,
-        val_size: int,
+        val: ValConfig,
         threads: int,
     ):
         torch.set_num_threads(threads)
@@ -64,18 +66,19 @@ class RolloutWorker:
         self.encoder = PromptEncoder(folder, task, grpo.max_prompt_length)
         self.tokenizer = self.encoder.tokenizer
         judge = self.encoder.judge if task.overlong == "drop" else None  # else no row is too long: it was checked
-        self.task = make_task(task, seed, val_size, judge)
-        self.reward = make_reward(task, self.task)
+        self.tasks = TaskSets(task, val, seed, judge)
+        self.rewards = make_rewards(task, self.tasks)
         self.grpo, self.seed = grpo, seed
         self.receiver = Receiver(snapshot)
         self.rollout, plain = rollout, PlainModel(folder, model, rollout)
         plain.stops = self.encoder.stops
         self.engine: Engine = ENGINES[rollout.engine](plain, rollout, grpo.max_prompt_length + grpo.max_response_length)
-        environment: object = self.task
-        if task.environment is not None:
-            environment = OwnEnvironment(task.environment, task.environment_timeout_s)
-        environment = environment if isinstance(environment, Environment) else None
-        self.conversations = Conversations(self.engine, self.encoder, environment, task.max_turns)
+        own = None if task.environment is None else OwnEnvironment(task.environment, task.environment_timeout_s)
+        self.conversations: dict[str, Conversations] = {}
+        for split in (*SPLITS, *self.tasks.asked):
+            environment = own or self.tasks.of(split)
+            environment = environment if isinstance(environment, Environment) else None
+            self.conversations[split] = Conversations(self.engine, self.encoder, environment, task.max_turns)
         self.reference = PlainModel(folder, model, rollout) if grpo.needs_reference else None
 
     def load_weights(self, tick: int, *parts: np.ndarray) -> str:
@@ -97,7 +100,7 @@ class RolloutWorker:
 
     def problems(self) -> Problems:
         """What this engine has read, on its node."""
-        return self.task.problems()
+        return self.tasks.problems()
 
     def sleep(self) -> None:
         """Leave the GPU to the trainer until the next weights."""
@@ -108,16 +111,16 @@ class RolloutWorker:
 
         Groups are whole, so advantages are final. The last also holds `UNDECIDED`, where there are any.
         """
-        examples = [self.task.example(ask.split, i) for i in ask.indices]
+        examples = [self.tasks.example(ask.split, i) for i in ask.indices]
         prompts = self.encoder.encode([example.prompt for example in examples])
         limit = self.grpo.max_response_length
-        keys = [(self.seed, SPLITS[ask.split], ask.step, i, s) for i in ask.indices for s in range(ask.n)]
-        samples = self.conversations.hold(prompts, examples, keys, limit, ask.temperature)
+        keys = [(self.seed, split_key(ask.split), ask.step, i, s) for i in ask.indices for s in range(ask.n)]
+        samples = self.conversations[ask.split].hold(prompts, examples, keys, limit, ask.temperature)
         compared = self._compare(ask, prompts, samples)
         prompts = [p for p in prompts for _ in range(ask.n)]
         examples = self._told([e for e in examples for _ in range(ask.n)], keys, samples)
         ref = self._reference_logprobs(ask, prompts, samples)
-        judged = self.reward([*zip(examples, samples.texts, samples.truncated)])
+        judged = self.rewards[ask.split]([*zip(examples, samples.texts, samples.truncated)])
         rewards, taken = [each.reward for each in judged], {}
         if ask.split == "train":
             lengths = np.array([len(t) for t in samples.tokens])
@@ -135,7 +138,7 @@ class RolloutWorker:
         )
         said = {FAILED: failed} if (failed := _failed(judged, examples, samples.texts)) else {}
         frame = batch.only(*ask.wanted).to_frame(parts_of(judged), split=ask.split, step=ask.step, **said)
-        return frame, peak_memory_gb(self.engine.device), compared | taken | self._undecided()
+        return frame, peak_memory_gb(self.engine.device), compared | taken | self._undecided(ask.split)
 
     def _reference_logprobs(self, ask: Prompts, prompts: list[list[int]], samples: Talks) -> list[np.ndarray]:
         """Of the base policy, where a loss will read them; of greedy answers at temperature 1."""
@@ -145,7 +148,7 @@ class RolloutWorker:
 
     def _told(self, examples: list[Example], keys: list[Key], samples: Talks) -> list[Example]:
         """With what was said in several turns, for a reward."""
-        if self.conversations.most == 1:
+        if self.conversations["train"].most == 1:
             return examples
         said = [
             {"conversation": messages, "conversation_id": conversation_id(key)}
@@ -153,8 +156,9 @@ class RolloutWorker:
         ]
         return [replace(e, metadata=e.metadata | told) for e, told in zip(examples, said, strict=True)]
 
-    def _undecided(self) -> dict[str, float]:
-        count = self.task.formulas.take_undecided() if isinstance(self.task, Table) else 0
+    def _undecided(self, split: str) -> dict[str, float]:
+        task = self.tasks.of(split)
+        count = task.formulas.take_undecided() if isinstance(task, Table) else 0
         return {UNDECIDED: count} if count else {}
 
     def _compare(self, ask: Prompts, prompts: list[list[int]], samples: Talks) -> dict[str, float]:
@@ -174,6 +178,18 @@ class RolloutWorker:
             if n > 1
             else np.zeros(len(rewards), np.float32)
         )
+
+
+def split_key(split: str) -> int:
+    """What the random numbers of a split's samples depend on; of a set of its own by its name, wherever it stands."""
+    return SPLITS[split] if split in SPLITS else 2 + int.from_bytes(blake2b(split.encode(), digest_size=4).digest())
+
+
+def make_rewards(config: TaskConfig, tasks: TaskSets) -> dict[str, Reward]:
+    """Of every split: each task's own score, or the one function of the user's, in one process."""
+    own = make_reward(config, tasks.task)
+    of_sets = {split: own if config.reward else make_reward(config, tasks.of(split)) for split in tasks.asked}
+    return dict.fromkeys(SPLITS, own) | of_sets
 
 
 def _failed(judged: list[Judged], examples: list[Example], texts: list[str]) -> dict[str, str | int]:

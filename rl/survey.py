@@ -10,7 +10,8 @@ from rl.messages import Prompt
 from rl.problems import Problems
 from rl.prompts import PromptEncoder
 from rl.task_config import TaskConfig
-from rl.tasks import make_task
+from rl.task_sets import TaskSets
+from rl.val_config import ValConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -19,22 +20,27 @@ SAMPLE = 64  # made problems looked at, of each split
 
 
 def survey(
-    task: TaskConfig, grpo: GrpoConfig, folder: Path, tokenizer: PreTrainedTokenizerBase, seed: int, val_size: int
+    task: TaskConfig, val: ValConfig, grpo: GrpoConfig, folder: Path, tokenizer: PreTrainedTokenizerBase, seed: int
 ) -> Problems:
     """`folder` and `tokenizer` are the model's. Raises ValueError with the rows, or the problem, that a run could not be shown."""
     encoder = PromptEncoder(folder, task, grpo.max_prompt_length, tokenizer)
     _ = encoder.stops  # raises
-    val_size = min(val_size, SAMPLE)  # a table does not ask; making a problem may take long
-    made = make_task(task, seed, val_size, encoder.judge)
-    found = made.problems()
-    if not found.sources:
-        for split, count in (("train", min(grpo.train_batch_size, SAMPLE)), ("val", val_size)):
-            _check_made(task, encoder, [made.example(split, i).prompt for i in range(count)])
-    return found
+    tasks = TaskSets(task, val, seed, encoder.judge, SAMPLE)  # making a problem may take long
+    for split, one in {"train": None, **tasks.asked}.items():
+        made = tasks.of(split)
+        if made.problems().sources:  # each row was looked at
+            continue
+        key, count = ("task.name", min(grpo.train_batch_size, SAMPLE)) if one is None else (one.key, tasks.there(split))
+        _check_made(
+            f"{key} {task.name!r}" if made is tasks.task else key,
+            encoder,
+            [tasks.example(split, i).prompt for i in range(count)],
+        )
+    return tasks.problems()
 
 
-def _check_made(task: TaskConfig, encoder: PromptEncoder, prompts: list[Prompt]) -> None:
+def _check_made(where: str, encoder: PromptEncoder, prompts: list[Prompt]) -> None:
     try:
         encoder.encode(prompts)
     except ValueError as error:
-        raise ValueError(f"task.name {task.name!r}: {error}") from None
+        raise ValueError(f"{where}: {error}") from None

@@ -22,28 +22,39 @@ Judge = Callable[[DataRows, Sequence[Prompt]], list[bool]]  # (rows, their promp
 class Table:
     """Training and validation problems never overlap: neither a row nor its prompt is in both splits.
 
-    `val` are rows kept for validation; without them about a tenth of `train` is, by a hash of the prompt.
+    `val` are rows kept for validation; without them about a tenth of `train` is, by a hash of the prompt; without `train`
+    nothing is trained on. Nor is a prompt that is `held_out` for somebody else's validation.
     `judge` says which rows are left out, and may refuse some; without it none is. How answers are compared:
     `rl.answers`. Raises ValueError for rows without a prompt or an answer, and for a split without rows.
     """
 
     def __init__(
-        self, train: DataRows, val: DataRows | None, columns: TableParams, seed: int, judge: Judge | None = None
+        self,
+        train: DataRows | None,
+        val: DataRows | None,
+        columns: TableParams,
+        seed: int,
+        judge: Judge | None = None,
+        held_out: frozenset[str] = frozenset(),
     ):
         self._seed, self._sources, self.formulas = seed, [], Formulas()
-        for rows in [train] if val is None else [train, val]:
+        given = [rows for rows in (train, val) if rows is not None]
+        for rows in given:
             if not len(rows):
                 raise ValueError(f"{rows.name} has no rows")
-        self.columns = columns.model_copy(update={"prompt": prompt_column(train.place(0), train.rows[0], columns)})
-        prompts = self._kept(train, judge)
+        column = prompt_column(given[0].place(0), given[0].rows[0], columns)
+        self.columns = columns.model_copy(update={"prompt": column})
+        self._splits: dict[str, tuple[DataRows, list[int]]] = {}
+        prompts = {} if train is None else self._kept(train, judge)
         if val is None:
-            held_out = {prompt for prompt in prompts.values() if _held_out(prompt)}
-            kept = [i for i, prompt in prompts.items() if prompt in held_out]
+            own = {prompt for prompt in prompts.values() if _held_out(prompt)}
+            self._splits["val"] = given[0], [i for i, prompt in prompts.items() if prompt in own]
         else:
             val_prompts = self._kept(val, judge)
-            held_out, kept = set(val_prompts.values()), list(val_prompts)
-        others = [i for i, prompt in prompts.items() if prompt not in held_out]
-        self._splits = {"train": (train, others), "val": (train if val is None else val, kept)}
+            own = set(val_prompts.values())
+            self._splits["val"] = val, list(val_prompts)
+        if train is not None:
+            self._splits["train"] = train, [i for i, p in prompts.items() if p not in own and p not in held_out]
         for split, (rows, indices) in self._splits.items():
             if not indices:
                 raise ValueError(f"{rows.name}: no problem falls in the {split} split; it needs more rows")

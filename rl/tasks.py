@@ -10,7 +10,7 @@ import difflib
 import importlib.util
 import re
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -46,7 +46,9 @@ class Task(Protocol):
 class ReasoningGym:
     """Every task of the reasoning_gym library, by its name."""
 
-    def __init__(self, name: str, params: dict[str, Any], seed: int, val_size: int):
+    def __init__(
+        self, name: str, params: dict[str, Any], seed: int, val_size: int, held_out: frozenset[str] = frozenset()
+    ):
         import reasoning_gym
 
         def dataset(seed: int, size: int):
@@ -55,7 +57,7 @@ class ReasoningGym:
         # disjoint seed ranges: items are seeded by dataset seed + index
         self._val = dataset(1_000_003, val_size)
         self._train = dataset(2_000_003 + seed * 10_000_000, 10_000_000)
-        self._held_out = {self._val[i]["question"] for i in range(val_size)}
+        self._held_out = held_out | {self._val[i]["question"] for i in range(val_size)}
 
     def example(self, split: str, index: int) -> Example:
         if split == "val":
@@ -82,32 +84,47 @@ def _gym_example(item: dict[str, Any]) -> Example:
     return Example(item["question"], str(item["answer"]), item)
 
 
-def _build_sums(argument: str, config: TaskConfig, seed: int, val_size: int, judge: Judge | None) -> Task:
-    return Sums(seed)
+@dataclass(frozen=True)
+class Making:
+    """What a task is made with beside its config. `trains`: else it is a set of its own, and all of it is validated on."""
+
+    seed: int
+    val_size: int  # of made problems, how many are validated on
+    judge: Judge | None  # says which rows of a table are left out
+    held_out: frozenset[str]  # prompts that others validate on, and training leaves out
+    trains: bool
 
 
-def _build_calculator(argument: str, config: TaskConfig, seed: int, val_size: int, judge: Judge | None) -> Task:
-    return Calculator(seed)
+def _build_sums(argument: str, config: TaskConfig, making: Making) -> Task:
+    return Sums(making.seed)
 
 
-def _build_gym(argument: str, config: TaskConfig, seed: int, val_size: int, judge: Judge | None) -> Task:
-    return ReasoningGym(argument, config.params, seed, val_size)
+def _build_calculator(argument: str, config: TaskConfig, making: Making) -> Task:
+    return Calculator(making.seed)
 
 
-def _build_jsonl(argument: str, config: TaskConfig, seed: int, val_size: int, judge: Judge | None) -> Task:
-    columns = _columns(config)
+def _build_gym(argument: str, config: TaskConfig, making: Making) -> Task:
+    return ReasoningGym(argument, config.params, making.seed, making.val_size, making.held_out)
+
+
+def _build_jsonl(argument: str, config: TaskConfig, making: Making) -> Task:
+    columns, judge = _columns(config), making.judge
+    if not making.trains:
+        return Table(None, read_jsonl(argument), columns, making.seed, judge)
     val = None if columns.val is None else read_jsonl(columns.val)
-    return Table(read_jsonl(argument), val, columns, seed, judge)
+    return Table(read_jsonl(argument), val, columns, making.seed, judge, making.held_out)
 
 
-def _build_hf(argument: str, config: TaskConfig, seed: int, val_size: int, judge: Judge | None) -> Task:
-    columns = _columns(config)
+def _build_hf(argument: str, config: TaskConfig, making: Making) -> Task:
+    columns, judge = _columns(config), making.judge
     val = None if columns.val is None else hub_rows(argument, columns.val)
-    return Table(hub_rows(argument, columns.train), val, columns, seed, judge)
+    if not making.trains:
+        return Table(None, val, columns, making.seed, judge)
+    return Table(hub_rows(argument, columns.train), val, columns, making.seed, judge, making.held_out)
 
 
-def _build_verifiers(argument: str, config: TaskConfig, seed: int, val_size: int, judge: Judge | None) -> Task:
-    return VerifiersTask(argument, config, seed, judge)
+def _build_verifiers(argument: str, config: TaskConfig, making: Making) -> Task:
+    return VerifiersTask(argument, config, making.seed, making.judge, making.held_out, making.trains)
 
 
 TASKS = {
@@ -127,10 +144,17 @@ _OURS = frozenset(  # of apply_chat_template
 )
 
 
-def make_task(config: TaskConfig, seed: int, val_size: int, judge: Judge | None = None) -> Task:
-    """`judge` says which rows of a table are left out. Raises ValueError with the rows that are no problem."""
+def make_task(
+    config: TaskConfig,
+    seed: int,
+    val_size: int,
+    judge: Judge | None = None,
+    held_out: frozenset[str] = frozenset(),
+    trains: bool = True,
+) -> Task:
+    """What is given beside the config is told in `Making`. Raises ValueError with the rows that are no problem."""
     kind, _, argument = config.name.partition(":")
-    return TASKS[kind](argument, config, seed, val_size, judge)
+    return TASKS[kind](argument, config, Making(seed, val_size, judge, held_out, trains))
 
 
 def located(config: TaskConfig) -> TaskConfig:
@@ -146,6 +170,25 @@ def located(config: TaskConfig) -> TaskConfig:
         argument = str(Path(argument).expanduser().absolute())
         return config.model_copy(update={"name": f"{kind}:{argument}", "params": params})
     return config
+
+
+def check_set(config: TaskConfig, key: str) -> None:
+    """As `check_task`, of a further set to validate on, which the config says at `key`."""
+    kind = config.name.partition(":")[0]
+    _check(f"{key}.task", _check_name, config.name)
+    if kind in TABLES:
+        _check(f"{key}.params", _check_set_params, config)
+    _check(f"{key}.params", _check_params, config)
+
+
+def _check_set_params(config: TaskConfig) -> None:
+    kind = config.name.partition(":")[0]
+    if "train" in config.params:
+        raise ValueError("train: nothing of a set is trained on: leave it out")
+    if kind == "jsonl" and "val" in config.params:
+        raise ValueError("val: all rows of the file are the set: leave it out")
+    if kind == "hf" and "val" not in config.params:
+        raise ValueError("val is missing: say which split is the set, e.g. test")
 
 
 def check_task(config: TaskConfig) -> None:

@@ -27,7 +27,15 @@ class VerifiersTask:
 
     together = False
 
-    def __init__(self, name: str, config: TaskConfig, seed: int, judge: Judge | None):
+    def __init__(
+        self,
+        name: str,
+        config: TaskConfig,
+        seed: int,
+        judge: Judge | None = None,
+        held_out: frozenset[str] = frozenset(),
+        trains: bool = True,
+    ):
         what, key = f"task.name {config.name!r}", "task.environment_timeout_s"
         arguments = name, json.dumps(config.params), str(config.max_turns)
         self._service = Service(what, key, config.environment_timeout_s, "rl.verifiers_process:host", *arguments)
@@ -38,7 +46,11 @@ class VerifiersTask:
         check_tools(config, told["tools"])
         rows = {split: DataRows(f"{config.name} ({split})", found) for split, found in told["rows"].items()}
         columns = TableParams(prompt="prompt", answer="answer")
-        self._table = Table(rows["train"], rows.get("val"), columns, seed, judge)
+        train, val = rows["train"], rows.get("val")
+        if trains:
+            self._table = Table(train, val, columns, seed, judge, held_out)
+        else:
+            self._table = Table(None, train if val is None else val, columns, seed, judge)
 
     def example(self, split: str, index: int) -> Example:
         return self._table.example(split, index)

@@ -164,6 +164,12 @@ def replicas_in(folder: Path) -> int:
     return len(list(folder.glob("rank-d*p0.safetensors")))
 
 
+def owes(folder: Path) -> bool:
+    """Whether its replicas have lost something on the way to a sum of gradients, and are still to send it."""
+    with safe_open(rank_file(folder, 0, 0), framework="pt") as f:
+        return "reducer.own.error" in f.keys()
+
+
 def restore_rank(rank: Rank, folder: str) -> None:
     """Copies are equal but for their parts in sums to come: of those that are no more the first takes theirs, and one
     that was not there when this was saved begins as a copy of the first, with none.

@@ -27,6 +27,7 @@ from rl import mismatch
 from rl.aggregation import weighted
 from rl.batch import Batch
 from rl.grpo import PG_LOSS
+from rl.val_config import OWN
 from swarm import checkpoint, scale
 from swarm.corrections import Corrections, anchor_of
 from swarm.dealt import Dealt
@@ -44,9 +45,10 @@ from swarm.pace import DUE_TICK, TICK
 from swarm.progress import Progress
 from swarm.regroup import Regroup
 from swarm.replay_choice import MiniFrame
-from swarm.rollouts import SAMPLED_S, Rollouts, sample_metrics, validation_metrics
+from swarm.rollouts import SAMPLED_S, Rollouts, sample_metrics
 from swarm.run_config import RunConfig
 from swarm.telemetry import Telemetry, combine
+from swarm.validation import accuracies, validation_metrics
 
 WAIT_S = "timing_s/anchor_wait"
 TICK_S, PAUSED_S = "timing_s/tick", "timing_s/diagnostics"  # the pace of a run is made of them
@@ -61,7 +63,8 @@ class Coordinator:
     ):
         self.config, self.fleet, self.telemetry, self.run_folder = config, fleet, telemetry, folder
         self.progress = progress = Progress(telemetry)
-        rewarding: dict[str, float] = dict.fromkeys(("generate train", "generate val"), config.task.reward_patience_s)
+        asked = ["train", *config.val.asked(0.0)]
+        rewarding = {f"generate {split}": config.task.reward_patience_s for split in asked}
         fleet.lookout = Lookout(config.faults, fleet.named, progress, folder, rewarding)
         clock, line = anchor_of(config, fleet)
         self.policy = policy or FailurePolicy(config.faults)
@@ -82,7 +85,7 @@ class Coordinator:
         """From the present step to the last."""
         config, progress = self.config, self.progress
         problems = self.rollouts.begin()
-        if problems.sources:  # what a resume compares with
+        if problems.read:  # what a resume compares with
             replace_text(self.run_folder / "data.json", problems.to_json())
         self.rollouts.sync()
         self.corrections.begin()
@@ -220,9 +223,10 @@ class Coordinator:
 
     def _validate(self) -> None:
         """On the uncompressed weights."""
-        batch, timing = self.rollouts.validation()
-        metrics = validation_metrics(self.config, batch) | {"timing_s/testing": timing.pop(SAMPLED_S)} | timing
-        self.telemetry.val(self.progress.step, self.progress.tick, metrics, float(batch.rewards.mean()))
+        answered, timing = self.rollouts.validation()
+        metrics = validation_metrics(self.config, answered) | {"timing_s/testing": timing.pop(SAMPLED_S)} | timing
+        own, others = float(answered[OWN].batch.rewards.mean()), accuracies(self.config, answered)
+        self.telemetry.val(self.progress.step, self.progress.tick, metrics, own, others)
 
     def _mini_batches(self, batch: Batch) -> list[MiniFrame]:
         """The step's mini-batches, each packed for the anchor and the diagnoser."""
@@ -275,9 +279,11 @@ class Coordinator:
         progress.restore(state)
         before, now = checkpoint.replicas_in(folder), self.config.swarm.dp
         if before != now:  # one alone sums nothing: it has nobody to send what was owed
-            coded = self.config.codec.gradient.kind != "none"
-            dropped = "what replicas owed to the sum of gradients" if coded and now == 1 else None
-            progress.event("grid changed", dp_before=before, dp=now, dropped=dropped)
+            owed = now == 1 and checkpoint.owes(folder)
+            dropped = "what replicas owed to the sum of gradients" if owed else None
+            reason = f"swarm.dp {before} -> {now}: results are equal up to rounding, not to the bit"
+            reason += f"; {dropped} is dropped" if dropped else ""
+            progress.event("grid changed", reason=reason, dp_before=before, dp=now, dropped=dropped)
 
 
 def step_means(ticks: list[dict[str, float]]) -> dict[str, float]:

@@ -14,15 +14,16 @@ from rl.batch import Batch, Parts, Prompts, concat, concat_parts, of_validation
 from rl.config import GrpoConfig
 from rl.engine import EngineFailed
 from rl.packing import OPTIONAL
-from rl.passes import passes
 from rl.problems import Problems
 from rl.rollout import FAILED, UNDECIDED
 from rl.shaping import KL_PENALTY, OVERLONG, SCORE
+from rl.val_config import OWN
 from swarm.engine_line import EngineLine
 from swarm.lookahead import Asked, Lookahead, Result
 from swarm.progress import Progress
 from swarm.run_config import RunConfig
 from swarm.sample_file import Reader
+from swarm.validation import Answered
 
 SAMPLED_S = "timing_s/gen"
 FURTHER = 1 << 32  # prompts of a run are fewer
@@ -38,7 +39,8 @@ class Rollouts:
         self._reader = Reader(config.model.path, config.task.skip_special_tokens)
         self._lacking = 0  # steps ahead that the checkpoint lacks with which this run goes on
         self._endless = False  # no answer of the last step came to an end
-        self._validated = config.val.size
+        self.sets = config.val.asked(config.rollout.validation_temperature)
+        self._problems = Problems()  # what the engines have
 
     def begin(self) -> Problems:
         """Before the first samples: what problems the engines have, said where they are fewer than were asked for.
@@ -50,6 +52,7 @@ class Rollouts:
             if other != found:
                 reason = f"engine {i} has {_names(other)}, engine 0 {_names(found)}"
                 raise EngineFailed("the problems of the task", reason, "put the same files on the nodes of all engines")
+        self._problems = found
         self._say_what_is_missing(found)
         if self._lacking:
             reason = f"the saved run was to end before: {self._lacking} steps ahead are sampled of newer weights"
@@ -57,15 +60,23 @@ class Rollouts:
         return found
 
     def _say_what_is_missing(self, problems: Problems) -> None:
-        for source in problems.sources:
+        for source in problems.read:
             if source.left_out:
                 reason = f"{source.left_out} of {source.rows} of {source.name}, longer than grpo.max_prompt_length"
                 self.progress.event("rows left out", reason=reason, left_out=source.left_out, rows=source.rows)
-        there, asked = problems.validation, self.config.val.size
-        if there is not None and there < asked:
-            reason = f"{there} where val.size is {asked}: each is asked once"
-            self.progress.event("fewer validation problems", reason=reason, problems=there, asked=asked)
-            self._validated = there
+        for split, one in self.sets.items():
+            there = self._of(split).validation
+            if there is not None and one.size != "all" and there < one.size:
+                reason = f"{there} where {one.key}.size is {one.size}: each is asked once"
+                self.progress.event("fewer validation problems", reason=reason, problems=there, asked=one.size)
+
+    def _of(self, split: str) -> Problems:
+        """Of one set that is validated on."""
+        return self._problems if split == OWN else self._problems.sets[split]
+
+    def _count(self, split: str) -> int:
+        there, size = self._of(split).validation, self.sets[split].size
+        return min(x for x in (there, None if size == "all" else size) if x is not None)
 
     def train(self) -> tuple[Batch, dict[str, Any]]:
         """Samples of the present step, and metrics of it. Those of steps ahead are asked for, and not waited for."""
@@ -116,22 +127,32 @@ class Rollouts:
             self.progress.event("every answer was cut at grpo.max_response_length", limit=limit, fix=fix)
         self._endless = endless
 
-    def validation(self) -> tuple[Batch, dict[str, float]]:
-        """The same prompts and random numbers each time, so that runs are paired. On the weights that were sent last."""
-        start, temperature = time.perf_counter(), self.config.rollout.validation_temperature
-        asked = self._ask("val", 0, range(self._validated), self.config.val.samples, temperature)
+    def validation(self) -> tuple[dict[str, Answered], dict[str, float]]:
+        """By split, on the weights that were sent last: the same prompts and random numbers each time, so that runs are
+        paired."""
+        start, answered, found = time.perf_counter(), dict[str, Answered](), dict[str, float]()
+        asked = {
+            split: self._ask(split, 0, range(self._count(split)), one.samples, one.temperature)
+            for split, one in self.sets.items()
+        }
         self._deliver_all()  # they stand before it in the queues
-        batch, found = self._taken("val", self.engines.deliver(asked, "val samples of step 0"))
-        return batch, found | {SAMPLED_S: time.perf_counter() - start}
+        for split, one in asked.items():
+            batch, measured = self._taken(split, self.engines.deliver(one, f"{split} samples of step 0"))
+            answered[split] = Answered(self.sets[split], batch, self._of(split).groups)
+            found |= measured
+        return answered, found | {SAMPLED_S: time.perf_counter() - start}
 
     def _keep(self, batch: Batch, parts: Parts, split: str) -> None:
         """The answers to the first prompts of a step, or all of a validation, to be read."""
         step, tick, grpo = self.progress.step, self.progress.tick, self.config.grpo
-        first, each, most = 0, self.config.val.samples, len(batch)
+        at: dict[str, Any] = {"kind": split, "step": step, "tick": tick}
         if split == "train":
             first, each = (step - 1) * grpo.train_batch_size, grpo.group_size
-            most = min(most, self.config.samples.prompts * each)
-        at = {"kind": split, "step": step, "tick": tick}
+            most = min(len(batch), self.config.samples.prompts * each)
+        else:
+            one = self.sets[split]
+            first, each, most = 0, one.samples, len(batch)
+            at |= {"kind": OWN} | ({"set": one.name} if one.name else {})
         self.progress.telemetry.samples(
             step, tick, lambda: self._reader.read(at, batch.take(0, most), parts, first, each)
         )
@@ -144,7 +165,7 @@ class Rollouts:
         """Batches of one number of samples, whatever the number of engines: so results do not depend on it."""
         size = max(1, self.config.rollout.batch_size * self.config.grpo.group_size // n)
         chosen = [tuple(indices[i : i + size]) for i in range(0, len(indices), size)]
-        wanted = of_validation(self.config.samples.kept) if split == "val" else OPTIONAL
+        wanted = OPTIONAL if split == "train" else of_validation(self.config.samples.kept)
         return self.engines.ask(step, [Prompts(split, step, c, n, temperature, wanted) for c in chosen])
 
     def _taken(self, split: str, results: list[Result], shown: bool = True) -> tuple[Batch, dict[str, Any]]:
@@ -198,19 +219,8 @@ def _names(problems: Problems) -> str:
 
 def part_means(split: str, parts: Parts) -> dict[str, float]:
     """Of each part of the rewards, over the samples that have it."""
-    prefix = {"train": "critic", "val": "val-aux"}[split]
+    prefix = "critic" if split == "train" else split.replace(OWN, "val-aux", 1)
     return {f"{prefix}/rewards/{name}/mean": float(np.nanmean(values)) for name, values in parts.items()}
-
-
-def validation_metrics(config: RunConfig, batch: Batch) -> dict[str, float]:
-    """Of `val.samples` answers to each prompt; verl's names, but `pass@k`, which verl has not."""
-    core = f"val-core/{config.task.name.replace(':', '_').replace('/', '_')}/acc"
-    found = {f"{core}/mean@{config.val.samples}": float(batch.rewards.mean())}
-    found |= {f"{core}/pass@{k}": share for k, share in passes(batch.rewards.reshape(-1, config.val.samples)).items()}
-    return found | {
-        "val-aux/response_length/mean": float(batch.own_lengths.mean()),
-        "val-aux/response_length/clip_ratio": float(batch.truncated.mean()),
-    }
 
 
 def sample_metrics(batch: Batch, grpo: GrpoConfig) -> dict[str, float]:

@@ -15,11 +15,13 @@ from anchor_service.lag import read_trace
 from codec.config import CodecConfig, Section
 from merger import MERGERS
 from merger.config import MergerConfig
-from rl.config import GrpoConfig, ModelConfig, RolloutConfig, SnapshotConfig, ValConfig
+from rl.config import LEAST_TEMPERATURE, GrpoConfig, ModelConfig, RolloutConfig, SnapshotConfig, ValConfig
 from rl.model_files import model_shape
 from rl.model_shape import ModelShape
+from rl.problem_columns import metric_name
 from rl.task_config import TaskConfig
-from rl.tasks import check_task
+from rl.tasks import check_set, check_task
+from rl.val_config import task_of
 from swarm.config import DiagnosticsConfig, FaultsConfig, LinksConfig, SamplesConfig, SwarmConfig
 
 
@@ -184,12 +186,26 @@ class RunConfig(Section):
             )
 
     def _check_validation(self) -> None:
-        """Greedy answers to one prompt are the same."""
-        if self.val.samples > 1 and self.rollout.validation_temperature == 0:
-            raise ValueError(
-                f"val.samples {self.val.samples} greedy answers to a prompt are one: set rollout.val_temperature above 0, or "
-                f"val.samples=1"
-            )
+        """Greedy answers to one prompt are the same; and two sets under one name would be one line of a plot."""
+        own = metric_name(self.task.name)
+        for one in self.val.asked(self.rollout.validation_temperature).values():
+            warm = f"{one.key}.temperature" if one.name else "rollout.val_temperature"
+            if one.samples > 1 and one.temperature == 0:
+                raise ValueError(
+                    f"{one.key}.samples {one.samples} greedy answers to a prompt are one: set {warm} above 0, or "
+                    f"{one.key}.samples=1"
+                )
+            if 0 < one.temperature < LEAST_TEMPERATURE:
+                raise ValueError(f"{warm} {one.temperature:g} must be 0 (greedy) or at least {LEAST_TEMPERATURE}")
+            if one.name == own:
+                raise ValueError(f"{one.key}: metrics of the task itself have the name {own!r}: choose another")
+        for name, one in self.val.sets.items():
+            if one.task is not None:
+                check_set(task_of(self.task, one), f"val.sets.{name}")
+            elif one.params:
+                raise ValueError(
+                    f"val.sets.{name}.params are read with a val.sets.{name}.task: set it, or leave them out"
+                )
 
     def _check_filter(self) -> None:
         """What is sampled again is of the weights that the step begins with, and so must the rest be."""

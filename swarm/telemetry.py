@@ -80,7 +80,7 @@ class Telemetry:
         self.listeners = Listeners({"display": lambda: listener, "tensorboard": lambda: Board(run)})
         self.loggers, self._samples = loggers or Loggers({}), samples
         self.started = time.time()
-        self.validations: list[dict[str, float]] = []
+        self.validations: list[dict[str, Any]] = []
         self.last: dict[str, Any] = {}
         self.digests: list[str] = []
         self.seconds: dict[str, float] = defaultdict(float)
@@ -94,9 +94,13 @@ class Telemetry:
     def step(self, step: int, tick: int, metrics: dict[str, Any]) -> None:
         self._write("step", step, tick, metrics)
 
-    def val(self, step: int, tick: int, metrics: dict[str, Any], accuracy: float) -> None:
-        self.validations.append({"step": step, "tick": tick, "accuracy": accuracy})
-        self._write("val", step, tick, metrics | {"accuracy": accuracy})
+    def val(
+        self, step: int, tick: int, metrics: dict[str, Any], accuracy: float, others: dict[str, float] | None = None
+    ) -> None:
+        """`others`: by name, of further sets and of the rows of each source."""
+        found: dict[str, Any] = {"accuracy": accuracy} | ({"sets": others} if others else {})
+        self.validations.append({"step": step, "tick": tick} | found)
+        self._write("val", step, tick, metrics | found)
 
     def fire(self, step: int, tick: int, report: dict[str, Any]) -> None:
         """A correction was merged for the first time, or passed over for a newer one (first_tick None)."""

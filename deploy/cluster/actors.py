@@ -14,6 +14,7 @@ from merger.look import stride_of
 from rl.model_files import model_shape, resolve, trained_count
 from rl.rollout import RolloutWorker
 from rl.spans import spans
+from rl.task_sets import located_sets
 from rl.tasks import located
 from swarm.rank import RankSetup
 from swarm.run_config import RunConfig
@@ -64,7 +65,7 @@ def _workers(config: RunConfig) -> list[ActorPlan]:
 
 def _engine(config: RunConfig) -> ActorPlan:
     sections = config.model, located(config.task), config.grpo, config.rollout, config.snapshot
-    return ActorPlan(RolloutWorker, (*sections, config.run.seed, config.val.size, config.swarm.threads))
+    return ActorPlan(RolloutWorker, (*sections, config.run.seed, located_sets(config.val), config.swarm.threads))
 
 
 def _dense(config: RunConfig) -> DenseSetup:

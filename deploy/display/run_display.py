@@ -9,6 +9,7 @@ from typing import Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -76,7 +77,11 @@ class RunDisplay:
             self.lag, self.age = record.get("anchor/lag"), record.get("anchor/age")
         elif kind == "val":
             self.accuracy = record.get("accuracy")
-            console.print(f"step {record['step']:4d}  validation accuracy {_figure(self.accuracy, '.3f')}")
+            others = "".join(f"  {name} {value:.3f}" for name, value in record.get("sets", {}).items())
+            accuracy = _figure(self.accuracy, ".3f")
+            console.print(
+                f"step {record['step']:4d}  validation accuracy {accuracy}{others}", markup=False, soft_wrap=True
+            )
         elif kind == "restored":
             self.accuracy = record.get("accuracy")
             self.progress.update(self.task, completed=record["step"])
@@ -102,8 +107,11 @@ def print_summary(summary: dict[str, Any], folder: Path) -> None:
     from experiments.runs import load_run
 
     table = Table(title=f"{summary['name']}: {summary['status']}", show_header=False)
-    accuracies = "  ".join(f"@{v['step']} {v['accuracy']:.3f}" for v in summary["validations"])
-    table.add_row("validation accuracy", accuracies or "–")
+    validations: list[dict[str, Any]] = summary["validations"]
+    table.add_row("validation accuracy", "  ".join(f"@{v['step']} {v['accuracy']:.3f}" for v in validations) or "–")
+    for name in dict.fromkeys(name for v in validations for name in v.get("sets", {})):
+        series = [(v["step"], v["sets"][name]) for v in validations if name in v.get("sets", {})]
+        table.add_row(f"  {escape(name)}", "  ".join(f"@{step} {accuracy:.3f}" for step, accuracy in series))
     table.add_row("steps, ticks, anchor backwards", "{steps}, {ticks}, {anchor_backwards}".format_map(_zeros(summary)))
     for name, value in _bytes(summary):
         table.add_row(name, value)

@@ -31,6 +31,7 @@ from deploy.estimate.workload import (
 )
 from merger import merger_class
 from merger.look import stride_of
+from rl.val_config import AskedSet
 from swarm.run_config import RunConfig
 
 # --- bytes of single messages --------------------------------------------------------------------
@@ -250,9 +251,14 @@ def _sampled(config: RunConfig, ticks: int) -> Sizes:
     grpo, steps, prompts = config.grpo, ticks // config.grpo.ticks_per_step, config.rollout.batch_size
     validations = 1 + -(-steps // config.val.every)  # before the first step, on schedule, after the last
     asked = _frames(config, grpo.train_batch_size, prompts, grpo.group_size)
-    each = config.val.samples
-    told = _frames(config, config.val.size, max(1, prompts * grpo.group_size // each), each, validation=True)
+    told = Sizes(*map(sum, zip(*(_told(config, one) for one in config.val.asked(0.0).values()))))
     return Sizes(*((steps * a + validations * t) / ticks for a, t in zip(asked, told)))
+
+
+def _told(config: RunConfig, one: AskedSet) -> Sizes:
+    """Of one set of one validation."""
+    most = max(1, config.rollout.batch_size * config.grpo.group_size // one.samples)
+    return _frames(config, one.count, most, one.samples, validation=True)
 
 
 def _frames(config: RunConfig, prompts: int, most: int, samples: int, validation: bool = False) -> Sizes:

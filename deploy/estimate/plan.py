@@ -12,7 +12,7 @@ from typing import Any
 
 from anchor_service.config import correction_payload
 from codec.ledger import ANCHOR, PUBLISHED, Ledger
-from deploy.config import load, own_settings
+from deploy.config import load, names_in, own_settings
 from deploy.estimate.bytes import tick_bytes
 from deploy.estimate.cadences import Affordable, affordable
 from deploy.estimate.memory import EXPECTED, Part, largest, memory, peak
@@ -125,7 +125,9 @@ class Plan:
 def load_for_planning(source: str, overrides: list[str]) -> RunConfig:
     """A config whose task and loggers are not looked at: `plan` needs neither here. Raises ConfigError."""
     given = [key for key in own_settings(source, overrides) if not key.startswith("task.")]
-    return load(source, [*overrides, "task.name=sums", "run.loggers=[]"], given=given)
+    sets = [f"val.sets.{name}" for name in names_in(source, overrides, "val", "sets")]
+    unseen = [f"{one}.{key}" for one in sets for key in ("task=sums", "params={}")]
+    return load(source, [*overrides, "task.name=sums", "run.loggers=[]", *unseen], given=given)
 
 
 def make_plan(config: RunConfig, anchor_bytes: float | None = None, probe: Path | None = None) -> Plan:

@@ -89,11 +89,11 @@ class _Run:
     # --- the driver ------------------------------------------------------------------------------
 
     def _steps(self) -> ProcessGenerator:
-        grpo, val, durations = self.config.grpo, self.config.val, self.durations
+        grpo, durations = self.config.grpo, self.durations
         steps = -(-self.last_tick // grpo.ticks_per_step)
         sampled: list[float] = []  # when the samples of a step are there
         self._send_weights(0)
-        yield self._engines_until(self._sample(val.size, val.samples))
+        yield self._engines_until(self._validate())
         for step in range(1, steps + 1):
             start = self.env.now
             while len(sampled) < self.config.rollout.ahead_of(step, steps):
@@ -113,8 +113,8 @@ class _Run:
                 yield self._engines_until(self.weights_at)
             seconds = (self.env.now - start) / len(ticks)
             self.tick_seconds = paced(self.tick_seconds, seconds)
-            if step % val.every == 0 or step == steps:
-                yield self._engines_until(self._sample(val.size, val.samples))
+            if step % self.config.val.every == 0 or step == steps:
+                yield self._engines_until(self._validate())
 
     def _send_weights(self, step: int) -> None:
         """Those after `step`, beside whatever the engines do: they take them after what they were asked for before."""
@@ -126,6 +126,10 @@ class _Run:
         """When the engines are done with it, after all that they were asked for before."""
         self.engines_at = max(self.env.now, self.engines_at) + self.durations.rollout(prompts, samples)
         return self.engines_at
+
+    def _validate(self) -> float:
+        """The same of all sets that are validated on."""
+        return max(self._sample(one.count, one.samples) for one in self.config.val.asked(0.0).values())
 
     def _engines_until(self, when: float) -> simpy.Event:
         return self._spend("engines", max(0.0, when - self.env.now))

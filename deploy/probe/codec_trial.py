@@ -89,9 +89,7 @@ class Head:
     """Norm and head over rows of the last hidden state, a block of rows at a time: logits are the largest tensors."""
 
     def __init__(self, upper: Stage, grpo: GrpoConfig, temperature: float, denominator: float):
-        self.upper, self.temperature, self.denominator = upper, temperature, denominator
-        # a block may cut a sample; where old log-probs are those of the pass itself, the two levels have one gradient
-        self.grpo = grpo.model_copy(update={"importance_sampling_level": "token"})
+        self.upper, self.temperature, self.denominator, self.grpo = upper, temperature, denominator, grpo
 
     def logprobs(self, rows: Tensor) -> Tensor:
         return log_distribution(self.upper.logits(rows), self.temperature)
@@ -99,29 +97,46 @@ class Head:
     def compare(
         self, dense: Tensor, rows: Tensor, micro: MicroBatch, with_gradient: bool
     ) -> tuple[dict[str, Tensor], Tensor | None]:
-        """Sums over the response tokens, and the gradient [R, H] of the run's clipped loss with respect to `rows`.
+        """Sums over the response tokens, and the gradient [R, H] of the run's objective with respect to `rows`.
 
         `kl` is KL(p ‖ q) over the whole vocabulary, p from `dense` [R, H] and q from `rows`; the other sums
         are those of `rl.mismatch` on the sampled tokens.
         """
         sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64, device=rows.device))
-        gradient = torch.empty_like(rows) if with_gradient else None
-        for block in torch.arange(len(rows), device=rows.device).split(HEAD_ROWS):
-            targets = micro.targets[block, None]
+        found: list[Tensor] = []
+        for block in self._blocks(rows):
             with torch.no_grad():
-                p = self.logprobs(dense[block])
-            leaf = rows[block].detach().requires_grad_(with_gradient)
-            q = self.logprobs(leaf)
-            new = q.gather(1, targets).squeeze(1)
-            if gradient is not None:
-                old = micro.rollout_logprobs[block] if self.grpo.old_logprobs == "rollout" else new.detach()
-                policy_loss(new, old, micro.advantages[block], self.denominator, self.grpo).loss.backward()
-                assert leaf.grad is not None
-                gradient[block] = leaf.grad
-            sums["kl"] += (p.exp() * (p - q.detach())).sum(dtype=torch.float64)
-            for name, value in mismatch.sums(p.gather(1, targets).squeeze(1), new).items():
+                p, q = self.logprobs(dense[block]), self.logprobs(rows[block])
+                old, new = (logp.gather(1, micro.targets[block, None]).squeeze(1) for logp in (p, q))
+                sums["kl"] += (p.exp() * (p - q)).sum(dtype=torch.float64)
+            found.append(new)
+            for name, value in mismatch.sums(old, new).items():
                 sums[name] += value
-        return sums, gradient
+        return sums, self._gradient(rows, torch.cat(found), micro) if with_gradient else None
+
+    def _gradient(self, rows: Tensor, new: Tensor, micro: MicroBatch) -> Tensor:
+        """Through the log-probs `new` [R] of all blocks: an objective may look at whole samples, which a block cuts. Without the
+        KL to the base policy, which is not here."""
+        new, entropy = new.detach().requires_grad_(), torch.zeros_like(new).requires_grad_()  # linear in the latter
+        old = micro.rollout_logprobs if self.grpo.old_logprobs == "rollout" else new.detach()
+        known = None, micro.rollout_logprobs, micro.loss_weights, micro.samples
+        policy_loss(new, old, micro.advantages, self.denominator, self.grpo, entropy, *known).loss.backward()
+        assert new.grad is not None  # the loss depends on it
+        gradient = torch.empty_like(rows)
+        for block in self._blocks(rows):
+            leaf = rows[block].detach().requires_grad_()
+            q = self.logprobs(leaf)
+            loss = (q.gather(1, micro.targets[block, None]).squeeze(1) * new.grad[block]).sum()
+            if entropy.grad is not None:
+                loss = loss - (entropy.grad[block, None] * q.exp() * q).sum()
+            loss.backward()
+            assert leaf.grad is not None
+            gradient[block] = leaf.grad
+        return gradient
+
+    @staticmethod
+    def _blocks(rows: Tensor) -> tuple[Tensor, ...]:
+        return torch.arange(len(rows), device=rows.device).split(HEAD_ROWS)
 
 
 @dataclass

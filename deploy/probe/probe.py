@@ -24,10 +24,12 @@ from deploy.preflight import preflight
 from deploy.probe.anchor_trial import compare_batches
 from deploy.probe.codec_trial import Calibration, Halves, Head, Trial
 from deploy.probe.scores import Score, codec_in_run, dense_of_run, scored_trial
+from rl.aggregation import weighted
 from rl.batch import Batch, Prompts, concat
 from rl.model_files import model_shape, resolve
 from rl.objective import MicroBatch, microbatches
 from rl.rollout import RolloutWorker
+from rl.val_config import OWN
 from swarm.run_config import RunConfig
 
 CALIBRATION = 2  # times as many tokens as are scored; a run pools over far more
@@ -96,6 +98,8 @@ def probe(
     drawn = not (calibration.advantages.any() and scored.advantages.any())
     if drawn:
         say("no answer was better than another: advantages are drawn, +1 or -1")
+        kept = config.grpo.model_copy(update={"zero_variance": "keep"})  # of drawn advantages no group is of one reward
+        config = config.model_copy(update={"grpo": kept})
         calibration, scored = _with_drawn_advantages(calibration, 0), _with_drawn_advantages(scored, 1)
     scores, gradient_tokens, own = _trials(folder, shape.layers, cuts, candidates, calibration, scored, config, say)
     found = None
@@ -182,7 +186,7 @@ def _answers(config: RunConfig, tokens: int, say: Say) -> tuple[Batch, Batch]:
         config.rollout.model_copy(update={"engine": "transformers", "mismatch_every": 0}),
         config.snapshot,
         config.run.seed,
-        config.val.size,
+        config.val.model_copy(update={"sets": {}}),
         config.swarm.threads,
     )
     return _sample(worker, "train", config, CALIBRATION * tokens, say), _sample(worker, "val", config, tokens, say)
@@ -191,7 +195,7 @@ def _answers(config: RunConfig, tokens: int, say: Say) -> tuple[Batch, Batch]:
 def _sample(worker: RolloutWorker, split: str, config: RunConfig, tokens: int, say: Say) -> Batch:
     """Batches of prompts until there are `tokens` response tokens, or no more validation prompts."""
     size, n = config.rollout.batch_size, config.grpo.group_size  # as many as share a prompt's rows in the run
-    last = min(config.val.size, worker.problems().validation or config.val.size) if split == "val" else None
+    last = worker.tasks.there(OWN) if split == OWN else None
     batches, count, first = [], 0, 0
     while count < tokens and first != last:
         stop = first + size if last is None else min(first + size, last)
@@ -217,7 +221,8 @@ def _with_drawn_advantages(batch: Batch, seed: int) -> Batch:
 def calibrate(halves: Halves, trials: list[Trial], batch: Batch, config: RunConfig, say: Say) -> None:
     """One pass without codec gives the rows that all trials are calibrated on."""
     calibrations: list[Calibration] = []
-    head = Head(halves.upper, config.grpo, config.rollout.temperature, batch.own_tokens)
+    batch = weighted(batch, config.grpo)
+    head = Head(halves.upper, config.grpo, config.rollout.temperature, batch.loss_tokens)
 
     def tap(layer: int, x: Tensor) -> Tensor:
         x.register_hook(lambda dx: calibrations[-1].passed.update({layer: (x.detach(), dx)}))
@@ -236,7 +241,8 @@ def calibrate(halves: Halves, trials: list[Trial], batch: Batch, config: RunConf
 
 def score(halves: Halves, trials: list[Trial], batch: Batch, config: RunConfig, say: Say) -> tuple[Tensor, int]:
     """Runs every trial on every microbatch. Returns the gradient without codec, and its number of response tokens."""
-    head = Head(halves.upper, config.grpo, config.rollout.temperature, batch.own_tokens)
+    batch = weighted(batch, config.grpo)
+    head = Head(halves.upper, config.grpo, config.rollout.temperature, batch.loss_tokens)
     micros, start = list(_micros(batch, config)), time.perf_counter()
     reference, gradient_tokens = torch.zeros(()), 0
     for i, micro in enumerate(micros):

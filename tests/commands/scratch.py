@@ -44,7 +44,7 @@ class Scratch:
         python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
         for made in (shim, python):
             made.chmod(0o755)
-        for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        for name in ("Makefile", "pyproject.toml", "constraints.txt", "examples"):
             (folder / name).symlink_to(ROOT / name)
         (folder / ".venv" / ".installed").touch()  # newer than pyproject.toml: make has nothing to install
         self.forks: subprocess.Popen[bytes] | None = None

@@ -29,7 +29,7 @@ FILES = {  # blocks that are files, under the names by which the pages call them
     "CONTRIBUTING.md": {"python": ["my_codec.py", "my_merger.py"]},
     "docs/experiments.md": {"toml": ["mine.toml"]},
     "docs/models.md": {
-        "toml": ["data.toml", "turns.toml", "environment.toml", "reward.toml"],
+        "toml": ["data.toml", "validation.toml", "turns.toml", "environment.toml", "reward.toml"],
         "python": ["my_tools.py", "my_rewards.py"],
         "json": ["chat.jsonl"],
     },
@@ -129,12 +129,14 @@ def test_a_command_does_what_is_printed(command: Command, scratch: Scratch, reco
 
 
 @pytest.mark.slow
-def test_the_run_that_was_stopped_went_on_to_its_end(scratch: Scratch):
+def test_the_run_that_was_stopped_went_on_to_its_end_and_on_another_grid_beyond_it(scratch: Scratch):
     run = scratch.folder / "runs" / "long"
     summary = json.loads((run / "summary.json").read_text())
-    assert (summary["status"], summary["steps"]) == ("completed", 10)
-    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [record["step"] for record in steps if record["kind"] == "step"] == list(range(1, 11))
+    assert (summary["status"], summary["steps"]) == ("completed", 15)
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records if record["kind"] == "step"] == list(range(1, 16))
+    changed = [record for record in records if record.get("event") == "grid changed"]
+    assert [(record["step"], record["dp_before"], record["dp"]) for record in changed] == [(10, 1, 2)]
 
 
 @pytest.mark.slow

@@ -110,3 +110,13 @@ def run_ticks(rank: Rank, batches: list[Batch], corrections: dict[int, Correctio
 def by_name(rank: Rank, flat: torch.Tensor) -> dict[str, np.ndarray]:
     weights = rank.stage.weights
     return {n: weights.view(i, flat).detach().cpu().numpy().copy() for i, n in enumerate(weights.names)}
+
+
+def signs_by_name(state: Rank) -> Correction:
+    """A sign for every parameter that depends on its name alone, so that every layout gets the same."""
+    weights = state.stage.weights
+    signs = torch.empty(weights.numel, dtype=torch.int8)
+    for i, name in enumerate(weights.names):
+        generator = torch.Generator().manual_seed(sum(name.encode()))
+        weights.view(i, signs).copy_(torch.randint(-1, 2, weights.shapes[i], generator=generator))
+    return Correction(1, 0, None, signs, "")

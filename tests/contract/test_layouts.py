@@ -11,7 +11,6 @@ import torch
 
 from anchor_service.config import AnchorConfig
 from anchor_service.dense_gradient import DenseGradient
-from anchor_service.messages import Correction
 from anchor_service.replay import unpack_replay
 from codec.config import CodecConfig, GradientConfig
 from codec.ledger import Ledger
@@ -24,7 +23,7 @@ from rl.spans import spans
 from swarm.grid import Grid
 from swarm.peers import WrongSize
 from tests.conftest import make_batch, on_ranks, with_environment
-from tests.contract.harness import make_rank, run_ticks
+from tests.contract.harness import make_rank, run_ticks, signs_by_name
 
 RTOL = 1e-4
 # Adam divides by its own estimate of the gradient, so rounding of tiny gradients shows: 1 % of a step of lr 1e-3
@@ -36,7 +35,7 @@ def _work(rank: int, init: str, options: dict, trainer_logprobs: bool, size: int
     for boundary in state.cuts.values() if saved else ():
         boundary.restore({name: torch.from_numpy(value) for name, value in saved.items()})
     batches = [cut_batch(s, options.get("grpo") == WEIGHED) for s in range(3)]
-    corrections = {3: _correction(state)} if state.held.merger.payload and not state.held.placebo else {}
+    corrections = {3: signs_by_name(state)} if state.held.merger.payload and not state.held.placebo else {}
     found = run_ticks(state, batches, corrections, trainer_logprobs=trainer_logprobs, size=size)
     return found | {"codec": {k: v.numpy().copy() for b in state.cuts.values() for k, v in b.state().items()}}
 
@@ -45,16 +44,6 @@ def cut_batch(seed: int, turns: bool = False) -> Batch:
     """Some of its answers were cut, which by default changes nothing. `turns`: some tokens are an environment's."""
     batch = replace(make_batch(seed=seed), truncated=np.arange(16) % 5 == 0)
     return with_environment(batch, seed) if turns else batch
-
-
-def _correction(state) -> Correction:
-    """A sign for every parameter that depends on its name alone, so that every layout gets the same."""
-    weights = state.stage.weights
-    signs = torch.empty(weights.numel, dtype=torch.int8)
-    for i, name in enumerate(weights.names):
-        generator = torch.Generator().manual_seed(sum(name.encode()))
-        weights.view(i, signs).copy_(torch.randint(-1, 2, weights.shapes[i], generator=generator))
-    return Correction(1, 0, None, signs, "")
 
 
 def _layout(

@@ -14,7 +14,7 @@ from swarm.manifest import CheckpointError
 from swarm.messages import TickPlan
 from swarm.tick import tick
 from tests.conftest import make_batch, on_ranks
-from tests.contract.harness import make_rank, mini_batch
+from tests.contract.harness import make_rank, mini_batch, signs_by_name
 
 PARTS = [(1, 3), (4, 5), (6, 7)]  # ticks; with a cadence of 2 the tables are made anew right after the first change
 
@@ -22,20 +22,28 @@ PARTS = [(1, 3), (4, 5), (6, 7)]  # ticks; with a cadence of 2 the tables are ma
 def _part(
     rank: int, init: str, options: dict, ticks: tuple[int, int], start: str, end: str
 ) -> tuple[list[float], dict]:
-    """Losses of the ticks from the checkpoint `start`, if there is one, and what is saved in `end`."""
-    state = make_rank(rank=rank, init=init, merger=MergerConfig(kind="none"), **options)
+    """Losses of the ticks from the checkpoint `start`, if there is one; what is saved in `end`, and the first gradient.
+
+    From tick 2 on a correction is merged, which is held through the checkpoints.
+    """
+    state = make_rank(rank=rank, init=init, merger=MergerConfig(kind="signed_ema"), **options)
     if start:
         checkpoint.restore_rank(state, start)
-    losses = []
+    losses, gradients = [], []
     for t in range(ticks[0], ticks[1] + 1):
-        batch = make_batch(seed=t)
-        report = tick(state, TickPlan(t, 0, None, 0), mini_batch(state, batch), lambda c: c)
+        batch, correction = make_batch(seed=t), signs_by_name(state) if t == 2 else None
+        plan = TickPlan(t, 0, correction, int(t >= 2))
+        report = tick(state, plan, mini_batch(state, batch), lambda c: c)
         losses.append(report.sums.get("actor/pg_loss", 0.0) / batch.response_tokens)
+        gradients.append(state.stage.weights.grad.numpy().copy())
     checkpoint.save_rank(state, end, ticks[1])
-    return losses, {name: tensor.numpy().copy() for name, tensor in state.state()[0].items()}
+    saved = {name: tensor.numpy().copy() for name, tensor in state.state()[0].items()}
+    return losses, saved | {"first gradient": gradients[0]}
 
 
-def _run(model: Path, run: Path, grids: tuple[int, int, int], pp: int, **options) -> tuple[np.ndarray, list[dict]]:
+def _run(
+    model: Path, run: Path, grids: tuple[int, int, int], pp: int, **options
+) -> tuple[np.ndarray, list[list[dict]]]:
     losses, start, states = [], "", []
     for dp, ticks in zip(grids, PARTS):
         end = run / f"{ticks[1]}"
@@ -43,21 +51,25 @@ def _run(model: Path, run: Path, grids: tuple[int, int, int], pp: int, **options
         made = dict(folder=model, dp=dp, pp=pp, **options)
         found = on_ranks(dp * pp, _part, made, ticks, start, str(end))
         losses += list(np.sum([of_rank for of_rank, _ in found], axis=0))
-        states, start = [state for _, state in found], str(end)
+        states.append([state for _, state in found])
+        start = str(end)
     return np.array(losses), states
 
 
 @pytest.mark.parametrize(("grids", "pp"), [((1, 2, 1), 2), ((2, 1, 3), 1)])
-def test_losses_and_weights_are_those_of_a_grid_that_did_not_change(
+def test_gradients_losses_and_weights_are_those_of_a_grid_that_did_not_change(
     untied_model: Path, grids: tuple[int, int, int], pp: int, tmp_path: Path
 ):
     fixed, reference = _run(untied_model, tmp_path / "fixed", (1, 1, 1), pp)
     changed, states = _run(untied_model, tmp_path / "changed", grids, pp)
     np.testing.assert_allclose(changed, fixed, rtol=1e-4)
-    for p in range(pp):
-        np.testing.assert_allclose(states[p]["weights"], reference[p]["weights"], atol=1e-5)
-    replicas = {state["weights"].tobytes() for state in states[::pp]}
-    assert len(replicas) == 1
+    for part, expected in zip(states, reference):
+        for p in range(pp):
+            wanted = expected[p]["first gradient"]
+            assert np.abs(wanted).max() > 1e-3
+            np.testing.assert_allclose(part[p]["first gradient"], wanted, rtol=1e-4, atol=1e-6)
+            np.testing.assert_allclose(part[p]["weights"], expected[p]["weights"], atol=1e-5)
+        assert len({state["weights"].tobytes() for state in part[::pp]}) == 1
 
 
 def test_what_was_owed_is_still_owed_once(untied_model: Path, tmp_path: Path):

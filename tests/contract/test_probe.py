@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -21,12 +21,16 @@ from deploy.cli import app
 from deploy.config import ConfigError, load
 from deploy.estimate.plan import make_plan
 from deploy.estimate.worth import Measured, Worth
+from deploy.probe import codec_trial
 from deploy.probe.anchor_trial import Gradients
-from deploy.probe.codec_trial import DRAWS, Halves, Trial
+from deploy.probe.codec_trial import DRAWS, Halves, Head, Trial
 from deploy.probe.probe import Probe, calibrate, compared_with, numbers_of_boundaries, probe, score, sets_of_boundaries
 from deploy.probe.scores import gradient_error
 from deploy.probe.tables import advice
+from rl.aggregation import weighted
 from rl.batch import Batch
+from rl.config import GrpoConfig
+from rl.objective import loss_terms, microbatches
 from rl.spans import spans
 from swarm.run_config import RunConfig
 from tests.conftest import make_batch
@@ -149,6 +153,35 @@ def test_gradients_of_the_whole_model_are_those_of_plain_code_and_of_the_anchor(
     below = flat[gradients.at] != 0
     assert below.sum() > 1000
     assert torch.allclose(found[below], flat[gradients.at][below], rtol=1e-3, atol=1e-6)
+
+
+OBJECTIVES = {
+    "a mean of means": {"loss_agg_mode": "seq-mean-token-mean", "overlong_filter": True},
+    "ratios of samples": {"importance_sampling_level": "sequence", "clip_ratio": 1e-3, "old_logprobs": "rollout"},
+    "an entropy bonus": {"entropy_coeff": 0.1, "rollout_is": "token", "zero_variance": "drop", "group_size": 2},
+}
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
+def test_the_gradient_is_that_of_the_objective_that_is_configured(
+    untied_model: Path, objective: dict, monkeypatch: pytest.MonkeyPatch
+):
+    """Also where blocks of the head cut samples: against the loss of the run, which takes all of them at once."""
+    monkeypatch.setattr(codec_trial, "HEAD_ROWS", 7)
+    grpo, device = GrpoConfig(**objective), torch.device("cpu")
+    batch = weighted(replace(make_batch(), truncated=np.arange(16) % 5 == 0), grpo)
+    (micro,) = microbatches(batch, np.arange(16), 16, device)
+    halves = Halves(untied_model, 4, CUTS, torch.float32, device)
+    with torch.no_grad():
+        last = halves.upper(halves.lower(micro.ids, micro.real, {}), micro.real, {})
+    head = Head(halves.upper, grpo, 0.9, batch.loss_tokens)
+    _, found = head.compare(last[micro.predicts], last[micro.predicts], micro, with_gradient=True)
+    last = last.requires_grad_()
+    old = micro.rollout_logprobs if grpo.old_logprobs == "rollout" else None
+    loss_terms(halves.upper, last, micro, old, batch.loss_tokens, grpo, 0.9).loss.backward()
+    expected = last.grad[micro.predicts]
+    assert expected.abs().max() > 1e-5
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-8)
 
 
 def test_microbatches_add_up(untied_model: Path):

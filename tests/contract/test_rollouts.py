@@ -15,7 +15,7 @@ from codec.frames import FrameError, digest, pack
 from deploy.config import load
 from rl import mismatch
 from rl.batch import Batch, Prompts
-from rl.config import GrpoConfig, ModelConfig, RolloutConfig, SnapshotConfig
+from rl.config import GrpoConfig, ModelConfig, RolloutConfig, SnapshotConfig, ValConfig
 from rl.model_files import BUILTIN
 from rl.prompts import PromptTooLong
 from rl.reward import RewardError
@@ -34,7 +34,7 @@ def make_worker(model: ModelConfig | None = None, task: TaskConfig | None = None
         RolloutConfig(mismatch_every=2),
         SnapshotConfig(encoding="full"),
         seed=3,
-        val_size=32,
+        val=ValConfig(size=32),
         threads=1,
     )
 
@@ -84,7 +84,7 @@ def test_rewards_are_the_tasks_scores_and_advantages_are_of_groups(worker: Rollo
         for i in range(len(batch))
     ]
     expected = [
-        0.0 if batch.truncated[i] else worker.task.score(worker.task.example("train", i // 8), texts[i])
+        0.0 if batch.truncated[i] else worker.tasks.task.score(worker.tasks.task.example("train", i // 8), texts[i])
         for i in range(len(batch))
     ]
     np.testing.assert_array_equal(batch.rewards, expected)
@@ -110,7 +110,7 @@ def test_turns_with_the_calculator_are_marked_scored_and_repeat_in_any_chunks(wo
     assert (batch.turns <= 3).all() and len(set(batch.turns)) > 1 and len(batch.own) == batch.response_tokens
     at = 0
     for i, one in enumerate(batch.take(i, i + 1) for i in range(len(batch))):
-        text, example = turns.tokenizer.decode(one.tokens[one.prompt[0] :]), turns.task.example("train", i // 4)
+        text, example = turns.tokenizer.decode(one.tokens[one.prompt[0] :]), turns.tasks.task.example("train", i // 4)
         assert [c for c, mine in zip(text, one.own) if not mine] == [
             str(sum(example.metadata["digits"]) % 10) for _ in range(one.turns[0] - 1)
         ]
@@ -194,7 +194,7 @@ def test_a_chat_template_is_applied_up_to_where_the_answer_begins(tmp_path: Path
     for i in range(2):
         one = batch.take(4 * i, 4 * i + 1)
         shown = worker.tokenizer.decode(one.tokens[: one.prompt[0]])
-        assert shown == f"#1+{worker.task.example('train', i).prompt}??"
+        assert shown == f"#1+{worker.tasks.task.example('train', i).prompt}??"
 
 
 def test_rewards_of_ones_own_are_in_the_batch_and_in_the_advantages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -254,7 +254,7 @@ def test_a_reward_that_hangs_or_ends_is_named_with_its_sample_and_the_engine_liv
     worker = make_worker(task=task, max_response_length=5)
     with pytest.raises(RewardError) as failed:
         ask(worker, (0,))
-    prompt = worker.task.example("train", 0).prompt
+    prompt = worker.tasks.task.example("train", 0).prompt
     assert all(part in str(failed.value) for part in ("own_bad_reward:score", says, repr(prompt)))
     assert worker.load_weights(1, whole(1, worker.engine.plain.weights.master.numpy().copy()))
 
@@ -265,7 +265,7 @@ def test_answers_that_were_not_decided_are_counted_and_become_an_event(tmp_path:
     worker = make_worker(task=TaskConfig(name=f"jsonl:{tmp_path}/rows.jsonl"), max_response_length=5)
     prompts = Prompts("train", 2, (0, 1), 4, 1.0)
     assert UNDECIDED not in worker.generate(prompts)[2]
-    monkeypatch.setattr(worker.task.formulas, "_undecided", 2)
+    monkeypatch.setattr(worker.tasks.task.formulas, "_undecided", 2)
     found = worker.generate(prompts)
     assert found[2] == {UNDECIDED: 2} and worker.generate(prompts)[2] == {}
     rollouts, events = Rollouts.__new__(Rollouts), []
@@ -312,7 +312,7 @@ def test_parts_and_failures_of_rewards_reach_metrics_events_and_samples(
     first = int(np.flatnonzero(~good)[0])
     assert event["event"] == "reward failed" and event["count"] == 24 - good.sum() and event["split"] == "train"
     assert event["reward"] == "own_parts_reward:score" and event["reason"] == "raised LookupError: odd"
-    assert event["prompt"] == worker.task.example("train", 16 + first // 8).prompt
+    assert event["prompt"] == worker.tasks.task.example("train", 16 + first // 8).prompt
     assert event["response"] == answers_of(worker, batch)[first]
     assert [s["problem"] for s in samples] == [16] * 8 + [17] * 8  # of samples.prompts = 2
     expected = [{"length": length, "constant": 0.25} if ok else None for length, ok in zip(lengths, good)]

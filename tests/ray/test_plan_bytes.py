@@ -61,6 +61,7 @@ WHOLE = (  # snapshots; and everything that adds to control
     "swarm.check_every=5",
     "val.every=4",
     "val.samples=3",
+    "val.sets.more={size=5, samples=2}",
 )
 
 

@@ -107,13 +107,33 @@ def test_so_does_one_whose_engines_follow_coded_steps(tmp_path: Path):
     assert whole["weights_digests"] != exact["weights_digests"] and sent[0] < 0.6 * sent[1]
 
 
-def test_checkpoints_may_be_given_up_on_the_way(short: Path, long: dict[str, Any], tmp_path: Path):
+def test_checkpoints_may_be_given_up_on_the_way_and_engines_and_anchors_be_more(
+    short: Path, long: dict[str, Any], tmp_path: Path
+):
     """Then no fire is started for a run that is longer still."""
     run = tmp_path / "run"
     shutil.copytree(short, run)
-    summary = run_kept(small("run.checkpoint_every=0"), run, resume=True)
+    more = "rollout.replicas=2", "anchor.workers=2"
+    summary = run_kept(small("run.checkpoint_every=0", *more), run, resume=True)
     assert summary["weights_digests"] == long["weights_digests"]
     assert lines(run, "corrections.jsonl") == long["corrections"]
+
+
+def test_a_run_goes_to_more_replicas_and_back_and_takes_the_same_ticks_up_to_rounding(tmp_path: Path):
+    two_stages = small("swarm.pp=2"), small("swarm.pp=2", EVERY, "run.steps=2")
+    more = small("swarm.pp=2", EVERY, "run.steps=4", "swarm.dp=2", "rollout.replicas=2", "anchor.workers=2")
+    fixed, changed = tmp_path / "fixed", tmp_path / "changed"
+    run_kept(two_stages[0], fixed)
+    run_kept(two_stages[1], changed)
+    run_kept(more, changed, resume=True)
+    run_kept(small("swarm.pp=2", EVERY), changed, resume=True)
+    for name in ("actor/pg_loss", "actor/grad_norm", "merger/dose"):
+        one, other = ([t[name] for t in of_kind(run, "tick") if name in t] for run in (fixed, changed))
+        np.testing.assert_allclose(other, one, rtol=1e-4, atol=1e-7)
+    assert len(lines(fixed, "corrections.jsonl")) == len(lines(changed, "corrections.jsonl")) > 2
+    said = [(e["dp_before"], e["dp"], e["reason"]) for e in of_kind(changed, "event") if e["event"] == "grid changed"]
+    assert [grids for *grids, _ in said] == [[1, 2], [2, 1]]
+    assert said[0][2] == "swarm.dp 1 -> 2: results are equal up to rounding, not to the bit"
 
 
 def test_one_stopped_before_its_first_checkpoint_begins_anew(short: Path, long: dict[str, Any], tmp_path: Path):

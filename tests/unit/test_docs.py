@@ -83,6 +83,13 @@ def test_every_key_on_the_pages_for_users_of_others_exists(page: str):
     assert len(keys) > 30 and [key for key in keys if not is_key(key)] == []
 
 
+def test_whatever_is_said_beside_other_libraries_names_its_test():
+    rows = [line for line in (ROOT / "docs" / "comparison.md").read_text().splitlines() if line.startswith("| ")]
+    assert (
+        len(rows) > 10 and [row for row in rows[1:] if "](../tests/" not in row.rstrip(" |").rpartition(" | ")[2]] == []
+    )
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_page_links_to_files_that_are_there(page: Path):
     links = [link.partition("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text())]

@@ -73,6 +73,7 @@ CONFIGS = {
     "transform dithered": CodecConfig(kind="transform", dither=True, total_rate=0.2),
     "transform, every row for itself": CodecConfig(kind="transform", share_prefixes=False, first_token="coded"),
     "a third party's": CodecConfig(kind="tests.unit.codec.test_codecs:halved"),
+    "the example's": CodecConfig(kind="examples.own_codec:eight_bits"),
 }
 kinds = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 coded = pytest.mark.parametrize("config", [c for c in CONFIGS.values() if c.kind == "transform"], ids=lambda c: c.coder)

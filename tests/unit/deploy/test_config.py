@@ -181,6 +181,19 @@ BAD = {
     "a validation temperature that overflows": Bad(
         ["val_temperature 1e-40", "0 (greedy)", "0.01"], ["rollout.val_temperature=1e-40"]
     ),
+    "no validation prompts": Bad(["val.size", "0 must be a whole number from 1 on, or 'all'"], ["val.size=0"]),
+    "half a set": Bad(["val.sets.a.size", "2.5 must be a whole number from 1 on, or 'all'"], ["val.sets.a.size=2.5"]),
+    "a typo in a set": Bad(["'val.sets.a.tsk'", "did you mean 'task'", "temperature"], ["val.sets.a.tsk=sums"]),
+    "a set of an unknown task": Bad(["val.sets.a.task", "'sumz'", "did you mean 'sums'"], ["val.sets.a.task=sumz"]),
+    "a set of a file that is not there": Bad(["val.sets.a.task", "no such file", "none.jsonl"], ["val.sets.a.task=jsonl:none.jsonl"]),
+    "a set that is a part of a file": Bad(["val.sets.a.params", "all rows of the file"], ["val.sets.a.task=jsonl:ROOT/torn/config.json", "val.sets.a.params.val=x"]),
+    "a set of a data set without a split": Bad(["val.sets.a.params", "val is missing"], ["val.sets.a.task=hf:a/b"]),
+    "columns of no set's own": Bad(["val.sets.a.params", "val.sets.a.task"], ["val.sets.a.params.prompt=x"]),
+    "a set that is called like the task": Bad(["val.sets.sums", "'sums'", "choose another"], ["val.sets.sums.size=3"]),
+    "a set whose name is no part of a metric's": Bad(["val.sets", "'a/b'", "letters, digits"], ["val.sets.a/b.size=3"]),
+    "several greedy answers in a set": Bad(
+        ["val.sets.a.samples 4 greedy", "val.sets.a.temperature above 0"], ["val.sets.a.temperature=0.0", "val.samples=4"]
+    ),
     "rows left out of a task that makes its problems": Bad(
         ["task.overlong", "'drop'", "sums", "grpo.max_prompt_length"], ["task.overlong=drop"]
     ),

@@ -75,6 +75,22 @@ def test_published_shapes_give_the_published_number_of_parameters(name: str, tot
     assert count_parameters(PUBLISHED[name]).total == total
 
 
+def test_sets_are_counted_without_a_look_at_their_rows():
+    sets = "val.sets.a.task=jsonl:not-here.jsonl", "val.sets.a.params.prompt=x", "val.sets.b.samples=2"
+    planned = load_for_planning("k5", ["val.size=8", *sets])
+    assert {split: (one.count, one.samples) for split, one in planned.val.asked(1.0).items()} == {
+        "val": (8, 1),
+        "val/a": (8, 1),
+        "val/b": (8, 2),
+    }
+    alone, several = (tick_bytes(c)["control"][0] for c in (load_for_planning("k5", ["val.size=8"]), planned))
+    assert several > alone
+    with pytest.raises(
+        ValueError, match=r"^val\.size is 'all', and no data is read here: say how many with val\.size=N"
+    ):
+        tick_bytes(load_for_planning("k5", ["val.size=all"]))
+
+
 def test_bytes_of_a_tiny_config_by_hand(tiny: Path):
     found = tick_bytes(config(tiny))
     assert parameters(config(tiny)).total == 1304

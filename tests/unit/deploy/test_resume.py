@@ -88,6 +88,24 @@ def test_one_command_both_begins_and_goes_on(tmp_path: Path, monkeypatch: pytest
 def test_another_number_of_replicas_is_the_same_experiment_and_of_stages_is_not(tmp_path: Path):
     stored = tmp_path / "config.toml"
     stored.write_text(to_toml(load("k5")))
-    check_resumes(stored, load("k5", ["swarm.dp=2"]))
+    check_resumes(stored, load("k5", ["swarm.dp=2", "rollout.replicas=3", "anchor.workers=2"]))
     with pytest.raises(ConfigError, match=r"swarm\.pp 1 -> 2"):
         check_resumes(stored, load("k5", ["swarm.pp=2"]))
+
+
+@pytest.mark.parametrize(("before", "after"), [("swarm.dp=1", "swarm.dp=2"), ("swarm.dp=2", "swarm.dp=1")])
+def test_how_gradients_are_summed_is_no_difference_to_one_replica_that_sums_none(
+    before: str, after: str, tmp_path: Path
+):
+    stored = tmp_path / "config.toml"
+    stored.write_text(to_toml(load("demo", ["swarm.pp=1", before])))
+    check_resumes(stored, load("demo", ["swarm.pp=1", after]))
+    with pytest.raises(ConfigError, match=r"another: merger\.kind 'signed_ema' -> 'none'"):
+        check_resumes(stored, load("demo", ["swarm.pp=1", after, "merger.kind=none"]))
+
+
+def test_how_two_replicas_sum_may_not_change(tmp_path: Path):
+    stored = tmp_path / "config.toml"
+    stored.write_text(to_toml(load("demo")))
+    with pytest.raises(ConfigError, match=r"codec\.gradient\.bits 0\.25 -> 0\.5"):
+        check_resumes(stored, load("demo", ["codec.gradient.bits=0.5"]))

@@ -173,6 +173,20 @@ def test_the_page_is_self_contained(tmp_path: Path):
     assert len(ids) == len(set(ids))
 
 
+def test_what_each_set_came_to_is_a_table_of_the_page_and_of_the_terminal(tmp_path: Path):
+    folder = write_run(tmp_path / "a")
+    assert "Validation by set" not in page([folder], tmp_path)
+    file = folder / "metrics.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    named = [r | ({"sets": {"held<b>": 0.125, "held/gsm": r["step"] / 8}} if r["kind"] == "val" else {}) for r in lines]
+    file.write_text("".join(json.dumps(record) + "\n" for record in named))
+    html = page([folder], tmp_path)
+    assert "Validation by set" in html and '<th scope="row">held&lt;b&gt;</th><td>0.125</td><td>0.125</td>' in html
+    words = report_markdown([folder])
+    assert "| validation of k5, seed 0 | @0 | @4 |" in words and "| held/gsm | 0.000 | 0.500 |" in words
+    assert "| the task's own | 0.250 | 0.500 |" in words
+
+
 def test_the_same_runs_give_the_same_page(tmp_path: Path):
     folder = write_run(tmp_path / "a")
     assert page([folder], tmp_path) == page([folder], tmp_path)

@@ -10,13 +10,18 @@ import pytest
 from deploy.config import ConfigError, load
 from rl.batch import Batch
 from rl.passes import pass_at, passes
-from swarm.rollouts import validation_metrics
+from rl.val_config import OWN, AskedSet
+from swarm.validation import Answered, accuracies, validation_metrics
 
 
 def batch_of(rewards: np.ndarray) -> Batch:
     none, flat = np.zeros(0, np.float32), rewards.reshape(-1).astype(np.float32)
     lengths = np.full(flat.size, 3, np.int32)
     return Batch(none.astype(np.int32), lengths, lengths + 2, none, none, flat, none, np.zeros(flat.size, bool))
+
+
+def metrics_of(batch: Batch, samples: int) -> dict[str, float]:
+    return validation_metrics(load("k5"), {OWN: Answered(AskedSet("", 8, samples, 1.0, ""), batch)})
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 8])
@@ -34,12 +39,30 @@ def test_it_is_said_for_powers_of_two_and_for_all_and_only_of_right_and_wrong():
 
 
 def test_a_validation_of_one_answer_each_says_what_it_always_said():
-    found = validation_metrics(load("k5"), batch_of(np.array([1, 0, 0, 1])))
+    found = metrics_of(batch_of(np.array([1, 0, 0, 1])), 1)
     aux = {"val-aux/response_length/mean": 2.0, "val-aux/response_length/clip_ratio": 0.0}
     assert found == {"val-core/sums/acc/mean@1": 0.5} | aux
-    several = validation_metrics(load("k5", ["val.samples=4"]), batch_of(np.array([[1, 0, 0, 1], [0, 0, 0, 0]])))
+    several = metrics_of(batch_of(np.array([[1, 0, 0, 1], [0, 0, 0, 0]])), 4)
     core = {"mean@4": 0.25, "pass@2": (1 - 1 / 6) / 2, "pass@4": 0.5}
     assert several == {f"val-core/sums/acc/{name}": pytest.approx(value) for name, value in core.items()} | aux
+
+
+def test_sets_and_the_rows_of_each_source_have_metrics_of_their_own():
+    own, more = batch_of(np.array([1, 0, 0, 1])), batch_of(np.array([[1, 0], [0, 0]]))
+    answered = {
+        OWN: Answered(AskedSet("", 4, 1, 1.0, "from"), own, ("x", "y", "x", "y")),
+        "val/more": Answered(AskedSet("more", 2, 2, 1.0, ""), more),
+    }
+    found = {name: value for name, value in validation_metrics(load("k5"), answered).items() if "length" not in name}
+    assert found == {
+        "val-core/sums/acc/mean@1": 0.5,
+        "val-core/sums/x/acc/mean@1": 0.5,
+        "val-core/sums/y/acc/mean@1": 0.5,
+        "val-core/more/acc/mean@2": 0.25,
+        "val-core/more/acc/pass@2": 0.5,
+    }
+    assert accuracies(load("k5"), answered) == {"sums/x": 0.5, "sums/y": 0.5, "more": 0.25}
+    assert accuracies(load("k5"), {OWN: Answered(AskedSet("", 4, 1, 1.0, ""), own)}) == {}
 
 
 def test_several_greedy_answers_are_refused():

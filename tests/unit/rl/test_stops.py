@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from deploy.export import _write_ends
 from rl.batch import Batch, Prompts
-from rl.config import GrpoConfig, ModelConfig, RolloutConfig, SnapshotConfig
+from rl.config import GrpoConfig, ModelConfig, RolloutConfig, SnapshotConfig, ValConfig
 from rl.model_files import BUILTIN
 from rl.model_shape import ModelRefused
 from rl.rollout import RolloutWorker
@@ -120,7 +120,9 @@ def test_a_config_that_disagrees_with_its_tokenizer_does_not_keep_answers_from_e
 
 def answers(model: ModelConfig) -> Batch:
     parts = (model, TaskConfig(), GrpoConfig(), RolloutConfig(), SnapshotConfig())
-    frame, *_ = RolloutWorker(*parts, seed=3, val_size=8, threads=1).generate(Prompts("train", 1, (0, 1, 2, 3), 4, 1.0))
+    frame, *_ = RolloutWorker(*parts, seed=3, val=ValConfig(size=8), threads=1).generate(
+        Prompts("train", 1, (0, 1, 2, 3), 4, 1.0)
+    )
     return Batch.from_frame(frame, "engine")[1]
 
 

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from deploy.cli import app
 from deploy.config import load, to_toml
 from deploy.preflight import preflight
-from rl.config import GrpoConfig, ModelConfig, RolloutConfig, SnapshotConfig
+from rl.config import GrpoConfig, ModelConfig, RolloutConfig, SnapshotConfig, ValConfig
 from rl.problems import Problems, ProblemSource
 from rl.prompts import PromptEncoder
 from rl.rollout import RolloutWorker
@@ -38,7 +38,9 @@ def config(file: Path, *settings: str):
 
 def engine(task: TaskConfig, seed: int = 3) -> RolloutWorker:
     grpo = GrpoConfig(max_prompt_length=LIMIT)
-    return RolloutWorker(ModelConfig(), task, grpo, RolloutConfig(), SnapshotConfig(), seed, val_size=8, threads=1)
+    return RolloutWorker(
+        ModelConfig(), task, grpo, RolloutConfig(), SnapshotConfig(), seed, val=ValConfig(size=8), threads=1
+    )
 
 
 def test_rows_left_out_are_counted_and_every_engine_leaves_out_the_same(mixed: Path, tmp_path: Path):
@@ -49,8 +51,10 @@ def test_rows_left_out_are_counted_and_every_engine_leaves_out_the_same(mixed: P
     assert one.problems() == two.problems() == found
     clean = make_task(TaskConfig(name=f"jsonl:{write(tmp_path / 'clean.jsonl', *GOOD)}"), 3, 8)
     for split, n in (("train", 400), ("val", found.validation)):
-        examples = [one.task.example(split, i) for i in range(n)]
-        assert examples == [two.task.example(split, i) for i in range(n)] == [clean.example(split, i) for i in range(n)]
+        examples = [one.tasks.example(split, i) for i in range(n)]
+        assert (
+            examples == [two.tasks.example(split, i) for i in range(n)] == [clean.example(split, i) for i in range(n)]
+        )
 
 
 def test_rows_of_the_validation_file_are_left_out_too(mixed: Path, tmp_path: Path):

@@ -18,6 +18,7 @@ from anchor_service.line import NoFires
 from deploy.config import load
 from rl.batch import Batch
 from rl.engine import EngineFailed
+from rl.problems import Problems
 from rl.snapshot import BaseLost
 from swarm import engine_line
 from swarm.checkpoint import CheckpointError
@@ -154,7 +155,9 @@ class Run:
         self.rollouts.sync()
 
     def validate(self) -> None:
-        results, _ = self.rollouts.validation()
+        answered, _ = self.rollouts.validation()
+        (one,) = answered.values()
+        results: Any = one.batch  # what the engines gave, as `_patch` takes it
         assert {int(frame.view(np.int64)[2]) for frame, *_ in results} == {self.progress.tick}
 
 
@@ -185,7 +188,7 @@ def _patch(monkeypatch: pytest.MonkeyPatch, swift: bool) -> None:
     monkeypatch.setattr(engine_line, "done_of", done_of)
     monkeypatch.setattr(engine_line, "raised", raised)
     monkeypatch.setattr(Rollouts, "_taken", lambda self, split, results: (results, {}))
-    monkeypatch.setattr(EngineLine, "problems", lambda self: [SimpleNamespace(sources=[], validation=None)])
+    monkeypatch.setattr(EngineLine, "problems", lambda self: [Problems()])
     monkeypatch.setattr(Rollouts, "_judge_ends", lambda self, batch: None)
 
 
