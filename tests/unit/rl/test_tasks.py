@@ -10,8 +10,9 @@ import reasoning_gym
 from reasoning_gym.factory import DATASETS
 
 from rl.examples import Example
+from rl.gym_task import ReasoningGym, gym_names
 from rl.task_config import TaskConfig
-from rl.tasks import ReasoningGym, check_task, gym_names, make_task
+from rl.tasks import check_task, make_task
 
 ODD = ["", " ", "#", "####", "\n", "x", "None", "nan", "1e999", "{}", "[1, 2", "0/0", "\x00", "é☃", "9" * 500, "#" * 99]
 
