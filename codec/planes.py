@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import zstandard
 
-COMPILED_FROM = 1 << 20  # signs: fewer are packed and merged by whole arrays before LLVM is loaded
+COMPILED_FROM = 1 << 19  # signs: fewer are packed and merged by whole arrays before LLVM is loaded
 
 
 def shrink(plane: np.ndarray, level: int = 1) -> np.ndarray:
