@@ -183,6 +183,17 @@ def test_problems_are_the_data_sets_with_its_own_to_validate_on(task: VerifiersT
     assert {task.example("train", i).text for i in range(40)}.isdisjoint(task.example("val", i).text for i in range(16))
 
 
+def test_as_a_set_it_is_validated_on_and_training_leaves_held_out_prompts_out(task: VerifiersTask):
+    alone = make_task(CONFIG, 0, 8, trains=False)
+    assert [source.rows for source in alone.problems().sources] == [16]
+    assert [alone.example("val", i) for i in range(16)] == [task.example("val", i) for i in range(16)]
+    one = task.example("train", 3).text
+    others = make_task(CONFIG, 0, 8, held_out=frozenset({one}))
+    assert {others.example("train", i).text for i in range(39)} == {
+        task.example("train", i).text for i in range(40)
+    } - {one}
+
+
 def test_tools_answer_turns_and_a_turn_without_one_is_the_last(task: VerifiersTask):
     example = task.example("train", 0)
     messages, _ = talk(task, example, "a", call([7, 8]), call("true"), "5#5")
