@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from typer.testing import CliRunner
 
 from deploy import cli
@@ -18,6 +19,7 @@ from deploy.cluster import sweep_lanes as lanes
 from deploy.config import load
 from deploy.display import run_display, sweep_display
 from deploy.display.run_display import RunDisplay
+from swarm.listeners import Board
 from swarm.telemetry import Telemetry
 
 STEP = {
@@ -118,12 +120,12 @@ def test_a_full_disk_costs_the_tensorboard_events_alone(tmp_path: Path, monkeypa
     def full(*args: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("swarm.listeners.SummaryWriter.add_scalar", full)
+    monkeypatch.setattr("swarm.listeners.FileWriter.add_summary", full)
     told: list[str] = []
     (tmp_path / "late").mkdir()
     run_on_paper(tmp_path / "late", lambda record: told.append(record["kind"]))
     assert told == ["tick", "event", "tick", "tick"]
-    monkeypatch.setattr("swarm.listeners.SummaryWriter.__init__", full)
+    monkeypatch.setattr("swarm.listeners.FileWriter.__init__", full)
     (tmp_path / "early").mkdir()
     run_on_paper(tmp_path / "early", lambda record: None)
     for name in ("late", "early"):
@@ -214,3 +216,15 @@ def test_the_live_table_of_a_sweep_shows_runs_in_any_state(shown: io.StringIO):
                 display.record(run, {name: value for name, value in record.items() if name in ALWAYS})
         assert display._table().row_count == len(runs)
     assert "1 of 5 runs completed, 1 failed" in shown.getvalue()
+
+
+def test_tensorboard_has_every_number_of_every_record_on_the_axis_of_its_kind(tmp_path: Path):
+    board = Board(tmp_path)
+    for record in RECORDS:
+        board(record)
+    board.close()
+    found = EventAccumulator(str(tmp_path)).Reload()
+    values = {tag: [(e.step, e.value) for e in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
+    expected = {"val-core/sums/acc/mean@1": [(0, 0.75)], "anchor/lag": [(1, 3)], "anchor/age": [(1, 0)]}
+    of_step = {f"step/{name}": [(1, pytest.approx(value))] for name, value in STEP.items() if "/" in name}
+    assert values == expected | {"anchor/grad_norm": [(2, 1)]} | of_step
