@@ -11,7 +11,7 @@ VERIFIERS_STAMP := .venv/.installed-verifiers
 VLLM_STAMP := .venv/.installed-$(or $(VLLM),none)
 unexport PYTHONDONTWRITEBYTECODE  # else each process of a run compiles this package anew
 
-.PHONY: setup verifiers vllm demo cells test test-fast check types constraints bench bench-step bench-wall bench-links gpu-check soak kills cut-links chain base-policy smollm2 clean
+.PHONY: setup verifiers vllm demo cells test test-fast check types constraints bench bench-step bench-wall bench-control bench-links gpu-check soak kills cut-links chain base-policy smollm2 clean
 
 setup: $(STAMP)
 
@@ -69,6 +69,9 @@ bench-step: setup models/SmolLM2-135M-Instruct.Q4_1.gguf  ## forward and backwar
 
 bench-wall: setup  ## tick rate beside an anchor slowed 100 times, and beside one at {20, 2}, in pairs of runs
 	$(BIN)/python -m benchmarks.wall_clock
+
+bench-control: setup  ## what a tick takes beside its ranks, by how many there are
+	$(BIN)/python -m benchmarks.control_plane
 
 bench-links: setup  ## ticks of each codec, and the demo, between nodes over links of 16 Mbit/s; Linux, as root
 	$(BIN)/python -m benchmarks.slow_links

@@ -39,7 +39,7 @@ from swarm.json_lines import replace_text
 from swarm.leaving import Leaving
 from swarm.lookout import Lookout
 from swarm.manifest import NotWritten
-from swarm.messages import MergeOutcome, TickPlan, TickReport
+from swarm.messages import RANK_S, MergeOutcome, TickPlan, TickReport
 from swarm.nonfinite import Skips, judge_loss
 from swarm.pace import DUE_TICK, TICK
 from swarm.progress import Progress
@@ -52,6 +52,7 @@ from swarm.validation import accuracies, validation_metrics
 
 WAIT_S = "timing_s/anchor_wait"
 TICK_S, PAUSED_S = "timing_s/tick", "timing_s/diagnostics"  # the pace of a run is made of them
+CONTROL_S = "timing_s/control"  # of a tick: asking ranks, hearing from them, and what the driver does between two ticks
 PROMPTS = "training/prompts_digest"  # of each tick: which prompts were trained, and how often, can be counted
 
 
@@ -182,6 +183,7 @@ class Coordinator:
             metrics[WAIT_S] = metrics.get(WAIT_S, 0.0) + self.corrections.waited
         metrics |= progress.bytes_since_last_tick()
         metrics[TICK_S] = time.perf_counter() - start
+        metrics[CONTROL_S] = metrics[TICK_S] - metrics.pop(RANK_S)
         if diagnosed and skipped is None:
             metrics |= self._diagnose(mini, outcome)
         trained = {PROMPTS: mini.batch.prompts_digest}

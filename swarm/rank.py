@@ -28,7 +28,7 @@ from swarm.bases import Bases
 from swarm.config import SwarmConfig
 from swarm.grid import Grid
 from swarm.held import Held
-from swarm.messages import TickReport
+from swarm.messages import RANK_S, TickReport
 from swarm.pipeline import Pipeline
 from swarm.reducer import Reducer
 from swarm.replicas import Seal
@@ -84,6 +84,7 @@ class Rank:
             boundary.lenient = self.skips
         self.kept: dict[str, np.ndarray] = {}  # of a tick that is diagnosed, until `Worker.record` takes it away
         self.timing: dict[str, float] = defaultdict(float)
+        self.begun = time.perf_counter()  # the tick that is under way
         self.taken: TickReport | None = None  # of a tick that took its step and broke off after it
         self.phase: tuple[str, float] | None = None  # of the tick, and when it began, on the monotonic clock
 
@@ -116,9 +117,9 @@ class Rank:
         self.timing[f"timing_s/{phase}"] += time.perf_counter() - start
 
     def times(self) -> dict[str, float]:
-        """Seconds by phase since this was last asked."""
+        """Seconds by phase of the tick that is over, and of all of it."""
         found, self.timing = dict(self.timing), defaultdict(float)
-        return found
+        return found | {RANK_S: time.perf_counter() - self.begun}
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors, and plain fields: all that the next tick depends on."""

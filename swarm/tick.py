@@ -17,6 +17,7 @@ wait ends at `swarm.timeout_s` or `anchor.timeout_s` with an error that names wh
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -36,7 +37,7 @@ from swarm.rank import MiniBatch, Rank
 
 def tick(rank: Rank, plan: TickPlan, mini: MiniBatch, fetch: Callable[[object], Correction]) -> TickReport:
     """θ_{T-1} -> θ_T. `fetch` resolves the plan's references to a correction."""
-    weights, every = rank.stage.weights, rank.setup.swarm.check_every
+    weights, every, rank.begun = rank.stage.weights, rank.setup.swarm.check_every, time.perf_counter()
     rank.seal.check(plan, weights.master)
     if rank.skips or not rank.grid.alone:
         rank.mark()
