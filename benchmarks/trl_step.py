@@ -14,7 +14,8 @@ default, is off, as here. What is here by default stays, such as prompts that ar
 
 `no codec` is ordinary GRPO in one worker, one engine, no anchor. The second row is the preset's codec, its boundaries within the one
 worker, with its encoding of weights for the engine. Rounds in turn, so that drift of the machine hits all: ratios of
-medians, of each round, and only they mean anything elsewhere.
+medians, of each round, and only they mean anything elsewhere. On a machine that does other work beside, seconds of processors
+say more: of TRL's process; here of driver, worker, engine and all of Ray's own, writing logs included.
 """
 
 from __future__ import annotations
@@ -27,9 +28,12 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback, logging
 
@@ -55,13 +59,14 @@ TRL, PLAIN, CODED = "TRL", "no codec", "with the codec of its preset"
 
 
 class Case(NamedTuple):
-    """Presets and what is set besides, of the row without a codec and of the one with."""
+    """Presets and what is set besides, of the row without a codec and of the one with; `file`: of a model to be fetched."""
 
     plain: tuple[str, list[str]]
     coded: tuple[str, list[str]]
     prompts: int  # of a step
     steps: int
     rounds: int
+    file: str | None = None
 
 
 CASES = {
@@ -72,14 +77,16 @@ CASES = {
         8,
         3,
         3,
+        "models/SmolLM2-135M-Instruct.Q4_1.gguf",
     ),
 }
 
 
 class Steps(NamedTuple):
-    """Seconds of each step of one run but the first, and tokens of an answer, in the mean of those steps."""
+    """Of each step of one run but the first: seconds, and of processors; tokens of an answer, in the mean of those steps."""
 
     seconds: list[float]
+    cpu: list[float]
     tokens: float
 
 
@@ -139,12 +146,14 @@ class _Clock(TrainerCallback):
 
     def __init__(self):
         self.seconds: list[float] = []
+        self.cpu: list[float] = []
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
-        self.start = time.perf_counter()
+        self.start, self.start_cpu = time.perf_counter(), time.process_time()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         self.seconds.append(time.perf_counter() - self.start)
+        self.cpu.append(time.process_time() - self.start_cpu)
 
 
 def steps_of_trl(config: RunConfig, folder: Path) -> Steps:
@@ -173,15 +182,31 @@ def steps_of_trl(config: RunConfig, folder: Path) -> Steps:
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train()
-    return Steps(clock.seconds[1:], statistics.mean(lengths[1:]))
+    return Steps(clock.seconds[1:], clock.cpu[1:], statistics.mean(lengths[1:]))
 
 
 def steps_here(config: RunConfig, folder: Path) -> Steps:
-    drive(config, folder, lambda record: None)
+    spent: list[float] = []
+
+    def look(record: dict[str, Any]) -> None:
+        if record["kind"] == "step":
+            spent.append(_cpu_of_all())
+
+    drive(config, folder, look)
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps = [record for record in records if record["kind"] == "step" and record["step"] > 1]
     tokens = statistics.mean(step["response_length/mean"] for step in steps)
-    return Steps([step["timing_s/step"] for step in steps], tokens)
+    return Steps([step["timing_s/step"] for step in steps], [b - a for a, b in pairwise(spent)], tokens)
+
+
+def _cpu_of_all() -> float:
+    """Seconds of processors that this process and all below it took so far."""
+    me, found = psutil.Process(), 0.0
+    for process in (me, *me.children(recursive=True)):
+        with suppress(psutil.NoSuchProcess):
+            times = process.cpu_times()
+            found += times.user + times.system
+    return found
 
 
 def in_rounds(
@@ -193,26 +218,29 @@ def in_rounds(
     for i in range(rounds):
         for name in names[i % len(names) :] + names[: i % len(names)]:
             found[name].append(jobs[name](folder / f"{name.replace(' ', '-')}-{i}"))
-            say(f"  round {i}, {name}: {statistics.median(found[name][-1].seconds):.2f} s a step")
+            last = found[name][-1]
+            say(
+                f"  round {i}, {name}: {statistics.median(last.seconds):.2f} s, {statistics.median(last.cpu):.2f} of CPU"
+            )
     return found
 
 
-def ratios_to(base: list[Steps], others: list[Steps]) -> list[float]:
+def ratios_to(base: list[Steps], others: list[Steps], what: Callable[[Steps], list[float]]) -> list[float]:
     """Of each round: the median step of `base` over that of `others`."""
-    return [statistics.median(b.seconds) / statistics.median(o.seconds) for b, o in zip(base, others, strict=True)]
+    return [statistics.median(what(b)) / statistics.median(what(o)) for b, o in zip(base, others, strict=True)]
 
 
 def table_of(found: dict[str, list[Steps]]) -> list[str]:
-    """A line a job: its median step over all rounds, and TRL's step over it."""
+    """A line a job: its median step over all rounds, and TRL's step over it, in seconds and in those of processors."""
     lines: list[str] = []
+    measures: dict[str, Callable[[Steps], list[float]]] = {"s": lambda steps: steps.seconds, "CPU s": lambda s: s.cpu}
     for name, rounds in found.items():
-        seconds = statistics.median([s for steps in rounds for s in steps.seconds])
-        line = f"  {name:30} {seconds:7.2f} s a step, {statistics.mean(s.tokens for s in rounds):5.1f} tokens an answer"
-        if name != TRL:
-            ratios = ratios_to(found[TRL], rounds)
-            line += (
-                f", step of TRL / step here: {statistics.median(ratios):.2f} x ({min(ratios):.2f} to {max(ratios):.2f})"
-            )
+        line = f"  {name:30} {statistics.mean(s.tokens for s in rounds):5.1f} tokens an answer"
+        for unit, what in measures.items():
+            line += f", {statistics.median([x for steps in rounds for x in what(steps)]):.2f} {unit} a step"
+            if name != TRL:
+                ratios = ratios_to(found[TRL], rounds, what)
+                line += f" (TRL's is {statistics.median(ratios):.2f} x, {min(ratios):.2f} to {max(ratios):.2f})"
         lines.append(line)
     return lines
 
@@ -240,7 +268,7 @@ def main() -> None:
         parser.error("trl is not installed here: `make bench-trl` makes an environment that has it, .venv-trl")
     logging.disable_progress_bar()
     os.environ.setdefault("RAY_worker_niceness", "0")  # Ray starts workers at 15: beside other work TRL alone would run
-    there = [name for name, case in CASES.items() if Path(load(*case.plain).model.path).exists() or name == "tiny"]
+    there = [name for name, case in CASES.items() if case.file is None or Path(case.file).exists()]
     for name in filter(None, asked.models.split(",")) or there:
         case = CASES[name]
         compare_steps(name, case._replace(rounds=asked.rounds or case.rounds), asked.threads)
