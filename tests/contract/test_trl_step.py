@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.speed_picture import RESULTS, bars_of
 from benchmarks.trl_step import CASES, CODED, PLAIN, TRL, Steps, configs, in_rounds, ratios_to, table_of, trl_settings
 
 ON_THE_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -51,3 +52,16 @@ def test_a_ratio_is_of_the_medians_of_one_round():
     trl, here = table_of({TRL: slow, PLAIN: fast})
     assert "11.0 tokens an answer, 5.00 s a step, 2.00 CPU s a step" in trl and " x," not in trl
     assert "4.00 s a step (TRL's is 2.00 x, 2.00 to 2.00)" in here and "(TRL's is 2.00 x, 1.00 to 3.00)" in here
+
+
+def test_the_picture_of_the_page_is_of_its_numbers():
+    """Those that a panel's title and a bar's name stand for, and in the page's own words."""
+    panels = bars_of((RESULTS / "data" / "speed.csv").read_text())
+    assert [len(bars) for bars in panels.values()] == [4, 6, 2, 2]
+    picture, page = (RESULTS / "speed.svg").read_text(), (RESULTS / "speed.md").read_text()
+    for title, bars in panels.items():
+        assert title.partition("'")[0] in picture
+        for bar in bars:
+            assert bar.name in picture and f"{bar.value:.3g}" in picture
+            assert bar.low is None or bar.low <= bar.value <= (bar.high or 0)
+            assert f"{bar.value:.2f}" in page or f"{bar.value:.3f}" in page
