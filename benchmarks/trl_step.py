@@ -260,7 +260,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="trl_step", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--models", default="", help=f"of {','.join(CASES)}; default: those whose files are there")
+    there = [name for name, case in CASES.items() if case.file is None or Path(case.file).exists()]
+    parser.add_argument(
+        "--models", nargs="+", choices=CASES, default=there, help="default: those whose files are there"
+    )
     parser.add_argument("--threads", type=int, default=1, help="torch threads of each process, of both sides")
     parser.add_argument("--rounds", type=int, help="default: 6 of the built-in model, 3 of SmolLM2")
     asked = parser.parse_args()
@@ -268,8 +271,7 @@ def main() -> None:
         parser.error("trl is not installed here: `make bench-trl` makes an environment that has it, .venv-trl")
     logging.disable_progress_bar()
     os.environ.setdefault("RAY_worker_niceness", "0")  # Ray starts workers at 15: beside other work TRL alone would run
-    there = [name for name, case in CASES.items() if case.file is None or Path(case.file).exists()]
-    for name in filter(None, asked.models.split(",")) or there:
+    for name in asked.models:
         case = CASES[name]
         compare_steps(name, case._replace(rounds=asked.rounds or case.rounds), asked.threads)
 
