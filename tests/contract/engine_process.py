@@ -67,7 +67,7 @@ def build(kind: str, folder: Path, dtype: str, length: int = LENGTH, attention: 
     rollout = RolloutConfig(engine=kind, **({"kv_cache_gb": 0.1} | options))
     plain = PlainModel(folder, ModelConfig(dtype=dtype, attention=attention), rollout)
     if has_tokenizer(folder):  # so that `stop_at` can be said later
-        plain.stops = StopTexts(load_tokenizer(folder), ["a"])
+        plain.stops = StopTexts(load_tokenizer(folder), ["1"])
     engine = ENGINES[kind](plain, rollout, length)
     plain.stops = None
     return engine
