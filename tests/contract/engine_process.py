@@ -26,7 +26,7 @@ class EngineHere:
     """Calls `function(engine, *args)`."""
 
     def __init__(self, kind: str, folder: Path, dtype: str, **rollout: Any):
-        self.engine = build(kind, folder, dtype, **rollout)
+        self.engine = build(kind, folder, dtype, stops=["a"], **rollout)
 
     def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
         return function(self.engine, *args)
@@ -63,11 +63,20 @@ class EngineProcess:
         self.process.join()
 
 
-def build(kind: str, folder: Path, dtype: str, length: int = LENGTH, attention: str = "sdpa", **options: Any) -> Engine:
+def build(
+    kind: str,
+    folder: Path,
+    dtype: str,
+    length: int = LENGTH,
+    attention: str = "sdpa",
+    stops: list[str] | None = None,
+    **options: Any,
+) -> Engine:
+    """`stops`: so that `stop_at` can be said later, if the folder has a tokenizer, which can write them."""
     rollout = RolloutConfig(engine=kind, **({"kv_cache_gb": 0.1} | options))
     plain = PlainModel(folder, ModelConfig(dtype=dtype, attention=attention), rollout)
-    if has_tokenizer(folder):  # so that `stop_at` can be said later
-        plain.stops = StopTexts(load_tokenizer(folder), ["1"])
+    if stops and has_tokenizer(folder):
+        plain.stops = StopTexts(load_tokenizer(folder), stops)
     engine = ENGINES[kind](plain, rollout, length)
     plain.stops = None
     return engine
@@ -76,7 +85,7 @@ def build(kind: str, folder: Path, dtype: str, length: int = LENGTH, attention: 
 def _serve(pipe: Any, kind: str, folder: Path, dtype: str, rollout: dict[str, Any]) -> None:
     torch.set_num_threads(1)
     try:
-        engine = build(kind, folder, dtype, **rollout)
+        engine = build(kind, folder, dtype, stops=["a"], **rollout)
         pipe.send((None, None))
     except Exception as failure:
         traceback.print_exc()
