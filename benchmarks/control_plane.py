@@ -7,13 +7,13 @@ included, so only as many ranks as there are free cores say what it would be on 
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import sys
 import tempfile
 from pathlib import Path
 
+from benchmarks.records import kept_records
 from deploy.cluster.launch import cluster, drive
 from deploy.config import load
 from swarm.coordinator import CONTROL_S, TICK_S
@@ -32,7 +32,7 @@ def settings(ranks: int) -> list[str]:
 
 def milliseconds(folder: Path) -> tuple[float, float]:
     """Of a run's ticks, medians: beside the ranks, and in all."""
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    records = kept_records(folder)
     ticks = [r for r in records if r["kind"] == "tick" and r["step"] > WARM]
     control, whole = (1e3 * statistics.median(tick[name] for tick in ticks) for name in (CONTROL_S, TICK_S))
     return control, whole

@@ -32,6 +32,7 @@ from typing import Any
 import torch
 
 from benchmarks.random_model import LAYERS, write_model
+from benchmarks.records import kept_records
 from codec.config import KINDS
 
 ROOT = Path(__file__).parents[1]
@@ -110,7 +111,7 @@ def run_numbers(run: Path) -> Numbers:
     generation: sampled tokens over the time that the swarm waited for them."""
     summary, config = json.loads((run / "summary.json").read_text()), tomllib.loads((run / "config.toml").read_text())
     step = summary["last_step"]
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = kept_records(run)
     ticks = [line for line in lines if (line["kind"], line["step"]) == ("tick", step["step"])]
     samples = config["grpo"]["train_batch_size"] * config["grpo"]["group_size"]
     trained = sum(tick["timing_s/tick"] - tick.get("timing_s/anchor_wait", 0.0) for tick in ticks)

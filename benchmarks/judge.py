@@ -21,6 +21,7 @@ from typing import Any
 import psutil
 
 from benchmarks.chaos import Records, Struck
+from benchmarks.records import kept_records
 from rl.batch import digest_of_prompts
 from rl.model_files import resolve
 from rl.prompts import PromptEncoder
@@ -67,10 +68,6 @@ def scheduled_prompts(config: RunConfig) -> list[str]:
         texts = [task.example("train", i).prompt for i in range(first, first + grpo.ppo_mini_batch_size)]
         found.append(digest_of_prompts([p for p in encoder.encode(texts) for _ in range(grpo.group_size)]))
     return found
-
-
-def kept_records(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def judged(run: Path, config: RunConfig, records: Records, struck: Sequence[Struck]) -> list[Row]:

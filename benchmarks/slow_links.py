@@ -29,6 +29,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from benchmarks.records import kept_records
 from deploy.cluster.launch import cluster, drive
 from deploy.config import load
 
@@ -155,7 +156,7 @@ def run_over(folder: Path, preset: str, overrides: list[str], rate: str | None) 
 
 def ticks(folder: Path) -> tuple[float, float]:
     """Median seconds of a tick, the first step left out as warm-up, and kB that crossed the boundary in one."""
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    records = kept_records(folder)
     after = [r for r in records if r["kind"] == "tick" and r["step"] > 1]
     crossed = statistics.mean(r["comm/boundary_fwd_bytes"] + r["comm/boundary_bwd_bytes"] for r in after)
     return statistics.median(r["timing_s/tick"] for r in after), crossed / 1e3

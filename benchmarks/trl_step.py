@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import os
 import statistics
 import tempfile
@@ -37,6 +36,7 @@ import psutil
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback, logging
 
+from benchmarks.records import kept_records
 from deploy.cluster.launch import cluster, drive
 from deploy.config import load
 from rl.model_files import resolve
@@ -193,7 +193,7 @@ def steps_here(config: RunConfig, folder: Path) -> Steps:
             spent.append(_cpu_of_all())
 
     drive(config, folder, look)
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    records = kept_records(folder)
     steps = [record for record in records if record["kind"] == "step" and record["step"] > 1]
     tokens = statistics.mean(step["response_length/mean"] for step in steps)
     return Steps([step["timing_s/step"] for step in steps], [b - a for a, b in pairwise(spent)], tokens)

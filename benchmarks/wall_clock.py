@@ -11,7 +11,6 @@ with all samples of a tick in each fire or a sixteenth of them, which leaves wha
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 import sys
@@ -22,6 +21,7 @@ from typing import NamedTuple
 
 from scipy.stats import t
 
+from benchmarks.records import kept_records
 from deploy.cluster.launch import cluster, drive
 from deploy.config import load
 
@@ -55,7 +55,7 @@ class Seen(NamedTuple):
 
 def drive_one(overrides: list[str], folder: Path) -> Seen:
     drive(load("k5", COMMON + overrides), folder, lambda record: None)
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    records = kept_records(folder)
     seconds = [r["timing_s/tick"] for r in records if r["kind"] == "tick" and r["step"] > 1]
     fires = [r for r in records if r["kind"] == "fire" and r["first_tick"] is not None]
     late = [r for r in fires if r["first_tick"] > len(seconds) // 2]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import groupby
 from typing import Any
 
 from torch import Tensor
@@ -40,12 +41,12 @@ class GrowingLayer(DynamicLayer):
         """`indices`: ascending. Rows that stay move up to where others were."""
         if self._stores is None:
             return super().batch_select_indices(indices)
-        kept = indices.tolist()
-        for store in self._stores:
-            for to, row in enumerate(kept):
-                if to != row:
-                    store[to].copy_(store[row])
-        length = self.get_seq_length()
+        kept, length = indices.tolist(), self.get_seq_length()
+        for _, run in groupby(enumerate(kept), lambda at: at[1] - at[0]):  # rows that move up as far, at once
+            (to, row), *others = run
+            count = 1 + len(others)
+            for store in self._stores if to != row else ():
+                store[to : to + count, :, :length] = store[row : row + count, :, :length].clone()
         self.keys, self.values = (store[: len(kept), :, :length] for store in self._stores)
 
 

@@ -34,7 +34,9 @@ def skeleton(
     config = AutoConfig.from_pretrained(folder)
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype)
+            model = AutoModelForCausalLM.from_config(
+                config, attn_implementation=registered() if attention == "sdpa" else attention, dtype=dtype
+            )
     except ImportError as error:
         raise ValueError(f"model.attention {attention!r} cannot be used on this machine: {error}") from error
     if lora.rank:
@@ -66,7 +68,7 @@ class Stage(nn.Module):
     ):
         super().__init__()
         self.can_share = attention == "sdpa"  # rows that samples have in common
-        model = skeleton(folder, registered() if self.can_share else attention, dtype, lora)
+        model = skeleton(folder, attention, dtype, lora)
         self.span, self.config, self.checkpointing = span, model.config, checkpointing
         tied_away = is_tied(model) and span.last and not span.first
         embed, norm, head = model.model.embed_tokens, model.model.norm, model.lm_head
@@ -144,7 +146,7 @@ def whole_model(
 
     The buffer has the order of all stages' owned parameters one after the other.
     """
-    model = skeleton(folder, registered() if attention == "sdpa" else attention, dtype, lora)
+    model = skeleton(folder, attention, dtype, lora)
     weights = Weights(_parts(model), folder, dtype, device, trainable=False, lora=lora)
     if is_tied(model):
         model.lm_head.weight = model.model.embed_tokens.weight

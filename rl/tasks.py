@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,11 +19,12 @@ from rl.examples import Example
 from rl.gym_task import ReasoningGym, check_gym, gym_names
 from rl.hub_rows import check_hub_rows, hub_rows, is_local
 from rl.jsonl_rows import first_row, read_jsonl
+from rl.making import Making
 from rl.problem_columns import prompt_column
 from rl.problems import Problems
 from rl.reward_function import check_reward
 from rl.sums_task import Sums
-from rl.table import Judge, Table
+from rl.table import Judge
 from rl.task_config import TableParams, TaskConfig
 from rl.verifiers_task import VerifiersTask, check_verifiers
 
@@ -41,17 +41,6 @@ class Task(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Making:
-    """What a task is made with beside its config. `trains`: else it is a set of its own, and all of it is validated on."""
-
-    seed: int
-    val_size: int  # of made problems, how many are validated on
-    judge: Judge | None  # says which rows of a table are left out
-    held_out: frozenset[str]  # prompts that others validate on, and training leaves out
-    trains: bool
-
-
 def _build_sums(argument: str, config: TaskConfig, making: Making) -> Task:
     return Sums(making.seed)
 
@@ -65,23 +54,21 @@ def _build_gym(argument: str, config: TaskConfig, making: Making) -> Task:
 
 
 def _build_jsonl(argument: str, config: TaskConfig, making: Making) -> Task:
-    columns, judge = _columns(config), making.judge
+    columns = _columns(config)
     if not making.trains:
-        return Table(None, read_jsonl(argument), columns, making.seed, judge)
+        return making.table(None, read_jsonl(argument), columns)
     val = None if columns.val is None else read_jsonl(columns.val)
-    return Table(read_jsonl(argument), val, columns, making.seed, judge, making.held_out)
+    return making.table(read_jsonl(argument), val, columns)
 
 
 def _build_hf(argument: str, config: TaskConfig, making: Making) -> Task:
-    columns, judge = _columns(config), making.judge
+    columns = _columns(config)
     val = None if columns.val is None else hub_rows(argument, columns.val)
-    if not making.trains:
-        return Table(None, val, columns, making.seed, judge)
-    return Table(hub_rows(argument, columns.train), val, columns, making.seed, judge, making.held_out)
+    return making.table(hub_rows(argument, columns.train) if making.trains else None, val, columns)
 
 
 def _build_verifiers(argument: str, config: TaskConfig, making: Making) -> Task:
-    return VerifiersTask(argument, config, making.seed, making.judge, making.held_out, making.trains)
+    return VerifiersTask(argument, config, making)
 
 
 TASKS = {

@@ -14,11 +14,11 @@ from rl.child import IMPORT_S, ChildFailed, Service
 from rl.data_rows import DataRows
 from rl.environment import reply_of
 from rl.examples import Example
+from rl.making import Making
 from rl.messages import Message
 from rl.module_source import check_defines, find_module
 from rl.problems import Problems
 from rl.reward_function import Asked, Said
-from rl.table import Judge, Table
 from rl.task_config import TableParams, TaskConfig
 
 
@@ -27,15 +27,7 @@ class VerifiersTask:
 
     together = False
 
-    def __init__(
-        self,
-        name: str,
-        config: TaskConfig,
-        seed: int,
-        judge: Judge | None = None,
-        held_out: frozenset[str] = frozenset(),
-        trains: bool = True,
-    ):
+    def __init__(self, name: str, config: TaskConfig, making: Making):
         what, key = f"task.name {config.name!r}", "task.environment_timeout_s"
         arguments = name, json.dumps(config.params), str(config.max_turns)
         self._service = Service(what, key, config.environment_timeout_s, "rl.verifiers_process:host", *arguments)
@@ -47,10 +39,8 @@ class VerifiersTask:
         rows = {split: DataRows(f"{config.name} ({split})", found) for split, found in told["rows"].items()}
         columns = TableParams(prompt="prompt", answer="answer")
         train, val = rows["train"], rows.get("val")
-        if trains:
-            self._table = Table(train, val, columns, seed, judge, held_out)
-        else:
-            self._table = Table(None, train if val is None else val, columns, seed, judge)
+        alone = None, train if val is None else val
+        self._table = making.table(*((train, val) if making.trains else alone), columns)
 
     def example(self, split: str, index: int) -> Example:
         return self._table.example(split, index)
