@@ -11,7 +11,7 @@ import os
 import statistics
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
@@ -173,8 +173,13 @@ class Surroundings:
         self._shared = self._in_shared_memory()
 
     @staticmethod
-    def _in_shared_memory() -> set[str]:
-        return set(os.listdir(SHARED_MEMORY)) if SHARED_MEMORY.exists() else set()
+    def _in_shared_memory() -> dict[str, str]:
+        """Name -> inode."""
+        found: dict[str, str] = {}
+        for entry in SHARED_MEMORY.iterdir() if SHARED_MEMORY.exists() else ():
+            with suppress(FileNotFoundError):
+                found[entry.name] = str(entry.stat().st_ino)
+        return found
 
     def processes(self) -> dict[int, str]:
         """Ours, this one not counted: number and command line."""
@@ -186,13 +191,26 @@ class Surroundings:
                         found[int(entry.name)] = (entry / "cmdline").read_text().replace("\0", " ").strip()
         return found
 
+    @staticmethod
+    def _of_others(ours: Collection[int]) -> set[str]:
+        """Inodes that living processes that are not ours have mapped: another program's, made meanwhile."""
+        found: set[str] = set()
+        for entry in Path("/proc").iterdir():
+            with suppress(OSError):
+                if entry.name.isdigit() and int(entry.name) not in ours:
+                    found.update(line.split()[4] for line in (entry / "maps").read_text().splitlines())
+        return found
+
     def left(self) -> list[Row]:
         """Waits up to GONE_S for processes to end."""
         deadline = time.monotonic() + GONE_S
         while (running := self.processes()) and time.monotonic() < deadline:
             time.sleep(0.5)
         ports = sum(c.status == psutil.CONN_LISTEN and c.pid in running for c in psutil.net_connections())
-        shared = self._in_shared_memory() - self._shared
+        more = self._in_shared_memory().items() - self._shared.items()
+        others = self._of_others(running)
+        more &= self._in_shared_memory().items()  # what was gone before the others were asked is not left
+        shared = {name for name, inode in more if inode not in others}
         return [
             Row("processes left", ", ".join(running.values()) or "none", not running),
             Row("ports left", str(ports or "none"), not ports),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 
 from benchmarks.chaos import Fault, Injector, Records, Struck, random_faults
-from benchmarks.judge import Surroundings, all_kept, effective, judged, recoveries, scheduled_prompts, table
+from benchmarks.judge import Row, Surroundings, all_kept, effective, judged, recoveries, scheduled_prompts, table
 from benchmarks.soak import NODES, WEIGHTS
 from deploy.config import load
 from swarm.coordinator import PROMPTS
@@ -141,6 +142,18 @@ def test_a_process_that_is_left_is_found_by_its_mark_and_a_pause_ends_with_the_i
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
+
+
+def test_shared_memory_that_another_program_uses_is_not_left_behind():
+    """Tests run beside each other; what nobody uses any more is."""
+    around, left = Surroundings("MARK=8"), Path("/dev/shm") / f"left-{os.getpid()}"
+    used = multiprocessing.get_context("spawn").Lock()  # has a name while it lives, unlike a fork's
+    try:
+        assert used and all_kept(around.left())
+        left.touch()
+        assert around.left()[-1] == Row("shared memory left", left.name, False)
+    finally:
+        left.unlink(missing_ok=True)
 
 
 def _state(pid: int) -> str:
