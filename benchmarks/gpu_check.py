@@ -90,10 +90,18 @@ def check_parts(device: str, gpus: int, model: Sequence[str], folder: Path, has_
 
 
 def on_gpus(device: str, gpus: int) -> list[str]:
-    """Two stages need two GPUs, as nccl takes no two ranks on one; engine and anchor get what is left, or run on CPUs."""
+    """Two stages need two GPUs, as nccl takes no two ranks on one; an engine without a GPU of its own shares the first
+    worker's, an anchor without one runs on CPUs."""
     pp = 2 if gpus >= 2 else 1
-    spare = {"rollout": pp, "anchor": pp + 1}
-    return [f"swarm.device={device}", f"swarm.pp={pp}", *(f"{k}.device=cuda" for k, n in spare.items() if gpus > n)]
+    placement = "separate" if gpus > pp or device == "cpu" else "colocated"
+    anchor = "cuda" if gpus > pp + 1 else "cpu"
+    return [
+        f"swarm.device={device}",
+        f"swarm.pp={pp}",
+        f"rollout.device={device}",
+        f"rollout.placement={placement}",
+        f"anchor.device={anchor}",
+    ]
 
 
 def of_kind(kind: str) -> list[str]:

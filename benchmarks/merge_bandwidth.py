@@ -1,8 +1,8 @@
 """How much of a device's memory bandwidth a merge uses. python -m benchmarks.merge_bandwidth [--device cuda] [--parameters N]
 
-The merge is the one of a tick (`swarm/held.py`), with its counts of signs: signed_ema, of a bit a parameter on a CPU and of a
-sign in int8 elsewhere. What it must at least move is the gradient in, the signs in and the gradient out; a copy of as many
-floats moves two. On a CPU the same is said of packing an M̄ into a frame's sign planes: a float in, a bit out.
+The merge is the one of a tick (`swarm/held.py`), with its counts of signs: signed_ema, of a bit a parameter. What it must at
+least move is the gradient in, the signs in and the gradient out; a copy of as many floats moves two. Packing an M̄ into sign
+planes moves a float in, a bit out; on a CPU with their compression, as for a frame.
 """
 
 from __future__ import annotations
@@ -58,14 +58,16 @@ def merge_speed(device: torch.device, parameters: int) -> dict[str, float]:
         assert held.merge(plan, gradient, local_norm).merged
 
     spare = torch.empty_like(gradient)
-    jobs = {"merge": _finished(merge, device), "copy": _finished(lambda: spare.copy_(gradient), device)}
-    if device.type == "cpu":
-        jobs["encode"] = lambda: signs.encode(m)
+    jobs = {
+        "merge": _finished(merge, device),
+        "copy": _finished(lambda: spare.copy_(gradient), device),
+        "encode": (lambda: signs.encode(m)) if device.type == "cpu" else _finished(lambda: signs.planes_of(m), device),
+    }
     packed = held.correction is not None and isinstance(held.correction.values, SignPlanes)
     moved = {"merge": 2 * GRADIENT + (BIT if packed else 1), "encode": GRADIENT + BIT}
     found = medians(jobs, ROUNDS)
     numbers: dict[str, float] = {"parameters": parameters}
-    for job in (job for job in moved if job in jobs):
+    for job in moved:
         numbers |= bandwidth_share(job, moved[job] * parameters, found[job], 2 * GRADIENT * parameters, found["copy"])
     return numbers
 

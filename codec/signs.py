@@ -20,8 +20,8 @@ from codec.planes import COMPILED_FROM, expand, shrink
 class SignPlanes:
     """Signs of `numel` numbers, uint8 [numel/8 rounded up] a plane; what fills up the last byte means nothing."""
 
-    plus: np.ndarray  # bits that are set where a number is > 0
-    zero: np.ndarray | None  # where it is 0; None if there is none
+    plus: Tensor  # bits that are set where a number is > 0
+    zero: Tensor | None  # where it is 0; None if there is none
     numel: int
 
     def sign(self) -> Tensor:
@@ -33,10 +33,18 @@ class SignPlanes:
             nonzero = self._bits(self.zero)
             nonzero ^= 1
             signs *= nonzero
-        return torch.from_numpy(signs)
+        return signs
 
-    def _bits(self, plane: np.ndarray) -> np.ndarray:
-        return np.unpackbits(plane, count=self.numel, bitorder="little").view(np.int8)
+    def to(self, device: torch.device | str) -> SignPlanes:
+        """By the name that a tensor has for it."""
+        return SignPlanes(self.plus.to(device), None if self.zero is None else self.zero.to(device), self.numel)
+
+    def _bits(self, plane: Tensor) -> Tensor:
+        if plane.device.type == "cpu":
+            bits = np.unpackbits(plane.numpy(), count=self.numel, bitorder="little")
+            return torch.from_numpy(bits.view(np.int8))
+        bits = (plane[:, None] >> torch.arange(8, dtype=torch.uint8, device=plane.device)) & 1
+        return bits.flatten()[: self.numel].char()
 
 
 def encode(m: Tensor, name: str = "M") -> dict[str, np.ndarray]:
@@ -44,9 +52,9 @@ def encode(m: Tensor, name: str = "M") -> dict[str, np.ndarray]:
 
     Raises ValueError naming `name` if m holds a NaN.
     """
-    planes = planes_of(m, name)
-    arrays = {"plus": shrink(planes.plus)}
-    return arrays if planes.zero is None else arrays | {"zero": shrink(planes.zero)}
+    planes = planes_of(m, name).to("cpu")
+    arrays = {"plus": shrink(planes.plus.numpy())}
+    return arrays if planes.zero is None else arrays | {"zero": shrink(planes.zero.numpy())}
 
 
 def decode(arrays: dict[str, np.ndarray], numel: int) -> Tensor:
@@ -55,17 +63,27 @@ def decode(arrays: dict[str, np.ndarray], numel: int) -> Tensor:
 
 
 def planes_of(m: Tensor, name: str = "M") -> SignPlanes:
-    """Of a tensor of any shape, flat. Raises ValueError naming `name` if it holds a NaN."""
-    values = m.detach().reshape(-1).cpu()
-    if values.dtype == torch.float32 and values.numel() >= COMPILED_FROM:
-        from codec.sign_loops import packed  # LLVM is loaded where there is enough to do
+    """Of a tensor of any shape, flat, on its device. Raises ValueError naming `name` if it holds a NaN."""
+    values = m.detach().reshape(-1).contiguous()
+    if values.dtype == torch.float32 and values.is_cuda:
+        from codec.sign_kernels import packed as packed_there
 
-        plus, zero, nan = packed(values.contiguous().numpy())
+        plus, zero, nan = packed_there(values)
     else:
-        plus, zero, nan = plain_planes(values)
+        plus, zero, nan = _packed_here(values.cpu())
     if nan:
         raise ValueError(f"the gradient of {name} holds a NaN: a sign cannot be sent")
     return SignPlanes(plus, zero, values.numel())
+
+
+def _packed_here(values: Tensor) -> tuple[Tensor, Tensor | None, bool]:
+    if values.dtype == torch.float32 and values.numel() >= COMPILED_FROM:
+        from codec.sign_loops import packed  # LLVM is loaded where there is enough to do
+
+        plus, zero, nan = packed(values.numpy())
+    else:
+        plus, zero, nan = plain_planes(values)
+    return torch.from_numpy(plus), None if zero is None else torch.from_numpy(zero), nan
 
 
 def plain_planes(values: Tensor) -> tuple[np.ndarray, np.ndarray | None, bool]:
@@ -83,9 +101,9 @@ def expanded(arrays: dict[str, np.ndarray], numel: int) -> SignPlanes:
     return SignPlanes(planes["plus"], planes.get("zero"), numel)
 
 
-def _expanded(array: np.ndarray, field: str, numel: int) -> np.ndarray:
+def _expanded(array: np.ndarray, field: str, numel: int) -> Tensor:
     """A copy: a plane that was stored as it is lies in a frame, and would keep that alive."""
-    return expand(array, -(-numel // 8), f"sign plane {field!r}").copy()
+    return torch.from_numpy(expand(array, -(-numel // 8), f"sign plane {field!r}").copy())
 
 
 def _pack(mask: Tensor) -> np.ndarray:

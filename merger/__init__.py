@@ -57,7 +57,7 @@ def make_merger(config: MergerSettings) -> Merger:
 def holds_planes(merger: type[Merger], device: str, numel: int) -> bool:
     """Whether signs stay packed while they are held. What somebody else's merger asks of a correction is not known."""
     ours = merger in MERGERS.values() and issubclass(merger, AlongSigns)
-    return ours and device == "cpu" and numel >= COMPILED_FROM
+    return ours and (device == "cuda" or (device == "cpu" and numel >= COMPILED_FROM))
 
 
 def _has(found: object, name: str) -> bool:

@@ -95,7 +95,7 @@ class RolloutConfig(Section):
     )
     placement: Literal["separate", "colocated"] = Field(
         default="separate",
-        description="`colocated`: each engine shares a worker's GPU and sleeps while it trains (vllm only)",
+        description="`colocated`: each engine shares a worker's GPU and sleeps while it trains; one of transformers keeps its weights there",
     )
     gpu_memory: float = Field(
         default=0.8, gt=0, le=1, description="vllm: share of a GPU's memory that an engine may fill"
@@ -133,12 +133,12 @@ class RolloutConfig(Section):
 
     @model_validator(mode="after")
     def _engine_can(self) -> RolloutConfig:
-        if self.placement == "colocated" and (self.engine, self.device) != ("vllm", "cuda"):
+        if self.placement == "colocated" and self.device != "cuda":
             raise ValueError(
-                f"placement 'colocated' shares GPUs with engines that can sleep, not {self.engine!r} on "
-                f"{self.device!r}: set engine=vllm and device=cuda, or placement=separate"
+                f"placement 'colocated' shares the workers' GPUs with engines, and device is {self.device!r}: "
+                f"set device=cuda, or placement=separate"
             )
-        if self.placement == "colocated" and self.kv_cache_gb is None:
+        if self.placement == "colocated" and self.engine == "vllm" and self.kv_cache_gb is None:
             raise ValueError(
                 "placement 'colocated' needs kv_cache_gb: left to itself vLLM takes what is free on the GPU, and takes "
                 "what the worker beside it is loading for its own"

@@ -27,7 +27,10 @@ class TransformersEngine:
     def publish(self) -> None:
         self.plain.weights.publish()
 
-    def sleep(self) -> None: ...
+    def sleep(self) -> None:
+        """Weights stay, and keys and values are gone by then: what is left is what torch keeps for later."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     @torch.inference_mode()
     def sample(

@@ -1,6 +1,6 @@
 """A correction merged in place of the gradient, and signs counted on the way, in one pass over memory where that is known how.
 
-packed signs, on a CPU ─▶ machine code (codec/sign_loops.py)
+packed signs ─▶ machine code: by LLVM on a CPU (codec/sign_loops.py), by Triton on a GPU (codec/sign_kernels.py)
 all else ─▶ the merger's own `apply`, block by block, so that its temporaries stay in the cache
 """
 
@@ -24,7 +24,7 @@ def held_form(merger: Merger, values: Tensor | SignPlanes, device: str) -> Tenso
     """In which a correction is held: signs packed, for a merger that merges them so, and else a tensor on its device."""
     numel = values.numel if isinstance(values, SignPlanes) else values.numel()
     if holds_planes(type(merger), device, numel):
-        return values if isinstance(values, SignPlanes) else planes_of(values)
+        return (values if isinstance(values, SignPlanes) else planes_of(values)).to(device)
     return (values.sign() if isinstance(values, SignPlanes) else values).to(device)
 
 
@@ -32,13 +32,13 @@ def stored(name: str, values: Tensor | SignPlanes | None) -> dict[str, Tensor]:
     """For a checkpoint: a tensor as it is, packed signs as they are held."""
     if isinstance(values, SignPlanes):
         planes = {"plus": values.plus, "zero": values.zero}
-        return {f"{name}.{k}": torch.from_numpy(plane) for k, plane in planes.items() if plane is not None}
+        return {f"{name}.{k}": plane for k, plane in planes.items() if plane is not None}
     return {} if values is None else {name: values}
 
 
 def restored(name: str, state: dict[str, Tensor], numel: int) -> Tensor | SignPlanes | None:
     """Inverse of `stored`."""
-    planes = {k: plane.cpu().numpy() for k, plane in under(name, state).items()}
+    planes = under(name, state)
     return SignPlanes(planes["plus"], planes.get("zero"), numel) if planes else state.get(name)
 
 
@@ -47,9 +47,7 @@ def merge_in_place(merger: Merger, g_comp: Tensor, correction: Tensor | SignPlan
     if isinstance(correction, SignPlanes):
         factors = cast(AlongSigns, merger).factors()
         if factors is not None:
-            from codec.sign_loops import merge_planes  # LLVM is loaded where there is enough to do
-
-            return merge_planes(g_comp.numpy(), correction.plus, correction.zero, *factors)
+            return _merge_planes(g_comp, correction, *factors)
         correction = correction.sign()
     agree, flips = g_comp.new_zeros((), dtype=torch.int64), g_comp.new_zeros((), dtype=torch.int64)
     block = CACHED if g_comp.device.type == "cpu" else WIDE
@@ -59,3 +57,14 @@ def merge_in_place(merger: Merger, g_comp: Tensor, correction: Tensor | SignPlan
         flips += (merged * g < 0).sum()
         g.copy_(merged)
     return int(agree.item()), int(flips.item())
+
+
+def _merge_planes(g_comp: Tensor, signs: SignPlanes, a: float, b: float) -> tuple[int, int]:
+    if g_comp.is_cuda:
+        from codec.sign_kernels import merge_planes as merge_there
+
+        return merge_there(g_comp, signs.plus, signs.zero, a, b)
+    from codec.sign_loops import merge_planes  # LLVM is loaded where there is enough to do
+
+    zero = None if signs.zero is None else signs.zero.numpy()
+    return merge_planes(g_comp.numpy(), signs.plus.numpy(), zero, a, b)

@@ -127,7 +127,8 @@ def test_every_kind_of_codec_has_a_part_whose_settings_are_read(kind: str, gpus:
     assert config.codec.kind == kind and config.swarm.device == device
     assert config.swarm.pp == (2 if gpus >= 2 else 1)
     on = [config.swarm.device] * config.swarm.pp + [config.rollout.device, config.anchor.device]
-    assert on.count("cuda") <= gpus
+    assert on.count("cuda") - (config.rollout.placement == "colocated") <= gpus
+    assert config.rollout.device == device
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])

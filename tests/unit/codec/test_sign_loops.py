@@ -65,10 +65,10 @@ def test_any_planes_are_merged_as_the_signs_that_they_say(
     """Whatever fills up their last byte, and where a bit is set in both."""
     size = -(-n // 8)
     plus, zero = np.frombuffer(bits, np.uint8)[:size], np.frombuffer(bits, np.uint8)[9 : 9 + size]
-    planes = SignPlanes(plus, zero if zeros else None, n)
+    planes = SignPlanes(torch.tensor(plus), torch.tensor(zero) if zeros else None, n)
     g = numbers(n, seed)
     merged, *counts = in_whole_arrays(g, planes.sign().numpy(), a, b)
-    assert merge_planes(g, planes.plus, planes.zero, a, b) == tuple(counts)
+    assert merge_planes(g, plus, zero if zeros else None, a, b) == tuple(counts)
     same_bits(g, merged)
 
 

@@ -152,10 +152,10 @@ BAD = {
     "a trace that is none": Bad(["ROOT/junk.gguf", "entry 1"], ["anchor.lag.kind=trace", "anchor.lag.path=ROOT/junk.gguf"]),
     "an unknown engine": Bad(["rollout.engine", "'vlm'", "'transformers'", "'vllm'"], ["rollout.engine=vlm"]),
     "colocated engines on a CPU": Bad(
-        ["placement 'colocated'", "'vllm' on 'cpu'", "device=cuda"], ["rollout.engine=vllm", "rollout.placement=colocated"]
+        ["placement 'colocated'", "device is 'cpu'", "device=cuda"], ["rollout.engine=vllm", "rollout.placement=colocated"]
     ),
-    "colocated engines that cannot sleep": Bad(
-        ["placement 'colocated'", "'transformers' on 'cuda'"], ["rollout.device=cuda", "rollout.placement=colocated"]
+    "colocated engines of transformers beside workers on CPUs": Bad(
+        ["rollout.placement 'colocated'", "swarm.device 'cpu'"], ["rollout.device=cuda", "rollout.placement=colocated"]
     ),
     "colocated engines that measure what is free": Bad(
         ["placement 'colocated'", "kv_cache_gb"],

@@ -15,16 +15,11 @@ LAYOUTS = [
     for dp, pp, kind, anchors in product((1, 2, 4), (1, 2), ("pack", "replicas"), (1, 2))
     for devices in ((), ("swarm.device=cuda",), ("rollout.device=cuda", "anchor.device=cuda", "diagnostics.every=2"))
 ]
-SHARED = (
-    "rollout.engine=vllm",
-    "rollout.placement=colocated",
-    "rollout.kv_cache_gb=1",
-    "swarm.device=cuda",
-    "rollout.device=cuda",
-)
+SHARED = ("rollout.placement=colocated", "swarm.device=cuda", "rollout.device=cuda")
 COLOCATED = [
-    (f"swarm.dp={dp}", f"swarm.pp={pp}", f"swarm.placement={kind}", *SHARED)
+    (f"swarm.dp={dp}", f"swarm.pp={pp}", f"swarm.placement={kind}", *SHARED, *engine)
     for (dp, pp), kind in product(((4, 1), (2, 2), (4, 2)), ("pack", "replicas"))
+    for engine in (("rollout.engine=vllm", "rollout.kv_cache_gb=1"), ())
 ]
 
 

@@ -57,14 +57,18 @@ def test_the_ratio_gate_finds_the_same_dose_in_packed_signs():
         ("delta", "cpu", False),
         ("replace", "cpu", False),
         (f"{__name__}:Mine", "cpu", False),
-        ("signed_ema", "meta", False),  # stands for a GPU
+        ("signed_ema", "meta", False),
     ],
 )
-def test_signs_stay_packed_for_our_mergers_along_signs_on_a_cpu(kind: str, device: str, packed: bool):
+def test_signs_stay_packed_for_our_mergers_along_signs(kind: str, device: str, packed: bool):
     found = held_form(merger.make_merger(MergerConfig(kind=kind)), planes_of(M), device)
     assert isinstance(found, SignPlanes) == packed
     if isinstance(found, torch.Tensor):
         assert found.device.type == device and found.dtype == torch.int8
+
+
+def test_on_a_gpu_signs_stay_packed_however_few_they_are():
+    assert merger.holds_planes(SignedEMA, "cuda", 1) and not merger.holds_planes(MERGERS["delta"], "cuda", 1)
 
 
 @pytest.mark.usefixtures("packs")
