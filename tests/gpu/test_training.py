@@ -42,7 +42,7 @@ def test_a_run_on_gpus_ends_and_says_what_it_took(pp: int, tmp_path: Path):
     keys = ["run.steps=3", "val.every=9", "val.size=32", "swarm.device=cuda", f"swarm.pp={pp}", "model.dtype=bfloat16"]
     keys += ["rollout.device=cuda", "rollout.replicas=1"] if pp + 1 <= GPUS else []
     keys += ["anchor.device=cuda"] if pp + 2 <= GPUS else []
-    command = [Path(sys.executable).parent / "northstar", "run", "k5", "--out", tmp_path / "run"]
+    command = [sys.executable, "-m", "northstar", "run", "k5", "--out", tmp_path / "run"]
     for key in keys:
         command += ["--set", key]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280)
