@@ -13,8 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+# Triton reads annotations as code:
+# pyright: reportMissingParameterType=false, reportUnknownParameterType=false
+
 ROWS = 512  # bytes of a plane that one program takes, and eight times as many numbers
-Block = Any  # of Triton's, whose Python face has no types
 
 
 def packed(values: Tensor) -> tuple[Tensor, Tensor | None, bool]:
@@ -41,14 +43,13 @@ def merge_planes(g: Tensor, plus: Tensor, zero: Tensor | None, a: float, b: floa
     if programs:
         planes = (plus, plus if zero is None else zero)
         kernel: Any = cast(Any, _merge)[(programs,)]
-        known = {"ZEROS": zero is not None, "NUMBERS": 8 * ROWS}
-        kernel(g, *planes, counts, g.numel(), a, b, **known, enable_fp_fusion=False)
+        kernel(g, *planes, counts, g.numel(), a, b, ZEROS=zero is not None, ROWS=ROWS, enable_fp_fusion=False)
     agree, flips = counts.sum(0).tolist()
     return agree, flips
 
 
 @triton.jit
-def _pack(values: Block, plus: Block, zero: Block, seen: Block, n: Block, ROWS: tl.constexpr):
+def _pack(values, plus, zero, seen, n, ROWS: tl.constexpr):
     program = tl.program_id(0).to(tl.int64)
     rows, lanes = program * ROWS + tl.arange(0, ROWS), tl.arange(0, 8)
     at = rows[:, None] * 8 + lanes[None, :]
@@ -63,29 +64,19 @@ def _pack(values: Block, plus: Block, zero: Block, seen: Block, n: Block, ROWS: 
 
 
 @triton.jit
-def _merge(
-    g: Block,
-    plus: Block,
-    zero: Block,
-    counts: Block,
-    n: Block,
-    a: Block,
-    b: Block,
-    ZEROS: tl.constexpr,
-    NUMBERS: tl.constexpr,
-):
+def _merge(g, plus, zero, counts, n, a, b, ZEROS: tl.constexpr, ROWS: tl.constexpr):
     program = tl.program_id(0).to(tl.int64)
-    at = program * NUMBERS + tl.arange(0, NUMBERS)
-    inside = at < n
-    x = tl.load(g + at, mask=inside, other=0.0)
-    is_plus = ((tl.load(plus + at // 8, mask=inside, other=0) >> (at % 8)) & 1) != 0
+    rows, lanes = program * ROWS + tl.arange(0, ROWS), tl.arange(0, 8)
+    at, inside = rows[:, None] * 8 + lanes[None, :], rows * 8 < n
+    x = tl.load(g + at, mask=at < n, other=0.0)
+    is_plus = ((tl.load(plus + rows, mask=inside, other=0)[:, None] >> lanes[None, :]) & 1) != 0
     sign = tl.where(is_plus, 1.0, -1.0)
     same = tl.where(is_plus, x > 0.0, x < 0.0)
     if ZEROS:
-        is_zero = ((tl.load(zero + at // 8, mask=inside, other=0) >> (at % 8)) & 1) != 0
+        is_zero = ((tl.load(zero + rows, mask=inside, other=0)[:, None] >> lanes[None, :]) & 1) != 0
         sign = tl.where(is_zero, 0.0, sign)
-        same = tl.where(is_zero, (x <= 0.0) & (x >= 0.0), same) & inside
+        same = tl.where(is_zero, (x <= 0.0) & (x >= 0.0), same) & (at < n)
     merged = (tl.abs(x) * sign - x) * a * b + x
-    tl.store(g + at, merged, mask=inside)
-    tl.store(counts + 2 * program, tl.sum(same.to(tl.int32)))
-    tl.store(counts + 2 * program + 1, tl.sum((merged * x < 0.0).to(tl.int32)))
+    tl.store(g + at, merged, mask=at < n)
+    tl.store(counts + 2 * program, tl.sum(tl.sum(same.to(tl.int32), axis=1)))
+    tl.store(counts + 2 * program + 1, tl.sum(tl.sum((merged * x < 0.0).to(tl.int32), axis=1)))
