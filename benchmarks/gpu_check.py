@@ -27,6 +27,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 import torch
@@ -176,6 +177,8 @@ def checked(parts: Sequence[GpuPart], folder: Path, total_s: float = TOTAL_S) ->
     for part in parts:
         found[part.name] = result_of(part, deadline - time.monotonic(), folder / f"{part.name}.log")
         print(row(part.name, found[part.name]), flush=True)
+        if "output" in found[part.name]:
+            print(indent(found[part.name]["output"][-1000:], "    | "), flush=True)
     return found
 
 

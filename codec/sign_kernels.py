@@ -16,7 +16,7 @@ from torch import Tensor
 # Triton reads annotations as code:
 # pyright: reportMissingParameterType=false, reportUnknownParameterType=false
 
-ROWS = 512  # bytes of a plane that one program takes, and eight times as many numbers
+ROWS = 256  # bytes of a plane that one program takes, and eight times as many numbers
 
 
 def packed(values: Tensor) -> tuple[Tensor, Tensor | None, bool]:
@@ -25,10 +25,10 @@ def packed(values: Tensor) -> tuple[Tensor, Tensor | None, bool]:
     rows = -(-values.numel() // 8)
     plus, zero = (torch.empty(rows, dtype=torch.uint8, device=values.device) for _ in range(2))
     programs = triton.cdiv(rows, ROWS)
-    seen = torch.zeros(programs, 2, dtype=torch.int32, device=values.device)
+    seen = torch.empty(2, programs, dtype=torch.int32, device=values.device)
     if rows:
         cast(Any, _pack)[(programs,)](values, plus, zero, seen, values.numel(), ROWS=ROWS)
-    nans, zeros = seen.sum(0).tolist()
+    nans, zeros = seen.sum(1).tolist()
     return plus, zero if zeros else None, nans > 0
 
 
@@ -39,12 +39,12 @@ def merge_planes(g: Tensor, plus: Tensor, zero: Tensor | None, a: float, b: floa
     """
     assert g.is_contiguous()
     programs = triton.cdiv(g.numel(), 8 * ROWS)
-    counts = torch.zeros(programs, 2, dtype=torch.int32, device=g.device)
+    counts = torch.empty(2, programs, dtype=torch.int32, device=g.device)
     if programs:
         planes = (plus, plus if zero is None else zero)
         kernel: Any = cast(Any, _merge)[(programs,)]
         kernel(g, *planes, counts, g.numel(), a, b, ZEROS=zero is not None, ROWS=ROWS, enable_fp_fusion=False)
-    agree, flips = counts.sum(0).tolist()
+    agree, flips = counts.sum(1).tolist()
     return agree, flips
 
 
@@ -59,8 +59,8 @@ def _pack(values, plus, zero, seen, n, ROWS: tl.constexpr):
     inside = rows * 8 < n
     tl.store(plus + rows, tl.sum(tl.where(x > 0.0, bits, 0), axis=1).to(tl.uint8), mask=inside)
     tl.store(zero + rows, tl.sum(zeros, axis=1).to(tl.uint8), mask=inside)
-    tl.store(seen + 2 * program, tl.sum(tl.sum((x != x).to(tl.int32), axis=1)))
-    tl.store(seen + 2 * program + 1, tl.sum(tl.sum((zeros > 0).to(tl.int32), axis=1)))
+    tl.store(seen + program, tl.sum(tl.sum((x != x).to(tl.int32), axis=1)))
+    tl.store(seen + tl.num_programs(0) + program, tl.sum(tl.sum((zeros > 0).to(tl.int32), axis=1)))
 
 
 @triton.jit
@@ -78,5 +78,5 @@ def _merge(g, plus, zero, counts, n, a, b, ZEROS: tl.constexpr, ROWS: tl.constex
         same = tl.where(is_zero, (x <= 0.0) & (x >= 0.0), same) & (at < n)
     merged = (tl.abs(x) * sign - x) * a * b + x
     tl.store(g + at, merged, mask=at < n)
-    tl.store(counts + 2 * program, tl.sum(tl.sum(same.to(tl.int32), axis=1)))
-    tl.store(counts + 2 * program + 1, tl.sum(tl.sum((merged * x < 0.0).to(tl.int32), axis=1)))
+    tl.store(counts + program, tl.sum(tl.sum(same.to(tl.int32), axis=1)))
+    tl.store(counts + tl.num_programs(0) + program, tl.sum(tl.sum((merged * x < 0.0).to(tl.int32), axis=1)))
