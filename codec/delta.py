@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from codec.bf16 import compiled_part
 from codec.frames import digest
 from codec.planes import expand, shrink
 
@@ -52,19 +53,19 @@ def encode(new: np.ndarray, base: np.ndarray | None, level: int = 1) -> dict[str
     if old.dtype != bits.dtype or old.size != bits.size:
         raise ValueError(f"the base is {base.dtype} [{base.size}], the new weights are {new.dtype} [{new.size}]")
     arrays["base"] = digest_row(old)
-    difference = bits - old
-    count = int(np.count_nonzero(difference))
-    if 2 * count < bits.size:
-        changed = np.flatnonzero(difference)
-        difference = difference[changed]
-        gaps = np.diff(changed, prepend=-1) - 1
-        arrays["count"] = np.array([count], np.int64)
-        arrays |= _split("gap", gaps.astype(_gap_dtype(bits.size)), level)
-    return arrays | _split("value", _zigzag(difference), level)
+    few = _few_changes(bits, old)
+    if few is None:
+        return arrays | _split("value", _zigzag(bits - old), level)
+    gaps, values = few
+    arrays["count"] = np.array([values.size], np.int64)
+    arrays |= _split("gap", gaps.astype(_gap_dtype(bits.size), copy=False), level)
+    return arrays | _split("value", values, level)
 
 
-def decode(arrays: dict[str, np.ndarray], base: np.ndarray | None, numel: int | None = None) -> np.ndarray:
-    """Arrays of `encode` -> the new weights [n], bit for bit.
+def decode(
+    arrays: dict[str, np.ndarray], base: np.ndarray | None, numel: int | None = None, keeps_base: bool = True
+) -> np.ndarray:
+    """Arrays of `encode` -> the new weights [n], bit for bit; in the base's place if nobody `keeps_base`.
 
     n is that of `base`, or `numel` where there is none; the arrays cannot ask for more. A full snapshot
     ignores the values of `base`. Raises BaseMismatch if a delta is for other weights than `base`, and
@@ -82,7 +83,8 @@ def decode(arrays: dict[str, np.ndarray], base: np.ndarray | None, numel: int | 
     if base is not None and base.dtype != dtype:
         raise BaseMismatch(f"{dtype} weights came, the base is {base.dtype}")
     if base is not None and "base" in arrays:
-        bits = _patterns(base, "base").copy()
+        bits = _patterns(base, "base")
+        bits = bits.copy() if keeps_base else bits
         _apply(arrays, bits)
     else:
         bits = _join(arrays, "value", numel, _PATTERNS[dtype])
@@ -108,48 +110,11 @@ def undo(arrays: dict[str, np.ndarray], new: np.ndarray) -> np.ndarray:
     return bits.view(new.dtype)
 
 
-def to_bf16(weights: np.ndarray) -> np.ndarray:
-    """float32 [n] -> bf16 bit patterns, uint16 [n]. Rounds to nearest even as torch does; a NaN becomes quiet."""
-    bits = _float32(weights).view(np.uint32)
-    patterns = np.empty(bits.size, np.uint16)
-    for first in range(0, bits.size, _IN_CACHE):  # whole arrays in between would be the largest of a process
-        part = slice(first, first + _IN_CACHE)
-        patterns[part] = _rounded(bits[part])
-    return patterns
-
-
-def _rounded(bits: np.ndarray) -> np.ndarray:
-    rounded = bits >> 16
-    rounded &= 1
-    rounded += 0x7FFF
-    rounded += bits
-    rounded >>= 16
-    nan = np.isnan(bits.view(np.float32))
-    if nan.any():  # rounding up may have carried their mantissa into the sign
-        rounded[nan] = (bits[nan] >> 16) | 0x40
-    return rounded
-
-
-def from_bf16(patterns: np.ndarray) -> np.ndarray:
-    """bf16 bit patterns, uint16 [n] -> float32 [n], exact."""
-    if patterns.dtype != np.uint16:
-        raise TypeError(f"bf16 bit patterns are uint16, not {patterns.dtype}")
-    bits = patterns.astype(np.uint32)
-    bits <<= 16
-    return bits.view(np.float32)
-
-
 def _patterns(weights: np.ndarray, name: str) -> np.ndarray:
     """Weights [n] -> their bit patterns [n], uint32 or uint16, without a copy if they are contiguous."""
     if weights.dtype not in _PATTERNS or weights.ndim != 1:
         raise TypeError(f"{name} is {weights.dtype} {weights.shape}; a snapshot is flat float32, or uint16 for bf16")
     return np.ascontiguousarray(weights).view(_PATTERNS[weights.dtype])
-
-
-def _float32(weights: np.ndarray) -> np.ndarray:
-    if weights.dtype != np.float32:
-        raise TypeError(f"only float32 is rounded to bf16, not {weights.dtype}")
-    return np.ascontiguousarray(weights)
 
 
 def digest_row(bits: np.ndarray) -> np.ndarray:
@@ -167,6 +132,24 @@ def _bad(field: str, reason: str) -> ValueError:
 
 def _named(field: str) -> str:
     return f"delta field {field!r}"
+
+
+def _few_changes(new: np.ndarray, old: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+    """Unchanged patterns before each changed one, and differences in zigzag; None if half of all or more have changed."""
+    limit, whole = (new.size - 1) // 2, compiled_part(new.size) if new.dtype == np.uint16 else 0
+    count, after, gaps, values = 0, 0, np.zeros(0, np.int64), np.zeros(0, new.dtype)
+    if whole:
+        from codec import delta_loops
+
+        count, after, gaps, values = delta_loops.changes(new[:whole], old[:whole], limit)
+    difference = new[whole:] - old[whole:]
+    if count + int(np.count_nonzero(difference)) > limit:
+        return None
+    changed = np.flatnonzero(difference)
+    if changed.size == 0:
+        return gaps, values
+    rest = np.diff(changed + whole, prepend=after - 1) - 1
+    return np.concatenate([gaps, rest]), np.concatenate([values, _zigzag(difference[changed])])
 
 
 def _zigzag(difference: np.ndarray) -> np.ndarray:
@@ -253,7 +236,15 @@ def _apply(arrays: dict[str, np.ndarray], bits: np.ndarray, back: bool = False) 
     count = int(arrays["count"][0])
     if not 0 <= count <= bits.size:
         raise _bad("count", f"{count} changes among {bits.size} weights")
-    changed = np.cumsum(_join(arrays, "gap", count, _gap_dtype(bits.size)), dtype=np.int64)
+    gaps = _join(arrays, "gap", count, _gap_dtype(bits.size))
+    if gaps.dtype == np.uint32 and bits.dtype == np.uint16 and compiled_part(bits.size):
+        from codec import delta_loops
+
+        after = delta_loops.apply_changes(bits, gaps, _join(arrays, "value", count, bits.dtype), back)
+        if after > bits.size:
+            raise _bad("gap", f"positions up to {after - 1} are outside {bits.size} weights")
+        return
+    changed = np.cumsum(gaps, dtype=np.int64)
     changed += np.arange(count)
     if count and not 0 <= changed.min() <= changed.max() < bits.size:
         raise _bad("gap", f"positions {changed.min()} to {changed.max()} are outside {bits.size} weights")

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from llvmlite import binding, ir
 
 Value = Any  # of LLVM's, whose Python face has no types
@@ -60,10 +61,10 @@ class Vectors(ir.IRBuilder):
         self.position_at_end(inside)
         phis = [self.phi(value.type) for value in (COUNT(0), *begin)]
         carried = turn(*phis)
-        i = self.add(phis[0], COUNT(1))
+        i, end = self.add(phis[0], COUNT(1)), self.block  # a turn may have blocks of its own
         for phi, first, later in zip(phis, (COUNT(0), *begin), (i, *carried), strict=True):
             phi.add_incoming(first, before)
-            phi.add_incoming(later, inside)
+            phi.add_incoming(later, end)
         after = self.append_basic_block()
         self.cbranch(self.icmp_unsigned("<", i, count), inside, after)
         self.position_at_end(after)
@@ -96,6 +97,12 @@ def compiled(loops: Sequence[Loop]) -> dict[str, Callable[..., None]]:
     engine = binding.create_mcjit_compiler(code, machine)
     engine.finalize_object()
     return {loop.name: _callable(engine, loop) for loop in loops}
+
+
+def addresses(*rows: np.ndarray) -> list[int]:
+    """Of rows that have no gaps."""
+    assert all(row.flags.c_contiguous for row in rows)
+    return [row.ctypes.data for row in rows]
 
 
 def _callable(engine: Any, loop: Loop) -> Callable[..., None]:

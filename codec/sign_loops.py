@@ -21,6 +21,7 @@ from codec.machine_code import (
     Loop,
     Value,
     Vectors,
+    addresses,
     compiled,
 )
 
@@ -36,7 +37,7 @@ def packed(values: np.ndarray) -> tuple[np.ndarray, np.ndarray | None, bool]:
     for part, at, count in ((values, 0, whole), (last, whole, int(rest > 0))):
         if count:
             seen = np.zeros(2, np.uint16)
-            _loops()["pack"](*_addresses(part, plus[at:], zero[at:]), count, *_addresses(seen))
+            _loops()["pack"](*addresses(part, plus[at:], zero[at:]), count, *addresses(seen))
             found |= seen
     size = -(-values.size // 8)
     return plus.view(np.uint8)[:size], zero.view(np.uint8)[:size] if found[1] else None, bool(found[0])
@@ -56,7 +57,7 @@ def merge_planes(g: np.ndarray, plus: np.ndarray, zero: np.ndarray | None, a: fl
     for part, bits, count in ((g, planes, whole), (last, ends, int(rest > 0))):
         if count:
             seen = np.zeros(2, np.int64)
-            loop(*_addresses(part, *bits), count, a, b, *_addresses(seen))
+            loop(*addresses(part, *bits), count, a, b, *addresses(seen))
             counts += seen
     g[g.size - rest :] = last[:rest]
     return int(counts[0]), int(counts[1])
@@ -67,11 +68,6 @@ def _last_word(plane: np.ndarray, bits: int) -> np.ndarray:
     word = np.zeros(LANES // 8, np.uint8)
     word[: plane.size] = plane
     return word.view("<u2") & np.uint16((1 << bits) - 1)
-
-
-def _addresses(*rows: np.ndarray) -> list[int]:
-    assert all(row.flags.c_contiguous for row in rows)
-    return [row.ctypes.data for row in rows]
 
 
 @cache

@@ -25,8 +25,8 @@ import torch
 import xxhash
 from torch import Tensor
 
+from codec.bf16 import from_bf16, to_bf16
 from codec.costs import SCALED
-from codec.delta import from_bf16, to_bf16
 from codec.transform.ans import WordReader, WordWriter
 
 BLOCK = SCALED

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from codec import coded_delta, delta
+from codec.bf16 import from_bf16, to_bf16
 from codec.frames import FrameError, pack, unpack
 from codec.vector import EntropyVector
 from rl.config import SnapshotConfig
@@ -50,7 +51,7 @@ class Sender:
 
         `whole`: all that the receivers would hold, had they lost nothing.
         """
-        new = flat.detach().cpu().numpy()
+        new = flat.detach()
         header: dict[str, Any] = {"kind": "weights", "tick": tick, "stage": stage, "numel": len(new), "base_tick": None}
         if self.encoding == "full":
             return pack(header | {"encoding": "full"}, {"weights": self._travelling(new)})
@@ -65,26 +66,27 @@ class Sender:
             kind, arrays, base_tick = "delta", delta.encode(self.held, None), None
         return pack(header | {"encoding": kind, "bf16": self.bf16, "base_tick": base_tick}, arrays)
 
-    def _step(self, new: np.ndarray, exact: bool) -> tuple[str, dict[str, np.ndarray]]:
+    def _step(self, new: Tensor, exact: bool) -> tuple[str, dict[str, np.ndarray]]:
         """Bring what receivers hold to `new` fp32 [numel], or nearer: the kind of the frame, and its arrays.
 
         Where few weights move, at a low learning rate, a lossless delta is within the rate and takes the coded one's place.
         """
         travelling = self._travelling(new)
-        arrays = delta.encode(travelling, self.held if self.coder is None else self._travelling(self.held))
+        held = self.held if self.coder is None else self._travelling(torch.from_numpy(self.held))
+        arrays = delta.encode(travelling, held)
         size = sum(array.nbytes for array in arrays.values())
         if exact or self.coder is None or size <= self.coder.bits / 8 * len(new):
             self._keep(travelling)
             return "delta", arrays
-        return "coded", coded_delta.encode(new, self.held, self.coder)
+        return "coded", coded_delta.encode(new.cpu().numpy(), self.held, self.coder)
 
-    def _travelling(self, weights: np.ndarray) -> np.ndarray:
-        return delta.to_bf16(weights) if self.bf16 else weights
+    def _travelling(self, weights: Tensor) -> np.ndarray:
+        return _patterns(weights) if self.bf16 else weights.cpu().numpy()
 
     def _keep(self, weights: np.ndarray) -> None:
         """`weights` as they travel; in fp32 they may be the live buffer itself."""
         if self.bf16:
-            self.held = weights if self.coder is None else delta.from_bf16(weights)
+            self.held = weights if self.coder is None else from_bf16(weights)
         else:
             self.held = weights.copy()
 
@@ -144,9 +146,8 @@ class Receiver:
                 raise FrameError(sender, field, f"expected {expected}, got {header.get(field)!r}")
         if type(base) is not int or type(numel) is not int or not 0 <= numel <= len(rest):
             raise FrameError(sender, "base_tick", f"is {base!r}, of {numel!r} weights: nothing leads back")
-        held = rest[:numel].detach().cpu().numpy()
         try:
-            return delta.undo(arrays, delta.to_bf16(held) if header.get("bf16") else held), base
+            return delta.undo(arrays, _held(rest[:numel], header)), base
         except delta.BaseMismatch as error:
             raise BaseLost(stage, self.tick, self.tick) from error
         except ValueError as error:
@@ -171,26 +172,43 @@ class Receiver:
         if type(numel) is not int or not 0 <= numel <= len(rest):
             raise FrameError(sender, "numel", f"is {numel!r}, the model has {len(rest)} parameters from there on")
         try:
-            return self._decoded(header, arrays, rest[:numel].detach().cpu().numpy())
+            return self._decoded(header, arrays, rest[:numel].detach())
         except delta.BaseMismatch as error:
             raise BaseLost(stage, base_tick, held_tick) from error
         except ValueError as error:
             raise FrameError(sender, "weights", str(error)) from error
 
-    def _decoded(self, header: dict[str, Any], arrays: dict[str, np.ndarray], held: np.ndarray) -> np.ndarray:
+    def _decoded(self, header: dict[str, Any], arrays: dict[str, np.ndarray], held: Tensor) -> np.ndarray:
         if header.get("encoding") == "coded":
             if self.coder is None:
                 raise ValueError("a coded step came, and snapshot.rate is not set here")
-            return coded_delta.decode(arrays, held, self.coder)
+            return coded_delta.decode(arrays, held.cpu().numpy(), self.coder)
         if header.get("base_tick") is None:
             return delta.decode(arrays, None, len(held))
-        return delta.decode(arrays, delta.to_bf16(held) if header.get("bf16") else held)
+        return delta.decode(arrays, _held(held, header), keeps_base=not header.get("bf16"))
+
+
+def _held(weights: Tensor, header: dict[str, Any]) -> np.ndarray:
+    """As they travel in a frame with this header: of bf16 an array of their own."""
+    return _patterns(weights) if header.get("bf16") else weights.detach().cpu().numpy()
+
+
+def _patterns(weights: Tensor) -> np.ndarray:
+    """fp32 [n] -> uint16 [n] of bf16; a GPU rounds them itself, the same but for NaN, and half as much leaves it."""
+    if weights.is_cuda:
+        return weights.detach().bfloat16().view(torch.int16).cpu().numpy().view(np.uint16)
+    return to_bf16(weights.detach().numpy())
 
 
 def _write(stages: list[np.ndarray], master: Tensor) -> None:
     """Weights of all stages, as they travelled, into `master` fp32."""
     offset = 0
     for flat in stages:
-        values = delta.from_bf16(flat) if flat.dtype == np.uint16 else flat
-        master[offset : offset + len(flat)].copy_(torch.from_numpy(values))
+        here = master[offset : offset + len(flat)]
+        if flat.dtype != np.uint16:
+            here.copy_(torch.from_numpy(flat))
+        elif here.is_cuda:
+            here.copy_(torch.from_numpy(flat.view(np.int16)).to(here.device).view(torch.bfloat16))
+        else:
+            from_bf16(flat, here.numpy())
         offset += len(flat)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from codec.delta import from_bf16
+from codec.bf16 import from_bf16
 from rl.gguf_files import gguf_reader
 from rl.model_files import local_folder, model_shape, tensor_files, tensor_specs
 from rl.model_shape import ModelNotFound

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from codec import delta, frames
+from codec import bf16, delta, frames
 from codec.delta import BaseMismatch
 
 LAW = settings(deadline=None, derandomize=True, max_examples=200)
@@ -52,7 +52,7 @@ def sent_bytes(arrays: dict[str, np.ndarray]) -> int:
 
 def random_weights(dtype: str, size: int, seed: int = 0) -> np.ndarray:
     values = np.random.default_rng(seed).normal(0, 0.02, size).astype(np.float32)
-    return values if dtype == "float32" else delta.to_bf16(values)
+    return values if dtype == "float32" else bf16.to_bf16(values)
 
 
 def with_changes(base: np.ndarray, where: np.ndarray | slice | list[int]) -> np.ndarray:
@@ -188,10 +188,10 @@ def test_what_adam_changes_takes_a_small_part_of_a_snapshot(ticks: int, bf16_sha
     base = random_weights("float32", 1_000_000)
     new = after_adam(base, ticks, lr=1e-6)
     fp32 = sent_bytes(delta.encode(new, base)) / new.nbytes
-    new16, base16 = delta.to_bf16(new), delta.to_bf16(base)
-    bf16 = sent_bytes(delta.encode(new16, base16)) / new16.nbytes
-    print(f"\nafter {ticks} ticks: bf16 {bf16:.4f}, fp32 {fp32:.4f} of a full snapshot")
-    assert bf16 < bf16_share and fp32 < fp32_share
+    new16, base16 = bf16.to_bf16(new), bf16.to_bf16(base)
+    half = sent_bytes(delta.encode(new16, base16)) / new16.nbytes
+    print(f"\nafter {ticks} ticks: bf16 {half:.4f}, fp32 {fp32:.4f} of a full snapshot")
+    assert half < bf16_share and fp32 < fp32_share
 
 
 @both_dtypes
@@ -212,7 +212,7 @@ ANOTHER = {
     "the sign of a zero": None,
     "a weight less": BASE[:-1],
     "another dtype of the same bytes": BASE.view(np.uint16),
-    "bf16": delta.to_bf16(BASE),
+    "bf16": bf16.to_bf16(BASE),
     "empty": BASE[:0],
     "none": None,
 }
@@ -232,7 +232,7 @@ def test_another_base_is_refused_in_a_way_a_caller_can_tell(name: str, step: int
 
 def test_a_full_snapshot_of_another_dtype_than_the_base_is_refused():
     with pytest.raises(BaseMismatch, match="uint16"):
-        delta.decode(delta.encode(delta.to_bf16(BASE), None), BASE)
+        delta.decode(delta.encode(bf16.to_bf16(BASE), None), BASE)
 
 
 def test_the_mismatch_names_both_digests_and_survives_pickling():
@@ -404,22 +404,22 @@ def torch_bf16(values: np.ndarray) -> np.ndarray:
 
 
 def assert_rounded_as_torch(values: np.ndarray):
-    found, nan = delta.to_bf16(values), np.isnan(values)
+    found, nan = bf16.to_bf16(values), np.isnan(values)
     assert found.dtype == np.uint16
     assert np.array_equal(found[~nan], torch_bf16(values)[~nan])
-    assert np.isnan(delta.from_bf16(found[nan])).all()  # torch itself gives one NaN or another
-    assert np.array_equal(np.signbit(delta.from_bf16(found)), np.signbit(values))
+    assert np.isnan(bf16.from_bf16(found[nan])).all()  # torch itself gives one NaN or another
+    assert np.array_equal(np.signbit(bf16.from_bf16(found)), np.signbit(values))
 
 
 def test_all_bf16_patterns_are_read_as_torch_reads_them_and_come_back():
     every = np.arange(65_536, dtype=np.uint16)
-    values = delta.from_bf16(every)
+    values = bf16.from_bf16(every)
     there = torch.from_numpy(every).view(torch.bfloat16).float().numpy()
     assert values.tobytes() == there.tobytes()
     nan = np.isnan(values)
     assert nan.sum() == 2 * 127
-    assert np.array_equal(delta.to_bf16(values)[~nan], every[~nan])
-    assert np.array_equal(delta.to_bf16(values)[nan], every[nan] | 0x40)
+    assert np.array_equal(bf16.to_bf16(values)[~nan], every[~nan])
+    assert np.array_equal(bf16.to_bf16(values)[nan], every[nan] | 0x40)
     assert_rounded_as_torch(values)
 
 
@@ -444,6 +444,6 @@ def test_rounding_special_patterns(bits: np.ndarray):
 
 def test_other_dtypes_are_not_rounded():
     with pytest.raises(TypeError, match="float64"):
-        delta.to_bf16(np.zeros(2))
+        bf16.to_bf16(np.zeros(2))
     with pytest.raises(TypeError, match="int16"):
-        delta.from_bf16(np.zeros(2, np.int16))
+        bf16.from_bf16(np.zeros(2, np.int16))

@@ -24,7 +24,7 @@ import torch
 import xxhash
 import zstandard
 
-from codec import delta, signs
+from codec import bf16, delta, signs
 from codec.delta import BaseMismatch
 from codec.frames import FrameError, digest, pack, unpack
 
@@ -77,7 +77,7 @@ def signs_target(zeros: int) -> Target:
 def delta_target(dtype: str, form: str) -> Target:
     rng = np.random.default_rng(7)
     values = rng.normal(0, 0.02, NUMEL).astype(np.float32)
-    base = values if dtype == "float32" else delta.to_bf16(values)
+    base = values if dtype == "float32" else bf16.to_bf16(values)
     new, step = base.copy(), {"sparse": 7, "dense": 1, "full": 1}[form]
     changed = new.view(np.uint32 if dtype == "float32" else np.uint16)[::step]
     changed += rng.integers(1, 9, changed.size).astype(changed.dtype)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from codec.delta import from_bf16, to_bf16
+from codec.bf16 import from_bf16, to_bf16
 from codec.frames import FrameError, pack, unpack
 from rl.config import SnapshotConfig
 from rl.snapshot import BaseLost, Receiver, Sender
