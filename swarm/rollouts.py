@@ -26,6 +26,7 @@ from swarm.sample_file import Reader
 from swarm.validation import Answered
 
 SAMPLED_S = "timing_s/gen"
+UPDATE_S = "timing_s/update_weights"
 FURTHER = 1 << 32  # prompts of a run are fewer
 STALENESS, WEIGHTS = "training/staleness", "rollout/weights_digest"
 
@@ -194,12 +195,13 @@ class Rollouts:
             fields = {name: first[name] for name in ("reason", "prompt", "response")}
             self.progress.event("reward failed", reward=self.config.task.reward, split=split, count=count, **fields)
 
-    def sync(self) -> dict[str, str]:
-        """Give the engines the newest weights. Waits until they hold them, and returns their digest as a metric, unless
-        engines sample ahead."""
-        at_once = self.config.rollout.max_staleness == 0
+    def sync(self) -> dict[str, Any]:
+        """Give the engines the newest weights, in seconds by verl's name for them. Waits until they hold them, and
+        returns their digest as a metric, unless engines sample ahead."""
+        start, at_once = time.perf_counter(), self.config.rollout.max_staleness == 0
         sent = self.engines.send(wait=at_once)
-        return {WEIGHTS: sent.digest} if at_once else {}
+        took = {UPDATE_S: time.perf_counter() - start}
+        return took | {WEIGHTS: sent.digest} if at_once else took
 
     # --- checkpoints ----------------------------------------------------------------------------
 
