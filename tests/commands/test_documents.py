@@ -54,6 +54,7 @@ CHECKED = {  # what is not run, and why
     "make verifiers": "installs a package",
     "make gpu-check": "takes nine minutes where there is a GPU: tests/contract/test_gpu_check.py runs it as if there were none",
     "device=cuda": "needs a GPU",
+    "smollm2-gpu": "needs a GPU",
     "smollm2-gsm --set rollout.engine=vllm": "needs five minutes of two cores",
     "--address": "needs a cluster that is there: tests/ray/test_cluster_auth.py starts one",
     "kubectl": "needs Kubernetes",
