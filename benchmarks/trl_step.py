@@ -12,7 +12,7 @@ microbatch, the objective (old log-probs are the update's own), AdamW and its nu
 torch and transformers. Both sample, so answers are not the same ones: their mean length is printed. Gradient checkpointing, TRL's
 default, is off, as here. What is here by default stays, such as prompts that are computed once for all their answers.
 
-`no codec` is ordinary GRPO in one worker, one engine, no anchor. The second row is the preset's codec, its boundaries within the one
+`no codec` is ordinary GRPO in one worker, one engine, no anchor, weights sent whole. The second row is the preset's codec, its boundaries within the one
 worker, with its encoding of weights for the engine. Rounds in turn, so that drift of the machine hits all: ratios of
 medians, of each round, and only they mean anything elsewhere. On a machine that does other work beside, seconds of processors
 say more: of TRL's process; here of driver, worker, engine and all of Ray's own, writing logs included.
@@ -70,9 +70,14 @@ class Case(NamedTuple):
 
 
 CASES = {
-    "tiny": Case(("dense", []), ("demo", ["grpo.lr=6e-5", "swarm.micro_batch_size=32"]), 16, 16, 6),
+    "tiny": Case(
+        ("dense", ["snapshot.encoding=full"]), ("demo", ["grpo.lr=6e-5", "swarm.micro_batch_size=32"]), 16, 16, 6
+    ),
     "smollm2": Case(
-        ("smollm2", ["codec.kind=none", "snapshot.dtype=float32", "swarm.micro_batch_size=16"]),
+        (
+            "smollm2",
+            ["codec.kind=none", "snapshot.dtype=float32", "snapshot.encoding=full", "swarm.micro_batch_size=16"],
+        ),
         ("smollm2", ["swarm.micro_batch_size=16"]),
         8,
         3,

@@ -23,6 +23,7 @@ class TransformersEngine:
         self.plain, self.model, self.device = plain, plain.model, plain.device
         prefer_determinism(self.device)
         self.eos = torch.tensor(plain.eos, device=self.device)
+        self.last = torch.tensor([-1], device=self.device)
 
     def publish(self) -> None:
         self.plain.weights.publish()
@@ -99,13 +100,14 @@ class TransformersEngine:
         return cache, logits.repeat_interleave(n, dim=0), mask
 
     def _forward(self, ids: Tensor, positions: Tensor, mask: Tensor | None, cache: DynamicCache) -> Tensor:
+        """Of the last column. By its index: of a slice, which has gaps, torch's linear copies all of the head's weights."""
         out = self.model(
             input_ids=ids,
             position_ids=positions,
             attention_mask=mask,
             past_key_values=cache,
             use_cache=True,
-            logits_to_keep=1,
+            logits_to_keep=self.last,
         )
         return out.logits[:, -1]
 
