@@ -85,7 +85,8 @@ def imports(node: NodeFacts) -> Iterator[Finding]:
 def gpus(node: NodeFacts) -> Iterator[Finding]:
     """The driver's GPUs against those that torch sees."""
     if not node.gpus:
-        yield ok("GPUs", "none; swarm, anchor and engines can run on CPUs")
+        faster = ", where model.dtype=bfloat16 is the faster one for 100M parameters and more" if node.cpu_bf16 else ""
+        yield ok("GPUs", f"none; swarm, anchor and engines can run on CPUs{faster}")
         return
     names = ", ".join(sorted({f"{gpu.name} {gpu.bytes / GB:.0f} GB" for gpu in node.gpus}))
     shown = f"{len(node.gpus)} x {names}, driver {node.driver}"

@@ -60,6 +60,7 @@ class NodeFacts:
     env: dict[str, str] = field(default_factory=dict)
     token: bool = False  # a Ray token is at hand
     cpus: int = 1
+    cpu_bf16: bool = False  # they multiply bf16 in hardware
     memory: int = 0
     shm_free: int = 0
     disk_free: int = 0  # where the run folder will be
@@ -92,6 +93,7 @@ def node_facts(folder: str, paths: tuple[str, ...] = ()) -> NodeFacts:
         env={name: os.environ[name] for name in _WATCHED if name in os.environ},
         token=_has_token(),
         cpus=len(os.sched_getaffinity(0)),
+        cpu_bf16=_multiplies_bf16(),
         memory=_memory(),
         shm_free=shutil.disk_usage(_existing(Path("/dev/shm"))).free,
         disk_free=shutil.disk_usage(_existing(Path(folder))).free,
@@ -134,6 +136,11 @@ def _broken(modules: tuple[str, ...]) -> dict[str, str]:
         except Exception as error:
             found[name] = f"{type(error).__name__}: {error}".splitlines()[0]
     return found
+
+
+def _multiplies_bf16() -> bool:
+    info = Path("/proc/cpuinfo")
+    return info.exists() and bool({"amx_bf16", "avx512_bf16"} & set(info.read_text().split()))
 
 
 def _interfaces() -> dict[str, str]:

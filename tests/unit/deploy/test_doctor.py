@@ -274,3 +274,9 @@ def test_a_config_that_is_refused_exits_2_without_looking_at_anything():
 def test_checks_and_their_command_import_neither_torch_nor_ray():
     code = "import sys, deploy.cli, deploy.doctor.examine; sys.exit(bool({'torch', 'ray', 'transformers'} & set(sys.modules)))"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_cpu_that_multiplies_bf16_is_told_apart():
+    without = replace(SOUND, gpus=(), torch_devices=0, torch_cuda=None)
+    plain, faster = (next(iter(checks.gpus(replace(without, cpu_bf16=has)))).says for has in (False, True))
+    assert "model.dtype=bfloat16" in faster and "bfloat16" not in plain
