@@ -108,9 +108,8 @@ def _grouped(
     Of more than one query a sample a CPU makes it in fp32, as in bf16 its backward takes 3 to 12 times as long (T 20 to 150).
     """
     if query.device.type == "cpu" and query.dtype == torch.bfloat16 and query.shape[2] > 1:
-        wide = (x.float() for x in (query, key, value))
         mask = mask.float() if mask is not None and mask.is_floating_point() else mask
-        return _grouped(module, *wide, mask, **options).to(query.dtype)
+        return _grouped(module, query.float(), key.float(), value.float(), mask, **options).to(query.dtype)
     if mask is None or query.device.type != "cpu" or "position_bias" in options:
         return sdpa_attention_forward(module, query, key, value, mask, **options)[0]
     out = scaled_dot_product_attention(

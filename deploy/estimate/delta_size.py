@@ -25,6 +25,7 @@ import numpy as np
 
 from anchor_service.lag import Due
 from codec import delta
+from codec.bf16 import from_bf16, to_bf16
 from deploy.estimate.parameters import Params
 from deploy.estimate.sample import Sample, sample_weights
 from merger import MERGERS, make_merger
@@ -113,13 +114,13 @@ class Walk:
     def _travelled(self, tick: int) -> np.ndarray:
         """What a receiver of exact weights holds after `tick` ticks, fp32."""
         weights = self.weights[tick]
-        return delta.from_bf16(delta.to_bf16(weights)) if self.course.bf16 else weights
+        return from_bf16(to_bf16(weights)) if self.course.bf16 else weights
 
 
 def _size(new: np.ndarray, base: np.ndarray, bf16: bool) -> float:
     """Bytes a weight of an exact delta, encoded as `rl.snapshot` does."""
     if bf16:
-        new, base = delta.to_bf16(new), delta.to_bf16(base)
+        new, base = to_bf16(new), to_bf16(base)
     return sum(array.nbytes for array in delta.encode(new, base).values()) / len(new)
 
 
