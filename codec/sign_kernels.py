@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 # Triton reads annotations as code:
-# pyright: reportMissingParameterType=false, reportUnknownParameterType=false
+# pyright: reportMissingParameterType=false, reportUnknownParameterType=false, reportArgumentType=false
 
 ROWS = 256  # bytes of a plane that one program takes, and eight times as many numbers
 
