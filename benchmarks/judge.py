@@ -184,21 +184,21 @@ class Surroundings:
     def processes(self) -> dict[int, str]:
         """Ours, this one not counted: number and command line."""
         found: dict[int, str] = {}
-        for entry in Path("/proc").iterdir():
+        for pid in psutil.pids():
+            entry = Path(f"/proc/{pid}")
             with suppress(OSError):
-                if entry.name.isdigit() and int(entry.name) != os.getpid():
-                    if self.marker.encode() in (entry / "environ").read_bytes():
-                        found[int(entry.name)] = (entry / "cmdline").read_text().replace("\0", " ").strip()
+                if pid != os.getpid() and self.marker.encode() in (entry / "environ").read_bytes():
+                    found[pid] = (entry / "cmdline").read_text().replace("\0", " ").strip()
         return found
 
     @staticmethod
     def _of_others(ours: Collection[int]) -> set[str]:
         """Inodes that living processes that are not ours have mapped: another program's, made meanwhile."""
         found: set[str] = set()
-        for entry in Path("/proc").iterdir():
+        for pid in psutil.pids():
             with suppress(OSError):
-                if entry.name.isdigit() and int(entry.name) not in ours:
-                    found.update(line.split()[4] for line in (entry / "maps").read_text().splitlines())
+                if pid not in ours:
+                    found.update(line.split()[4] for line in Path(f"/proc/{pid}/maps").read_text().splitlines())
         return found
 
     def left(self) -> list[Row]:

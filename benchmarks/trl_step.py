@@ -12,8 +12,8 @@ microbatch, the objective (old log-probs are the update's own), AdamW and its nu
 torch and transformers. Both sample, so answers are not the same ones: their mean length is printed. Gradient checkpointing, TRL's
 default, is off, as here. What is here by default stays, such as prompts that are computed once for all their answers.
 
-`no codec` is ordinary GRPO in one worker, one engine, no anchor, weights sent whole. The second row is the preset's codec, its boundaries within the one
-worker, with its encoding of weights for the engine. Rounds in turn, so that drift of the machine hits all: ratios of
+`no codec` is ordinary GRPO in one worker, one engine, no anchor, weights sent whole. The second row is the preset's codec, its
+boundaries within the one worker, with its encoding of weights for the engine. Rounds in turn, so that drift of the machine hits all: ratios of
 medians, of each round, and only they mean anything elsewhere. On a machine that does other work beside, seconds of processors
 say more: of TRL's process; here of driver, worker, engine and all of Ray's own, writing logs included.
 """

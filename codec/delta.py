@@ -53,12 +53,10 @@ def encode(new: np.ndarray, base: np.ndarray | None, level: int = 1) -> dict[str
     if old.dtype != bits.dtype or old.size != bits.size:
         raise ValueError(f"the base is {base.dtype} [{base.size}], the new weights are {new.dtype} [{new.size}]")
     arrays["base"] = digest_row(old)
-    few = _few_changes(bits, old)
-    if few is None:
-        return arrays | _split("value", _zigzag(bits - old), level)
-    gaps, values = few
-    arrays["count"] = np.array([values.size], np.int64)
-    arrays |= _split("gap", gaps.astype(_gap_dtype(bits.size), copy=False), level)
+    gaps, values = _differences(bits, old)
+    if gaps is not None:
+        arrays["count"] = np.array([values.size], np.int64)
+        arrays |= _split("gap", gaps.astype(_gap_dtype(bits.size), copy=False), level)
     return arrays | _split("value", values, level)
 
 
@@ -134,8 +132,9 @@ def _named(field: str) -> str:
     return f"delta field {field!r}"
 
 
-def _few_changes(new: np.ndarray, old: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
-    """Unchanged patterns before each changed one, and differences in zigzag; None if half of all or more have changed."""
+def _differences(new: np.ndarray, old: np.ndarray) -> tuple[np.ndarray | None, np.ndarray]:
+    """The number of unchanged patterns before each changed one, and their differences in zigzag; None, and the differences
+    of all, if half of them or more have changed."""
     limit, whole = (new.size - 1) // 2, compiled_part(new.size) if new.dtype == np.uint16 else 0
     count, after, gaps, values = 0, 0, np.zeros(0, np.int64), np.zeros(0, new.dtype)
     if whole:
@@ -144,7 +143,7 @@ def _few_changes(new: np.ndarray, old: np.ndarray) -> tuple[np.ndarray, np.ndarr
         count, after, gaps, values = delta_loops.changes(new[:whole], old[:whole], limit)
     difference = new[whole:] - old[whole:]
     if count + int(np.count_nonzero(difference)) > limit:
-        return None
+        return None, _zigzag(new - old if whole else difference)
     changed = np.flatnonzero(difference)
     if changed.size == 0:
         return gaps, values
