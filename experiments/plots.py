@@ -44,8 +44,8 @@ ERRORS = (
     "two independent batches at equal weights would differ by."
 )
 SHARES = (
-    "w: of the correction in the step. a_g, a_m: by how much the signs of the swarm's own momentum, and of the correction "
-    "held then, agreed with those of fresh M, of other samples."
+    "w: of the correction in the step. f: how far the signs of the compressed gradient agree with those of M, of the same samples; "
+    "a: those of two M."
 )
 GAINS = "First-order change of mean reward and of mean length by the tick's update, judged on the tick's own samples."
 PLOTS = (
@@ -58,7 +58,7 @@ PLOTS = (
         "Share of the correction",
         "tick",
         "tick",
-        (("w", "merger/w"), ("a_g", "merger/a_g"), ("a_m", "merger/a_m")),
+        (("w", "merger/w"), ("f", "merger/f"), ("a", "merger/a")),
         SHARES,
     ),
     Plot("Clipped share", "tick", "tick", (("pg_clipfrac", "actor/pg_clipfrac"),), REFRESHED, "codec/q_refreshed"),

@@ -1,20 +1,20 @@
-"""calibrated: signed_ema whose share of the step is set by how well signs agree, on coordinates that stand for all.
+"""calibrated: signed_ema whose share of the step is set by what the codec leaves of a gradient, on coordinates that stand for all.
 
     G = (1-w)·G_comp + w·|G_comp|·sign(M̄)
 
 At each fire, M_s being the gradient at the weights after s ticks, with means over fires:
 
-    a_G    mean of sign(M_s)·sign(m_G)    m_G: average of G_comp before s, so of no batch that M_s has
-    a      mean of sign(M_s)·sign(M_o)    over all pairs of fires of which o had been merged when s was trained
-    a_M    a / √(1/V + (1 - 1/V)·ρ)       as of M̄, whose β averages the noise of V = (1+β)/(1-β) of them; ρ = sin(πa/2)
-    h      ‖m_G‖ / ‖G_comp‖
-    r    = N h a_M / (a_G τ)              N: ticks that m_G averages; τ: how long a sign is felt, `merger.holds`
-    w    = min(0.75, cap/τ, r/(1+r))      0 while nothing has been seen, or where a_M ≤ 0
+    f    mean of sign(M_s)·sign(G_s)    G_s: the compressed gradient of the same samples; over √o where M_s is of a share o of those
+    a    mean of sign(M_s)·sign(M_o)    over all pairs of fires of which o had been merged when s was trained
+    v    1 / √(1/V + (1 - 1/V)·ρ)       V = (1+β)/(1-β): M whose noise M̄ averages; ρ = sin(πa/2)
+    r  = v / (f τ)                      τ: how long a sign is felt, `merger.holds`
+    w  = min(0.75, cap/τ, r/(1+r))      0 where a ≤ 0, and where f is not beyond chance
 
-a_M is what a correction is worth by the time that it is used, a_G·N/h what as many compressed gradients are: r weighs the one, a
-τth of which is new in a tick, against the other. a starts from `prior` as if seen in a few pairs. Of a_G what lies beyond its
-standard error counts, and half of that error, so that beside a codec whose gradient cannot be told from noise the anchor gets the
-share that the hold allows.
+Of what a whole gradient tells of other samples' a compressed one tells f times as much, and M̄ tells v times as much, a τth of
+which is new in a tick: r weighs the one against the other. How much a whole one tells is not asked: one pair tells a to 0.075,
+and a is half of that. So a only says whether M̄ tells anything, and starts from `prior` as if seen in some pairs; f, where both
+have the same samples' noise, is known from the first fires. An M that does not even agree with the compressed gradient of its own
+samples is of other weights or samples, or of none.
 ρ: numbers that are jointly normal agree in sign by 2/π·asin of their correlation.
 """
 
@@ -33,11 +33,9 @@ if TYPE_CHECKING:
 
     from merger.interface import Gradient, Held
 
-MEMORY = 0.9  # of m_G
-AVERAGED = (1 + MEMORY) / (1 - MEMORY)  # ticks of noise that it averages away
-PRIOR_PAIRS = 3  # one pair tells a to 0.075
+PRIOR_PAIRS = 20  # one pair tells a to 0.075, and runs differ in it by 0.017
 KEPT = 0.9  # of older M's signs at each fire: what was true of another policy fades
-SPREAD = 0.03  # of a_G from one fire to the next
+BEYOND = 3  # standard deviations of what fair coins would agree by
 LARGEST = 0.75  # signed_ema's own share at a full dose
 
 
@@ -75,25 +73,18 @@ class Mean:
 class Started:
     """What a rank had when a fire started, at the coordinates looked at."""
 
-    signs: Tensor | None  # of m_G, int8; None before the second tick
+    signs: Tensor  # of G_s, int8
+    overlap: float  # the share of G_s's samples that M has
     others: Tensor | None  # sum of the signs of all M merged by then, older ones less; None before the first
     weight: float  # how many those count as
-    squares: tuple[float, float]  # of m_G and of that tick's G_comp, of this stage
 
 
 @dataclass
 class Agreements:
     """Over all fires."""
 
-    compressed: Mean = field(default_factory=Mean)  # a_G
+    compressed: Mean = field(default_factory=Mean)  # f; its weight counts coordinates
     anchor: Mean = field(default_factory=Mean)  # a, without its prior; its weight counts pairs
-    average: float = 0.0  # sum of ‖m_G‖²
-    single: float = 0.0  # sum of ‖G_comp‖²
-    averaged: float = AVERAGED  # N
-
-    @property
-    def h(self) -> float:
-        return math.sqrt(self.average / self.single) if self.single else 0.0
 
 
 class Calibrated(AlongSigns):
@@ -104,25 +95,26 @@ class Calibrated(AlongSigns):
     def __init__(self, config: MergerSettings):
         super().__init__(config)
         self.seen = Agreements()
-        self.average: Tensor | None = None  # m_G
+        self.window: Tensor | None = None  # sum of G_comp since the last fire, where M has samples of all those ticks
+        self.ticks = 0  # in it
         self.others: Tensor | None = None  # as in `Started`, of all M until now
         self.weight = 0.0
         self.sources: dict[int, Started] = {}
-        self.before: tuple[Tensor | None, tuple[float, float]] = (None, (0.0, 0.0))  # what the last fire started with
 
     @classmethod
     def cost(cls, config: MergerSettings, n: int) -> MergerCost:
-        return MergerCost(learns=6)
+        return MergerCost(learns=4)
 
     def watch(self, g_comp: Tensor, source: int | None) -> None:
+        ticks = 1
+        if self.windows:
+            self.window = g_comp.clone() if self.window is None else self.window.add_(g_comp)
+            self.ticks += 1
+            g_comp, ticks = self.window, self.ticks
         if source is not None:
-            signs, squares = None, (0.0, 0.0)
-            if self.average is not None:
-                signs, squares = self.average.sign().char(), (_square(self.average), _square(g_comp))
-            if self.windows:  # M has samples of every tick since the last fire
-                (signs, squares), self.before = self.before, (signs, squares)
-            self.sources[source] = Started(signs, self.others, self.weight, squares)
-        self.average = g_comp.clone() if self.average is None else self.average.lerp_(g_comp, 1 - MEMORY)
+            signs = g_comp.sign().char()
+            self.sources[source] = Started(signs, self.replayed / ticks, self.others, self.weight)
+            self.window, self.ticks = None, 0
 
     def learn(self, source: int, m: Tensor, total: Total) -> None:
         then = self.sources.get(source)
@@ -131,37 +123,31 @@ class Calibrated(AlongSigns):
             own, others = sign_products(m, then.signs), (0.0, 0.0)
             if then.others is not None:
                 others = float((m * then.others).double().sum().item()), float(m.count_nonzero().item())
-            own_sum, own_n, others_sum, n, average, single = total([*own, *others, *then.squares])
+            own_sum, own_n, others_sum, n = total([*own, *others])
             if own_n:
-                self.seen.compressed.add(own_sum / own_n)
-                self.seen.average += average
-                self.seen.single += single
+                self.seen.compressed.add(own_sum / own_n / math.sqrt(then.overlap), own_n * then.overlap)
             if n:
                 self.seen.anchor.add(others_sum / (n * then.weight), then.weight)
         self.others = m.float() if self.others is None else m + KEPT * self.others
         self.weight = 1 + KEPT * self.weight
 
     @property
-    def a_g(self) -> float:
-        mean = self.seen.compressed
-        error = SPREAD / math.sqrt(mean.n)
-        return max(0.0, mean.value - error) + 0.5 * error
+    def a(self) -> float:
+        mean = self.seen.anchor
+        return (PRIOR_PAIRS * self.config.prior + mean.sum) / (PRIOR_PAIRS + mean.weight)
 
     @property
-    def a_m(self) -> float:
-        mean = self.seen.anchor
-        return self._averaged((PRIOR_PAIRS * self.config.prior + mean.sum) / (PRIOR_PAIRS + mean.weight))
-
-    def _averaged(self, a: float) -> float:
-        """What of two M is `a`, of M and M̄."""
+    def told(self) -> float:
+        """v"""
         part = 1 / self.holds.averaged
-        return a / math.sqrt(part + (1 - part) * math.sin(math.pi / 2 * max(a, 0.0)))
+        return 1 / math.sqrt(part + (1 - part) * math.sin(math.pi / 2 * max(self.a, 0.0)))
 
     def share(self, age: int) -> float:
         """w, of a correction that has been merged for `age` ticks."""
-        if not self.seen.compressed.n or self.a_m <= 0 or not self.seen.single:
+        f = self.seen.compressed
+        if not f.n or f.value <= BEYOND / math.sqrt(f.weight) or self.a <= 0:
             return 0.0
-        r = self.seen.averaged * self.seen.h * self.a_m / (self.a_g * self.holds.tau(age))
+        r = self.told / (f.value * self.holds.tau(age))
         return min(LARGEST, self.holds.bound(self.config.cap, age), r / (1 + r))
 
     def wants(self) -> bool:
@@ -175,49 +161,40 @@ class Calibrated(AlongSigns):
         return (self.dose, 1.0) if self.dose else None
 
     def metrics(self) -> dict[str, float]:
+        f, a = self.seen.compressed, self.seen.anchor
         found = {"merger/w": self.dose, "merger/hold": self.holds.mean(), "merger/tau": self.holds.tau()}
-        if self.seen.compressed.n:
-            found |= {"merger/a_g": self.a_g, "merger/a_g_error": self.seen.compressed.error}
-        return found | {"merger/a_m": self.a_m, "merger/a_m_error": self._averaged(self.seen.anchor.error)}
+        found |= {"merger/f": f.value, "merger/f_error": f.error} if f.n else {}
+        return found | {"merger/a": self.a, "merger/a_error": a.error}
 
     def state(self) -> dict[str, Tensor]:
-        if self.average is None:
-            return {}
-        seen, double = self.seen, self.average.double()
-        means = [value for mean in (seen.compressed, seen.anchor) for value in astuple(mean)]
-        found = {"average": self.average, "seen": double.new_tensor([*means, seen.average, seen.single, self.weight])}
-        found |= {} if self.others is None else {"others": self.others}
-        signs, squares = self.before
-        found |= {"before.squares": double.new_tensor(squares)} | ({} if signs is None else {"before.signs": signs})
+        found = {name: t for name, t in (("others", self.others), ("window", self.window)) if t is not None}
         for s, then in self.sources.items():
-            kept = {"signs": then.signs, "others": then.others}
-            kept["numbers"] = double.new_tensor([then.weight, *then.squares])
-            found |= {f"{s}.{name}": tensor for name, tensor in kept.items() if tensor is not None}
-        return found
+            found[f"{s}.signs"] = then.signs
+            found |= {} if then.others is None else {f"{s}.others": then.others}
+        if not found:
+            return {}
+        double = next(iter(found.values())).new_empty(0).double()
+        means = [value for mean in (self.seen.compressed, self.seen.anchor) for value in astuple(mean)]
+        found["seen"] = double.new_tensor([*means, self.weight, self.ticks])
+        return found | {
+            f"{s}.numbers": double.new_tensor([then.overlap, then.weight]) for s, then in self.sources.items()
+        }
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        if "average" not in state:
+        if "average" in state:
+            raise ValueError("this checkpoint's merger.kind 'calibrated' followed an earlier rule: start a new run")
+        if "seen" not in state:
             return
-        self.average = state["average"]
         numbers = state["seen"].tolist()
         own, others = (Mean(int(n), *sums) for n, *sums in (numbers[:4], numbers[4:8]))
-        self.seen, self.weight = Agreements(own, others, *numbers[8:10]), numbers[10]
-        self.others = state.get("others")
-        average, single = state["before.squares"].tolist()
-        self.before = state.get("before.signs"), (average, single)
+        self.seen, self.weight, self.ticks = Agreements(own, others), numbers[8], int(numbers[9])
+        self.others, self.window = state.get("others"), state.get("window")
         for s in {name.partition(".")[0] for name in state if name[0].isdigit()}:
-            weight, average, single = state[f"{s}.numbers"].tolist()
-            squares = average, single
-            self.sources[int(s)] = Started(state.get(f"{s}.signs"), state.get(f"{s}.others"), weight, squares)
+            overlap, weight = state[f"{s}.numbers"].tolist()
+            self.sources[int(s)] = Started(state[f"{s}.signs"], overlap, state.get(f"{s}.others"), weight)
 
 
-def _square(x: Tensor) -> float:
-    return x.double().square().sum().item()
-
-
-def sign_products(m: Tensor, other: Tensor | None) -> tuple[float, float]:
+def sign_products(m: Tensor, other: Tensor) -> tuple[float, float]:
     """Of int8 signs [n]: the sum of their products, and how many of them are not 0."""
-    if other is None:
-        return 0.0, 0.0
     product = m * other
     return float(product.long().sum().item()), float(product.count_nonzero().item())

@@ -63,7 +63,9 @@ class Merger(Protocol):
     config: MergerSettings
     dose: float  # of the last `prepare`
     holds: Holds  # how long corrections have been held; whoever holds them counts
-    windows: bool = False  # whether an M has samples of all ticks since the last fire; who holds corrections says so
+    # who holds corrections says so:
+    windows: bool = False  # whether an M has samples of all ticks since the last fire
+    replayed: float = 1.0  # how many samples it has, as a share of a tick's
 
     def __init__(self, config: MergerSettings):
         self.config = config

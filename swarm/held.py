@@ -60,7 +60,7 @@ class Held:
         anchor, config = self.anchor, self.config
         self.merger = make_merger(config)
         self.merger.holds = Holds(anchor.cadence, anchor.beta_anc)
-        self.merger.windows = anchor.replay == "window"
+        self.merger.windows, self.merger.replayed = anchor.replay == "window", anchor.replay_fraction
         placebo = config.placebo
         self.placebo = PLACEBOS[placebo](anchor.beta_anc, self.seed, self.sizes) if placebo else None
         self.correction: Correction | None = None

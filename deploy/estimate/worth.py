@@ -1,6 +1,6 @@
 """Would an anchor be worth its bytes? What a probe measured, put through `calibrated`'s own rule at a config's delay and cadence. No torch.
 
-    a_G, a, h of a few mini-batches ──▶ merger.calibrated ──▶ w after all fires of the run ──▶ a sentence
+    f, a of a few mini-batches ──▶ merger.calibrated ──▶ w after all fires of the run ──▶ a sentence
 
 Of independent estimates of one direction the best mixture weighs them by what they tell: where w is not bounded,
 w/(1-w) is what the correction adds to what the codec's own gradients tell.
@@ -24,7 +24,7 @@ from merger.calibrated import Agreements, Calibrated, Mean, pairs
 from merger.holds import Holds
 from swarm.run_config import RunConfig
 
-WORTH = 1 / 3  # the share from which on an anchor is expected to change the outcome: docs/experiments.md has why
+WORTH = 1 / 2  # the share from which on an anchor is expected to change the outcome: docs/experiments.md has why
 
 
 class ProbeMismatch(ConfigError):
@@ -36,18 +36,15 @@ class ProbeMismatch(ConfigError):
 
 @dataclass(frozen=True)
 class Measured:
-    """Of `batches` mini-batches, each against others alone; errors are standard errors over the mini-batches."""
+    """Of `batches` mini-batches; errors are standard errors over them."""
 
     batches: int
     samples: int  # of one mini-batch
     coordinates: int  # looked at
-    averaged: int  # other mini-batches in the place of m_G
-    a_g: float
-    a_g_error: float
-    a: float  # of two M: `merger.calibrated` makes a_M of it
+    f: float  # of G and M of one mini-batch
+    f_error: float
+    a: float  # of M of two
     a_error: float
-    h: float
-    h_error: float
 
     @property
     def chance(self) -> float:
@@ -119,9 +116,9 @@ class Worth:
         for tick in firsts:
             found.holds.fire(tick)
         compared = sum(pairs(sum(first <= d.source_tick for first in firsts)) for d in due)
-        own = _constant(len(due), len(due), seen.a_g - errors * seen.a_g_error)
+        own = _constant(len(due), len(due) * seen.coordinates, seen.f - errors * seen.f_error)
         others = _constant(len(due), compared, seen.a + errors * seen.a_error)
-        found.seen = Agreements(own, others, seen.h**2, 1.0, seen.averaged)
+        found.seen = Agreements(own, others)
         return found
 
     @property
@@ -194,9 +191,8 @@ def prediction_in_words(found: Worth) -> str:
     }
     low, high = found.between
     seen = found.measured
-    unsure = (
-        "" if (low >= WORTH) == (high >= WORTH) else ", so that the verdict may be the other one: probe more --tokens"
-    )
+    sure = (low >= WORTH) == (found.share >= WORTH) == (high >= WORTH)
+    unsure = "" if sure else ", so that the verdict may be the other one: probe more --tokens"
     return (
         f"{says[found.verdict]}: {AnchorBytes(*found.sent)} a tick; {share_in_words(found.share, found.bound, found.uncalibrated)}. "
         f"From {low:.2g} to {high:.2g} by the noise of {seen.batches} mini-batches of {seen.samples} answers{unsure}. "

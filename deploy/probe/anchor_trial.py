@@ -3,11 +3,10 @@
     answers ─▶ mini-batch b ─▶ whole model ────────────▶ M_b     at the coordinates at which a merger looks
                     ╰────────▶ model [boundary] model ─▶ G_b
 
-    a_G   sign(M_b) · sign(mean of G_a over a ≠ b)
+    f     sign(M_b) · sign(G_b)
     a     sign(M_b) · sign(M_c), all pairs
-    h     ‖mean of G_a over a ≠ b‖ / ‖G_b‖
 
-M_b never meets what shares its samples, as in a run. Codecs are as they were calibrated; of gradients' own codec nothing is seen.
+Codecs are as they were calibrated; of gradients' own codec nothing is seen.
 """
 
 from __future__ import annotations
@@ -77,20 +76,16 @@ class Gradients:
 
 
 def agreements(compressed: Tensor, dense: Tensor) -> Agreements:
-    """Of G and M [B, coordinates], each a fire that is compared with the other mini-batches alone."""
-    count = len(dense)
-    found = Agreements(averaged=count - 1)
-    signs, double = dense.sign().char(), compressed.double()
-    others = (double.sum(0) - double) / (count - 1)
+    """Of G and M [B, coordinates], each a fire whose M is compared with those of all other mini-batches."""
+    count, found = len(dense), Agreements()
+    signs, kept = dense.sign().char(), compressed.sign().char()
     all_signs = signs.sum(0, dtype=torch.int32)
     for b in range(count):
-        own, n = sign_products(signs[b], others[b].sign().char())
+        own, n = sign_products(signs[b], kept[b])
         there = int(signs[b].count_nonzero())
         if n and there:
-            found.compressed.add(own / n)
+            found.compressed.add(own / n, n)
             found.anchor.add(int((signs[b] * (all_signs - signs[b])).sum()) / (there * (count - 1)), count - 1)
-        found.average += others[b].square().sum().item()
-        found.single += double[b].square().sum().item()
     return found
 
 
@@ -107,12 +102,12 @@ def measured(compressed: Tensor, dense: Tensor, samples: int) -> Measured | None
 
     def numbers(kept: Tensor) -> np.ndarray:
         seen = agreements(compressed[kept], dense[kept])
-        return np.array([seen.compressed.value, seen.anchor.value, seen.h])
+        return np.array([seen.compressed.value, seen.anchor.value])
 
-    a_g, a, h = numbers(torch.arange(count)).tolist()
+    f, a = numbers(torch.arange(count)).tolist()
     without = np.stack([numbers(torch.arange(count) != b) for b in range(count)])
     errors = np.sqrt((count - 1) * without.var(0)).tolist()
-    return Measured(count, samples, coordinates, count - 1, a_g, errors[0], a, errors[1], h, errors[2])
+    return Measured(count, samples, coordinates, f, errors[0], a, errors[1])
 
 
 def compare_batches(

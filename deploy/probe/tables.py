@@ -110,20 +110,15 @@ def advice(found: Probe) -> list[str]:
 def agreements_table(worth: Worth) -> Table:
     """What a merger of the kind `calibrated` would see."""
     m, anchor = worth.measured, worth.config.anchor
-    title = f"an anchor at K={anchor.delay_k}/{anchor.cadence}: {m.batches} mini-batches of {m.samples} answers, each against others"
+    title = f"an anchor at K={anchor.delay_k}/{anchor.cadence}: {m.batches} mini-batches of {m.samples} answers"
     table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE, padding=0)
     table.add_column("", no_wrap=True)
     for column in ("value", "error", "chance"):
         table.add_column(column, justify="right", no_wrap=True)
     chance = f"±{m.chance:.4f}"
-    table.add_row(
-        f"a_G  signs of M and of the mean of {m.averaged} G_comp", f"{m.a_g:.4f}", f"{m.a_g_error:.4f}", chance
-    )
-    table.add_row("a    signs of M and of another M", f"{m.a:.4f}", f"{m.a_error:.4f}", chance)
-    table.add_row(
-        "h    norm of that mean of G_comp over one's", f"{m.h:.3f}", f"{m.h_error:.3f}", f"{m.averaged**-0.5:.3f}"
-    )
-    table.add_row("τ    ticks for which a sign is felt", f"{worth.tau:.3g}", "", "")
+    table.add_row("f  signs of M and of G_comp of the same answers", f"{m.f:.4f}", f"{m.f_error:.4f}", chance)
+    table.add_row("a  signs of M and of another M", f"{m.a:.4f}", f"{m.a_error:.4f}", chance)
+    table.add_row("τ  ticks for which a sign is felt", f"{worth.tau:.3g}", "", "")
     return table
 
 

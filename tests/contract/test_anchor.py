@@ -70,7 +70,8 @@ def test_a_correction_held_longer_than_max_age_is_dropped_until_a_fresh_one_come
 
 
 def test_of_a_head_the_rest_is_fetched_only_when_the_merger_gives_it_a_share(untied_model: Path):
-    """Fires start in ticks 2, 4 and 6, each merged in the next. The second M agrees with the first, the third with neither."""
+    """Fires start in ticks 2, 4 and 6, each merged in the next. The second M agrees with the first, the third with neither; each
+    does with the gradient of its tick."""
     state = make_rank(untied_model, merger=MergerConfig(kind="calibrated", prior=0.0))
     generator, n = torch.Generator().manual_seed(0), state.stage.weights.numel
     bars = [torch.randn(n, generator=generator).sign().char() for _ in range(3)]
@@ -87,6 +88,8 @@ def test_of_a_head_the_rest_is_fetched_only_when_the_merger_gives_it_a_share(unt
             head = Correction(v, t - 2, None, None, "", looks[v - 1], partial(fetch, v))
             state.held.inbox.put(head)
         g = torch.randn(n, generator=generator)
+        if t in (2, 4, 6):
+            g = g.abs() * looks[t // 2 - 1]
         merged = g.clone()
         plan = TickPlan(t, 0, None, None, keep_source=t in (2, 4, 6))
         state.held.agree(plan)

@@ -54,13 +54,13 @@ KINDS = {
 
 
 def _correction(rank: Rank, version: int, source: int) -> Correction:
-    """For a merger that looks a head, from which it fetches the whole."""
+    """For a merger that looks a head, from which it fetches the whole; its M agrees with what the codec left of it."""
     values = torch.randn(rank.stage.weights.numel, generator=torch.Generator().manual_seed(version))
     values = values if rank.held.merger.payload == "dense" else values.sign().char()
     whole = Correction(version, source, None, values, "")
     if rank.held.at is None:
         return whole
-    look = values[rank.held.at]
+    look = rank.held.merger.sources[source].signs
     return Correction(version, source, None, None, "", look, lambda: joined(whole, whole))
 
 

@@ -82,7 +82,7 @@ def test_a_run_without_an_anchor_says_nothing_of_it(tmp_path: Path):
 
 
 def test_the_page_the_table_and_the_summary_of_a_run_say_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    one = run(tmp_path / "r", holds(20, 20), CALIBRATED, w=0.05, a_g=0.01, a_m=0.1)
+    one = run(tmp_path / "r", holds(20, 20), CALIBRATED, w=0.05, f=0.9, a=0.04)
     words = anchor_in_words(load_run(one))
     assert f"- anchor: {words}\n" in report_markdown([one])
     write_html([one], tmp_path / "page.html")

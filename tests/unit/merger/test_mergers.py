@@ -289,7 +289,7 @@ class Doseless(Half):
         (
             f"{HERE}:pair",
             "is no merger: it lacks apply, capped, cost, has_effect, learn, looks, metrics, needs_source, payload, prepare, "
-            "restore, state, wants, watch",
+            "replayed, restore, state, wants, watch",
         ),
         (f"{HERE}:Confused", "needs_source True: .* needs 'dense'"),
         (f"{HERE}:Whole", "payload 'all of it' .*: payload is 'sign', 'dense' or None"),
