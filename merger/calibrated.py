@@ -7,14 +7,15 @@ At each fire, M_s being the gradient at the weights after s ticks, with means ov
     f    mean of sign(M_s)·sign(G_s)    G_s: the compressed gradient of the same samples; over √o where M_s is of a share o of those
     a    mean of sign(M_s)·sign(M_o)    over all pairs of fires of which o had been merged when s was trained
     v    1 / √(1/V + (1 - 1/V)·ρ)       V = (1+β)/(1-β): M whose noise M̄ averages; ρ = sin(πa/2)
-    r  = v / (f τ)                      τ: how long a sign is felt, `merger.holds`
+    r  = v/(f τ) · min(1, 2a/prior)     τ: how long a sign is felt, `merger.holds`
     w  = min(0.75, cap/τ, r/(1+r))      0 where a ≤ 0, and where f is not beyond chance
 
 Of what a whole gradient tells of other samples' a compressed one tells f times as much, and M̄ tells v times as much, a τth of
-which is new in a tick: r weighs the one against the other. How much a whole one tells is not asked: one pair tells a to 0.075,
-and a is half of that. So a only says whether M̄ tells anything, and starts from `prior` as if seen in some pairs; f, where both
-have the same samples' noise, is known from the first fires. An M that does not even agree with the compressed gradient of its own
-samples is of other weights or samples, or of none.
+which is new in a tick: r weighs the one against the other. f, where both have the noise of the same samples, is known from the
+first fires; an M that does not even agree with the compressed gradient of its own samples is of other weights, or of none of
+them. How much a whole one tells cancels: one pair tells a to 0.075, and a is half of that. So a, which starts from `prior` as if
+seen in some pairs, only says where M̄ tells less than an M should, as one of another policy does: a share fades as a falls below
+half of `prior`.
 ρ: numbers that are jointly normal agree in sign by 2/π·asin of their correlation.
 """
 
@@ -147,7 +148,8 @@ class Calibrated(AlongSigns):
         f = self.seen.compressed
         if not f.n or f.value <= BEYOND / math.sqrt(f.weight) or self.a <= 0:
             return 0.0
-        r = self.told / (f.value * self.holds.tau(age))
+        stale = min(1.0, 2 * self.a / self.config.prior) if self.config.prior > 0 else 1.0
+        r = self.told * stale / (f.value * self.holds.tau(age))
         return min(LARGEST, self.holds.bound(self.config.cap, age), r / (1 + r))
 
     def wants(self) -> bool:

@@ -114,7 +114,7 @@ def test_the_share_is_the_mergers_own_after_the_fires_of_the_run(lag: int, agree
     fires, tau = 150 // lag, 3 * lag
     earlier = sum(0.9**i for k in range(fires) for i in range(k))
     a = (20 * 0.03 + earlier * agreed[1]) / (20 + earlier)
-    r = 1 / math.sqrt(1 / 3 + 2 / 3 * math.sin(math.pi / 2 * max(a, 0))) / (agreed[0] * tau)
+    r = min(1, a / 0.015) / math.sqrt(1 / 3 + 2 / 3 * math.sin(math.pi / 2 * max(a, 0))) / (agreed[0] * tau)
     told = a > 0 and agreed[0] > 3 / 256 / math.sqrt(fires)
     by_hand = min(0.75, 12 / tau, r / (1 + r)) if told else 0.0
     assert (found.share, found.tau, found.bound) == pytest.approx((by_hand, tau, 12 / tau))

@@ -65,7 +65,7 @@ def slow_share(ticks: int, signal: float, kept: float, cap: float = 12.0, prior:
     a, tau = pairs / weights, CADENCE * 1.5 / 0.5
     if a <= 0 or f <= 3 / math.sqrt(len(fires) * N):
         return 0.0
-    r = 1 / math.sqrt(1 / 3 + 2 / 3 * math.sin(math.pi * a / 2)) / (f * tau)
+    r = min(1, a / (prior / 2)) / math.sqrt(1 / 3 + 2 / 3 * math.sin(math.pi * a / 2)) / (f * tau)
     return min(0.75, cap / tau, r / (1 + r))
 
 
@@ -95,6 +95,18 @@ def test_an_anchor_of_other_samples_gets_nothing_however_well_it_agrees_with_its
             merger.watch(noisy(t, 0.3), t - 1)
             merger.learn(t - 1, signs(t).sign().char(), list)
             assert not merger.wants()
+
+
+def test_what_agrees_less_and_less_with_itself_fades_and_is_gone_where_it_does_not():
+    """Every pair of M agrees by `a`, whatever the codec leaves of each."""
+    shares = []
+    for a in (0.05, 0.015, 0.01, 0.005, 0.001, -0.001, -0.01):
+        merger = calibrated()
+        merger.seen.compressed.add(0.5, N)
+        merger.seen.anchor.add(a, 1e9)
+        shares.append(merger.share(0))
+    assert shares[:2] == pytest.approx([shares[1]] * 2, rel=0.1)
+    assert shares[1] > shares[2] > shares[3] > shares[4] > shares[5] == shares[6] == 0 and shares[4] < 0.1 * shares[1]
 
 
 def test_the_first_fire_is_merged_by_what_the_codec_leaves_of_it():
