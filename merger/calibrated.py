@@ -148,8 +148,8 @@ class Calibrated(AlongSigns):
         f = self.seen.compressed
         if not f.n or f.value <= BEYOND / math.sqrt(f.weight) or self.a <= 0:
             return 0.0
-        stale = min(1.0, 2 * self.a / self.config.prior) if self.config.prior > 0 else 1.0
-        r = self.told * stale / (f.value * self.holds.tau(age))
+        fades = min(1.0, 2 * self.a / self.config.prior) if self.config.prior > 0 else 1.0
+        r = self.told * fades / (f.value * self.holds.tau(age))
         return min(LARGEST, self.holds.bound(self.config.cap, age), r / (1 + r))
 
     def wants(self) -> bool:
