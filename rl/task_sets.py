@@ -35,7 +35,7 @@ class TaskSets:
     def __init__(
         self, task: TaskConfig, val: ValConfig, seed: int, judge: Judge | None = None, most: int | None = None
     ):
-        self.asked = val.asked(temperature=0.0)
+        self.asked = val.asked()
         self._most, sets = most, dict[str, Task]()
         for name, one in val.sets.items():
             split = f"{OWN}/{name}"

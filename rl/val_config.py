@@ -66,8 +66,8 @@ class ValConfig(Section):
                 raise ValueError(f"{name!r} names metrics: use letters, digits, '_' and '-'")
         return sets
 
-    def asked(self, temperature: float) -> dict[str, AskedSet]:
-        """What is validated on, by split, the task's own problems first. `temperature`: where a set has none."""
+    def asked(self, temperature: float = 0.0) -> dict[str, AskedSet]:
+        """What is validated on, by split, the task's own problems first. `temperature`: where a set has none; only who samples needs one."""
         found = {OWN: AskedSet("", self.size, self.samples, temperature, self.by)}
         for name, one in self.sets.items():
             warm = temperature if one.temperature is None else one.temperature

@@ -64,7 +64,7 @@ class Coordinator:
     ):
         self.config, self.fleet, self.telemetry, self.run_folder = config, fleet, telemetry, folder
         self.progress = progress = Progress(telemetry)
-        asked = ["train", *config.val.asked(0.0)]
+        asked = ["train", *config.val.asked()]
         rewarding = {f"generate {split}": config.task.reward_patience_s for split in asked}
         fleet.lookout = Lookout(config.faults, fleet.named, progress, folder, rewarding)
         clock, line = anchor_of(config, fleet)

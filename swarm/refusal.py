@@ -13,7 +13,7 @@ from anchor_service.norms import NormHistory
 def fault_of(due: Due, report: dict[str, Any], norms: NormHistory, on_nan: str) -> str:
     """Why no rank is to get this correction; "" if all are. Raises NotFinite where its M was not and that stops the run.
 
-    Signs have no size: a lie in them shows in the agreements that `calibrated` measures, and not here.
+    Signs have no size: a lie in them shows to `calibrated`, which compares them with G_comp of the same samples, and not here.
     """
     if VOID in report:
         error = NotFinite(*report[VOID])

@@ -251,7 +251,7 @@ def _sampled(config: RunConfig, ticks: int) -> Sizes:
     grpo, steps, prompts = config.grpo, ticks // config.grpo.ticks_per_step, config.rollout.batch_size
     validations = 1 + -(-steps // config.val.every)  # before the first step, on schedule, after the last
     asked = _frames(config, grpo.train_batch_size, prompts, grpo.group_size)
-    told = Sizes(*map(sum, zip(*(_told(config, one) for one in config.val.asked(0.0).values()))))
+    told = Sizes(*map(sum, zip(*(_told(config, one) for one in config.val.asked().values()))))
     return Sizes(*((steps * a + validations * t) / ticks for a, t in zip(asked, told)))
 
 

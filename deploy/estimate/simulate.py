@@ -129,7 +129,7 @@ class _Run:
 
     def _validate(self) -> float:
         """The same of all sets that are validated on."""
-        return max(self._sample(one.count, one.samples) for one in self.config.val.asked(0.0).values())
+        return max(self._sample(one.count, one.samples) for one in self.config.val.asked().values())
 
     def _engines_until(self, when: float) -> simpy.Event:
         return self._spend("engines", max(0.0, when - self.env.now))
