@@ -21,6 +21,7 @@ from experiments.stats import LEAST_SEEDS, Estimate, paired
 from experiments.sweep import flat
 from experiments.words import Number, Sentence, interval
 
+FARTHER = 1.5  # times the learning rate, from where on it is said: rates of a grid are twice one another
 SLACK = 1e-3  # relative: a share that was set to the bound is within it
 APART = ("run.", "merger.", "links.", "diagnostics.")  # settings that arms of one codec may differ in
 
@@ -59,17 +60,22 @@ def anchor_in_words(run: Run) -> str | None:
     if share is None:
         return str(spent)
     full = _full_share(settings) if settings.get("merger.kind") == "calibrated" else None
-    return f"{spent}; {share_in_words(share, _bound(run, merged), full)}"
+    return f"{spent}; {share_in_words(share, _bound(run, merged), full, settings.get('merger.cap', 12.0))}"
 
 
-def share_in_words(share: float, bound: float, full: float | None) -> str:
-    """`full`: what a calibrated share would be without the calibration."""
+def share_in_words(share: float, bound: float, full: float | None, cap: float) -> str:
+    """`full`: what a calibrated share would be without the calibration. `bound` is `cap`/τ.
+
+    A sign that is held for τ ticks goes as far as fresh noise of √τ times its size, so the step's noise as far as at a
+    learning rate √(1 + w²τ) times as high.
+    """
     over = f"beyond the bound {bound:.2g} that its hold allows: it may do harm"
     allowed = over if share > bound * (1 + SLACK) else f"within the bound {bound:.2g} that its hold allows"
     said = f"a share of {share:.2g} of the step, {allowed}"
     if full is not None and full > bound * (1 + SLACK):
         said += f"; it would be {full:.2g}, beyond the bound, without the calibration"
-    return said
+    farther = math.sqrt(1 + share**2 * cap / bound)
+    return said if farther < FARTHER else f"{said}; its noise goes as far as at {farther:.2g} times the learning rate"
 
 
 def _share(run: Run) -> float | None:

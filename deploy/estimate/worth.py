@@ -190,11 +190,11 @@ def prediction_in_words(found: Worth) -> str:
         -1: "No difference is to be expected of the anchor, which may be harmful without the calibration",
     }
     low, high = found.between
-    seen = found.measured
+    seen, cap = found.measured, found.config.merger.cap
     sure = (low >= WORTH) == (found.share >= WORTH) == (high >= WORTH)
     unsure = "" if sure else ", so that the verdict may be the other one: probe more --tokens"
     return (
-        f"{says[found.verdict]}: {AnchorBytes(*found.sent)} a tick; {share_in_words(found.share, found.bound, found.uncalibrated)}. "
+        f"{says[found.verdict]}: {AnchorBytes(*found.sent)} a tick; {share_in_words(found.share, found.bound, found.uncalibrated, cap)}. "
         f"From {low:.2g} to {high:.2g} by the noise of {seen.batches} mini-batches of {seen.samples} answers{unsure}. "
         f"They are of the weights that the run starts from: as the policy learns, agreements change."
     )

@@ -73,7 +73,19 @@ def test_a_run_compares_its_share_with_the_bound_of_its_holds(
     """cap/τ with τ = C(1+β)/(1-β): C = 20 and β = ½ give 12/60 = 0.2; a last hold that nothing followed does not count."""
     words = anchor_in_words(load_run(run(tmp_path / "r", ages, config, **metrics)))
     assert words is not None and words.startswith(SPENT)
-    assert words.endswith(says) if says else words == SPENT
+    assert words.split("; its noise")[0].endswith(says) if says else words == SPENT
+
+
+@pytest.mark.parametrize(
+    ("w", "tau", "says"), [(0.7, 15.0, "2.9"), (0.2, 60.0, "1.8"), (0.1, 15.0, None), (0.35, 3.0, None)]
+)
+def test_a_run_says_how_far_its_noise_goes(tmp_path: Path, w: float, tau: float, says: str | None):
+    words = anchor_in_words(load_run(run(tmp_path / "r", holds(2, 2), CALIBRATED, w=w, tau=tau))) or ""
+    assert (
+        words.endswith(f"; its noise goes as far as at {says} times the learning rate")
+        if says
+        else "noise" not in words
+    )
 
 
 def test_a_run_without_an_anchor_says_nothing_of_it(tmp_path: Path):
