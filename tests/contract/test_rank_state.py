@@ -60,7 +60,8 @@ def _correction(rank: Rank, version: int, source: int) -> Correction:
     whole = Correction(version, source, None, values, "")
     if rank.held.at is None:
         return whole
-    look = rank.held.merger.sources[source].signs
+    started = rank.held.merger.sources.get(source)
+    look = started.signs if started else values[rank.held.at]
     return Correction(version, source, None, None, "", look, lambda: joined(whole, whole))
 
 
