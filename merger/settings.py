@@ -40,5 +40,8 @@ class MergerSettings(Section):
     )
     hold_cap: bool = Field(default=False, description="`cap` for signed_ema too")
     prior: float = Field(
-        default=0.03, ge=-1, le=1, description="how far signs of two M agree, as if seen in 20 pairs before the first"
+        default=0.03,
+        ge=-1,
+        le=1,
+        description="how far signs of two M agree, as if seen in 20 pairs before the first; below half of it a share fades",
     )
