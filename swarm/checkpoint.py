@@ -148,7 +148,7 @@ def save_rank(rank: Rank, folder: str, step: int) -> dict[str, manifest.Entry]:
     Raises CheckpointError where a number is not finite: a checkpoint of it would drop one that is good; NotWritten.
     """
     state, fields = rank.state()
-    tensors = {k: v.detach().cpu().contiguous() for k, v in state.items()}
+    tensors = _apart({k: v.detach().cpu().contiguous() for k, v in state.items()})
     file = rank_file(folder, rank.grid.d, rank.grid.p)
     _check_finite(f"{rank.grid.name} at step {step}", tensors)
     try:
@@ -157,6 +157,16 @@ def save_rank(rank: Rank, folder: str, step: int) -> dict[str, manifest.Entry]:
         raise NotWritten(str(file), str(error)) from None
     with manifest.writing(file):
         return {file.name: manifest.entry(file)}
+
+
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same, of which no two share memory: safetensors refuses two names for one."""
+    held: set[int] = set()
+    for name, tensor in tensors.items():
+        memory = tensor.untyped_storage().data_ptr()
+        tensors[name] = tensor.clone() if memory in held else tensor
+        held.add(memory)
+    return tensors
 
 
 def replicas_in(folder: Path) -> int:

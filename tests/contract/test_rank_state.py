@@ -13,6 +13,7 @@ from anchor_service.messages import Correction, joined
 from codec.config import CodecConfig
 from merger.config import MergerConfig
 from merger.interface import Merger, Norm, local_norm
+from swarm import checkpoint
 from swarm.messages import TickPlan
 from swarm.rank import Rank
 from swarm.tick import tick
@@ -46,6 +47,7 @@ KINDS = {
     "signed_ema, powersgd": (MergerConfig(), CodecConfig(kind="powersgd", rank=8)),
     "signed_ema, random_k": (MergerConfig(), CodecConfig(kind="random_k", rank=8)),
     "delta, transform": (MergerConfig(kind="delta"), CodecConfig(total_rate=0.3)),
+    "signed_ema, transform by what errors cost": (MergerConfig(), CodecConfig(total_rate=0.3, sensitivity=0.5)),
     "calibrated, of no share": (MergerConfig(kind="calibrated", prior=0.0), CodecConfig(kind="none")),
     "calibrated": (MergerConfig(kind="calibrated", prior=0.5), CodecConfig(kind="none")),
     "a placebo": (MergerConfig(placebo="own"), CodecConfig(kind="none")),
@@ -76,14 +78,16 @@ def _go(rank: Rank, ticks: range) -> None:
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_a_rank_that_takes_over_a_state_goes_on_as_if_nothing_had_been(untied_model: Path, name: str):
+def test_a_rank_that_takes_over_a_checkpoint_goes_on_as_if_nothing_had_been(
+    untied_model: Path, tmp_path: Path, name: str
+):
     merger_config, codec = KINDS[name]
     whole, first, second = (make_rank(untied_model, merger=merger_config, codec=codec) for _ in range(3))
     _go(whole, range(1, TICKS + 1))
     _go(first, range(1, 5))  # with a correction held, and of `delta` a source kept
-    tensors, fields = first.state()
-    assert first.held.at is None or ("correction" in tensors) == (merger_config.prior > 0)
-    second.restore({k: v.detach().clone() for k, v in tensors.items()}, fields)
+    assert first.held.at is None or ("correction" in first.state()[0]) == (merger_config.prior > 0)
+    checkpoint.save_rank(first, str(tmp_path), 4)
+    checkpoint.restore_rank(second, str(tmp_path))
     _go(second, range(5, TICKS + 1))
     np.testing.assert_array_equal(second.stage.weights.master.numpy(), whole.stage.weights.master.numpy())
     expected, found = whole.state()[0], second.state()[0]
