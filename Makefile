@@ -64,6 +64,7 @@ constraints: setup  ## write constraints.txt anew: the versions that are install
 
 bench: setup  ## time the hot paths against their baselines
 	$(BIN)/python -m benchmarks.hot_paths
+	$(BIN)/python -W ignore -m benchmarks.gradient_sums
 
 bench-step: setup models/SmolLM2-135M-Instruct.Q4_1.gguf  ## forward and backward of SmolLM2, prompts shared and plain
 	$(BIN)/python -m benchmarks.step
