@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import json
+import os
 import pickle
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
+from deploy.export import export_policy
 from rl.engine import EngineFailed
 from rl.vllm_engine import VllmEngine
 from tests.conftest import make_model
 from tests.contract.engine_process import EngineProcess, load, sample, sleep, weights
 from tests.contract.test_engines import NEEDS_VLLM, PROMPTS, keys
+from tests.contract.test_export import run_folder, trained
 
 pytestmark = NEEDS_VLLM
+VLLM_ALONE = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 
 
 @pytest.fixture(scope="module")
@@ -84,3 +93,36 @@ def test_after_a_failed_update_there_are_no_samples(engine: EngineProcess):
             broken()
         with pytest.raises(EngineFailed, match="its weights are not those of the run"):
             engine(sample, PROMPTS, keys(4, 1), 4, 1.0)
+
+
+ASK = """
+import json, sys
+from vllm import LLM, SamplingParams
+from vllm.lora.request import LoRARequest
+model, adapter, ids = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+llm = LLM(model, dtype="float32", max_model_len=64, enforce_eager=True, skip_tokenizer_init=True, enable_lora=True, max_lora_rank=8)
+asked = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+for request in (None, LoRARequest("trained", 1, adapter)):
+    (found,) = llm.generate([{"prompt_token_ids": ids}], asked, lora_request=request)
+    print("FOUND", [row[token].logprob for row, token in zip(found.prompt_logprobs[1:], ids[1:])])
+"""
+
+
+def test_exported_adapters_are_those_that_vllm_itself_adds(tmp_path: Path):
+    model = make_model(tmp_path / "model", tied=True, hidden=128, positions=512)
+    run, ids = run_folder(tmp_path / "run", model, "model.lora.rank=8"), list(range(2, 20))
+    trained(run, model, lora=8)
+    export_policy(run, tmp_path / "adapter")
+    export_policy(run, tmp_path / "merged", merge=True)
+    words = [sys.executable, "-c", ASK, str(model), str(tmp_path / "adapter"), json.dumps(ids)]
+    answered = subprocess.run(words, capture_output=True, text=True, timeout=300, env=os.environ | VLLM_ALONE)
+    found = [
+        json.loads(line.removeprefix("FOUND ")) for line in answered.stdout.splitlines() if line.startswith("FOUND")
+    ]
+    assert len(found) == 2, answered.stderr[-2000:]
+    for folder, theirs in zip((model, tmp_path / "merged"), found):
+        with torch.inference_mode():
+            logits = AutoModelForCausalLM.from_pretrained(folder)(input_ids=torch.tensor([ids])).logits[0, :-1]
+        ours = logits.log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+        np.testing.assert_allclose(theirs, ours.numpy(), atol=1e-4)
+    assert np.abs(np.subtract(*found)).max() > 1e-2
