@@ -149,10 +149,10 @@ class AnchorConfig(Section):
     micro_batch_size: int = Field(default=32, ge=1, description="samples in one backward of the anchor")
     slowdown: float = Field(default=1.0, ge=1, description="sleep until a fire took this many times its own time")
     norm_bound: float = Field(
-        default=30.0,
+        default=10.0,
         gt=1,
         description="on the wall clock, a correction whose norm is so many times the median of the last 20 is refused, once 5 "
-        "were taken; 1e30: only one that is not finite",
+        "were taken, and of signs so many times the swarm's own gradients that they replay; 1e30: only one that is not finite",
     )
     timeout_s: float = Field(
         default=600.0,

@@ -177,7 +177,7 @@ class Coordinator:
             judge_loss(metrics.get(PG_LOSS, 0.0), mini.batch, progress.tick)
             self.gates.codec(metrics)
         progress.ledger.merge(ledger)
-        self.corrections.log(outcome)
+        self.corrections.log(outcome, metrics.get("actor/grad_norm", 0.0))
         metrics |= {"anchor/backwards": self.corrections.fires}
         if self.corrections.waited:
             metrics[WAIT_S] = metrics.get(WAIT_S, 0.0) + self.corrections.waited

@@ -70,6 +70,7 @@ class Corrections:
         self._expired = False
         self._whole = False  # ranks merge something of what they hold: of the next one they will too
         self._parameters = trained_count(config.model)
+        self._signs = correction_payload(config.anchor, config.merger) == "sign"
 
     # --- before a tick --------------------------------------------------------------------------
 
@@ -168,8 +169,13 @@ class Corrections:
 
     # --- after a tick ---------------------------------------------------------------------------
 
-    def log(self, outcome: MergeOutcome) -> None:
-        """Write down what this tick was the first to merge, what it passed over, and what it dropped."""
+    def log(self, outcome: MergeOutcome, grad_norm: float) -> None:
+        """Write down what this tick was the first to merge, what it passed over, and what it dropped.
+
+        Signs leave the norm of the swarm's own gradient as it is; a dense M̄ would be measured by itself.
+        """
+        if self._signs:
+            self.norms.saw(self.progress.tick, grad_norm)
         self.snapshots.settle()
         newest = outcome.newest
         for fire in self.line.settled(newest) if newest > self.merged else []:
@@ -206,7 +212,7 @@ class Corrections:
     def save(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """What a checkpoint keeps: plain numbers, and frames. Waits for fires under way, in lockstep."""
         counters: dict[str, Any] = {"fires": self.fires, "version": self.version, "merged": self.merged}
-        counters["norms"] = list(self.norms.taken)
+        counters |= {"norms": list(self.norms.taken), "own_norms": list(self.norms.beside)}
         calls: dict[str, object] = {}
         fires = self._unmerged()
         if self.clock.waits and fires:
@@ -238,6 +244,7 @@ class Corrections:
         """Go on from a checkpoint. Raises CheckpointError if it lacks a correction that will be due."""
         self.fires, self.version, self.merged = (state[name] for name in ("fires", "version", "merged"))
         self.norms.taken.extend(state.get("norms", ()))
+        self.norms.beside.extend(state.get("own_norms", ()))
         m_bar = checkpoint.read_frame(folder, "m_bar")
         self.line.m_bar = None if m_bar is None else self.store(m_bar.view(np.float32))
         self.choice.restore(checkpoint.read_frame(folder, FRAME))

@@ -97,7 +97,7 @@ class Held:
             return
         reason = ""
         if not waits and isinstance(found.values, Tensor) and found.values.is_floating_point():
-            reason = self.norms.judge(found.values.norm().item())
+            reason = self.norms.judge(found.values.norm().item(), found.source_tick)
         self.inbox.refuse(found.version, reason) if reason else self.inbox.put(found)
 
     def agree(self, plan: TickPlan, fine: bool = True) -> bool:

@@ -23,4 +23,4 @@ def fault_of(due: Due, report: dict[str, Any], norms: NormHistory, on_nan: str) 
     said = report["version"], report["source_tick"]
     if said != (due.version, due.source_tick):
         return f"it says it is version {said[0]} of source tick {said[1]}, not {due.version} of {due.source_tick}"
-    return norms.judge(report[NORM])
+    return norms.judge(report[NORM], due.source_tick)

@@ -6,23 +6,23 @@ import math
 
 import pytest
 
-from anchor_service.norms import ENOUGH, REMEMBERED, NormHistory
+from anchor_service.norms import ENOUGH, LONGEST, REMEMBERED, NormHistory
 
 
 def test_nothing_is_refused_before_enough_are_known_but_what_is_no_number():
     history = NormHistory(10.0)
     for norm in [1.0, 1e6, 1.0, 1e-6][: ENOUGH - 1]:
-        assert history.judge(norm) == ""
+        assert history.judge(norm, 1) == ""
     for norm in (math.nan, math.inf):
-        assert "norm is" in history.judge(norm) and len(history.taken) == ENOUGH - 1
+        assert "norm is" in history.judge(norm, 1) and len(history.taken) == ENOUGH - 1
 
 
 def test_beyond_so_many_times_the_median_it_is_refused_and_not_remembered():
     history = NormHistory(10.0)
     history.taken.extend([1.0, 1.0, 2.0, 3.0, 30.0])
-    assert history.judge(20.0) == ""
+    assert history.judge(20.0, 1) == ""
     for _ in range(REMEMBERED):  # however often it is said
-        assert "norm 26 is 10.4 times the median 2.5 of the last 6, beyond anchor.norm_bound 10" in history.judge(26.0)
+        assert "norm 26 is 10.4 times what is usual, 2.5, by the last 6 and" in history.judge(26.0, 1)
     assert len(history.taken) == 6
 
 
@@ -30,5 +30,24 @@ def test_beyond_so_many_times_the_median_it_is_refused_and_not_remembered():
 def test_a_norm_that_moves_is_followed_and_batches_without_an_advantage_say_nothing(blank: int):
     history = NormHistory(10.0)
     for norm in [1.0] * REMEMBERED + [0.0] * blank + [9.0] * (REMEMBERED // 2 + 1) + [80.0] * 3:
-        assert history.judge(norm) == ""
+        assert history.judge(norm, 1) == ""
     assert len(history.taken) == REMEMBERED
+
+
+def test_what_the_swarm_itself_had_is_no_lie_nor_is_what_m_bar_keeps_of_it():
+    """The gradients of a soak, near convergence: the swarm's own 0.7, and 9.7 in one batch that has any."""
+    history, m_bar = NormHistory(10.0), 0.0
+    for tick in range(1, 60):
+        own, m = (9.7, 26.0) if tick == 30 else (0.7, 0.3)
+        history.saw(tick, own)
+        m_bar = 0.5 * m_bar + 0.5 * m
+        assert history.judge(m_bar, tick - 1) == ""
+    assert "by the swarm's own gradients" in history.judge(100.0, 59)  # a lie in a tick that was like the others
+    assert len(history.taken) == REMEMBERED
+
+
+def test_of_the_swarm_s_own_norms_no_more_are_kept_than_a_fire_can_be_late():
+    history = NormHistory(10.0)
+    for tick in range(3 * LONGEST):
+        history.saw(tick, 1.0)
+    assert min(history.own) == 2 * LONGEST and len(history.own) == LONGEST

@@ -244,7 +244,7 @@ class Run:
         found = references[0][0].value() if references else self.delivered[-1] if self.delivered else None
         if found and (not self.merged or found[1] != self.merged[-1]):
             self.merged.append(found[1])
-        self.corrections.log(MergeOutcome(version=found and found[0]))
+        self.corrections.log(MergeOutcome(version=found and found[0]), 1.0)
         self._step_ends()
 
     def leave(self, worker: int) -> bool:

@@ -66,7 +66,7 @@ def settled(parts: int, outcome: MergeOutcome, delivered_whole: int | None = Non
     config, engines = load("k5", ["swarm.pp=2"]), cast("EngineLine", None)
     policy = FailurePolicy(config.faults)
     corrections = Corrections(config, fleet, progress, line, Lockstep([]), id, engines, policy)
-    corrections.log(outcome)
+    corrections.log(outcome, 1.0)
     return progress.ledger.sent["correction"], fires.written
 
 
