@@ -7,7 +7,6 @@ from collections import deque
 from statistics import median
 
 REMEMBERED, ENOUGH = 20, 5  # norms that count, and how many must be there before one is refused
-LONGEST = 1000  # ticks between a fire and the tick it started from
 
 
 class NormHistory:
@@ -22,19 +21,18 @@ class NormHistory:
         self.bound = bound
         self.taken: deque[float] = deque(maxlen=REMEMBERED)
         self.beside: deque[float] = deque(maxlen=REMEMBERED)  # as M̄ forgets no faster than a fire at a time
-        self.own: dict[int, float] = {}  # by tick, oldest first
+        self.own: dict[int, float] = {}  # by tick, of those that no fire that was judged replays
 
     def saw(self, tick: int, norm: float) -> None:
         """The swarm's own gradient of a tick has this norm."""
         self.own[tick] = norm
-        if len(self.own) > LONGEST:
-            del self.own[next(iter(self.own))]
 
     def judge(self, norm: float, source: int) -> str:
         """Why a correction of source tick `source` that has this norm is refused; "" if it is not, and then it is remembered."""
         if not math.isfinite(norm):
             return f"its norm is {norm}"
-        self.beside.append(self.own.get(source + 1, 0.0))
+        replayed = [tick for tick in self.own if tick <= source + 1]  # one, or some of a window
+        self.beside.append(max((self.own.pop(tick) for tick in replayed), default=0.0))
         usual = max(median(self.taken), *self.beside) if len(self.taken) >= ENOUGH else math.inf
         if norm > self.bound * usual:
             return (

@@ -70,7 +70,7 @@ class Corrections:
         self._expired = False
         self._whole = False  # ranks merge something of what they hold: of the next one they will too
         self._parameters = trained_count(config.model)
-        self._signs = correction_payload(config.anchor, config.merger) == "sign"
+        self._measured = not clock.waits and correction_payload(config.anchor, config.merger) == "sign"
 
     # --- before a tick --------------------------------------------------------------------------
 
@@ -172,9 +172,9 @@ class Corrections:
     def log(self, outcome: MergeOutcome, grad_norm: float) -> None:
         """Write down what this tick was the first to merge, what it passed over, and what it dropped.
 
-        Signs leave the norm of the swarm's own gradient as it is; a dense M̄ would be measured by itself.
+        On the wall clock signs are measured by the swarm's own gradient, whose norm they leave as it is.
         """
-        if self._signs:
+        if self._measured:
             self.norms.saw(self.progress.tick, grad_norm)
         self.snapshots.settle()
         newest = outcome.newest

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from anchor_service.norms import ENOUGH, LONGEST, REMEMBERED, NormHistory
+from anchor_service.norms import ENOUGH, REMEMBERED, NormHistory
 
 
 def test_nothing_is_refused_before_enough_are_known_but_what_is_no_number():
@@ -46,8 +46,9 @@ def test_what_the_swarm_itself_had_is_no_lie_nor_is_what_m_bar_keeps_of_it():
     assert len(history.taken) == REMEMBERED
 
 
-def test_of_the_swarm_s_own_norms_no_more_are_kept_than_a_fire_can_be_late():
+def test_of_the_swarm_s_own_norms_those_count_that_a_window_replays_and_none_is_kept_for_long():
     history = NormHistory(10.0)
-    for tick in range(3 * LONGEST):
-        history.saw(tick, 1.0)
-    assert min(history.own) == 2 * LONGEST and len(history.own) == LONGEST
+    for tick in range(1, 101):
+        history.saw(tick, 9.7 if tick == 97 else 0.7)
+        if tick % 5 == 0:
+            assert history.judge(26.0 if tick == 100 else 0.3, tick - 1) == "" and not history.own
