@@ -39,7 +39,7 @@ from swarm.json_lines import replace_text
 from swarm.leaving import Leaving
 from swarm.lookout import Lookout
 from swarm.manifest import NotWritten
-from swarm.messages import RANK_S, MergeOutcome, TickPlan, TickReport
+from swarm.messages import GRAD_NORM, RANK_S, MergeOutcome, TickPlan, TickReport
 from swarm.nonfinite import Skips, judge_loss
 from swarm.pace import DUE_TICK, TICK
 from swarm.progress import Progress
@@ -177,7 +177,7 @@ class Coordinator:
             judge_loss(metrics.get(PG_LOSS, 0.0), mini.batch, progress.tick)
             self.gates.codec(metrics)
         progress.ledger.merge(ledger)
-        self.corrections.log(outcome, metrics.get("actor/grad_norm", 0.0))
+        self.corrections.log(outcome, metrics.get(GRAD_NORM, 0.0))
         metrics |= {"anchor/backwards": self.corrections.fires}
         if self.corrections.waited:
             metrics[WAIT_S] = metrics.get(WAIT_S, 0.0) + self.corrections.waited

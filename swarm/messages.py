@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from anchor_service.errors import NotFinite
 
 ENGINES_STREAM = "engines"  # of weights: whoever follows it gets the same frames
+GRAD_NORM = "actor/grad_norm"  # what a correction's is measured by on the wall clock
 RANK_S = "timing_s/rank"  # of a tick on the rank that took longest, waits for others included
 Entries = dict[str, tuple[float, float]]  # channel -> bytes sent, and what a dense system would have sent
 

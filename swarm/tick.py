@@ -29,7 +29,7 @@ from rl import mismatch
 from rl.grpo import LossTerms
 from rl.objective import MicroBatch, loss_terms
 from swarm.grid import PeerLost
-from swarm.messages import TickPlan, TickReport
+from swarm.messages import GRAD_NORM, TickPlan, TickReport
 from swarm.nonfinite import first_seen, left_out
 from swarm.pipeline import Loss
 from swarm.rank import MiniBatch, Rank
@@ -63,7 +63,7 @@ def tick(rank: Rank, plan: TickPlan, mini: MiniBatch, fetch: Callable[[object], 
         if plan.record and outcome.merged:
             rank.keep(merged=weights.grad, **rank.held.stand_in())
     with rank.timed("optimizer"):
-        values["actor/grad_norm"] = _clip(rank, plan, mini, loss)
+        values[GRAD_NORM] = _clip(rank, plan, mini, loss)
         values["actor/lr"] = rank.set_lr(plan.tick)
         rank.optimizer.step()
         weights.publish()
