@@ -1,4 +1,7 @@
-"""Whether the size of a correction is one that those before it had, or the swarm's own gradient: an anchor that lies, or is broken, is found by it."""
+"""Whether the size of a correction is one that those before it had, or the swarm's own gradients.
+
+An anchor that lies, or is broken, is found by it.
+"""
 
 from __future__ import annotations
 

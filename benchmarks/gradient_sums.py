@@ -1,9 +1,9 @@
 """Sums of two replicas' gradients beside what torch and zstd make of them: `make bench`, or python -m benchmarks.gradient_sums.
 
 Gradients have the shapes of four decoder layers of SmolLM2: a part of rank 8 that both replicas share, from columns that stay, and
-noise of each. Time of
-torch's hooks is that of the hook alone, of ours and zstd's that of the call; all in turn in every round, by gloo over the loopback.
-Seconds at 16 Mbit/s are its own and those of its bytes. `what arrived`: cosine of the sum of all rounds' results with that of their true sums, so that error feedback counts.
+noise of each. Time of torch's hooks is that of the hook alone, of ours and zstd's that of the call; all in turn in every round, by
+gloo over the loopback. Seconds at 16 Mbit/s are its own and those of its bytes. `what arrived`: cosine of the sum of all rounds'
+results with that of their true sums, so that error feedback counts.
 """
 
 from __future__ import annotations
@@ -29,12 +29,8 @@ from codec.planes import expand, shrink
 from swarm.grid import Grid
 from swarm.meeting import meeting
 
-RANK, REPLICAS, ROUNDS, WARM = (
-    4,
-    2,
-    20,
-    5,
-)  # torch's PowerSGD sums whole at first, and makes its memory in the third round
+RANK, REPLICAS, ROUNDS = 4, 2, 20
+WARM = 5  # rounds that do not count: torch's PowerSGD sums whole at first, and makes its memory in the third
 LAYER = [(576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536), (576,), (576,)]
 SHAPES = LAYER * 4
 PARAMETERS = sum(map(prod, SHAPES))
