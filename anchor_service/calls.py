@@ -39,6 +39,7 @@ __all__ = [
     "process_of",
     "raised",
     "replies",
+    "salvaged",
     "several",
     "take",
 ]
@@ -55,6 +56,8 @@ class Alarm(Protocol):
     """Who is told of a wait that goes on: once when it is slow, and when it is over in vain."""
 
     slow_after: float  # seconds; infinite: it never is
+    seconds: float  # after which it is over
+    knob: str  # that says so
 
     def slow(self, missing: Sequence[str]) -> None: ...
 
@@ -113,6 +116,18 @@ def replies(calls: Iterable[tuple[str, object]], what: str, seconds: float, knob
         except Exception as error:
             found.append(error)
     return found
+
+
+def salvaged(
+    calls: Mapping[str, object], what: str, limit: tuple[float, str]
+) -> tuple[dict[str, Any], dict[str, ActorLost]]:
+    """What these deliver by their names, and of those that were lost, how. Raises any other error."""
+    found = dict(zip(calls, replies(calls.items(), what, *limit), strict=True))
+    gone = {name: error for name, error in found.items() if isinstance(error, ActorLost)}
+    for error in found.values():
+        if isinstance(error, Exception) and not isinstance(error, ActorLost):
+            raise error
+    return {name: value for name, value in found.items() if name not in gone}, gone
 
 
 def process_of(actor: ActorHandle[Any]) -> tuple[int | None, str | None]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from anchor_service.actor import Anchor
-from anchor_service.calls import ActorHandle, done_of, gather, raised, several
+from anchor_service.calls import ActorHandle, Alarm, done_of, gather, raised, several
 from anchor_service.clock import next_worker
 from anchor_service.errors import ActorLost
 from anchor_service.lag import Due
@@ -203,10 +203,11 @@ class FireLine:
         late = [self.under_way[v] for v in sorted(limit) if now > limit[v]]
         return [fire for fire in late if not fire.delivered and not done_of([fire.report])[0]]
 
-    def report(self, fire: Fire) -> dict[str, Any]:
-        """Raises WaitTimeout if the fire is not done in time."""
-        what = f"the report of correction {fire.due.version}"
-        (report,) = gather([(f"anchor {fire.worker}", fire.report)], what, self.timeout_s, "anchor.timeout_s")
+    def report(self, fire: Fire, alarm: Alarm | None = None) -> dict[str, Any]:
+        """Raises WaitTimeout, or what the `alarm` makes of it, if the fire is not done in time."""
+        limit = (alarm.seconds, alarm.knob) if alarm else (self.timeout_s, "anchor.timeout_s")
+        call, what = (f"anchor {fire.worker}", fire.report), f"the report of correction {fire.due.version}"
+        (report,) = gather([call], what, *limit, alarm=alarm)
         return report
 
     def good(self, fire: Fire) -> bool:

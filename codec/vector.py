@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
@@ -60,13 +61,13 @@ class SignVector:
         scales = _means(x.abs()).bfloat16().float()
         plus = x > 0
         raw = _sealed([_scale_bytes(scales), np.packbits(plus.cpu().numpy(), bitorder="little")])
-        return raw.to(x.device), _signed(plus, scales, x.numel())
+        return raw.to(x.device), _signed(plus, scales)
 
     def decode(self, payload: Tensor, n: int) -> Tensor:
         raw, blocks = _opened(payload, *self.limits(n)), _blocks(n)
         scales = _read_scales(raw[: 2 * blocks])
         plus = np.unpackbits(raw[2 * blocks :], count=n, bitorder="little").view(bool)
-        return _signed(torch.from_numpy(plus).to(payload.device), scales.to(payload.device), n)
+        return _signed(torch.from_numpy(plus).to(payload.device), scales.to(payload.device))
 
     def limits(self, n: int) -> tuple[int, int]:
         size = _DIGEST + 2 * _blocks(n) + -(-n // 8)
@@ -85,11 +86,11 @@ class EntropyVector:
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         scales = _means(x.square()).sqrt_().bfloat16().float()
         inverse = torch.where(scales > 0, 1 / scales, 0.0)
-        relative = x.abs() * inverse.repeat_interleave(BLOCK)[: x.numel()]
+        relative = _scaled(x.abs(), inverse)
         step = self._step(relative)
         q = self._whole(relative, step)
-        magnitude = q.cpu().numpy()
-        sent, writer = magnitude[_sent(scales, x.numel())], WordWriter()
+        magnitude = q.to(torch.int32).cpu().numpy()
+        sent, writer = _sent(magnitude, scales), WordWriter()
         counts = _counts(sent)
         writer.put(sent, counts.astype(np.int64))
         words = writer.words()
@@ -103,7 +104,7 @@ class EntropyVector:
             _scale_bytes(scales),
             signs,
         ]
-        return _sealed(parts).to(x.device), _stepped(torch.copysign(q.float(), x), scales, step)
+        return _sealed(parts).to(x.device), _scaled(q.copysign_(x), scales * step)
 
     def decode(self, payload: Tensor, n: int) -> Tensor:
         raw, blocks = _opened(payload, *self.limits(n)), _blocks(n)
@@ -114,27 +115,24 @@ class EntropyVector:
         size, raw = _taken(raw, 1, "<u4", "count of words")
         words, raw = _taken(raw, int(size[0]), "<u4", "words")
         scales = _read_scales(raw[: 2 * blocks])
-        sent, reader = _sent(scales, n), WordReader(words)
-        magnitude = np.zeros(n, np.int32)
-        if sent.any():
-            magnitude[sent] = reader.take(int(sent.sum()), counts.astype(np.int64))
+        reader = WordReader(words)
+        magnitude = _received(lambda m: reader.take(m, counts.astype(np.int64)), scales, n)
         reader.finish()
-        nonzero, signs = magnitude > 0, raw[2 * blocks :]
-        count = int(nonzero.sum())
-        if signs.size != -(-count // 8):
-            raise ValueError(f"signs: {signs.size} bytes for {count} values: the payload is damaged")
-        negative = np.unpackbits(signs, count=count, bitorder="little").view(bool)
-        values = magnitude[nonzero]
-        magnitude[nonzero] = np.where(negative, -values, values)
+        nonzero, signs = np.flatnonzero(magnitude), raw[2 * blocks :]
+        if signs.size != -(-nonzero.size // 8):
+            raise ValueError(f"signs: {signs.size} bytes for {nonzero.size} values: the payload is damaged")
+        negative = np.unpackbits(signs, count=nonzero.size, bitorder="little").view(bool)
+        magnitude[nonzero[negative]] *= -1
         q = torch.from_numpy(magnitude).to(payload.device).float()
-        return _stepped(q, scales.to(payload.device), step)
+        return _scaled(q, scales.to(payload.device) * step)
 
     def limits(self, n: int) -> tuple[int, int]:
         least = _DIGEST + _HEAD.size + 4 + 4 + 2 * _blocks(n)
         return least, least + 2 * (LEVELS - 1) + 4 * n + n // 8 + 64  # a symbol of least probability: below 32 bits
 
     def _whole(self, magnitude: Tensor, step: float) -> Tensor:
-        return (magnitude / step + self.offset).floor_().clamp_(max=self._most(step)).to(torch.int32)
+        """In their place."""
+        return magnitude.div_(step).add_(self.offset).floor_().clamp_(max=self._most(step))
 
     def _most(self, step: float) -> int:
         return min(LEVELS, math.ceil(FARTHEST / step))
@@ -175,29 +173,50 @@ def _blocks(n: int) -> int:
 
 def _means(values: Tensor) -> Tensor:
     """Of `values` [n] in each block, float32 [blocks]. Raises ValueError if one is not finite."""
-    n, blocks = values.numel(), _blocks(values.numel())
-    sums = torch.nn.functional.pad(values, (0, blocks * BLOCK - n)).view(blocks, BLOCK).sum(1)
-    lengths = sums.new_full((blocks,), BLOCK)
-    if blocks:
-        lengths[-1] = n - (blocks - 1) * BLOCK
-    means = sums / lengths
+    whole, rest = _in_blocks(values)
+    means = whole.sum(1) / BLOCK
+    if rest.numel():
+        padded = torch.nn.functional.pad(rest, (0, BLOCK - rest.numel()))
+        means = torch.cat([means, padded.view(1, BLOCK).sum(1) / rest.numel()])
     if not means.isfinite().all():
         raise ValueError("a vector to be coded holds a NaN, an infinity, or a square beyond float32")
     return means
 
 
-def _sent(scales: Tensor, n: int) -> np.ndarray:
-    """Which of n values are coded, bool: those of blocks that are not all zero."""
-    return np.repeat(scales.cpu().numpy() > 0, BLOCK)[:n]
+def _in_blocks(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Views of whole blocks, [blocks, BLOCK], and of what is left, [fewer than BLOCK]."""
+    end = values.numel() // BLOCK * BLOCK
+    return values[:end].view(-1, BLOCK), values[end:]
 
 
-def _signed(plus: Tensor, scales: Tensor, n: int) -> Tensor:
-    unit = scales.repeat_interleave(BLOCK)[:n]
-    return torch.where(plus, unit, -unit)
+def _scaled(values: Tensor, scales: Tensor) -> Tensor:
+    """`values` [n], in their place, each times its block's scale."""
+    whole, rest = _in_blocks(values)
+    whole.mul_(scales[: len(whole), None])
+    rest.mul_(scales[len(whole) :])
+    return values
 
 
-def _stepped(q: Tensor, scales: Tensor, step: float) -> Tensor:
-    return q * (scales * step).repeat_interleave(BLOCK)[: q.numel()]
+def _signed(plus: Tensor, scales: Tensor) -> Tensor:
+    return _scaled(torch.where(plus, 1.0, -1.0), scales)
+
+
+def _sent(magnitude: np.ndarray, scales: Tensor) -> np.ndarray:
+    """What is coded of them: the values of blocks that are not all zero."""
+    there = scales.cpu().numpy() > 0
+    return magnitude if there.all() else magnitude[np.repeat(there, BLOCK)[: magnitude.size]]
+
+
+def _received(take: Callable[[int], np.ndarray], scales: Tensor, n: int) -> np.ndarray:
+    """n magnitudes of which `_sent` has coded those that it does; `take`: the next so many, int32."""
+    blocks = scales.cpu().numpy() > 0
+    if n and blocks.all():
+        return take(n)
+    there = np.repeat(blocks, BLOCK)[:n]
+    magnitude, count = np.zeros(n, np.int32), int(there.sum())
+    if count:
+        magnitude[there] = take(count)
+    return magnitude
 
 
 def _scale_bytes(scales: Tensor) -> np.ndarray:

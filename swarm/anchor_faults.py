@@ -20,6 +20,7 @@ from rl.snapshot import BaseLost
 from swarm.engine_line import EngineLine
 from swarm.failure_policy import Decision, FailurePolicy, Status, failure_of
 from swarm.fleet import Fleet
+from swarm.pace import FIRE
 from swarm.progress import Progress
 from swarm.replay_choice import Choice
 from swarm.run_config import RunConfig
@@ -45,9 +46,8 @@ class AnchorFaults:
         self.choice, self.engines, self.policy = choice, engines, policy
         self.begin_whole: set[str] = set()  # streams whose next frame must be whole
         self.m_bar: object = None  # of the last fire that left the line
-        self._starting: dict[
-            int, tuple[object, float]
-        ] = {}  # newcomers: when they are ready, and since when they start
+        # newcomers: when they are ready, and since when they start
+        self._starting: dict[int, tuple[object, float]] = {}
         self._shared = config.anchor.weights == "shared"
 
     def lose(self, worker: int, reason: Exception) -> None:
@@ -109,15 +109,17 @@ class AnchorFaults:
                     return self.void(worker, failure)
 
     def done(self, fire: Fire) -> None:
-        """Waits for a fire, and for those before it; workers that fail meanwhile are renewed."""
+        """Waits for a fire, and for those before it; workers that fail meanwhile are renewed, one that hangs too."""
         for version in [v for v in sorted(self.line.under_way) if v <= fire.due.version]:
             while True:
-                earlier = self.line.under_way[version]
+                earlier, k = self.line.under_way[version], self.line.under_way[version].worker
                 try:
-                    self.line.report(earlier)
+                    if k in self._starting:
+                        self.fleet.wait_for(f"anchor {k}", *self._starting[k])
+                    self.line.report(earlier, self.fleet.alarm(FIRE, f"correction {version}", self.fleet.anchor_limit))
                     break
                 except HANDLED as failure:
-                    self._renew(earlier.worker, self._own(earlier, failure))
+                    self._renew(k, self._own(earlier, failure))
 
     def look(self) -> None:
         """Before a tick: deal with whatever has failed since; waits for nothing."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from anchor_service.calls import gather
+from anchor_service.calls import salvaged
 from anchor_service.clock import Clock, Lockstep, make_clock
 from anchor_service.config import correction_payload
 from anchor_service.errors import Hung, described
@@ -210,23 +210,27 @@ class Corrections:
     # --- checkpoints ----------------------------------------------------------------------------
 
     def save(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        """What a checkpoint keeps: plain numbers, and frames. Waits for fires under way, in lockstep."""
+        """What a checkpoint keeps: plain numbers, and frames. In lockstep waits for fires under way, else leaves out what is lost."""
         counters: dict[str, Any] = {"fires": self.fires, "version": self.version, "merged": self.merged}
         counters |= {"norms": list(self.norms.taken), "own_norms": list(self.norms.beside)}
-        calls: dict[str, object] = {}
         fires = self._unmerged()
         if self.clock.waits and fires:
             self.faults.done(fires[-1])
-        for fire in fires:
-            calls |= {_report(fire.due): fire.report}
-            stages = [_parts(fire.due, p, len(parts)) for p, parts in enumerate(fire.corrections)]
-            calls |= dict(zip(chain(*stages), chain(*fire.corrections), strict=True))
         m_bar = fires[-1].m_bar if fires else self.line.m_bar if self.clock.waits else self.faults.m_bar
-        calls |= {} if m_bar is None else {"m_bar": m_bar}
-        found = gather(calls.items(), "what a checkpoint keeps of the anchor", *self.fleet.anchor_limit)
-        frames = dict(zip(calls, found, strict=True))
+        calls: dict[str, object] = {} if m_bar is None else {"m_bar": m_bar}
+        for fire in fires:
+            calls |= _calls(fire)
+        frames, gone = salvaged(calls, "what a checkpoint keeps of the anchor", self.fleet.anchor_limit)
+        if gone:
+            reason = next(iter(gone.values()))
+            if self.clock.waits:
+                raise reason
+            self.progress.event("checkpoint without", what=[*gone], reason=described(reason))
+        fires = [fire for fire in fires if gone.keys().isdisjoint(_calls(fire))]
+        names = {"m_bar"}.union(*map(_calls, fires))
+        frames = {name: frame for name, frame in frames.items() if name in names}
         pending = [{"due": asdict(fire.due), "report": frames.pop(_report(fire.due))} for fire in fires]
-        if frames.get("m_bar") is None:  # no M so far was finite
+        if frames.get("m_bar") is None:  # no M so far was finite, or M̄ was lost
             frames.pop("m_bar", None)
         else:
             frames["m_bar"] = frames["m_bar"].view(np.uint8)
@@ -271,6 +275,12 @@ class Corrections:
 
 def _report(due: Due) -> str:
     return f"report-{due.version}"
+
+
+def _calls(fire: Fire) -> dict[str, object]:
+    """What a checkpoint keeps of it, by its name there."""
+    stages = [_parts(fire.due, p, len(parts)) for p, parts in enumerate(fire.corrections)]
+    return {_report(fire.due): fire.report} | dict(zip(chain(*stages), chain(*fire.corrections), strict=True))
 
 
 def _parts(due: Due, stage: int, parts: int) -> list[str]:

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from anchor_service.calls import ActorHandle, Calls, done_of, gather, raised
+from anchor_service.calls import ActorHandle, Calls, done_of, raised
 from anchor_service.errors import ActorLost, WaitTimeout, described
 from anchor_service.line import FireLine
 from rl.batch import Prompts
@@ -33,7 +33,6 @@ from swarm.run_config import RunConfig
 
 T = TypeVar("T")
 Owed = tuple[Asked, list[int]]  # which of its calls
-_START = "swarm.start_timeout_s"
 HANDLED = (BaseLost, EngineFailed, ActorLost, WaitTimeout)
 
 
@@ -136,11 +135,9 @@ class EngineLine:
             self._wait_for(name)
 
     def _wait_for(self, name: str) -> None:
-        """A newcomer has a deadline of its own."""
-        swarm, engine = self.config.swarm, self.fleet.engines[_number(name)]
-        ready, since = self._starting[name]
+        engine = self.fleet.engines[_number(name)]
         try:
-            (place,) = gather([(name, ready)], "its model", swarm.start_timeout_s, _START, since=since)
+            place = self.fleet.wait_for(name, *self._starting[name])
         except HANDLED as failure:
             raise _Failed(failure, {_number(name): failure}) from failure
         self.fleet.arrived(engine, place)

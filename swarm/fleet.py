@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from anchor_service.actor import Anchor
-from anchor_service.calls import ActorHandle, Calls, gather, several
+from anchor_service.calls import ActorHandle, Alarm, Calls, gather, several
 from anchor_service.config import AnchorConfig
 from anchor_service.diagnosis import Diagnoser
 from anchor_service.places import Place, places_of, where
@@ -108,6 +108,10 @@ class Fleet:
         with self.lookout.wait(kind, what, limit, since) as alarm:
             return gather(calls, what, alarm.seconds, alarm.knob, settle=settle, alarm=alarm)
 
+    def alarm(self, kind: str, what: str, limit: tuple[float, str]) -> Alarm | None:
+        """Of a wait that begins now; none before the run has a lookout."""
+        return self.lookout.alarm(kind, what, limit) if self.lookout else None
+
     def named(self) -> dict[str, ActorHandle[Any]]:
         """Every actor by the name that messages have for it."""
         return {self.name_of(role, i): actor for role, held in self.roles.items() for i, actor in enumerate(held)}
@@ -196,6 +200,12 @@ class Fleet:
     def arrival(self, newcomer: ActorHandle[Any]) -> object:
         """Reference to where a newcomer is, which is there once it is ready; to be asked of it before all else."""
         return where(newcomer)
+
+    def wait_for(self, name: str, ready: object, since: float) -> Place:
+        """Until a newcomer is ready, whose start has a deadline of its own: it began at `since` on the monotonic clock."""
+        limit = self.swarm.start_timeout_s, "swarm.start_timeout_s"
+        (place,) = gather([(name, ready)], "its model", *limit, since=since)
+        return place
 
     def arrived(self, newcomer: ActorHandle[Any], place: Place) -> None:
         """That is where it is."""

@@ -50,6 +50,10 @@ class Lookout:
         yield Overdue(self, kind, what, limit, begin)
         self.pace.observe(kind, time.monotonic() - (begin if since is None else since))
 
+    def alarm(self, kind: str, what: str, limit: tuple[float, str]) -> Overdue:
+        """Of a wait that begins now, judged by what is usual for its `kind`, and not remembered: others tell how long one took."""
+        return Overdue(self, kind, what, limit, time.monotonic())
+
     def look_after(self, kind: str, who: str, what: str, limit: tuple[float, str], since: float) -> None:
         """Of what nobody waits for, looked at now and then: an event, once, when it is slow. Raises Hung.
 

@@ -29,6 +29,7 @@ def loopback() -> Generator[None]:
         "GLOO_SOCKET_IFNAME": INTERFACE,
         "NCCL_SOCKET_IFNAME": INTERFACE,
         "RAY_prestart_worker_first_driver": "0",  # of no use: an actor's environment is its own
+        "RAY_task_events_report_interval_ms": "0",  # a record of each call, which nobody can read without a dashboard
     }
     before = {name: os.environ.get(name) for name in settings}
     clusters = ray_constants.ENABLE_RAY_CLUSTER

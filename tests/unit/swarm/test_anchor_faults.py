@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from anchor_service import line as anchor_line
@@ -20,7 +21,7 @@ from anchor_service.line import FireLine
 from anchor_service.messages import NORM
 from deploy.config import load
 from rl.snapshot import BaseLost
-from swarm import anchor_faults, snapshots
+from swarm import anchor_faults, corrections, snapshots
 from swarm.config import FaultsConfig
 from swarm.corrections import Corrections
 from swarm.failure_policy import FailurePolicy
@@ -50,6 +51,14 @@ class Ref:
         if isinstance(part, Exception):
             raise part
         return part
+
+
+def value(ref: Ref, who: str) -> Any:
+    try:
+        return ref.value()
+    except (ActorLost, WaitTimeout) as error:
+        _, *rest = error.args
+        raise type(error)(error.who.replace("itself", who).replace("it gets", f"{who} gets"), *rest) from error
 
 
 class Lazy:
@@ -158,6 +167,8 @@ class Run:
             anchor_limit=(1.0, "anchor.timeout_s"),
             swarm_limit=(1.0, "swarm.timeout_s"),
             lookout=None,
+            alarm=lambda *_: None,
+            wait_for=lambda name, ready, since: value(ready, name),
         )
         self._patch(monkeypatch, swift)
         self.clock = make_clock(config.anchor, 0, TICKS, A_STEP)
@@ -169,13 +180,6 @@ class Run:
         self.merged: list[Word] = []
 
     def _patch(self, monkeypatch: pytest.MonkeyPatch, swift: bool) -> None:
-        def value(ref: Ref, who: str) -> Any:
-            try:
-                return ref.value()
-            except (ActorLost, WaitTimeout) as error:
-                _, *rest = error.args
-                raise type(error)(error.who.replace("itself", who).replace("it gets", f"{who} gets"), *rest) from error
-
         def raised(ref: Ref, who: str, what: str = "") -> Exception | None:
             try:
                 value(ref, who)
@@ -435,6 +439,37 @@ def test_newcomers_that_never_come_are_given_up_when_the_budget_is_spent(monkeyp
     run.later = lambda: Lazy(0, "hung")
     run.to_the_end()
     assert run.names == ["anchor lost", "anchor lost", "anchor given up"] and run.merged == []
+
+
+@pytest.mark.parametrize("lost", ["m_bar", "fire"])
+@pytest.mark.parametrize("clock", [WALL, ("anchor.delay_k=5", "anchor.cadence=2")], ids=["wall", "lockstep"])
+def test_a_checkpoint_is_written_without_what_went_with_its_node_where_that_ends_no_run(
+    monkeypatch: pytest.MonkeyPatch, clock: tuple[str, ...], lost: str
+):
+    run = Run(monkeypatch, [Lazy()], True, *clock).begin()
+    while run.progress.tick < 12 or not run.corrections._unmerged():
+        run.tick()
+    monkeypatch.setattr(run.corrections.choice, "save", lambda versions: {"samples": sorted(versions)})
+    found = ActorLost("it", "what a checkpoint keeps", "its node died")
+
+    def salvaged(calls: dict[str, Any], *_: object) -> tuple[dict[str, Any], dict[str, ActorLost]]:
+        gone = {name: found for name in calls if name.startswith(lost)}
+        kept = {n: np.zeros(4, np.uint8) if n == "m_bar" else n for n in calls if n not in gone}
+        return kept, gone
+
+    monkeypatch.setattr(corrections, "salvaged", salvaged)
+    if clock is not WALL:
+        with pytest.raises(ActorLost, match="its node died"):
+            run.corrections.save()
+        return
+    due = run.corrections._unmerged()[-1].due
+    state, frames = run.corrections.save()
+    assert run.events[-1][0] == "checkpoint without" and "its node died" in run.events[-1][1]["reason"]
+    if lost == "m_bar":
+        assert "m_bar" not in frames and state["pending"][-1]["due"]["version"] == due.version
+    else:  # its samples are kept, as of one that is under way
+        assert "m_bar" in frames and state["pending"] == [] and due.version in frames["samples"]
+        assert {*frames} == {"m_bar", "samples"}
 
 
 def test_an_average_that_went_with_its_node_begins_anew(monkeypatch: pytest.MonkeyPatch):

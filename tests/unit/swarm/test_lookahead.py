@@ -118,7 +118,8 @@ class Run:
             weights=self._weights,
             nodes=lambda actors: {"the node"} if actors else set(),
             engine_limit=(5.0, "rollout.timeout_s"),
-            gather=lambda calls, what, limit, *_: engine_line.gather(calls, what, *limit),
+            gather=_gather,
+            wait_for=lambda name, ready, since: _gather([(name, ready)])[0],
         )
 
         _patch(monkeypatch, swift)
@@ -179,17 +180,17 @@ def _patch(monkeypatch: pytest.MonkeyPatch, swift: bool) -> None:
             return error
         return None
 
-    def gather(calls: list[tuple[str, Any]], *_: object, **__: object) -> list[Any]:
-        if any(engine.failure == "hung" for _, (engine, _) in calls):  # until the deadline the others work on
-            _do_all([reference for _, reference in calls])
-        return [number is None or engine.until(number) for _, (engine, number) in calls]
-
-    monkeypatch.setattr(engine_line, "gather", gather)
     monkeypatch.setattr(engine_line, "done_of", done_of)
     monkeypatch.setattr(engine_line, "raised", raised)
     monkeypatch.setattr(Rollouts, "_taken", lambda self, split, results: (results, {}))
     monkeypatch.setattr(EngineLine, "problems", lambda self: [Problems()])
     monkeypatch.setattr(Rollouts, "_judge_ends", lambda self, batch: None)
+
+
+def _gather(calls: list[tuple[str, Any]], *_: object) -> list[Any]:
+    if any(engine.failure == "hung" for _, (engine, _) in calls):  # until the deadline the others work on
+        _do_all([reference for _, reference in calls])
+    return [number is None or engine.until(number) for _, (engine, number) in calls]
 
 
 def _do_all(refs: list[Any]) -> list[Any]:
