@@ -12,7 +12,7 @@ TRL_STAMP := .venv-trl/.installed
 VLLM_STAMP := .venv/.installed-$(or $(VLLM),none)
 unexport PYTHONDONTWRITEBYTECODE  # else each process of a run compiles this package anew
 
-.PHONY: setup verifiers vllm demo cells test test-fast check types constraints bench bench-step bench-wall bench-control bench-links bench-trl gpu-check soak kills cut-links chain base-policy smollm2 clean
+.PHONY: setup verifiers vllm demo cells test test-fast check types constraints bench bench-step bench-wall bench-control bench-links bench-trl gpu-check soak kills cut-links lossy-links chain base-policy smollm2 clean
 
 setup: $(STAMP)
 
@@ -99,6 +99,9 @@ kills: setup  ## 20 kills at random moments of a lockstep run: the weights of th
 
 cut-links: setup  ## the demo with a node's link cut for 30 s; Linux, as root
 	$(BIN)/python -m benchmarks.cut_links
+
+lossy-links: setup  ## the demo over links that lose packets; Linux, as root
+	$(BIN)/python -m benchmarks.lossy_links
 
 chain: models/chain/config.json  ## train the base policy of the preset chain, about six minutes of a core
 

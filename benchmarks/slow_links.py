@@ -52,14 +52,14 @@ def sh(command: str) -> None:
     subprocess.run(shlex.split(command), check=True, capture_output=True, text=True)
 
 
-def shape(rate: str | None) -> None:
-    """Both directions of every node's link; None: as fast as the machine is."""
+def shape(rate: str | None, queue_ms: int = 500) -> None:
+    """Both directions of every node's link; None: as fast as the machine is. What waits longer than `queue_ms` is dropped."""
     for name in NODES:
         for where, device in ((f"ip netns exec {name} ", "eth0"), ("", f"{name}-br")):
             with suppress(subprocess.CalledProcessError):  # there was none
                 sh(f"{where}tc qdisc del dev {device} root")
             if rate:
-                sh(f"{where}tc qdisc add dev {device} root tbf rate {rate} burst 32kb latency 500ms")
+                sh(f"{where}tc qdisc add dev {device} root tbf rate {rate} burst 32kb latency {queue_ms}ms")
 
 
 @contextmanager
@@ -145,9 +145,9 @@ def drive_one(folder: str, preset: str, *overrides: str) -> None:
         drive(config, Path(folder), lambda record: None)
 
 
-def run_over(folder: Path, preset: str, overrides: list[str], rate: str | None) -> Path:
-    """The folder of a finished run, over links of this rate."""
-    shape(rate)
+def run_over(folder: Path, preset: str, overrides: list[str], rate: str | None, queue_ms: int = 500) -> Path:
+    """The folder of a finished run, over links of this rate, with such queues."""
+    shape(rate, queue_ms)
     folder = folder / f"{time.time_ns()}"
     command = f"ip netns exec {HEAD_NODE} {sys.executable} -m benchmarks.slow_links {folder} {preset}"
     subprocess.run([*shlex.split(command), *overrides], check=True, timeout=1800)

@@ -158,7 +158,9 @@ def test_dead_engines_and_anchors_are_renewed_as_if_nothing_had_happened_and_a_d
             coordinator.run()
         telemetry.finish("failed", {})
     events = [(e["event"], e["step"]) for e in of_kind(folder, "event") if e["event"].endswith("renewed")]
-    assert events == [("engine renewed", 0), ("engine renewed", 2), ("anchor renewed", 3)]  # as each is met
+    assert [event for event in events if event[0] == "engine renewed"] == [("engine renewed", 0), ("engine renewed", 2)]
+    (at,) = [step for name, step in events if name == "anchor renewed"]
+    assert at in (2, 3)  # by when Ray says so: in the tick that follows at once, or in the next step
 
 
 def _made(folder: Path) -> Path:
