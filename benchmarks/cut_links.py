@@ -17,7 +17,6 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import signal
 import subprocess
 import sys
 import tempfile
@@ -26,10 +25,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from benchmarks.chaos import Records
-from benchmarks.slow_links import HEAD_NODE, LOCK, network, raylets, sh
+from benchmarks.slow_links import HEAD_NODE, alone, network, raylets, sh
 from deploy.config import load
 
 CUT, SECONDS, LIMIT_S = {"far": "nslink-c", "swarm": "nslink-b"}, [30.0], 900.0
@@ -96,19 +93,12 @@ def row(folder: Path, where: str, seconds: float, overrides: list[str], undistur
 
 
 def main() -> None:
-    if sys.platform != "linux" or os.geteuid():
-        sys.exit("network namespaces need Linux and root: run it as root, on a machine that nobody else uses")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
-    try:
-        lock = FileLock(LOCK).acquire(timeout=0)
-    except Timeout:
-        sys.exit("bench-links or another cut-links runs on this machine")
     durations = [float(word) for word in sys.argv[1:] if word[0].isdigit()] or SECONDS
     places = [word for word in sys.argv[1:] if word in CUT] or list(CUT)
     settings = [word for word in sys.argv[1:] if "=" in word]
     overrides = [*SHORT, *(word for word in settings if not word.startswith("RAY_"))]
     os.environ |= PATIENT | dict(word.split("=") for word in settings if word.startswith("RAY_"))
-    with lock, tempfile.TemporaryDirectory(prefix="northstar-cut-") as temporary, network():
+    with alone(), tempfile.TemporaryDirectory(prefix="northstar-cut-") as temporary, network():
         folder = Path(temporary)
         with raylets(folder, cpus=2):
             undisturbed = driven(folder / "undisturbed", overrides)

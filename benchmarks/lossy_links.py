@@ -6,25 +6,20 @@ cheap router, and TCP sends it again. The share that was lost is what the queues
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
-import signal
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
-from benchmarks.slow_links import LOCK, NODES, network, raylets, run_over, summary
+from benchmarks.slow_links import NODES, alone, network, raylets, run_over, summary
 
 RATE, QUEUES_MS = "16mbit", (500, 5, 1)  # the first is as bench-links has it
 SHORT = ["run.steps=8", "val.size=32", "val.every=1000", "swarm.placement=replicas"]
 COUNTED = re.compile(r"Sent \d+ bytes (\d+) pkt \(dropped (\d+),")
 
 
-def lost() -> tuple[int, int]:
+def counted() -> tuple[int, int]:
     """Packets that were sent since the links were shaped, and that were dropped."""
     sent = dropped = 0
     for name in NODES:
@@ -39,21 +34,14 @@ def lost() -> tuple[int, int]:
 
 
 def main() -> None:
-    if sys.platform != "linux" or os.geteuid():
-        sys.exit("network namespaces need Linux and root: run it as root, on a machine that nobody else uses")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
-    try:
-        lock = FileLock(LOCK).acquire(timeout=0)
-    except Timeout:
-        sys.exit("another benchmark of links runs on this machine")
-    with lock, tempfile.TemporaryDirectory(prefix="northstar-lossy-") as temporary, network():
+    with alone(), tempfile.TemporaryDirectory(prefix="northstar-lossy-") as temporary, network():
         folder = Path(temporary)
         with raylets(folder, cpus=2):
             free = summary(run_over(folder, "demo", SHORT, None))
             print(f"free links: {free['wall_s']:.0f} s", flush=True)
             for queue in QUEUES_MS:
                 found = summary(run_over(folder, "demo", SHORT, RATE, queue))
-                sent, dropped = lost()
+                sent, dropped = counted()
                 same = "the same weights" if found["weights_digests"] == free["weights_digests"] else "OTHER WEIGHTS"
                 share = 100 * dropped / max(1, sent + dropped)
                 print(f"{RATE}, queue {queue} ms: {found['wall_s']:.0f} s, {share:.2f} % lost, {same}", flush=True)

@@ -52,6 +52,20 @@ def sh(command: str) -> None:
     subprocess.run(shlex.split(command), check=True, capture_output=True, text=True)
 
 
+@contextmanager
+def alone() -> Generator[None]:
+    """The only benchmark of links on this machine, as root, and ended in order by SIGTERM. Else it exits."""
+    if sys.platform != "linux" or os.geteuid():
+        sys.exit("network namespaces need Linux and root: run it as root, on a machine that nobody else uses")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
+    try:
+        lock = FileLock(LOCK).acquire(timeout=0)
+    except Timeout:
+        sys.exit("another benchmark of links runs on this machine")
+    with lock:
+        yield
+
+
 def shape(rate: str | None, queue_ms: int = 500) -> None:
     """Both directions of every node's link; None: as fast as the machine is. What waits longer than `queue_ms` is dropped."""
     for name in NODES:
@@ -167,14 +181,7 @@ def summary(folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    if sys.platform != "linux" or os.geteuid():
-        sys.exit("network namespaces need Linux and root: run it as root, on a machine that nobody else uses")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
-    try:
-        lock = FileLock(LOCK).acquire(timeout=0)
-    except Timeout:
-        sys.exit("another bench-links runs on this machine")
-    with lock, tempfile.TemporaryDirectory() as temporary, network():
+    with alone(), tempfile.TemporaryDirectory() as temporary, network():
         folder = Path(temporary)
         with raylets(folder, cpus=1):
             print(f"{'codec':20} {'kB a tick':>10} {'s, fast':>8} {'s, ' + RATE:>10} {'slower':>7}", flush=True)
