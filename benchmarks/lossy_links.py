@@ -19,7 +19,7 @@ SHORT = ["run.steps=8", "val.size=32", "val.every=1000", "swarm.placement=replic
 COUNTED = re.compile(r"Sent \d+ bytes (\d+) pkt \(dropped (\d+),")
 
 
-def counted() -> tuple[int, int]:
+def sent_and_dropped() -> tuple[int, int]:
     """Packets that were sent since the links were shaped, and that were dropped."""
     sent = dropped = 0
     for name in NODES:
@@ -41,7 +41,7 @@ def main() -> None:
             print(f"free links: {free['wall_s']:.0f} s", flush=True)
             for queue in QUEUES_MS:
                 found = summary(run_over(folder, "demo", SHORT, RATE, queue))
-                sent, dropped = counted()
+                sent, dropped = sent_and_dropped()
                 same = "the same weights" if found["weights_digests"] == free["weights_digests"] else "OTHER WEIGHTS"
                 share = 100 * dropped / max(1, sent + dropped)
                 print(f"{RATE}, queue {queue} ms: {found['wall_s']:.0f} s, {share:.2f} % lost, {same}", flush=True)
