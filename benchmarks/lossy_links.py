@@ -12,7 +12,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from benchmarks.slow_links import NODES, alone, network, raylets, run_over, summary
+from benchmarks.slow_links import alone, ends, network, raylets, run_over, summary
 
 RATE, QUEUES_MS = "16mbit", (500, 5, 1)  # the first is as bench-links has it
 SHORT = ["run.steps=8", "val.size=32", "val.every=1000", "swarm.placement=replicas"]
@@ -22,14 +22,12 @@ COUNTED = re.compile(r"Sent \d+ bytes (\d+) pkt \(dropped (\d+),")
 def sent_and_dropped() -> tuple[int, int]:
     """Packets that were sent since the links were shaped, and that were dropped."""
     sent = dropped = 0
-    for name in NODES:
-        for where, device in ((f"ip netns exec {name} ", "eth0"), ("", f"{name}-br")):
-            said = subprocess.run(
-                shlex.split(f"{where}tc -s qdisc show dev {device}"), check=True, capture_output=True, text=True
-            ).stdout
-            found = COUNTED.findall(said)
-            sent += sum(int(each) for each, _ in found)
-            dropped += sum(int(each) for _, each in found)
+    for where, device in ends():
+        command = shlex.split(f"{where}tc -s qdisc show dev {device}")
+        said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        found = COUNTED.findall(said)
+        sent += sum(int(each) for each, _ in found)
+        dropped += sum(int(each) for _, each in found)
     return sent, dropped
 
 

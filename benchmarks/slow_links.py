@@ -66,14 +66,18 @@ def alone() -> Generator[None]:
         yield
 
 
+def ends() -> list[tuple[str, str]]:
+    """Of every node's link, the node's and the bridge's: what stands before a command there, and the device."""
+    return [end for name in NODES for end in ((f"ip netns exec {name} ", "eth0"), ("", f"{name}-br"))]
+
+
 def shape(rate: str | None, queue_ms: int = 500) -> None:
     """Both directions of every node's link; None: as fast as the machine is. What waits longer than `queue_ms` is dropped."""
-    for name in NODES:
-        for where, device in ((f"ip netns exec {name} ", "eth0"), ("", f"{name}-br")):
-            with suppress(subprocess.CalledProcessError):  # there was none
-                sh(f"{where}tc qdisc del dev {device} root")
-            if rate:
-                sh(f"{where}tc qdisc add dev {device} root tbf rate {rate} burst 32kb latency {queue_ms}ms")
+    for where, device in ends():
+        with suppress(subprocess.CalledProcessError):  # there was none
+            sh(f"{where}tc qdisc del dev {device} root")
+        if rate:
+            sh(f"{where}tc qdisc add dev {device} root tbf rate {rate} burst 32kb latency {queue_ms}ms")
 
 
 @contextmanager

@@ -107,7 +107,7 @@ def test_an_autoscaler_brings_the_nodes_that_a_run_and_its_growth_wait_for_and_t
             words = command("k5", [*SMALL, *CONFIG], run, address)
             driver = subprocess.Popen(words, env=marked(marker), stdout=log, stderr=log)
         try:
-            _until(lambda: _records(run, "tick"), (tmp_path / "driver.log").read_text())
+            _until(lambda: _records(run, "tick"), "a first tick")
             assert _raylets(marker) == 2
             for replicas, nodes in ((2, 3), (1, 2)):
                 scale = [sys.executable, "-m", "northstar", "scale", str(run), "--dp", str(replicas)]
