@@ -11,6 +11,7 @@ it needs of torch and transformers is then imported once for it and for all work
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import runpy
@@ -24,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from swarm.run_config import RunConfig
 
 IMPORTED = "rl.rollout", "swarm.tick", "anchor_service.dense_gradient"  # what takes long, and no Ray
+OF_RAY = "requests", "jsonschema", "google.protobuf.descriptor_pb2", "pdb", "uvloop"  # half of what its import takes
 REQUEST = Path(__file__).with_name("fork_request.py")
 OUTPUT = 0, 1, 2
 READ_S = 5.0  # for one that asks to say what
@@ -108,6 +110,9 @@ def _offer(folder: str) -> dict[str, str]:
 def _import() -> None:
     for module in IMPORTED:
         import_module(module)
+    for module in OF_RAY:
+        with suppress(ImportError):  # another version of Ray may do without
+            import_module(module)
 
 
 def _forked(listener: socket.socket) -> tuple[int, int]:
@@ -145,6 +150,7 @@ def main() -> None:
 def _serve(listener: socket.socket, watched: int | None) -> None:
     """Until `watched` ends, or without one the last fork, this process forks; returns in a worker, when that is done."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # of a worker that ended nothing is left
+    gc.freeze()  # a worker's own collections pass over what is here already, and copy none of its pages
     files, patience = ([listener], LOOK_S) if watched is None else ([listener, watched], None)
     used = time.monotonic()
     while watched not in (ready := select.select(files, [], [], patience)[0]):
