@@ -8,6 +8,8 @@ python -m tests.ray.moving_nodes FOLDER section.key=value…        prints the r
     tick 7     the one that was to leave is gone
     tick 8     a replica more is asked for; tick 9: for which a node comes, a large one
     tick 11    the node that had come first is lost
+
+On the wall clock the anchor moves when it owes nothing, so the node is gone at tick 16, and that is all.
 """
 
 from __future__ import annotations
@@ -50,18 +52,24 @@ WAIT_S = 100.0
 class Nodes:
     """Those of this machine, and what happens to them in the run of `fleet` in the folder `run`."""
 
-    def __init__(self, run: Path):
+    def __init__(self, run: Path, clock: str):
         self.cluster: Any = Cluster(initialize_head=True, head_node_args=HEAD)
         self.run, self.leaves, self.came = run, self.cluster.add_node(**NODE), list[Any]()
         self.fleet: Fleet | None = None
         self.at: dict[int, Callable[[], None]] = {
             2: self.drain,
             3: lambda: self.come(3, lambda run: [ready for _, ready in run.leaving._newcomers.values()]),
-            7: self.go,
-            8: lambda: scale.ask_for(self.run, 3),
-            9: lambda: self.come(4, lambda run: [spare.answer for spare in run.regroup.spares.held]),
-            11: lambda: _kill(self.came[0]),
         }
+        self.at |= (
+            {16: self.go}
+            if clock == "wall"
+            else {
+                7: self.go,
+                8: lambda: scale.ask_for(self.run, 3),
+                9: lambda: self.come(4, lambda run: [spare.answer for spare in run.regroup.spares.held]),
+                11: lambda: _kill(self.came[0]),
+            }
+        )
 
     def drain(self) -> None:
         """As whoever is told that a spot instance will be taken away."""
@@ -101,7 +109,7 @@ def _kill(node: Any) -> None:
 
 
 def run(config: RunConfig, folder: Path, environment: dict[str, str]) -> None:
-    nodes = Nodes(folder)
+    nodes = Nodes(folder, config.anchor.clock)
 
     @contextmanager
     def actors(config: RunConfig) -> Iterator[Fleet]:
