@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from anchor_service.config import AnchorConfig
@@ -69,6 +69,26 @@ def placement(config: RunConfig) -> Placement:
     anywhere = config.anchor.model_copy(update={"resource": None})
     bundles += [_bundle(anywhere) for _ in range(diagnosers)]
     return Placement(bundles, [*seats, *range(first, len(bundles))], "SPREAD" if apart else "PACK")
+
+
+def runs_that_fit(bundles: Sequence[Mapping[str, float]], nodes: Sequence[Mapping[str, float]]) -> int:
+    """How many runs of these bundles the nodes hold at once, by their resources: what asks for most comes first, and
+    goes where least else could be asked for."""
+    left = [dict(node) for node in sorted(nodes, key=len)]
+    wanted = sorted(bundles, key=len, reverse=True)
+    runs = 0
+    while all(_taken(bundle, left) for bundle in wanted):
+        runs += 1
+    return runs
+
+
+def _taken(bundle: Mapping[str, float], left: Sequence[dict[str, float]]) -> bool:
+    for node in left:
+        if all(node.get(name, 0) >= n for name, n in bundle.items()):
+            for name, n in bundle.items():
+                node[name] -= n
+            return True
+    return False
 
 
 def demand(config: RunConfig, actor: int) -> dict[str, float]:

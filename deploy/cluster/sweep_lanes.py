@@ -18,7 +18,7 @@ import ray
 from anchor_service.errors import described
 from deploy.cluster.kept_actors import KeptActors
 from deploy.cluster.launch import drive, session
-from deploy.cluster.placement import placement
+from deploy.cluster.placement import placement, runs_that_fit
 from deploy.cluster.sweep_runs import SweepRun
 from swarm.run_config import RunConfig
 
@@ -53,8 +53,8 @@ def _needs(config: RunConfig) -> int:
 
 def _room(config: RunConfig) -> int:
     """How many runs like `config` the connected cluster can hold at once."""
-    have = ray.cluster_resources()
-    return max(1, int(min(have.get(key, 0) // need for key, need in placement(config).total.items())))
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return max(1, runs_that_fit(placement(config).bundles, nodes))
 
 
 def _clear(folder: Path) -> None:

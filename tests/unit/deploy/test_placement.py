@@ -6,7 +6,7 @@ from itertools import product
 
 import pytest
 
-from deploy.cluster.placement import counts, demand, lacking, placement, tags
+from deploy.cluster.placement import counts, demand, lacking, placement, runs_that_fit, tags
 from deploy.config import load
 from swarm.run_config import RunConfig
 
@@ -86,6 +86,23 @@ def test_only_the_anchor_asks_for_its_node_and_many_of_its_workers_fit_there():
     assert asking == place.of_actor[workers + engines :] and len(asking) == anchors == 4
     assert place.total["anchor"] <= 1
     assert all("anchor" not in bundle for bundle in placement(config("anchor.workers=4")).bundles)
+
+
+@pytest.mark.parametrize(
+    ("anchor_cpus", "overrides", "runs"),
+    [
+        (1, (), 1),  # only one has an anchor worker's place, whatever else is free
+        (3, (), 3),
+        (9, (), 5),  # of five actors each, on 29 CPUs
+        (9, ("swarm.dp=4", "swarm.pp=2", "swarm.placement=replicas"), 2),
+        (1, ("anchor.enabled=false", "merger.kind=none"), 5),
+        (1, ("swarm.device=cuda",), 0),
+    ],
+)
+def test_a_sweep_has_as_many_lanes_as_nodes_hold_whole_runs(anchor_cpus: int, overrides: tuple[str, ...], runs: int):
+    wanted = config(*(("anchor.resource=anchor",) if "anchor.enabled=false" not in overrides else ()), *overrides)
+    nodes = [{"CPU": anchor_cpus, "anchor": 1}, *({"CPU": 5.0} for _ in range(4))]
+    assert runs_that_fit(placement(wanted).bundles, nodes) == runs
 
 
 def test_a_run_without_an_anchor_asks_for_none():
