@@ -26,6 +26,7 @@ from __future__ import annotations
 import itertools
 import re
 import tomllib
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -150,10 +151,18 @@ class Sweep(Section):
             raise SweepError(f"no cell {', '.join(sorted(unknown))} in {self.name} (cells: {', '.join(self.cells)})")
         return set(names)
 
-    def but(self, base: str | None, seeds: str | None) -> Sweep:
-        """The same question of another base, or over other seeds ("0,1,2"). Raises SweepError."""
+    def but(self, base: str | None, seeds: str | None, given: Collection[str] = ()) -> Sweep:
+        """The same question of another base, over other seeds ("0,1,2"), or with these keys `given`: none of them is an axis
+        of the grid then, and where none is left all the seeds that would have judged do. Raises SweepError."""
         try:
             others: dict[str, Any] = {} if base is None else {"base": base}
+            axes = {axis: values for axis, values in self.axes.items() if axis not in given}
+            if len(axes) < len(self.axes):
+                others |= (
+                    {"grid": axes}
+                    if axes
+                    else {"grid": {}, "tuning": 0, "extend": 0, "seeds": self.seeds[self.tuning :]}
+                )
             others |= {} if seeds is None else {"seeds": [int(s) for s in seeds.split(",")]}
             return Sweep.model_validate(self.model_dump() | others)
         except ValidationError as error:

@@ -81,7 +81,9 @@ def sweep_command(
         Path | None,
         typer.Option(file_okay=False, help="folder of the sweep; default runs/NAME; a second call goes on"),
     ] = None,
-    set_: Annotated[list[str] | None, set_option("change the base of every cell")] = None,
+    set_: Annotated[
+        list[str] | None, set_option("change the base of every cell; an axis of the grid is fixed by it")
+    ] = None,
     cells: Annotated[
         str | None, typer.Option(metavar="CELL,…", help="run these cells only; another call can run the others")
     ] = None,
@@ -204,7 +206,8 @@ def _called(
 ) -> _SweepCall:
     from experiments.sweep import find_sweep, read_sweep
 
-    sweep = read_sweep(find_sweep(source)).but(base, seeds)
+    given = [override.partition("=")[0].strip() for override in set_ or []]
+    sweep = read_sweep(find_sweep(source)).but(base, seeds, given)
     wanted = sweep.select(cells.split(",") if cells is not None else list(sweep.cells))
     return _SweepCall(sweep, out or Path("runs") / sweep.name, set_ or [], wanted)
 

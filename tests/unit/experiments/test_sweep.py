@@ -214,6 +214,17 @@ def test_the_same_question_of_another_base_and_over_other_seeds():
     assert (other.base, other.seeds, other.cells) == ("k20", [7, 9], sweep.cells) and sweep.but(None, None) == sweep
 
 
+def test_a_grid_is_left_where_its_axis_is_given():
+    sweep = read_sweep(find_sweep("placebo"))
+    other = sweep.but(None, None, ["grpo.lr", "run.steps"])
+    assert (other.points(), other.tuning, other.extend) == ([{}], 0, 0)
+    assert [job.seed for job in other.jobs()] == [seed for seed in (1, 2, 3) for _ in sweep.cells]
+    assert sweep.but(None, "0,7", ["grpo.lr"]).seeds == [0, 7]
+    assert sweep.but(None, None, ["run.steps"]) == sweep
+    two = sweep.model_copy(update={"grid": {"grpo": {"lr": [1.0, 2.0]}, "merger": {"dose": [0.5, 1.0]}}})
+    assert two.but(None, None, ["merger.dose"]).points() == [{"grpo.lr": 1.0}, {"grpo.lr": 2.0}]
+
+
 @pytest.mark.parametrize(
     ("seeds", "says"), [("0,0", "names a seed twice"), ("1,b", "whole numbers"), ("", "whole numbers"), ("2", "tuning")]
 )
