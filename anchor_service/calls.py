@@ -25,7 +25,7 @@ from ray.exceptions import (
 )
 from ray.experimental import get_object_locations
 
-from anchor_service.errors import ActorLost, WaitTimeout
+from anchor_service.errors import ARGUMENT, ActorLost, WaitTimeout
 
 __all__ = [
     "ActorHandle",
@@ -210,9 +210,9 @@ def failure(error: RayError, who: str, what: str) -> Exception:
 def _task_failure(error: RayTaskError, who: str, what: str) -> Exception:
     cause = error.cause
     if isinstance(cause, RayActorError):  # an argument of the call was to come from that actor
-        return ActorLost(f"an actor that {who} gets an argument from", what, _death(cause))
+        return ActorLost(f"{ARGUMENT}{who} gets an argument from", what, _death(cause))
     if isinstance(cause, ObjectLostError):
-        return ActorLost(f"an actor that {who} gets an argument from", what, _loss(cause))
+        return ActorLost(f"{ARGUMENT}{who} gets an argument from", what, _loss(cause))
     if type(cause) is RayError:  # Ray could not pickle it, and has put its traceback in words
         cause = RuntimeError(_raised(str(cause)))
     return _noted(cause, str(error), who, what)

@@ -49,6 +49,10 @@ class ActorLost(RuntimeError):
         return f"{self.who} ended before it delivered {self.what}: {self.reason}"
 
 
+# so begins who was lost where all that is known is who was called with something that it was to deliver
+ARGUMENT = "an actor that "
+
+
 class ReplicaMismatch(RuntimeError):
     """Replicas of a stage no longer hold the same weights, or do not hold the same correction."""
 

@@ -7,6 +7,14 @@ import resource
 import torch
 
 
+def ordinal(gpu: str, visible: str) -> int:
+    """torch's number of the GPU that Ray calls `gpu`: its place in the mask that the node was started with, if any.
+
+    As in Ray Train's `get_devices`; with a mask Ray's names are the mask's own, numbers or UUIDs.
+    """
+    return visible.split(",").index(gpu) if visible else int(gpu)
+
+
 def peak_memory_gb(device: torch.device) -> float:
     """Allocated peak on a GPU, resident peak of the process on a CPU, in 1e9 bytes."""
     if device.type == "cuda":

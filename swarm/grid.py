@@ -80,7 +80,8 @@ class Grid:
         self._sent = {"fwd": 0, "bwd": 0}
         self._received = {"fwd": 0, "bwd": 0}
         if dp * pp > 1:
-            self._connect(init)
+            with self._waiting("another rank", "its first word", range(dp * pp)):
+                self._connect(init)
         self.replicas.join(self._dp_group, range(self.p, dp * pp, pp), rank)
         if self.ends is not None:
             self.ends.join(self._ends, sorted({*range(0, dp * pp, pp), *range(pp - 1, dp * pp, pp)}), rank)
@@ -125,8 +126,7 @@ class Grid:
                 self._dp_group = across
         if self.pp > 1:
             self._ends = _new_group([*range(0, world, self.pp), *range(self.pp - 1, world, self.pp)], timeout)
-        with self._waiting("another rank", "its first word", range(world)):
-            self._meet()
+        self._meet()
 
     def _meet(self) -> None:
         """Speak once in every group and to every neighbour.

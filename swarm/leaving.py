@@ -17,15 +17,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from anchor_service.calls import ActorHandle, done_of, raised, take
-from anchor_service.errors import ActorLost, WaitTimeout
 from anchor_service.places import Drains
 from swarm.anchor_faults import AnchorFaults
 from swarm.engine_line import EngineLine
 from swarm.failure_policy import Role
 from swarm.fleet import Fleet
-from swarm.grid import PeerLost
 from swarm.progress import Progress
-from swarm.regroup import Regroup
+from swarm.regroup import LOST, Regroup
 
 Who = tuple[Role, int]
 
@@ -118,7 +116,7 @@ class Leaving:
                 gone = [i for role, i in on if role == "worker" and i // self.regroup.pp in found.give_up]
                 waiting = [self._newcomers.pop(self.fleet.workers[rank])[0] for rank in gone]
                 self.regroup.give_up(found.give_up, gone, waiting, REASON)
-        except (ActorLost, WaitTimeout, PeerLost) as failure:  # somebody was lost on the way
+        except LOST as failure:  # somebody was lost on the way
             self.regroup.after(failure, self.progress.tick)
 
     def _move(self, who: Who) -> None:
@@ -139,17 +137,20 @@ class Leaving:
         self.progress.event("node draining", node=node, actors=names, seconds=None if math.isinf(seconds) else seconds)
 
     def _forget(self, on: Collection[Who]) -> None:
-        """Newcomers for those that are not there any more, for another reason."""
-        for actor in self._newcomers.keys() - {self._actor(who) for who in on}:
-            self.fleet.dismiss(self._newcomers.pop(actor)[0])
+        """Newcomers for those that are not there any more, for another reason, and those that failed before they were ready:
+        others start for these."""
+        there = {self._actor(who) for who in on}
+        for actor, (newcomer, ready) in list(self._newcomers.items()):
+            if actor not in there or (done_of([ready])[0] and raised(ready, "a newcomer")):
+                del self._newcomers[actor]
+                self.fleet.dismiss(newcomer)
 
     def _actor(self, who: Who) -> ActorHandle[Any]:
         return self.fleet.roles[who[0]][who[1]]
 
     def _ready(self, who: Who) -> bool:
-        """One that failed never is."""
         _, ready = self._newcomers[self._actor(who)]
-        return bool(done_of([ready])[0]) and raised(ready, "a newcomer") is None
+        return bool(done_of([ready])[0])
 
     def _take(self, who: Who) -> ActorHandle[Any]:
         newcomer, ready = self._newcomers.pop(self._actor(who))

@@ -191,9 +191,8 @@ class Rank:
 
     def meet(self, index: int, dp: int, init: str) -> None:
         """Take place `index` of a grid with `dp` replicas. What this rank owes to others' gradients stays its own."""
-        changed = dp != self.grid.dp
         self.grid.join(index, dp, init)
-        if changed:
+        if self.reducer.dp != dp:  # the grid may have had that number before, in a meeting that broke off
             owed = self.reducer.state()
             self.reducer.join()
             if owed and self.reducer.state():

@@ -34,6 +34,7 @@ class Reducer:
 
     def join(self) -> None:
         """Sum with those who are in the grid now; nothing is owed to anybody."""
+        self.dp = self.grid.dp
         self.parts: dict[str, tuple[slice, GradientSum]] = {}
         for name, where in self.at.items():
             peers = self.grid.ends if name == "tied" else self.grid.replicas

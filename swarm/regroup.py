@@ -13,7 +13,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from anchor_service.calls import gather, replies
-from anchor_service.errors import ActorLost, WaitTimeout, described
+from anchor_service.errors import ARGUMENT, ActorLost, WaitTimeout, described
 from anchor_service.line import FireLine
 from swarm.blame import blamed
 from swarm.failure_policy import Decision, Failure, FailurePolicy, Status
@@ -25,6 +25,7 @@ from swarm.reunion import Reunion, reunion
 from swarm.run_config import RunConfig
 from swarm.spares import Handle, Spares
 
+LOST = ActorLost, WaitTimeout, PeerLost
 SPARE_S, AT_ONCE_S = 60.0, 0.5  # for another process; where nothing is gained by waiting no longer than a fork may take
 
 
@@ -44,7 +45,7 @@ class Regroup:
     def __init__(self, config: RunConfig, fleet: Fleet, progress: Progress, policy: FailurePolicy, line: FireLine):
         self.config, self.fleet, self.progress, self.policy, self.line = config, fleet, progress, policy, line
         self.pp, self.wanted = config.swarm.pp, config.swarm.dp
-        self.spares = Spares(fleet.new_worker)
+        self.spares = Spares(fleet.new_worker, fleet.dismiss)
 
     @property
     def dp(self) -> int:
@@ -70,7 +71,7 @@ class Regroup:
                 raise failure
             try:
                 dealt_anew = self._meet(plan, fresh)
-            except (ActorLost, WaitTimeout, PeerLost) as another:
+            except LOST as another:
                 failure = another
                 continue
             break
@@ -162,7 +163,11 @@ class Regroup:
                 else worker.meet.remote(rank, dp, init, backs[rank])
             )
             calls.append((fleet.swarm.name_of(rank), call))
-        gather(calls, "its place in the new grid", *limit)
+        try:
+            gather(calls, "its place in the new grid", *limit)
+        except LOST:
+            fleet.workers[0].adjourn.options(concurrency_group="watch").remote()  # nobody waits for who is lost
+            raise
         fleet.nodes([fleet.workers[rank] for rank in sorted(fresh)])
 
     def _copy(self, source: int, copies: Sequence[int], done: int) -> None:
@@ -177,7 +182,13 @@ class Regroup:
         """Each of these ranks goes on after `done` ticks from a state."""
         fleet = self.fleet
         calls = [(fleet.swarm.name_of(rank), fleet.workers[rank].become.remote(f, done)) for rank, f in frames.items()]
-        self.progress.control(sum(gather(calls, what, *fleet.swarm_limit)), 0)
+        try:
+            nbytes = sum(gather(calls, what, *fleet.swarm_limit))
+        except ActorLost as failure:
+            if failure.who.startswith(ARGUMENT):  # of whoever has the state: another worker, which will not answer
+                raise PeerLost(str(failure)) from failure
+            raise
+        self.progress.control(nbytes, 0)
 
     def _deliver(self, ranks: Collection[int]) -> None:
         """Corrections that the others have got already."""
@@ -226,6 +237,12 @@ class Regroup:
 
     def between_steps(self, wanted: int | None) -> None:
         """Take in what has become ready; go towards `wanted` replicas, or stay."""
+        try:
+            self._towards(wanted)
+        except LOST as failure:  # somebody was lost on the way, or before
+            self.after(failure, self.progress.tick)
+
+    def _towards(self, wanted: int | None) -> None:
         if wanted is not None and wanted != self.wanted:
             self.wanted = wanted
             self._retire(wanted)
@@ -253,4 +270,5 @@ class Regroup:
         self.fleet.workers.extend(handles)
         self._join(set(range(first * self.pp, len(self.fleet.workers))), [False] * len(self.fleet.workers))
         self._copy(0, range(first, self.dp), self.progress.tick)
+        self._deliver(range(first * self.pp, len(self.fleet.workers)))
         self.progress.event("replicas changed", replicas=self.dp)

@@ -22,10 +22,13 @@ class Spare:
 
 
 class Spares:
-    """For a rank that is lost, and for replicas that are missing or asked for. `new`: starts one where there is room."""
+    """For a rank that is lost, and for replicas that are missing or asked for.
 
-    def __init__(self, new: Callable[[None], Handle]):
-        self.new = new
+    `new`: starts one where there is room; `dismiss`: ends one, also one that still waits for room.
+    """
+
+    def __init__(self, new: Callable[[None], Handle], dismiss: Callable[[Handle], None]):
+        self.new, self.dismiss = new, dismiss
         self.held: list[Spare] = []
 
     def add(self, handles: Sequence[Handle]) -> None:
@@ -33,14 +36,16 @@ class Spares:
         self.held += [Spare(handle, handle.__ray_ready__.remote()) for handle in handles]
 
     def look(self, wanted: int) -> None:
-        """Drop those that are gone, and start as many as are lacking."""
+        """Drop those that are gone and those that are too many, who is not ready first; start as many as are lacking."""
         for spare in list(self.held):
             if not done_of([spare.answer])[0]:
                 continue
             if raised(spare.answer, "a spare worker"):
-                self.held.remove(spare)
+                self._drop(spare)
             else:
                 spare.ready, spare.answer = True, spare.handle.__ray_ready__.remote()
+        for spare in sorted(self.held, key=lambda spare: spare.ready)[: max(0, len(self.held) - wanted)]:
+            self._drop(spare)
         self.add([self.new(None) for _ in range(wanted - len(self.held))])
 
     def ready(self) -> list[Handle]:
@@ -54,7 +59,12 @@ class Spares:
             (said,) = replies([("a spare worker", spare.handle.__ray_ready__.remote())], "an answer", ANSWER_S, "")
             if not isinstance(said, Exception):
                 return spare.handle
+            self.dismiss(spare.handle)
         return None
+
+    def _drop(self, spare: Spare) -> None:
+        self.held.remove(spare)
+        self.dismiss(spare.handle)
 
     def leave(self, handles: Sequence[Handle]) -> None:
         """These train from now on."""

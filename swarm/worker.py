@@ -22,7 +22,7 @@ from anchor_service.messages import Correction, joined, pack_record, unpack_corr
 from codec.ledger import Ledger
 from rl import mismatch
 from rl.config import SnapshotConfig
-from rl.device import peak_memory_gb, prefer_determinism
+from rl.device import ordinal, peak_memory_gb, prefer_determinism
 from rl.objective import MicroBatch, microbatches, rows_per_token
 from swarm import checkpoint, twin
 from swarm.doing import Doing
@@ -45,14 +45,6 @@ class WorkerSetup:
     index: int
     rank: RankSetup
     snapshot: SnapshotConfig
-
-
-def ordinal(gpu: str, visible: str) -> int:
-    """torch's number of the GPU that Ray calls `gpu`: its place in the mask that the node was started with, if any.
-
-    As in Ray Train's `get_devices`; with a mask Ray's names are the mask's own, numbers or UUIDs.
-    """
-    return visible.split(",").index(gpu) if visible else int(gpu)
 
 
 P = ParamSpec("P")
@@ -90,6 +82,10 @@ class Worker:
         """Where the process groups of this swarm meet; asked of rank 0."""
         self.store, address = meeting(ray.util.get_node_ip_address())
         return address
+
+    def adjourn(self) -> None:
+        """Whoever still waits where the ranks meet fails at once. Asked beside that wait, of who keeps the store."""
+        self.store = None
 
     def build(self, init: str, index: int | None = None, dp: int | None = None) -> None:
         """Join the grid and load this stage's part of the model. A worker that is used again leaves its old grid.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ import torch
 
 from anchor_service.messages import Correction
 from codec.config import CodecConfig, GradientConfig
+from codec.ledger import Ledger
 from merger.config import MergerConfig
 from rl.config import SnapshotConfig
 from swarm import twin
@@ -217,6 +219,41 @@ def test_what_a_rank_owes_is_its_own_where_the_number_of_replicas_changes(untied
     state.meet(0, 1, "")
     assert state.grid.alone
     assert not state.reducer.state()
+
+
+def test_what_is_owed_is_summed_with_as_many_as_there_are_after_a_meeting_that_broke_off(
+    untied_model: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """It had set the grid's number already."""
+    state = make_rank(untied_model, codec=CODECS["owed"])
+    assert state.grid.alone and not state.reducer.state()
+
+    def broken(grid: Grid, init: str) -> None:
+        raise RuntimeError("connection reset")
+
+    monkeypatch.setattr(Grid, "_connect", broken)
+    with pytest.raises(PeerLost, match="connection reset"):
+        state.meet(0, 2, "")
+    monkeypatch.setattr(Grid, "_connect", lambda grid, init: None)
+    state.meet(0, 2, "")
+    assert state.reducer.state()
+
+
+def _adjourned(rank: int, _: str, folder: Path) -> str:
+    """Two of three meet; the third has died on its way."""
+    address = _address(rank, folder)
+    if rank == 0:
+        threading.Timer(1.0, globals().pop, ["_store"]).start()
+    try:
+        Grid(rank, 3, 1, torch.device("cpu"), Ledger(), 100.0, address)
+    except PeerLost as lost:
+        return str(lost)
+    return "met"
+
+
+def test_who_waits_for_one_that_has_died_on_its_way_learns_so_when_the_meeting_is_over(tmp_path: Path):
+    for said in on_ranks(2, _adjourned, tmp_path):
+        assert "its first word with another rank failed" in said
 
 
 def _at(marked: int, done: int, own: bool = False) -> Standing:

@@ -34,7 +34,7 @@ def test_one_that_is_there_is_taken_and_one_that_is_gone_or_on_its_way_is_not():
         started.append(ray.remote(num_cpus=0)(Idle).remote())
         return started[-1]
 
-    spares = Spares(new)
+    spares = Spares(new, ray.kill)
     spares.look(2)
     first, second = started
     assert spares.ready() == [] and spares.take() is None

@@ -26,7 +26,6 @@ from deploy.doctor.fit import Host, unplaced
 from deploy.estimate.memory import memory, peak
 from deploy.estimate.parameters import parameters
 from swarm.run_config import RunConfig
-from swarm.worker import ordinal
 
 PINS = [Requirement("torch==2.13.0"), Requirement("ray[default]==2.60.0"), Requirement("huggingface_hub>=1,<3")]
 SOUND = NodeFacts(

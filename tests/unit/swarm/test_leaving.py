@@ -74,7 +74,7 @@ class Named:
         self.ready, self.told, self.events = set[str](), list[tuple[Any, ...]](), list[tuple[str, dict[str, Any]]]()
         self.places = {"w0": "here", "w1": "there", "e0": "there", "a0": "there", "d0": "there"}
         self.draining: dict[str, float] = {}
-        self.count, self.busy, self.fails = 0, set[int](), ""
+        self.count, self.busy, self.failed, self.fails = 0, set[int](), set[str](), ""
         roles = {"worker": ["w0", "w1"], "engine": ["e0"], "anchor": ["a0"], "diagnoser": ["d0"]}
         self.fleet = SimpleNamespace(
             roles=roles,
@@ -99,7 +99,7 @@ class Named:
 
     def _patch(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(leaving, "done_of", lambda refs: ([r for r in refs if r in self.ready], []))
-        monkeypatch.setattr(leaving, "raised", lambda ref, who: None)
+        monkeypatch.setattr(leaving, "raised", lambda ref, who: ref in self.failed)
         monkeypatch.setattr(leaving, "take", lambda ref, *_: "elsewhere")
 
     def _leaving(self) -> Leaving:
@@ -182,6 +182,18 @@ def test_a_newcomer_is_dismissed_where_another_has_come_for_its_forerunner(monke
     run.fleet.workers[1] = "w2"  # of which it is not known yet where it is
     run.leaving.between_steps()
     assert run.told == [("dismissed", "new worker")]
+
+
+def test_another_newcomer_starts_for_one_that_failed_before_it_was_ready(monkeypatch: pytest.MonkeyPatch):
+    run = Named(monkeypatch)
+    run.draining = {"there": time.time() + 1000}
+    run.leaving.between_steps()
+    run.ready = run.failed = {"new engine"}
+    run.leaving.between_steps()
+    assert run.told == [("dismissed", "new engine")] and run.count == 5
+    run.failed = set()
+    run.leaving.between_steps()
+    assert run.told[1:] == [("engine", "new engine")]
 
 
 def test_whoever_looks_for_nodes_that_leave_waits_for_no_answer():
