@@ -25,6 +25,7 @@ from deploy.doctor.facts import Gpu, NodeFacts
 from deploy.doctor.fit import Host, unplaced
 from deploy.estimate.memory import memory, peak
 from deploy.estimate.parameters import parameters
+from rl.device import ordinal
 from swarm.run_config import RunConfig
 
 PINS = [Requirement("torch==2.13.0"), Requirement("ray[default]==2.60.0"), Requirement("huggingface_hub>=1,<3")]
