@@ -18,6 +18,8 @@ from codec.frames import digest
 from rl.device import peak_memory_gb
 from rl.snapshot import BaseLost
 
+SWARM = "the swarm"  # whose weights and samples a fire pulls, in errors
+
 
 class Anchor:
     """One anchor worker. Nothing but its copy of the model stays between fires."""
@@ -100,7 +102,7 @@ class Anchor:
         self.dense.catch_up(list(frames), tick)
 
     def _pull(self, job: FireJob) -> tuple[list[np.ndarray], np.ndarray]:
-        calls = [("the swarm", reference) for reference in [*job.snapshot, *job.replay]]
+        calls = [(SWARM, reference) for reference in [*job.snapshot, *job.replay]]
         what = f"the snapshot of tick {job.source_tick} or its replay"
         *snapshot, replay = gather(calls, what, self.config.timeout_s, "anchor.timeout_s")
         return snapshot, replay

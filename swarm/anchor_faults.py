@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from anchor_service.actor import Anchor
+from anchor_service.actor import SWARM, Anchor
 from anchor_service.calls import ActorHandle, done_of, lost, raised, take
 from anchor_service.clock import Clock
 from anchor_service.errors import ActorLost, WaitTimeout, described
@@ -139,6 +139,8 @@ class AnchorFaults:
                 self._renew(fire.worker, self._own(fire, failure))
             elif _echo(fire, failure) and (before := self.line.before(fire.due.version, self.m_bar)) and lost([before]):
                 self.line.publish_again(fire.due.version, self._average([fire]))
+            elif isinstance(failure, ActorLost | WaitTimeout) and failure.who == SWARM:
+                self.unsent(fire.due.version, failure)
             else:
                 self.void(fire.worker, self._own(fire, failure))
 
@@ -238,8 +240,8 @@ class AnchorFaults:
         if decision is Decision.RENEW:
             self._starting[k] = self.fleet.arrival(self.fleet.renew("anchor", k)), time.monotonic()
 
-    def unsent(self, version: int, failure: ActorLost) -> None:
-        """The weights that a fire was to start from were lost with a rank."""
+    def unsent(self, version: int, failure: Exception) -> None:
+        """The weights that a fire was to start from were lost, with a rank or with its node."""
         fire = self.line.under_way.get(version)
         if fire is not None:
             self._drop([fire])

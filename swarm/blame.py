@@ -23,6 +23,7 @@ _SPOKEN: dict[str, tuple[Role, ...]] = {  # of a role one does not know which; o
     "a neighbouring stage": ("worker",),
     "the stages of a replica": ("worker",),
     "the replicas of a stage": ("worker",),
+    "the swarm": ("worker", "anchor"),  # its fire failed with it: workers that meet again do not mend that
 }
 _ARGUMENTS: dict[str, tuple[Role, ...]] = {  # who delivers what a role is called with
     "worker": ("anchor",),

@@ -64,8 +64,12 @@ def verify(folder: Path) -> None:
     """Raises CheckpointError, naming the file, where something is damaged, missing or not finite."""
     manifest.check(folder)
     for file in sorted(folder.glob("rank-*.safetensors")):
-        with safe_open(file, framework="pt") as f:
-            _check_finite(file, {name: f.get_tensor(name) for name in f.keys()})
+        try:
+            with safe_open(file, framework="pt") as f:
+                tensors = {name: f.get_tensor(name) for name in f.keys()}
+        except SafetensorError as error:  # of a file that the manifest does not know
+            raise CheckpointError(f"{file} is damaged: {error}") from None
+        _check_finite(file, tensors)
     m_bar = read_frame(folder, "m_bar")
     if m_bar is not None:
         _check_finite(folder / "m_bar.frame", {"M̄": torch.from_numpy(m_bar.view(np.float32))})
@@ -102,7 +106,8 @@ class CheckpointWriter:
     ) -> None:
         """`state` as JSON, `frames` as raw bytes, beside the files of `ranks`, each with what its rank says of it.
 
-        Then renamed, and all but the newest `keep` dropped.
+        Then renamed, and all but the newest `keep` dropped. Files of other ranks are of some that were lost as they saved,
+        or have another number by now: whoever counts replicas would take them for one.
         """
         with manifest.writing(self.path):
             for name, frame in frames.items():
@@ -112,6 +117,8 @@ class CheckpointWriter:
             entries = {name: manifest.entry(self.path / name) for name in own}
             for rank in ranks:
                 entries |= rank
+            for left in {file.name for file in self.path.glob("rank-*.safetensors")} - entries.keys():
+                (self.path / left).unlink()
             manifest.write(self.path, entries)
             shutil.rmtree(self.final, ignore_errors=True)
             self.path.rename(self.final)

@@ -15,7 +15,7 @@ import numpy as np
 from anchor_service.calls import salvaged
 from anchor_service.clock import Clock, Lockstep, make_clock
 from anchor_service.config import correction_payload
-from anchor_service.errors import Hung, described
+from anchor_service.errors import ActorLost, Hung, described
 from anchor_service.lag import Due
 from anchor_service.line import Fire, FireLine, NoFires
 from anchor_service.messages import NORM, VOID
@@ -224,7 +224,7 @@ class Corrections:
         if gone:
             reason = next(iter(gone.values()))
             if self.clock.waits:
-                raise reason
+                raise ActorLost("the anchor", "what a checkpoint keeps of it", reason.reason) from reason
             self.progress.event("checkpoint without", what=[*gone], reason=described(reason))
         fires = [fire for fire in fires if gone.keys().isdisjoint(_calls(fire))]
         names = {"m_bar"}.union(*map(_calls, fires))

@@ -226,7 +226,10 @@ class ActorGroup:
 
         self.plans = plans
         calls = [
-            (f"{role} {i}", handle.__ray_call__.remote(construct, *plan.arguments))
+            (
+                config.swarm.name_of(i) if role == "worker" else f"{role} {i}",
+                handle.__ray_call__.remote(construct, *plan.arguments),
+            )
             for role in ROLES
             for i, (handle, plan) in enumerate(zip(self.actors[role], plans[role]))
             if (role, i) not in new

@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 
+from anchor_service.errors import ActorLost
 from deploy.cluster import kept_actors
 from deploy.cluster.kept_actors import ActorGroup
 from deploy.cluster.placement import ROLES, counts
 from deploy.config import load
+from swarm.blame import blamed
 
 
 def test_one_that_comes_beside_takes_the_bundle_of_one_that_left_unless_its_node_leaves(
@@ -43,6 +45,24 @@ def test_one_that_comes_beside_takes_the_bundle_of_one_that_left_unless_its_node
         ("worker", 0, True),
     ]
     assert made == anywhere and not group.whole
+
+
+def test_one_that_dies_as_it_is_constructed_again_is_named_as_one_that_has_failed(monkeypatch: pytest.MonkeyPatch):
+    """Else a run that goes back to its checkpoint would end of it."""
+    config = load("k5", ["swarm.pp=2", "swarm.dp=2", "rollout.replicas=2"])
+    call = SimpleNamespace(remote=lambda construct, *arguments: object())
+    actors: dict[str, list[Any]] = {
+        role: [SimpleNamespace(__ray_call__=call) for _ in range(n)] for role, n in zip(ROLES, counts(config))
+    }
+    plans: Any = {role: [SimpleNamespace(arguments=())] * n for role, n in zip(ROLES, counts(config))}
+    group, asked = ActorGroup(config, None, plans, actors), list[str]()  # pyright: ignore
+    monkeypatch.setattr(kept_actors, "gather", lambda calls, *_, **__: asked.extend(who for who, _ in calls))
+    group.construct_again(plans, config, 0.0, new={("worker", 0)})
+    found = [blame for who in asked for blame in blamed(ActorLost(who, "its new run", "killed"), 2)]
+    assert [(blame.role, blame.index) for blame in found] == [
+        *(("worker", rank) for rank in (1, 2, 3)),
+        *(("engine", 0), ("engine", 1), ("anchor", 0)),
+    ]
 
 
 @pytest.mark.parametrize(

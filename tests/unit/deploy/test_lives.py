@@ -17,6 +17,7 @@ from swarm.grid import PeerLost
 
 LOST = ActorLost("worker d0p1", "tick 3", "killed")
 HUNG = WaitTimeout("worker d0p0, worker d0p1, worker d1p0, worker d1p1", "tick 3", 300.0, "swarm.timeout_s")
+PULLED = ActorLost("the swarm", "the snapshot of tick 3 or its replay", "its node died")
 BROKE_OFF = PeerLost("worker d0p0: a norm with the stages of a replica failed: reset")
 NO_ROOM = WaitTimeout("the Ray cluster", "room for 4 bundles (PACK)", 300.0, "swarm.start_timeout_s")
 
@@ -54,7 +55,7 @@ def play(script: Script, monkeypatch: pytest.MonkeyPatch, folder: Path, *overrid
     Lives(config, SimpleNamespace(again=script.again), None, folder).run()  # pyright: ignore
 
 
-@pytest.mark.parametrize("failure", [LOST, HUNG, BROKE_OFF], ids=lambda e: type(e).__name__)
+@pytest.mark.parametrize("failure", [LOST, HUNG, PULLED, BROKE_OFF], ids=lambda e: type(e).__name__)
 def test_a_lost_process_costs_a_rewind_and_an_event(
     failure: Exception, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):

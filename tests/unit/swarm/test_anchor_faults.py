@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from anchor_service import line as anchor_line
+from anchor_service.actor import SWARM
 from anchor_service.clock import make_clock
 from anchor_service.errors import ActorLost, WaitTimeout
 from anchor_service.line import FireLine
@@ -22,6 +23,7 @@ from anchor_service.messages import NORM
 from deploy.config import load
 from rl.snapshot import BaseLost
 from swarm import anchor_faults, corrections, snapshots
+from swarm.blame import blamed
 from swarm.config import FaultsConfig
 from swarm.corrections import Corrections
 from swarm.failure_policy import FailurePolicy
@@ -97,8 +99,9 @@ class Lazy:
     def _do(self, name: str, args: tuple[Any, ...]) -> Any:
         try:
             return getattr(self, f"_{name}")(*[a.value() if isinstance(a, Ref) else a for a in args])
-        except ActorLost:
-            return ActorLost("an actor that it gets an argument from", "its call", "killed")
+        except ActorLost as error:  # what the call before it raised of the swarm is what this one fails with
+            passed_on = error.who == SWARM
+            return error if passed_on else ActorLost("an actor that it gets an argument from", "its call", "killed")
         except BaseLost as lost:
             return lost
 
@@ -123,6 +126,8 @@ class Lazy:
             self.held = base
 
     def _gradient(self, job: Any) -> list[Any]:
+        if job.snapshot and isinstance(job.snapshot[0], ActorLost):
+            raise ActorLost(SWARM, "the snapshot", job.snapshot[0].reason)
         if job.snapshot:
             self._follow(job.source_tick, job.snapshot[0])
         if self.held != job.source_tick:
@@ -202,7 +207,7 @@ class Run:
         monkeypatch.setattr(anchor_faults, "carried", lambda worker, made: worker.copy.remote(made))
         monkeypatch.setattr(anchor_faults, "take", lambda ref, *_: ref.value())
         monkeypatch.setattr(anchor_faults, "lost", lambda references: bool(self.gone & set(map(str, references))))
-        self.gone, self.forgotten, self.rank_dies = set[str](), False, -1
+        self.gone, self.forgotten, self.rank_dies, self.node_dies = set[str](), False, -1, -1
 
     def _renew(self, role: str, k: int) -> Lazy:
         assert role == "anchor"
@@ -216,6 +221,8 @@ class Run:
             raise BaseLost(0, tick, None)
         assert not full or tick == self.progress.tick  # it would be of other weights than those that were asked for
         base, self.tick_of[stream] = self.tick_of.get(stream, 0), tick
+        if tick == self.node_dies:  # after the frame was made, and before an anchor has pulled it
+            return [ActorLost("itself", "its call", "its node died")], 10
         return [(whole or full, base, tick)], 10
 
     def _weights_beside(self, tick: int, stream: str, whole: bool) -> tuple[list[object], list[tuple[str, Any]]]:
@@ -347,6 +354,19 @@ def test_in_lockstep_an_average_that_went_with_its_node_rewinds_the_run(monkeypa
     assert run.names == []
 
 
+@pytest.mark.parametrize("swift", [False, True])
+def test_in_lockstep_weights_that_went_with_their_node_before_an_anchor_had_them_rewind_the_run(
+    monkeypatch: pytest.MonkeyPatch, swift: bool
+):
+    run = Run(monkeypatch, [Lazy(), Lazy()], swift, *LAGS[0]).begin()
+    run.node_dies = next(source for source in range(4, TICKS) if run.clock.to_start(source))
+    with pytest.raises(ActorLost, match="the swarm ended") as caught:
+        while run.progress.tick < TICKS:
+            run.tick()
+    # not a worker's alone: the tick would be taken again with the fire that has failed
+    assert [blame.role for blame in blamed(caught.value, 1)] == ["worker", "anchor"] and run.names == []
+
+
 def test_a_failing_anchor_ends_the_run_with_its_last_error_when_the_budget_is_spent(monkeypatch: pytest.MonkeyPatch):
     run = Run(monkeypatch, [Lazy(1, "lost")], False, *LAGS[0])
     run.later = lambda: Lazy(0, "lost")
@@ -418,6 +438,18 @@ def test_a_snapshot_that_is_lost_with_its_rank_voids_its_fire_and_no_anchor_is_b
     assert run.progress.ledger.state()["snapshot"][0] == 10 * (begun + jobs - 1)
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_so_does_one_that_goes_with_its_node_before_an_anchor_has_it(monkeypatch: pytest.MonkeyPatch, workers: int):
+    held = [Lazy() for _ in range(workers)]
+    run = Run(monkeypatch, [*held], True, *WALL).begin()
+    run.node_dies = 4
+    while run.progress.tick < TICKS:
+        run.tick()
+    assert run.names == ["snapshot lost"] and run.workers == held
+    ticks = [int(m.split(",")[0].removeprefix("M(θ")) for m in run.merged[-1]]
+    assert ticks[0] < 4 < ticks[-1] and 4 not in ticks  # M̄ lives on
+
+
 def test_nothing_starts_while_no_anchor_worker_is_there_and_nothing_waits(monkeypatch: pytest.MonkeyPatch):
     run = Run(monkeypatch, [Lazy(2, "lost"), Lazy(4, "lost")], True, *WALL)
     slow = [Lazy(0, "hung"), Lazy(0, "hung")]
@@ -459,8 +491,9 @@ def test_a_checkpoint_is_written_without_what_went_with_its_node_where_that_ends
 
     monkeypatch.setattr(corrections, "salvaged", salvaged)
     if clock is not WALL:
-        with pytest.raises(ActorLost, match="its node died"):
+        with pytest.raises(ActorLost, match="its node died") as caught:
             run.corrections.save()
+        assert [blame.role for blame in blamed(caught.value, 1)] == ["anchor"]  # so it is known what to do about it
         return
     due = run.corrections._unmerged()[-1].due
     state, frames = run.corrections.save()

@@ -40,6 +40,7 @@ def no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
         ("the diagnoser", [("diagnoser", None)]),
         ("diagnoser 0", [("diagnoser", 0)]),
         ("a worker", [("worker", None)]),
+        ("the swarm", [("worker", None), ("anchor", None)]),
     ],
 )
 def test_a_process_that_died_is_named(who: str, roles: list[tuple[str, int | None]]):
