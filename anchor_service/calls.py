@@ -120,12 +120,12 @@ def replies(calls: Iterable[tuple[str, object]], what: str, seconds: float, knob
 
 def salvaged(
     calls: Mapping[str, object], what: str, limit: tuple[float, str]
-) -> tuple[dict[str, Any], dict[str, ActorLost]]:
-    """What these deliver by their names, and of those that were lost, how. Raises any other error."""
+) -> tuple[dict[str, Any], dict[str, ActorLost | WaitTimeout]]:
+    """What these deliver by their names, and of those that were lost or did not come, how. Raises any other error."""
     found = dict(zip(calls, replies(calls.items(), what, *limit), strict=True))
-    gone = {name: error for name, error in found.items() if isinstance(error, ActorLost)}
+    gone = {name: error for name, error in found.items() if isinstance(error, ActorLost | WaitTimeout)}
     for error in found.values():
-        if isinstance(error, Exception) and not isinstance(error, ActorLost):
+        if isinstance(error, Exception) and not isinstance(error, ActorLost | WaitTimeout):
             raise error
     return {name: value for name, value in found.items() if name not in gone}, gone
 

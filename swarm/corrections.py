@@ -224,7 +224,7 @@ class Corrections:
         if gone:
             reason = next(iter(gone.values()))
             if self.clock.waits:
-                raise ActorLost("the anchor", "what a checkpoint keeps of it", reason.reason) from reason
+                raise ActorLost("the anchor", "what a checkpoint keeps of it", described(reason)) from reason
             self.progress.event("checkpoint without", what=[*gone], reason=described(reason))
         fires = [fire for fire in fires if gone.keys().isdisjoint(_calls(fire))]
         names = {"m_bar"}.union(*map(_calls, fires))

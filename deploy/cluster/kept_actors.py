@@ -128,12 +128,15 @@ class ActorGroup:
 
     def new_worker(self, old: ActorHandle[Any] | None) -> ActorHandle[Any]:
         """Another in the place of `old`; of None, or of one that has no bundle, wherever there is room. Waits for nothing."""
-        held = self.actors["worker"]
-        if old is not None and old in held:
-            return self.renew("worker", held.index(old))
-        if old is not None:
-            ray.kill(old)
-        return self.new_beside("worker")
+        return self.new_beside("worker") if old is None else self._other("worker", old)
+
+    def _other(self, role: Role, old: ActorHandle[Any]) -> ActorHandle[Any]:
+        """In the bundle of `old`, whose number may be another's by now; wherever there is room if it has none."""
+        held = self.actors[role]
+        if old in held:
+            return self.renew(role, held.index(old))
+        ray.kill(old)
+        return self.new_beside(role)
 
     def new_beside(self, role: Role) -> ActorHandle[Any]:
         """One more of a role, in a bundle that is vacant or wherever there is room; waits for nothing."""
@@ -241,8 +244,7 @@ class ActorGroup:
         held = {role: self.actors[role][:n] for role, n in zip(ROLES, counts(config))}
 
         def renew(role: Role, index: int) -> ActorHandle[Any]:
-            ray.kill(held[role][index])  # which may be one that came beside
-            held[role][index] = new = self.renew(role, index)
+            held[role][index] = new = self._other(role, held[role][index])
             return new
 
         return Fleet(

@@ -47,6 +47,24 @@ def test_one_that_comes_beside_takes_the_bundle_of_one_that_left_unless_its_node
     assert made == anywhere and not group.whole
 
 
+def test_who_took_another_s_bundle_is_not_killed_with_the_one_whose_number_that_bundle_has(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """After two moves the second engine sits in the first one's bundle."""
+    config = load("k5", ["rollout.replicas=2"])
+    actors: dict[str, list[Any]] = {role: [f"{role} {i}" for i in range(n)] for role, n in zip(ROLES, counts(config))}
+    group, killed = ActorGroup(config, None, {role: [] for role in ROLES}, actors), list[Any]()  # pyright: ignore
+    monkeypatch.setattr(kept_actors.ray, "kill", killed.append)
+    monkeypatch.setattr(kept_actors, "leaves", lambda bundles, bundle: False)
+    monkeypatch.setattr(group, "_new", lambda role, index, anywhere=False: f"new {role} {index} {anywhere}")
+    fleet = group.fleet(config, again=lambda: fleet)
+    actors["engine"][0] = "moved"
+    fleet.engines[:] = ["elsewhere", "moved"]  # pyright: ignore
+    assert fleet.renew("engine", 0) == "new engine 0 True" and killed == ["elsewhere"]
+    assert fleet.renew("engine", 1) == "new engine 0 False" and set(killed) == {"elsewhere", "moved"}
+    assert fleet.engines == ["new engine 0 True", "new engine 0 False"]
+
+
 def test_one_that_dies_as_it_is_constructed_again_is_named_as_one_that_has_failed(monkeypatch: pytest.MonkeyPatch):
     """Else a run that goes back to its checkpoint would end of it."""
     config = load("k5", ["swarm.pp=2", "swarm.dp=2", "rollout.replicas=2"])
