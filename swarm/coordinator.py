@@ -140,24 +140,25 @@ class Coordinator:
 
     def _take(self, plans: list[TickPlan], minis: list[MiniFrame]) -> list[TickReport]:
         """One tick; once more where workers are lost in it."""
-        tick, pp, met = plans[0].tick, self.config.swarm.pp, None
+        tick, pp, reports = plans[0].tick, self.config.swarm.pp, list[TickReport]()
+        first = tick
         due = plans[0].correction is not None
         limit, kind = self.fleet.tick_limit(due or self.corrections.may_be_fetched), DUE_TICK if due else TICK
         while True:
             try:
-                self.dealt.give_again(minis, met)
-                if met and met.done == tick:
-                    return met.reports
+                self.dealt.give_again(minis, first)
+                if first > tick:
+                    return reports
                 others = [replace(plan, record=False) for plan in plans]  # one replica is diagnosed
                 asked = [((plans if rank < pp else others)[rank % pp],) for rank in range(len(self.fleet.workers))]
                 return self.fleet.ask_workers("tick", asked, f"tick {tick}", limit, kind)
             except Exception as failure:
-                met = self.regroup.after(failure, tick)
-                self.dealt.without |= set(met.fresh)
+                met = self.dealt.note(self.regroup.after(failure, tick))
+                first, reports = met.done + 1, met.reports or reports  # whoever took the tick may be lost in turn
 
     def _mend(self, failure: Exception) -> None:
         """Workers that were lost between two ticks."""
-        self.dealt.without |= set(self.regroup.after(failure, self.progress.tick).fresh)
+        self.dealt.note(self.regroup.after(failure, self.progress.tick))
 
     def _tick(self, index: int, minis: list[MiniFrame]) -> dict[str, float]:
         start, mini = time.perf_counter(), minis[index]

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from anchor_service.calls import lost
 from swarm.fleet import Fleet
 from swarm.messages import Report
 from swarm.progress import Progress
@@ -27,11 +28,12 @@ class Dealt:
         store: Callable[[np.ndarray], object],
     ):
         self.pp, self.fleet, self.progress, self.regroup, self.store = config.swarm.pp, fleet, progress, regroup, store
-        self.together = config.shares_prompts
+        self.together, self.wall = config.shares_prompts, config.anchor.clock == "wall"
         self.unshared = config.swarm.unshared(config.model, config.codec)
         self.given: list[tuple[int, object]] = []  # to each rank: the step's first tick, its share
         self.old_logprobs: list[object] = []  # of each rank's share, where one in its place finds them
         self.without: set[int] = set()  # ranks that are new since
+        self.anew = False  # whether these shares are nobody's any more: all ranks are to get others
 
     def begin(self, minis: list[MiniFrame], first: int) -> list[Report]:
         """The step's mini-batches, whose first tick is `first`, to all ranks; once more where workers are lost."""
@@ -45,19 +47,33 @@ class Dealt:
             except Exception as failure:
                 if self.regroup.after(failure, first).dealt_anew:
                     self._deal(minis, first)
-        self.without.clear()
+        self._all_have_theirs()
         return reports
 
-    def give_again(self, minis: list[MiniFrame], met: Met | None) -> None:
-        """Ranks that are new get their share; all of them, where there are more or fewer replicas than before."""
-        if met and met.dealt_anew:
-            self._deal(minis, met.done + 1)
-            # of other samples now: old log-probs are taken anew, of the present weights
+    def note(self, met: Met) -> Met:
+        """What workers that met still need. Nothing of it is forgotten before all have it, whoever is lost meanwhile."""
+        self.without |= set(met.fresh)
+        self.anew |= met.dealt_anew
+        return met
+
+    def give_again(self, minis: list[MiniFrame], first: int) -> None:
+        """Ranks that are new get their share; all of them, where there are more or fewer replicas than before, or where a
+        lost rank's old log-probs went with its node. `first`: the tick that comes next."""
+        # only on the wall clock: in lockstep those of the present weights would be others, and the run goes back
+        if self.wall and self.without and not self.anew:
+            self.anew = lost([self.old_logprobs[rank] for rank in self.without])
+        if self.anew:
+            self._deal(minis, first)
+            # maybe of other samples now: old log-probs are taken anew, of the present weights
             _, self.old_logprobs = self.fleet.begin_step(self.given)
             self.progress.event("step dealt anew", replicas=self.regroup.dp)
         elif self.without:
             self.fleet.give({rank: (*self.given[rank], self.old_logprobs[rank]) for rank in self.without})
+        self._all_have_theirs()
+
+    def _all_have_theirs(self) -> None:
         self.without.clear()
+        self.anew = False
 
     def _deal(self, minis: list[MiniFrame], first: int) -> None:
         self.given = []
