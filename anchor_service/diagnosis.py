@@ -125,11 +125,13 @@ class Diagnoser:
         """Metrics of one tick. `replay` and `source_replay` are the frames of b_T and b_{s+1} (or a window); `m_bar` fp32 [numel].
 
         `records` are those of the tick, one a stage, then those of θ_s if there is a source. A metric that is not
-        defined is left out. Raises FrameError.
+        defined is left out; all are, of a tick whose records have nothing of it but the weights after it. Raises FrameError.
         """
         moved = sum(x.nbytes for x in (replay, source_replay, m_bar, *records) if x is not None)
         stages, numel = len(self.dense.stages), self.dense.model.weights.numel
         vectors = unpack_records(records[:stages], tick, numel)
+        if "before" not in vectors:  # who kept that was lost as the tick was over
+            return {"perf/max_memory_gb": peak_memory_gb(self.dense.device)}
         if m_bar is not None:
             vectors["m_bar"] = torch.from_numpy(m_bar.copy())
         denominator, batch = _batch(replay, tick)

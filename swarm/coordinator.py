@@ -222,6 +222,8 @@ class Coordinator:
             self.progress.event("diagnosis left out", reason=described(failure))
             return {PAUSED_S: time.perf_counter() - start}
         self.progress.remember("diagnoser", found.pop("perf/max_memory_gb"))
+        if not found:
+            self.progress.event("diagnosis left out", reason="the ranks that kept what the tick computed were lost")
         return found | {PAUSED_S: time.perf_counter() - start}
 
     def _validate(self) -> None:

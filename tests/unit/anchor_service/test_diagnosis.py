@@ -226,6 +226,14 @@ def test_a_tick_without_any_advantage_has_no_cosines_and_nothing_that_is_not_a_n
     assert not [name for name in found if "cos_" in name or "error_" in name]
 
 
+def test_of_a_tick_whose_ranks_were_lost_after_it_nothing_is_said(untied_model: Path):
+    """Others have the weights from a twin, and nothing of what the tick computed."""
+    d = diagnoser(untied_model)
+    weights = start(d)
+    found = d.diagnose(3, frame(sampled(d, weights)), None, None, None, *record({"after": weights}, 3))
+    assert set(found) == {"perf/max_memory_gb"}
+
+
 # --- records and sources ---------------------------------------------------------------------------
 
 

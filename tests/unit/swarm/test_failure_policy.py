@@ -76,3 +76,21 @@ def test_a_diagnoser_that_fails_is_renewed_and_costs_the_diagnosis_of_its_tick(
             diagnose()
         return
     assert set(diagnose()) == {PAUSED_S} and renewed == [("diagnoser", 0)] and events == ["diagnosis left out"]
+
+
+def test_a_diagnosis_without_anything_in_it_is_told(monkeypatch: pytest.MonkeyPatch):
+    events, peak = list[str](), {"perf/max_memory_gb": 1.0}
+    monkeypatch.setattr(coordinator, "gather", lambda *_: [dict(peak)])
+    run = SimpleNamespace(
+        progress=SimpleNamespace(tick=4, event=lambda name, **more: events.append(name), remember=lambda *_: None),
+        fleet=SimpleNamespace(
+            diagnosers=[SimpleNamespace(diagnose=SimpleNamespace(remote=lambda *args: None))],
+            records=lambda tick: [],
+            anchor_limit=(1.0, "anchor.timeout_s"),
+        ),
+        corrections=SimpleNamespace(sources=SimpleNamespace(merged=lambda outcome: None)),
+    )
+    diagnose = partial(Coordinator._diagnose, run, SimpleNamespace(reference=None), MergeOutcome())
+    assert set(diagnose()) == {PAUSED_S} and events == ["diagnosis left out"]
+    peak["diagnostics/cos_merged"] = 0.5
+    assert set(diagnose()) == {PAUSED_S, "diagnostics/cos_merged"} and len(events) == 1
