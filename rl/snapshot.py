@@ -45,6 +45,7 @@ class Sender:
         self.coder = None if rate is None else EntropyVector(16 * rate)
         self.held = np.zeros(0, np.float32)  # [numel] as it travels; always fp32 where a coder adds to it
         self.tick: int | None = None  # None: nothing was sent
+        self.whole = False  # whether the frame that was made last is
 
     def frame(self, flat: Tensor, tick: int, stage: int, whole: bool = False, exact: bool = True) -> np.ndarray:
         """Weights frame of `flat` fp32 [numel] after `tick` ticks; without `exact` a stream that has a rate sends a coded one.
@@ -58,6 +59,7 @@ class Sender:
         if self.tick is None:  # after 0 ticks the receivers hold these weights too, from the model's files
             self._keep(self._travelling(new))
             whole, exact = whole or tick > 0, True
+        self.whole = whole
         before, self.tick = self.tick or 0, tick
         kind, arrays, base_tick = "delta", dict[str, np.ndarray](), before
         if not whole or tick != before:  # else the step of this tick was made, and what it led to is asked for again

@@ -45,6 +45,7 @@ class AnchorFaults:
         self.config, self.fleet, self.progress, self.line, self.clock = config, fleet, progress, line, clock
         self.choice, self.engines, self.policy = choice, engines, policy
         self.begin_whole: set[str] = set()  # streams whose next frame must be whole
+        self.begun: dict[str, int] = {}  # in lockstep, of each stream: ticks after which its last whole frame was sent
         self.m_bar: object = None  # of the last fire that left the line
         # newcomers: when they are ready, and since when they start
         self._starting: dict[int, tuple[object, float]] = {}
@@ -129,10 +130,9 @@ class AnchorFaults:
             self._meet()
         late = [] if self.clock.waits else self.line.overdue(time.monotonic())
         for fire in late:
-            what = f"correction {fire.due.version}"
-            limit = self.config.anchor.timeout_s
+            what, limit = f"correction {fire.due.version}", (self.config.anchor.timeout_s, "anchor.timeout_s")
             if fire.due.version in self.line.under_way:
-                self.void(fire.worker, WaitTimeout(f"anchor {fire.worker}", what, limit, "anchor.timeout_s"))
+                self.void(fire.worker, WaitTimeout(f"anchor {fire.worker}", what, *limit))
         while failed := self._failed():
             fire, failure = failed
             if self.clock.waits:
@@ -198,7 +198,7 @@ class AnchorFaults:
         else:
             frames = [(fire.due.source_tick, fire.job.snapshot) for fire in owed if fire.job]
             newest, stream = owed[-1].due.source_tick, stream_of(owed[-1].worker)
-            whole = lambda: self.fleet.weights(newest, stream, whole=True)  # noqa: E731
+            whole = lambda: self.fleet.weights(newest, stream, whole=True)[:2]  # noqa: E731
         return frames, None if self.config.snapshot.encoding == "full" else whole
 
     @staticmethod
@@ -217,9 +217,10 @@ class AnchorFaults:
         needs = [reference for _, references in frames for reference in references]
         needs += [reference for fire in owed if fire.job for reference in fire.job.replay]
         before = self.line.before(owed[0].due.version, self.m_bar)
-        reached = bool(frames) and frames[0][0] == owed[0].due.source_tick
-        coded = self._shared and self.config.snapshot.rate is not None and len(frames) > 1
-        return reached and not coded and not lost([*needs, *([] if before is None else [before])])
+        source, own = owed[0].due.source_tick, self.begun.get(stream_of(owed[0].worker), 0)
+        reached = bool(frames) and frames[0][0] == source
+        back = self.engines.leads_back(source) if self._shared else own <= source
+        return reached and back and not lost([*needs, *([] if before is None else [before])])
 
     # --- on the wall clock ----------------------------------------------------------------------
 

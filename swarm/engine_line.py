@@ -5,7 +5,8 @@
 
 A newcomer gets what the stream's receivers hold, whole, and the queue of the one before it, from the oldest samples on
 that are still to come. What is asked of the newest weights goes to others at once: samples depend on seed, step and
-prompt, not on who makes them. Coded steps cannot be taken back: then samples of older weights are asked of the newest.
+prompt, not on who makes them. Neither coded steps can be taken back nor what is whole, which is sent by a rank that is new:
+then samples of older weights are asked of the newest, or, where a lockstep run has no coded steps, the run rewinds.
 """
 
 from __future__ import annotations
@@ -106,7 +107,8 @@ class EngineLine:
         self._mended(self._meet)
         config, tick, fleet, ledger = self.config, self.progress.tick, self.fleet, self.progress.ledger
         step = tick // config.grpo.ticks_per_step
-        references, nbytes = fleet.weights(tick, ENGINES_STREAM, whole=False, exact=config.exact_after(step))
+        exact = config.exact_after(step)
+        references, nbytes, whole = fleet.weights(tick, ENGINES_STREAM, whole=False, exact=exact)
         calls: Calls = [(_name(i), e.load_weights.remote(tick, *references)) for i, e in enumerate(fleet.engines)]
         self.line.follow(tick, references)
         nodes = fleet.nodes(fleet.engines)
@@ -114,8 +116,8 @@ class EngineLine:
             ledger.add("snapshot", nbytes * len(apart), 0)
         dense = self._parameters * config.model.itemsize  # what a dense system sends
         ledger.add("rollout_sync", nbytes * len(nodes), dense * len(nodes))
-        kind = "load exact" if config.exact_after(step) else "load coded"
-        newest = Sent(step, tick, calls, references=references, kind=kind)
+        kind = "load exact" if exact else "load coded"
+        newest = Sent(step, tick, calls, references=references, whole=whole, kind=kind)
         self._unsettled.append(newest)
         wanted = [a.weights.tick for a in self._under_way] + [f.due.source_tick for f in self.line.under_way.values()]
         self.sent = [s for s in self.sent if s.tick >= min(wanted, default=tick)] + [newest]
@@ -127,7 +129,12 @@ class EngineLine:
         newest = self.sent[-1]
         if self.config.snapshot.encoding == "full":
             return newest.references, 0
-        return self.fleet.weights(newest.tick, ENGINES_STREAM, whole=True)
+        return self.fleet.weights(newest.tick, ENGINES_STREAM, whole=True)[:2]
+
+    def leads_back(self, tick: int) -> bool:
+        """Whether the newest weights can be taken back to those after `tick` ticks: over exact deltas alone."""
+        later = [sent for sent in self.sent if sent.tick > tick]
+        return not later or (self.config.snapshot.rate is None and not any(sent.whole for sent in later))
 
     def _meet(self) -> None:
         """Waits for newcomers. After that it is known where each is."""
@@ -169,9 +176,13 @@ class EngineLine:
             try:
                 return work()
             except _Failed as failed:
-                status = Status("engine", failure_of(failed.cause), self.progress.tick)
-                if self.policy.decide(status) is not Decision.RENEW:
-                    raise failed.cause from None
+                cause, recoverable = failed.cause, not any(self._bound(k, e) for k, e in failed.engines.items())
+                decision = self.policy.decide(Status("engine", failure_of(cause), self.progress.tick, recoverable))
+                if decision is Decision.REWIND and not isinstance(cause, ActorLost | WaitTimeout):
+                    who = ", ".join(map(_name, failed.engines))  # of a bad answer alone nobody would be blamed
+                    raise ActorLost(who, "samples of weights that are not to be had again", described(cause)) from cause
+                if decision is not Decision.RENEW:
+                    raise cause from None
                 self._mend(failed.engines)
 
     def _gather(self, calls: Calls, what: str, kind: str = "", since: float | None = None) -> list[Any]:
@@ -201,7 +212,9 @@ class EngineLine:
                 self._catch_up(k, lacking[k])
 
     def replace(self, k: int, newcomer: ActorHandle[RolloutWorker], reason: str) -> None:
-        """One that is ready in the place of engine `k`, which is well."""
+        """One that is ready in the place of engine `k`, which is well: what no other can sample, it does first."""
+        for asked in self._bound(k):
+            self.deliver(asked, f"samples of step {asked.step}")
         owed = self._owed(k, distrusted=False)
         old, self.fleet.engines[k] = self.fleet.engines[k], newcomer
         self.fleet.dismiss(old)
@@ -218,13 +231,19 @@ class EngineLine:
             found += [(asked, mine)] if mine else []
         return found
 
+    def _bound(self, k: int, error: Exception | None = None) -> list[Asked]:
+        """What engine `k` owes of weights that no other can have, where they must be those: in lockstep, of exact frames."""
+        if self.config.anchor.clock != "lockstep" or self.config.snapshot.rate is not None:
+            return []
+        distrusted = error is not None and failure_of(error) is Failure.BAD
+        return [asked for asked, _ in self._owed(k, distrusted) if not self.leads_back(asked.weights.tick)]
+
     def _catch_up(self, k: int, owed: list[Owed]) -> None:
         """The queue of engine `k` again, from the oldest weights on of which samples are still to come."""
         newest = self.sent[-1]
-        if self.config.snapshot.rate is not None:
-            for asked, mine in owed:
-                if asked.weights is not newest:  # all of it: a step has one set of weights
-                    asked.weights, mine[:] = newest, range(len(asked.calls))
+        for asked, mine in owed:
+            if not self.leads_back(asked.weights.tick):  # all of it: a step has one set of weights
+                asked.weights, mine[:] = newest, range(len(asked.calls))
         oldest = min([a.weights.tick for a, _ in owed], default=newest.tick)
         for sent in self._unsettled:
             sent.calls = [(n, r) for n, r in sent.calls if n != _name(k) or _good(r)]

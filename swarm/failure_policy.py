@@ -5,8 +5,8 @@
     hang      renew       renew            renew                regroup or rewind    renew
     bad       renew       renew            end                  end                  end
 
-A worker is regrouped where a live twin can give its successor the state to the bit; an anchor in lockstep is renewed
-where the swarm still has the weights of its fires. Else the run rewinds: it goes on from the newest checkpoint.
+A worker is regrouped where a live twin can give its successor the state to the bit; an anchor or an engine in lockstep is
+renewed where the swarm still has the weights of what it owes. Else the run rewinds: it goes on from the newest checkpoint.
 """
 
 from __future__ import annotations

@@ -150,28 +150,30 @@ class Fleet:
         ]
         gather(calls, "its share of the step", *self.swarm_limit)
 
-    def weights(self, tick: int, stream: str, whole: bool, exact: bool = True) -> tuple[list[object], int]:
-        """References to the weights frames of all stages after `tick` ticks, for one stream of consumers; their bytes."""
+    def weights(self, tick: int, stream: str, whole: bool, exact: bool = True) -> tuple[list[object], int, bool]:
+        """References to the weights frames of all stages after `tick` ticks, for one stream of consumers; their bytes; and
+        whether one is whole, asked for or not: those of a rank that is new are."""
         while True:
             ranks = self._first_replica
             pairs = [several(w.weights.options(num_returns=2).remote(tick, stream, whole, exact)) for w in ranks]
-            calls = [(f"worker d0p{p}", size) for p, (_, size) in enumerate(pairs)]
+            calls = [(f"worker d0p{p}", said) for p, (_, said) in enumerate(pairs)]
             try:
-                nbytes = sum(self.gather(calls, f"the weights of tick {tick}", self.swarm_limit, "weights"))
+                said = self.gather(calls, f"the weights of tick {tick}", self.swarm_limit, "weights")
             except Exception as failure:
                 self.mend(failure)
                 whole = True  # stages that are left have made the step that nobody got
             else:
-                return [frame for frame, _ in pairs], nbytes
+                sizes, wholes = zip(*said)
+                return [frame for frame, _ in pairs], sum(sizes), any(wholes)
 
     def weights_beside(self, tick: int, stream: str, whole: bool) -> tuple[list[object], Calls]:
-        """References as from `weights`, and calls that deliver their sizes; waits for nothing: the frames are made beside the
-        next tick. They are gone with a rank that is lost before."""
+        """References as from `weights`, and calls that deliver the size of each and whether it is whole; waits for nothing: the
+        frames are made beside the next tick. They are gone with a rank that is lost before."""
         for worker in self._first_replica:
             worker.keep.remote(tick)
         ask = [worker.kept.options(num_returns=2, concurrency_group="outbox") for worker in self._first_replica]
         pairs = [several(kept.remote(tick, stream, whole)) for kept in ask]
-        return [frame for frame, _ in pairs], [(f"worker d0p{p}", size) for p, (_, size) in enumerate(pairs)]
+        return [frame for frame, _ in pairs], [(f"worker d0p{p}", said) for p, (_, said) in enumerate(pairs)]
 
     def nodes(self, actors: Sequence[ActorHandle[Any]]) -> set[str]:
         """Nodes that these actors are on: an object goes once to each. An actor is asked once, before it is busy."""

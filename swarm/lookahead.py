@@ -36,6 +36,7 @@ class Sent:
     digest: str = ""  # of what all of them hold; empty until they have said so
     references: list[object] = field(default_factory=list)  # to their frames, one a stage
     since: float = field(default_factory=time.monotonic)  # when they were sent, on the monotonic clock
+    whole: bool = False  # a frame of them is, in a stream of deltas: nothing leads back over it
     kind: str = "load"  # what takes as long as this
 
 

@@ -23,8 +23,8 @@ class Outbox:
 
     def frame(
         self, weights: Tensor, tick: int, stage: int, stream: str, done: int, whole: bool, exact: bool = True
-    ) -> tuple[np.ndarray, int]:
-        """Frame of a stage's `weights` [owned] after `tick` ticks, and its size; `stage` has made `done`.
+    ) -> tuple[np.ndarray, tuple[int, bool]]:
+        """Frame of a stage's `weights` [owned] after `tick` ticks, its size and whether it is whole; `stage` has made `done`.
 
         Raises BaseLost if they are earlier weights of a stream that another has sent: whoever was here before knew them.
         """
@@ -32,8 +32,9 @@ class Outbox:
             if tick < done:
                 raise BaseLost(stage, tick, None)
             self.senders[stream] = twin.sender_of(stream, self.snapshot, self.model)
-        frame = self.senders[stream].frame(weights, tick, stage, whole, exact)
-        return frame, frame.nbytes
+        sender = self.senders[stream]
+        frame = sender.frame(weights, tick, stage, whole, exact)
+        return frame, (frame.nbytes, sender.whole)
 
     def keep(self, weights: Tensor, tick: int) -> None:
         """A copy of `weights` after `tick` ticks, for `take`."""

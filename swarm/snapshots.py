@@ -28,8 +28,10 @@ class Snapshots:
         whole = stream in self.faults.begin_whole
         self.faults.begin_whole.discard(stream)
         if version is None:
-            references, nbytes = self.fleet.weights(self.progress.tick, stream, whole)
+            references, nbytes, whole = self.fleet.weights(self.progress.tick, stream, whole)
             self.progress.ledger.add("snapshot", nbytes, 0)
+            if whole:
+                self.faults.begun[stream] = self.progress.tick
         else:
             references, self._leaving[version] = self.fleet.weights_beside(self.progress.tick, stream, whole)
         return references
@@ -43,4 +45,4 @@ class Snapshots:
             except ActorLost as failure:
                 self.faults.unsent(version, failure)
             else:
-                self.progress.ledger.add("snapshot", sum(sizes), 0)
+                self.progress.ledger.add("snapshot", sum(nbytes for nbytes, _ in sizes), 0)

@@ -248,15 +248,15 @@ class Worker:
         return self.rank.stage.weights.master[: self.rank.stage.weights.owned].detach()
 
     @_told
-    def weights(self, tick: int, stream: str, whole: bool, exact: bool) -> tuple[np.ndarray, int]:
-        """Frame of this stage's weights after `tick` ticks, and its size; raises BaseLost as `Outbox.frame` does."""
+    def weights(self, tick: int, stream: str, whole: bool, exact: bool) -> tuple[np.ndarray, tuple[int, bool]]:
+        """Frame of this stage's weights after `tick` ticks, and what it is, as of `Outbox.frame`; raises BaseLost as that."""
         return self.outbox.frame(self._own, tick, self.rank.grid.p, stream, self.done, whole, exact)
 
     @_told
     def keep(self, tick: int) -> None:
         self.outbox.keep(self._own, tick)
 
-    def kept(self, tick: int, stream: str, whole: bool) -> tuple[np.ndarray, int]:
+    def kept(self, tick: int, stream: str, whole: bool) -> tuple[np.ndarray, tuple[int, bool]]:
         """`weights` as they were when they were kept, made beside the tick that changes them."""
         weights = self.outbox.take(tick, self.setup.rank.swarm.timeout_s)
         return self.outbox.frame(weights, tick, self.rank.grid.p, stream, tick, whole)

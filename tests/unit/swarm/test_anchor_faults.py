@@ -26,6 +26,7 @@ from swarm import anchor_faults, corrections, snapshots
 from swarm.blame import blamed
 from swarm.config import FaultsConfig
 from swarm.corrections import Corrections
+from swarm.engine_line import EngineLine
 from swarm.failure_policy import FailurePolicy
 from swarm.messages import MergeOutcome
 from swarm.progress import Progress
@@ -121,8 +122,10 @@ class Lazy:
 
     def _catch_up(self, tick: int, *frames: tuple[bool, int, int]) -> None:
         self._follow(tick, frames[0])
-        for _, base, after in frames[1:]:
+        for whole, base, after in frames[1:]:
             assert self.held == after
+            if whole:  # nothing leads back over it: a FrameError that nobody waits for
+                return
             self.held = base
 
     def _gradient(self, job: Any) -> list[Any]:
@@ -152,7 +155,9 @@ class Run:
         event = lambda step, tick, name, **more: self.events.append((name, more))  # noqa: E731
         self.progress = Progress(SimpleNamespace(event=event, fire=lambda *_: None))
         self.policy = FailurePolicy(FaultsConfig(a_tick=4))
-        self.shared = SimpleNamespace(sent=[], whole=lambda: self._weights(self.shared.sent[-1].tick, "engines", True))
+        newest = lambda: self._weights(self.shared.sent[-1].tick, "engines", True)[:2]  # noqa: E731
+        back = lambda tick: EngineLine.leads_back(self.shared, tick)  # noqa: E731
+        self.shared = SimpleNamespace(config=config, sent=[], whole=newest, leads_back=back)
         self.ranks = [
             SimpleNamespace(deliver=SimpleNamespace(options=lambda **_: SimpleNamespace(remote=self._deliver)))
         ]
@@ -208,6 +213,7 @@ class Run:
         monkeypatch.setattr(anchor_faults, "take", lambda ref, *_: ref.value())
         monkeypatch.setattr(anchor_faults, "lost", lambda references: bool(self.gone & set(map(str, references))))
         self.gone, self.forgotten, self.rank_dies, self.node_dies = set[str](), False, -1, -1
+        self.reborn: set[int] = set()  # ticks after which a rank is new: what it sends then is whole
 
     def _renew(self, role: str, k: int) -> Lazy:
         assert role == "anchor"
@@ -215,20 +221,21 @@ class Run:
         self.workers[k] = new = self.later()
         return new
 
-    def _weights(self, tick: int, stream: str, whole: bool) -> tuple[list[object], int]:
+    def _weights(self, tick: int, stream: str, whole: bool) -> tuple[list[object], int, bool]:
         full = self.config.snapshot.encoding == "full"
         if self.forgotten and tick < self.progress.tick:
             raise BaseLost(0, tick, None)
         assert not full or tick == self.progress.tick  # it would be of other weights than those that were asked for
         base, self.tick_of[stream] = self.tick_of.get(stream, 0), tick
         if tick == self.node_dies:  # after the frame was made, and before an anchor has pulled it
-            return [ActorLost("itself", "its call", "its node died")], 10
-        return [(whole or full, base, tick)], 10
+            return [ActorLost("itself", "its call", "its node died")], 10, False
+        new = not full and tick in self.reborn
+        return [(whole or new or full, base, tick)], 10, not full and (whole or new)
 
     def _weights_beside(self, tick: int, stream: str, whole: bool) -> tuple[list[object], list[tuple[str, Any]]]:
-        references, nbytes = self._weights(tick, stream, whole)
+        references, *said = self._weights(tick, stream, whole)
         if tick != self.rank_dies:
-            return references, [("worker d0p0", lambda: nbytes)]
+            return references, [("worker d0p0", lambda: said)]
         self.tick_of[stream] = self.tick_of[stream] - 1  # whatever it is: the next frame is whole
         lost = ActorLost("worker d0p0", "its call", "killed")
 
@@ -273,8 +280,8 @@ class Run:
     def _step_ends(self) -> None:
         tick = self.progress.tick
         if tick % A_STEP == 0 and self.config.anchor.weights == "shared":
-            references, _ = self._weights(tick, "engines", False)
-            self.shared.sent.append(SimpleNamespace(tick=tick, references=references))
+            references, _, whole = self._weights(tick, "engines", False)
+            self.shared.sent.append(SimpleNamespace(tick=tick, references=references, whole=whole))
             self.line.follow(tick, references)
 
     def to_the_end(self) -> Run:
@@ -333,6 +340,29 @@ def test_in_lockstep_a_rank_that_is_new_itself_does_not_know_earlier_weights_and
     with pytest.raises(ActorLost, match="anchor 0"):
         run.to_the_end()
     assert run.names == []
+
+
+SHARED = "anchor.delay_k=8", "anchor.cadence=2", "anchor.weights=shared"
+
+
+@pytest.mark.parametrize("sets", [LAGS[0], SHARED])
+def test_in_lockstep_nothing_leads_back_over_a_whole_frame_and_the_run_rewinds(
+    monkeypatch: pytest.MonkeyPatch, sets: tuple[str, ...]
+):
+    """Whatever call of the worker is its last, where the weights after 7 or 8 ticks come whole."""
+    seen: list[int] = []
+    for fails in range(1, 30):
+        run = Run(monkeypatch, [Lazy(fails, "lost")], False, *sets)
+        run.reborn = {7, 8}
+        try:
+            run.to_the_end()
+        except ActorLost as failure:
+            first = run.line.owed(0)[0].due.source_tick
+            assert failure.who == "anchor 0" and first < 8 and run.names == []
+            seen.append(fails)
+        else:
+            assert run.merged == lawful(run)
+    assert 0 < len(seen) < 10
 
 
 @pytest.mark.parametrize("fails", [1, 3, 5, 8])

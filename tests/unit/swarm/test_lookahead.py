@@ -15,12 +15,14 @@ import pytest
 
 from anchor_service.errors import ActorLost, WaitTimeout
 from anchor_service.line import NoFires
+from codec.frames import FrameError
 from deploy.config import load
 from rl.batch import Batch
 from rl.engine import EngineFailed
 from rl.problems import Problems
 from rl.snapshot import BaseLost
 from swarm import engine_line
+from swarm.blame import blamed
 from swarm.checkpoint import CheckpointError
 from swarm.config import FaultsConfig
 from swarm.engine_line import EngineLine
@@ -78,8 +80,10 @@ class Lazy:
             tick, _, (whole, base, _), *back = args
             assert whole
             self.held = tick
-            for _, base, tick in back:
+            for whole, base, tick in back:
                 assert tick == self.held
+                if whole:
+                    return FrameError("stage 0", "base_tick", "nothing leads back")
                 self.held = base
             return f"digest of {self.held}"
         tick, (whole, base, _) = args
@@ -109,6 +113,7 @@ class Run:
         told: dict[str, Any] = {"event": lambda step, tick, name, **more: self.events.append(name)}
         self.progress = Progress(SimpleNamespace(**told, samples=lambda *_: None))
         self.tick, self.engines, self.later = 0, engines, later  # both ends begin with the model's files
+        self.reborn: set[int] = set()  # ticks after which a rank is new: what it sends then is whole
         self.fleet = SimpleNamespace(
             engines=engines,
             renew=self._renew,
@@ -133,10 +138,11 @@ class Run:
         self.fleet.engines[index] = new = self.later()
         return new
 
-    def _weights(self, tick: int, stream: str, whole: bool, exact: bool = True) -> tuple[list[object], int]:
+    def _weights(self, tick: int, stream: str, whole: bool, exact: bool = True) -> tuple[list[object], int, bool]:
         assert not whole or tick == self.tick  # else a step would be made that the others never see
         base, self.tick = self.tick, tick
-        return [(whole or self.config.snapshot.encoding == "full", base, tick)], 10
+        new = self.config.snapshot.encoding == "delta" and tick in self.reborn
+        return [(whole or new or self.config.snapshot.encoding == "full", base, tick)], 10, whole or new
 
     def begin(self) -> None:
         self.rollouts.begin()
@@ -340,6 +346,65 @@ def test_coded_steps_cannot_be_taken_back_so_what_is_owed_of_older_weights_is_as
     assert run.events == ["engine renewed"]
     assert [stale for *_, stale in run.used] == [0, 1, 2, 0, 1, 2, 2, 2, 2]
     assert all(held == TICKS * (step - 1 - stale) for step, held, stale in run.used)  # what is recorded is true
+
+
+WALL = "anchor.clock=wall"
+OVER_WHOLE = [(1, [0, 1, 2, 2, 2, 2, 2]), (2, [0, 1, 2, 0, 2, 2, 2]), (3, [0, 1, 2, 0, 1, 2, 2])]
+
+
+def _over_a_whole_frame(monkeypatch: pytest.MonkeyPatch, after: int, fails: Callable[[Run], None], *sets: str) -> Run:
+    """s=2, two engines: the weights after step `after` come whole; before step 4 it `fails`, and 4, 5 are owed of older ones."""
+    run = Run(monkeypatch, 2, 7, [Lazy(), Lazy()], False, *sets)
+    run.reborn = {TICKS * after}
+    run.begin()
+    for step in range(1, 8):
+        if step == 4:
+            fails(run)
+        run.step()
+    return run
+
+
+def _dies(run: Run, failure: str = "lost") -> None:
+    run.engines[1].fails, run.engines[1].failure = len(run.engines[1].done), failure
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+@pytest.mark.parametrize(("after", "stale"), OVER_WHOLE)
+def test_on_the_wall_clock_what_is_owed_of_weights_before_a_whole_frame_is_asked_of_the_newest(
+    monkeypatch: pytest.MonkeyPatch, after: int, stale: list[int], failure: str
+):
+    """And of those since then as ever."""
+    run = _over_a_whole_frame(monkeypatch, after, lambda run: _dies(run, failure), WALL)
+    assert run.events == ["engine renewed"]  # and what is recorded is true
+    assert run.used == [(step, TICKS * (step - 1 - s), s) for step, s in enumerate(stale, 1)]
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+@pytest.mark.parametrize("after", [2, 3])
+def test_in_lockstep_an_engine_that_owes_samples_of_weights_before_a_whole_frame_is_blamed_and_the_run_rewinds(
+    monkeypatch: pytest.MonkeyPatch, after: int, failure: str
+):
+    with pytest.raises((ActorLost, WaitTimeout)) as raised:
+        _over_a_whole_frame(monkeypatch, after, lambda run: _dies(run, failure))
+    assert {blame.role for blame in blamed(raised.value, 1)} == {"engine"}
+    if failure in ("base", "load"):
+        assert raised.value.who == "engine 1" and str(FAILURES[failure]) in str(raised.value)
+
+
+def test_in_lockstep_a_whole_frame_before_all_that_is_owed_changes_nothing(monkeypatch: pytest.MonkeyPatch):
+    run = _over_a_whole_frame(monkeypatch, 1, _dies)
+    assert run.used == lawful(7, 2) and run.events == ["engine renewed"]
+
+
+@pytest.mark.parametrize(("after", "stale"), OVER_WHOLE)
+def test_an_engine_that_leaves_in_order_delivers_in_lockstep_what_nobody_else_can(
+    monkeypatch: pytest.MonkeyPatch, after: int, stale: list[int]
+):
+    leaves: Callable[[Run], None] = lambda run: run.rollouts.engines.replace(1, Lazy(), "its node is draining")  # noqa: E731
+    run = _over_a_whole_frame(monkeypatch, after, leaves)
+    assert run.used == lawful(7, 2) and run.events == ["engine renewed"]
+    run = _over_a_whole_frame(monkeypatch, after, leaves, WALL)
+    assert [found for *_, found in run.used] == stale and run.events == ["engine renewed"]
 
 
 # --- checkpoints -------------------------------------------------------------------------------
