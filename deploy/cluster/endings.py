@@ -10,6 +10,7 @@ from types import FrameType
 
 from ray.exceptions import RayError, RayTaskError
 
+from rl.snapshot import BaseLost
 from swarm.blame import Blame, blamed
 from swarm.failure_policy import Failure
 from swarm.grid import PeerLost
@@ -49,8 +50,11 @@ class Notice:
 
 
 def whose(failure: BaseException, pp: int) -> list[Blame]:
-    """`blamed`; where nobody says more than that an exchange broke off, it was some worker's."""
-    return blamed(failure, pp) or ([Blame("worker", None, Failure.DEATH)] if isinstance(failure, PeerLost) else [])
+    """`blamed`; where nobody says more than that an exchange broke off, it was some worker's, and so where weights are asked for
+    that a rank which is new does not know."""
+    forgot = isinstance(failure, BaseLost) and failure.base_tick != failure.held_tick  # else files differ, for ever
+    some_worker = [Blame("worker", None, Failure.DEATH)] if forgot or isinstance(failure, PeerLost) else []
+    return blamed(failure, pp) or some_worker
 
 
 def can_go_on(failure: BaseException | None, pp: int) -> bool:

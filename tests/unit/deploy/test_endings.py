@@ -12,6 +12,7 @@ from ray.exceptions import RaySystemError, RayTaskError
 
 from anchor_service.errors import ActorLost, NotFinite, WaitTimeout
 from deploy.cluster.endings import Notice, Terminated, can_go_on
+from rl.snapshot import BaseLost
 from swarm.grid import PeerLost
 
 LOST = ActorLost("worker d0p1", "tick 3", "killed")
@@ -75,6 +76,8 @@ def _from(error: Exception, cause: Exception) -> Exception:
         (Terminated(), True),
         (LOST, True),
         (PeerLost("worker d0p0: a norm failed"), True),
+        (BaseLost(0, 4, None), True),
+        (BaseLost(0, 0, 0), False),  # the model's files differ
         (RaySystemError("the control store is gone"), True),
         (RayTaskError("tick", "", ValueError("x"), pid=1, ip=""), False),
         (NotFinite("the loss is nan", "layer 3", "lower grpo.lr"), False),

@@ -13,6 +13,7 @@ from deploy.cluster import lives
 from deploy.cluster.endings import Notice, Terminated
 from deploy.cluster.lives import Lives
 from deploy.config import load
+from rl.snapshot import BaseLost
 from swarm.grid import PeerLost
 
 LOST = ActorLost("worker d0p1", "tick 3", "killed")
@@ -55,7 +56,9 @@ def play(script: Script, monkeypatch: pytest.MonkeyPatch, folder: Path, *overrid
     Lives(config, SimpleNamespace(again=script.again), None, folder).run()  # pyright: ignore
 
 
-@pytest.mark.parametrize("failure", [LOST, HUNG, PULLED, BROKE_OFF], ids=lambda e: type(e).__name__)
+@pytest.mark.parametrize(
+    "failure", [LOST, HUNG, PULLED, BROKE_OFF, BaseLost(0, 4, None)], ids=lambda e: type(e).__name__
+)
 def test_a_lost_process_costs_a_rewind_and_an_event(
     failure: Exception, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
