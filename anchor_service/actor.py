@@ -11,14 +11,12 @@ import torch
 
 from anchor_service.calls import gather
 from anchor_service.dense_gradient import DenseGradient, DenseSetup
-from anchor_service.errors import NotFinite
+from anchor_service.errors import SWARM, NotFinite
 from anchor_service.messages import NORM, VOID, FireJob, content_digest, pack_correction, pack_head, pack_void
 from anchor_service.replay import unpack_replay
 from codec.frames import digest
 from rl.device import peak_memory_gb
 from rl.snapshot import BaseLost
-
-SWARM = "the swarm"  # whose weights and samples a fire pulls, in errors
 
 
 class Anchor:

@@ -51,6 +51,7 @@ class ActorLost(RuntimeError):
 
 # so begins who was lost where all that is known is who was called with something that it was to deliver
 ARGUMENT = "an actor that "
+SWARM = "the swarm"  # whose weights and samples a fire pulls
 
 
 class ReplicaMismatch(RuntimeError):

@@ -151,11 +151,12 @@ class Sweep(Section):
             raise SweepError(f"no cell {', '.join(sorted(unknown))} in {self.name} (cells: {', '.join(self.cells)})")
         return set(names)
 
-    def but(self, base: str | None, seeds: str | None, given: Collection[str] = ()) -> Sweep:
-        """The same question of another base, over other seeds ("0,1,2"), or with these keys `given`: none of them is an axis
-        of the grid then, and where none is left all the seeds that would have judged do. Raises SweepError."""
+    def but(self, base: str | None, seeds: str | None, overrides: Collection[str] = ()) -> Sweep:
+        """The same question of another base, over other seeds ("0,1,2"), or with `overrides` as of --set: no key of theirs is an
+        axis of the grid then, and where none is left all the seeds that would have judged do. Raises SweepError."""
         try:
             others: dict[str, Any] = {} if base is None else {"base": base}
+            given = {override.partition("=")[0].strip() for override in overrides}
             axes = {axis: values for axis, values in self.axes.items() if axis not in given}
             if len(axes) < len(self.axes):
                 others |= (

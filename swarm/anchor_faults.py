@@ -10,10 +10,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from anchor_service.actor import SWARM, Anchor
+from anchor_service.actor import Anchor
 from anchor_service.calls import ActorHandle, done_of, lost, raised, take
 from anchor_service.clock import Clock
-from anchor_service.errors import ActorLost, WaitTimeout, described
+from anchor_service.errors import SWARM, ActorLost, WaitTimeout, described
 from anchor_service.line import Fire, FireLine
 from anchor_service.places import carried
 from rl.snapshot import BaseLost

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from anchor_service.errors import ActorLost, WaitTimeout
+from anchor_service.errors import ARGUMENT, SWARM, ActorLost, WaitTimeout
 from rl.engine import EngineFailed
 from swarm.failure_policy import Failure, Role
 
@@ -23,7 +23,7 @@ _SPOKEN: dict[str, tuple[Role, ...]] = {  # of a role one does not know which; o
     "a neighbouring stage": ("worker",),
     "the stages of a replica": ("worker",),
     "the replicas of a stage": ("worker",),
-    "the swarm": ("worker", "anchor"),  # its fire failed with it: workers that meet again do not mend that
+    SWARM: ("worker", "anchor"),  # its fire failed with it: workers that meet again do not mend that
 }
 _ARGUMENTS: dict[str, tuple[Role, ...]] = {  # who delivers what a role is called with
     "worker": ("anchor",),
@@ -33,7 +33,7 @@ _ARGUMENTS: dict[str, tuple[Role, ...]] = {  # who delivers what a role is calle
 }
 _WORKER = re.compile(r"worker d(\d+)p(\d+)")
 _OTHER = re.compile(r"(engine|anchor|diagnoser) (\d+)")
-_DELIVERS = re.compile(r"an actor that (?:the )?(\w+)\b.* gets an argument from")
+_DELIVERS = re.compile(ARGUMENT + r"(?:the )?(\w+)\b.* gets an argument from")
 _RAISED_BY = re.compile(r"raised by ([^,]+), asked for ")
 
 

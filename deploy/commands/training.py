@@ -206,8 +206,7 @@ def _called(
 ) -> _SweepCall:
     from experiments.sweep import find_sweep, read_sweep
 
-    given = [override.partition("=")[0].strip() for override in set_ or []]
-    sweep = read_sweep(find_sweep(source)).but(base, seeds, given)
+    sweep = read_sweep(find_sweep(source)).but(base, seeds, set_ or [])
     wanted = sweep.select(cells.split(",") if cells is not None else list(sweep.cells))
     return _SweepCall(sweep, out or Path("runs") / sweep.name, set_ or [], wanted)
 

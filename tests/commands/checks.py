@@ -70,9 +70,7 @@ def _northstar(words: list[str]) -> None:
     found = command.make_context(words[0], list(words[1:])).params  # raises for an option that is none
     overrides = list(found.get("set_") or [])
     if words[0] == "sweep":
-        sweep = read_sweep(find_sweep(found["source"])).but(
-            found["base"] and "k5", found["seeds"], [override.partition("=")[0] for override in overrides]
-        )
+        sweep = read_sweep(find_sweep(found["source"])).but(found["base"] and "k5", found["seeds"], overrides)
         sweep.select((found["cells"] or next(iter(sweep.cells))).split(","))
         planned_runs(sweep, Path("/nowhere"), [*overrides, *FETCHED.get(sweep.base, [])])
     elif found.get("source"):

@@ -127,10 +127,8 @@ def run(config: RunConfig, folder: Path, environment: dict[str, str]) -> None:
 def main() -> None:
     folder, *overrides = sys.argv[1:]
     os.environ.update({f"RAY_health_check_{name}": value for name, value in QUICK.items()})
-    Drains.EVERY_S, Drains.PATIENCE_S = (
-        0.0,
-        30.0,
-    )  # a step takes less than a second here, and an answer more if much is done beside
+    Drains.EVERY_S = 0.0  # a step takes less than a second here
+    Drains.PATIENCE_S = 30.0  # an answer takes more where much is done beside
     config = small(*(f"{section}.resource={tag}" for section, tag in ROLES.items()), *overrides)
     with loopback(), forkserver(config.swarm.threads) as environment:
         ray_constants.SETUP_WORKER_FILENAME = SETUP

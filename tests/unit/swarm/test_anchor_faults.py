@@ -15,9 +15,8 @@ import numpy as np
 import pytest
 
 from anchor_service import line as anchor_line
-from anchor_service.actor import SWARM
 from anchor_service.clock import make_clock
-from anchor_service.errors import ActorLost, WaitTimeout
+from anchor_service.errors import SWARM, ActorLost, WaitTimeout
 from anchor_service.line import FireLine
 from anchor_service.messages import NORM
 from deploy.config import load
