@@ -130,7 +130,7 @@ class AnchorFaults:
             self._meet()
         late = [] if self.clock.waits else self.line.overdue(time.monotonic())
         for fire in late:
-            what, limit = f"correction {fire.due.version}", (self.config.anchor.timeout_s, "anchor.timeout_s")
+            what, limit = f"correction {fire.due.version}", self.fleet.anchor_limit
             if fire.due.version in self.line.under_way:
                 self.void(fire.worker, WaitTimeout(f"anchor {fire.worker}", what, *limit))
         while failed := self._failed():
