@@ -141,6 +141,10 @@ class AnchorConfig(Section):
         default="auto", description="`auto`: sign planes where the merger needs no more; `dense`: fp32 M̄ always"
     )
     device: Literal["cpu", "cuda"] = Field(default="cpu", description="device of the anchor")
+    placement: Literal["separate", "colocated"] = Field(
+        default="separate",
+        description="`colocated`: each anchor worker, and a diagnoser, shares a worker's GPU and keeps its weights there",
+    )
     resource: str | None = Field(
         default=None,
         pattern=NODE_TAG,
@@ -160,6 +164,15 @@ class AnchorConfig(Section):
         description="deadline of a correction that is due, on the wall clock of a fire beyond the lag that it is given: an "
         "anchor worker that misses it is renewed",
     )
+
+    @model_validator(mode="after")
+    def _can_share(self) -> AnchorConfig:
+        if self.placement == "colocated" and (self.device != "cuda" or self.resource):
+            raise ValueError(
+                f"placement 'colocated' puts anchor workers on GPUs of the swarm's workers, with device {self.device!r} "
+                f"and resource {self.resource!r}: set device=cuda and no resource, or placement=separate"
+            )
+        return self
 
     def replayed(self, samples: int) -> int:
         """How many samples a fire replays, where a mini-batch has `samples`."""
@@ -190,7 +203,7 @@ _WITH_M = When("codec.q_cadence", (None,)), When("codec.kind", ("powersgd", "tra
 _DRAWN = When("anchor.lag.kind", ("fixed", "lognormal", "pareto", "markov", "outage", "diurnal"))
 _LISTED = When("anchor.clock", ("lockstep",)), When("anchor.lag.kind", ("fixed",), lambda kind: kind != "trace")
 
-READING: Reading = {  # not here: resource, which says where actors go, and which a cluster's scripts give to any config
+READING: Reading = {  # not here: resource and placement, which say where actors go, and which scripts give to any config
     "anchor.delay_k": ((*_FIRES, _DRAWN), _PLACEBO),
     "anchor.cadence": ((*_FIRES, *_LISTED), _PLACEBO, _WITH_M),
     "anchor.beta_anc": (_FIRES, (When("merger.placebo", ("own",)),)),

@@ -91,17 +91,17 @@ def check_parts(device: str, gpus: int, model: Sequence[str], folder: Path, has_
 
 
 def on_gpus(device: str, gpus: int) -> list[str]:
-    """Two stages need two GPUs, as nccl takes no two ranks on one; an engine without a GPU of its own shares the first
-    worker's, an anchor without one runs on CPUs."""
+    """Two stages need two GPUs, as nccl takes no two ranks on one; an engine or an anchor without a GPU of its own shares
+    the first worker's."""
     pp = 2 if gpus >= 2 else 1
-    placement = "separate" if gpus > pp or device == "cpu" else "colocated"
-    anchor = "cuda" if gpus > pp + 1 else "cpu"
+    engine, anchor = ("separate" if gpus > before or device == "cpu" else "colocated" for before in (pp, pp + 1))
     return [
         f"swarm.device={device}",
         f"swarm.pp={pp}",
         f"rollout.device={device}",
-        f"rollout.placement={placement}",
-        f"anchor.device={anchor}",
+        f"rollout.placement={engine}",
+        f"anchor.device={device}",
+        f"anchor.placement={anchor}",
     ]
 
 

@@ -226,13 +226,18 @@ class RunConfig(Section):
             )
 
     def _check_placement(self) -> None:
-        """Colocated engines sit on the GPUs of the first workers."""
-        workers, rollout = self.swarm.dp * self.swarm.pp, self.rollout
-        if rollout.placement == "colocated" and (self.swarm.device != "cuda" or rollout.replicas > workers):
-            raise ValueError(
-                f"rollout.placement 'colocated' puts {rollout.replicas} engines on the GPUs of {workers} workers with "
-                f"swarm.device {self.swarm.device!r}: set swarm.device=cuda and rollout.replicas to at most {workers}"
-            )
+        """Who is colocated sits on the GPUs of the first workers."""
+        workers = self.swarm.dp * self.swarm.pp
+        asked = (
+            ("rollout", self.rollout.placement, "engines", "rollout.replicas", self.rollout.replicas),
+            ("anchor", self.anchor.placement, "anchor workers", "anchor.workers", self.anchor.workers),
+        )
+        for section, placement, who, key, n in asked:
+            if placement == "colocated" and (self.swarm.device != "cuda" or n > workers):
+                raise ValueError(
+                    f"{section}.placement 'colocated' puts {n} {who} on the GPUs of {workers} workers with "
+                    f"swarm.device {self.swarm.device!r}: set swarm.device=cuda and {key} to at most {workers}"
+                )
 
     def check_fits(self, shape: ModelShape) -> None:
         """Raises ValueError where the config does not fit a model of this shape."""

@@ -269,8 +269,8 @@ def _fixed(config: RunConfig) -> tuple[object, ...]:
     """What an actor cannot change once it runs."""
     devices = config.swarm.device, config.rollout.device, config.anchor.device
     place = config.swarm.placement, config.swarm.pp if config.swarm.placement == "replicas" else None
-    engines = config.rollout.engine, config.rollout.placement
-    return (*devices, config.swarm.threads, config.anchor.clock, *tags(config).items(), *place, *engines)
+    place += config.rollout.placement, config.anchor.placement
+    return (*devices, config.swarm.threads, config.anchor.clock, *tags(config).items(), *place, config.rollout.engine)
 
 
 def _connect(fleet: Fleet, config: RunConfig, since: float) -> None:

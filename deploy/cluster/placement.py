@@ -18,7 +18,8 @@ UNMASKED = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
 # Without it NCCL's wait returns at once, and at a deadline its watchdog kills the process, which then says nothing
 BLOCKING = {"TORCH_NCCL_BLOCKING_WAIT": "1"}
 ROLES: tuple[Role, ...] = ("worker", "engine", "anchor", "diagnoser")
-WORKER_SHARE, ENGINE_SHARE = 0.6, 0.4  # of a GPU that a worker shares with an engine: Ray puts no two workers on one
+# Of a GPU, for each who shares a worker's: the worker asks for the rest, so Ray puts no two on one. Eighths add up exactly
+GUEST_SHARE = 0.125
 SPARE = (
     "northstar_spare"  # of a cluster of our own: workers that are added while a run goes on need no logical CPU there
 )
@@ -48,27 +49,25 @@ def counts(config: RunConfig) -> tuple[int, int, int, int]:
 def placement(config: RunConfig) -> Placement:
     """One bundle an actor; with `swarm.placement = "replicas"` one for all stages of a replica.
 
-    An engine that is colocated sits in the bundle of the worker of its number.
+    Who is colocated sits in the bundle of the worker of its number.
     """
-    swarm, (workers, engines, anchors, diagnosers) = config.swarm, counts(config)
-    apart, colocated = swarm.placement == "replicas", config.rollout.placement == "colocated"
+    swarm, (workers, *others) = config.swarm, counts(config)
+    apart = swarm.placement == "replicas"
     together = swarm.pp if apart else 1
     replicas = workers // together
     bundles = [_bundle(swarm, together) for _ in range(replicas)]
     seats = [rank // together for rank in range(workers)]
-    if colocated:
-        seats += seats[:engines]
-        for seat in seats[workers:]:
-            bundles[seat]["CPU"] += 1
-    else:
-        bundles += [_bundle(config.rollout) for _ in range(engines)]
-        seats += range(replicas, len(bundles))
-    first = len(bundles)
-    bundles += [_bundle(config.anchor) for _ in range(anchors)]
     # the anchor's node has room for anchor workers alone
     anywhere = config.anchor.model_copy(update={"resource": None})
-    bundles += [_bundle(anywhere) for _ in range(diagnosers)]
-    return Placement(bundles, [*seats, *range(first, len(bundles))], "SPREAD" if apart else "PACK")
+    for section, count in zip((config.rollout, config.anchor, anywhere), others):
+        if section.placement == "colocated":
+            for seat in seats[:count]:
+                bundles[seat]["CPU"] += 1
+            seats += seats[:count]
+        else:
+            seats += range(len(bundles), len(bundles) + count)
+            bundles += [_bundle(section) for _ in range(count)]
+    return Placement(bundles, seats, "SPREAD" if apart else "PACK")
 
 
 def runs_that_fit(bundles: Sequence[Mapping[str, float]], nodes: Sequence[Mapping[str, float]]) -> int:
@@ -93,16 +92,14 @@ def _taken(bundle: Mapping[str, float], left: Sequence[dict[str, float]]) -> boo
 
 def demand(config: RunConfig, actor: int) -> dict[str, float]:
     """CPUs and GPUs of one actor, by its place in `Placement.of_actor`."""
-    devices = config.swarm.device, config.rollout.device, config.anchor.device, config.anchor.device
-    of_role = counts(config)
-    device = [device for device, count in zip(devices, of_role) for _ in range(count)][actor]
-    workers, engines = of_role[:2]
-    gpu = 1.0 if device == "cuda" else 0.0
-    if config.rollout.placement == "colocated":
-        if actor < engines:
-            gpu = WORKER_SHARE
-        elif workers <= actor < workers + engines:
-            gpu = ENGINE_SHARE
+    workers, *others = counts(config)
+    sections = config.rollout, config.anchor, config.anchor
+    if actor < workers:
+        beside = (n for section, n in zip(sections, others) if section.placement == "colocated")
+        gpu = 1 - GUEST_SHARE * sum(actor < n for n in beside) if config.swarm.device == "cuda" else 0.0
+    else:
+        section = [section for section, n in zip(sections, others) for _ in range(n)][actor - workers]
+        gpu = {"cpu": 0.0, "cuda": GUEST_SHARE if section.placement == "colocated" else 1.0}[section.device]
     return {"CPU": 1, "GPU": gpu}
 
 

@@ -127,8 +127,9 @@ def test_every_kind_of_codec_has_a_part_whose_settings_are_read(kind: str, gpus:
     assert config.codec.kind == kind and config.swarm.device == device
     assert config.swarm.pp == (2 if gpus >= 2 else 1)
     on = [config.swarm.device] * config.swarm.pp + [config.rollout.device, config.anchor.device]
-    assert on.count("cuda") - (config.rollout.placement == "colocated") <= gpus
-    assert config.rollout.device == device
+    shared = [config.rollout.placement, config.anchor.placement].count("colocated")
+    assert on.count("cuda") - shared <= gpus
+    assert config.rollout.device == config.anchor.device == device
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])

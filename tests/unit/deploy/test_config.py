@@ -169,6 +169,18 @@ BAD = {
         ["rollout.max_staleness 2", "grpo.rollout_is=token", "grpo.old_logprobs=rollout"], ["rollout.max_staleness=2"]
     ),
     "samples of weights to come": Bad(["rollout.max_staleness", "-1", "greater than or equal to 0"], ["rollout.max_staleness=-1"]),
+    "a colocated anchor on a CPU": Bad(["placement 'colocated'", "'cpu'", "device=cuda"], ["anchor.placement=colocated"]),
+    "a colocated anchor beside workers on CPUs": Bad(
+        ["anchor.placement 'colocated'", "swarm.device 'cpu'"], ["anchor.device=cuda", "anchor.placement=colocated"]
+    ),
+    "a colocated anchor with nodes of its own": Bad(
+        ["resource 'far'", "placement=separate"],
+        ["anchor.device=cuda", "anchor.placement=colocated", "swarm.device=cuda", "anchor.resource=far"],
+    ),
+    "more colocated anchor workers than workers": Bad(
+        ["anchor.placement 'colocated'", "3 anchor workers", "anchor.workers to at most 1"],
+        ["anchor.device=cuda", "anchor.placement=colocated", "swarm.device=cuda", "anchor.workers=3"],
+    ),
     "more colocated engines than workers": Bad(
         ["2 engines", "1 workers", "'cuda'"],
         ["rollout.engine=vllm", "rollout.device=cuda", "rollout.placement=colocated", "rollout.kv_cache_gb=1", "rollout.replicas=2", "swarm.device=cuda"],

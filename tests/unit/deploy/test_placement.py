@@ -21,13 +21,19 @@ COLOCATED = [
     for (dp, pp), kind in product(((4, 1), (2, 2), (4, 2)), ("pack", "replicas"))
     for engine in (("rollout.engine=vllm", "rollout.kv_cache_gb=1"), ())
 ]
+ANCHORS = ("anchor.placement=colocated", "anchor.device=cuda", "swarm.device=cuda", "diagnostics.every=2")
+WITH_ANCHORS = [
+    (f"swarm.dp={dp}", f"swarm.pp={pp}", f"swarm.placement={kind}", f"anchor.workers={anchors}", *ANCHORS, *engines)
+    for (dp, pp), kind in product(((4, 1), (2, 2)), ("pack", "replicas"))
+    for anchors, engines in product((1, 3), ((), SHARED))
+]
 
 
 def config(*overrides: str) -> RunConfig:
     return load("k5", [*overrides, "rollout.replicas=3"])
 
 
-@pytest.mark.parametrize("overrides", LAYOUTS + COLOCATED, ids=" ".join)
+@pytest.mark.parametrize("overrides", LAYOUTS + COLOCATED + WITH_ANCHORS, ids=" ".join)
 def test_each_bundle_holds_its_actors_and_nothing_more(overrides: tuple[str, ...]):
     c = config(*overrides)
     place = placement(c)
@@ -60,6 +66,20 @@ def test_a_colocated_engine_shares_a_gpu_with_one_worker_and_no_two_workers_fit_
     assert all(a + b > 1 for a in gpus[:workers] for b in gpus[:workers])
     assert all(gpus[i] + gpus[workers + i] == 1 for i in range(engines))
     assert place.total["GPU"] == workers
+
+
+@pytest.mark.parametrize("overrides", WITH_ANCHORS, ids=" ".join)
+def test_colocated_anchors_and_a_diagnoser_take_no_gpu_of_their_own(overrides: tuple[str, ...]):
+    c = config(*overrides)
+    place, (workers, engines, anchors, diagnosers) = placement(c), counts(c)
+    assert place.of_actor[workers + engines :] == [*place.of_actor[:anchors], *place.of_actor[:diagnosers]]
+    gpus = [demand(c, actor)["GPU"] for actor in range(workers)]
+    assert all(a + b > 1 for a in gpus for b in gpus)
+    assert place.total["GPU"] == workers
+
+
+def test_one_gpu_holds_a_preset():
+    assert placement(load("smollm2-gpu", [])).total["GPU"] == 1
 
 
 def test_a_run_needs_the_same_wherever_its_actors_are():

@@ -102,7 +102,7 @@ snapshot.dtype snapshot.encoding
 swarm.dp swarm.pp swarm.boundaries swarm.device swarm.placement swarm.resource swarm.micro_batch_size swarm.share_prompts
 swarm.activation_checkpointing swarm.threads swarm.check_every swarm.on_nan swarm.timeout_s swarm.start_timeout_s
 faults.budget faults.a_tick faults.spares faults.spare_s faults.grace_s
-codec.max_kl anchor.enabled anchor.resource merger.kind merger.placebo val.every val.size val.samples val.by val.sets samples.max_mb diagnostics.every
+codec.max_kl anchor.enabled anchor.resource anchor.placement merger.kind merger.placebo val.every val.size val.samples val.by val.sets samples.max_mb diagnostics.every
 links.swarm_mbit links.swarm_latency_ms links.anchor_mbit links.anchor_latency_ms links.jitter links.worker_tokens_s
 links.anchor_tokens_s links.engine_tokens_s links.response_tokens links.prompt_tokens links.blank_ticks
 links.engine_nodes links.replica_nodes
