@@ -203,7 +203,7 @@ _WITH_M = When("codec.q_cadence", (None,)), When("codec.kind", ("powersgd", "tra
 _DRAWN = When("anchor.lag.kind", ("fixed", "lognormal", "pareto", "markov", "outage", "diurnal"))
 _LISTED = When("anchor.clock", ("lockstep",)), When("anchor.lag.kind", ("fixed",), lambda kind: kind != "trace")
 
-READING: Reading = {  # not here: resource and placement, which say where actors go, and which scripts give to any config
+READING: Reading = {  # not here: resource, which says where actors go, and which a cluster's scripts give to any config
     "anchor.delay_k": ((*_FIRES, _DRAWN), _PLACEBO),
     "anchor.cadence": ((*_FIRES, *_LISTED), _PLACEBO, _WITH_M),
     "anchor.beta_anc": (_FIRES, (When("merger.placebo", ("own",)),)),
@@ -217,6 +217,7 @@ READING: Reading = {  # not here: resource and placement, which say where actors
     "anchor.replay": (_FIRES,),
     "anchor.payload": ((_ENABLED, TAKES_SIGNS),),
     "anchor.device": ((_ENABLED,), _DIAGNOSER),
+    "anchor.placement": ((_ENABLED,), _DIAGNOSER),
     "anchor.micro_batch_size": ((_ENABLED,), _DIAGNOSER),
     "anchor.slowdown": (_FIRES,),
     "anchor.norm_bound": ((*_FIRES, When("anchor.clock", ("wall",))),),

@@ -78,8 +78,9 @@ def test_colocated_anchors_and_a_diagnoser_take_no_gpu_of_their_own(overrides: t
     assert place.total["GPU"] == workers
 
 
-def test_one_gpu_holds_a_preset():
-    assert placement(load("smollm2-gpu", [])).total["GPU"] == 1
+@pytest.mark.parametrize("overrides", [(), ("anchor.enabled=false", "merger.kind=none")], ids=" ".join)
+def test_one_gpu_holds_a_preset(overrides: tuple[str, ...]):
+    assert placement(load("smollm2-gpu", [*overrides])).total["GPU"] == 1
 
 
 def test_a_run_needs_the_same_wherever_its_actors_are():

@@ -65,6 +65,11 @@ UNREAD = {  # a setting that does nothing: what was chosen beside it, and what r
     "anchor.replay=window": ("merger.kind=none", "merger.kind 'none'", "set merger.kind=signed_ema"),
     "anchor.payload=dense": ("merger.kind=delta", "merger.kind 'delta'", "set merger.kind=signed_ema"),
     "anchor.device=cuda": (NO_ANCHOR, "anchor.enabled false", "or diagnostics.every=7"),
+    "anchor.placement=colocated": (
+        f"{NO_ANCHOR} anchor.device=cuda swarm.device=cuda",
+        "anchor.enabled false",
+        "or diagnostics.every=7",
+    ),
     "anchor.micro_batch_size=4": (NO_ANCHOR, "anchor.enabled false", "or diagnostics.every=7"),
     "anchor.slowdown=2.0": (NO_ANCHOR, "anchor.enabled false", "set anchor.enabled=true"),
     "anchor.norm_bound=5.0": ("", "anchor.clock 'lockstep'", "set anchor.clock=wall"),
@@ -102,7 +107,7 @@ snapshot.dtype snapshot.encoding
 swarm.dp swarm.pp swarm.boundaries swarm.device swarm.placement swarm.resource swarm.micro_batch_size swarm.share_prompts
 swarm.activation_checkpointing swarm.threads swarm.check_every swarm.on_nan swarm.timeout_s swarm.start_timeout_s
 faults.budget faults.a_tick faults.spares faults.spare_s faults.grace_s
-codec.max_kl anchor.enabled anchor.resource anchor.placement merger.kind merger.placebo val.every val.size val.samples val.by val.sets samples.max_mb diagnostics.every
+codec.max_kl anchor.enabled anchor.resource merger.kind merger.placebo val.every val.size val.samples val.by val.sets samples.max_mb diagnostics.every
 links.swarm_mbit links.swarm_latency_ms links.anchor_mbit links.anchor_latency_ms links.jitter links.worker_tokens_s
 links.anchor_tokens_s links.engine_tokens_s links.response_tokens links.prompt_tokens links.blank_ticks
 links.engine_nodes links.replica_nodes
