@@ -59,6 +59,8 @@ class SnapshotConfig(Section):
 
 LEAST_TEMPERATURE = 0.01  # below it logits overflow, and vLLM raises it to this by itself
 CPU_KV_CACHE_GB = 1.0  # vllm's, where `rollout.kv_cache_gb` says nothing
+# Weights of a matrix of which an engine of transformers on a CPU keeps a copy in oneDNN's layout: smaller ones gain nothing
+PACKED_FROM = 1 << 18
 
 
 class RolloutConfig(Section):

@@ -11,6 +11,7 @@ from rl.device import prefer_determinism
 from rl.engine import Key, PlainModel, Samples, uniforms
 from rl.growing_cache import growing_cache
 from rl.grpo import log_distribution
+from rl.packed_linear import PackedLinears
 from rl.stops import TurnText
 
 BLOCK = 32  # tokens; longer than a prompt of the built-in model
@@ -26,9 +27,11 @@ class TransformersEngine:
         # of a slice, which has gaps, torch's linear copies all of the head's weights: 0.6 s of SmolLM2 in bf16, little in fp32,
         # where another order of sums would be the only thing to see
         self.last = 1 if self.model.dtype == torch.float32 else torch.tensor([-1], device=self.device)
+        self.packed = PackedLinears(self.model)
 
     def publish(self) -> None:
         self.plain.weights.publish()
+        self.packed.forget()
 
     def sleep(self) -> None:
         """Weights stay, and keys and values are gone by then: what is left is what torch keeps for later."""
@@ -37,6 +40,12 @@ class TransformersEngine:
 
     @torch.inference_mode()
     def sample(
+        self, prompts: list[list[int]], keys: list[Key], max_new: int | list[int], temperature: float
+    ) -> Samples:
+        with self.packed.in_use():
+            return self._sample(prompts, keys, max_new, temperature)
+
+    def _sample(
         self, prompts: list[list[int]], keys: list[Key], max_new: int | list[int], temperature: float
     ) -> Samples:
         n = len(keys) // len(prompts)

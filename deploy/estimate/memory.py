@@ -22,7 +22,7 @@ from deploy.estimate.parameters import (
 )
 from deploy.estimate.workload import microbatch_count, prompt_tokens, response_tokens
 from merger import holds_planes, merger_class
-from rl.config import CPU_KV_CACHE_GB
+from rl.config import CPU_KV_CACHE_GB, PACKED_FROM
 from rl.spans import spans
 from swarm.run_config import RunConfig
 
@@ -160,6 +160,7 @@ def engine(config: RunConfig, params: Params) -> list[Part]:
     return [
         *_model(config, role, n, trained=False),
         _frozen(config, role, _beneath(params)),
+        Part(role, "matrices in oneDNN's layout", 0 if vllm else _packed(config, params)),
         Part(role, "vLLM's weights", config.model.itemsize * params.model.total if vllm else 0),
         Part(role, "reference model", reference),
         Part(role, "KV cache", cache, rough=not gib),
@@ -167,6 +168,16 @@ def engine(config: RunConfig, params: Params) -> list[Part]:
         Part(role, "scratch of a draw", rows * params.vocab * 24, rough=True),
         Part(role, "weights as they arrive", 0 if full(config) else arriving_itemsize(config) * n, "host"),
     ]
+
+
+def _packed(config: RunConfig, params: Params) -> float:
+    """Bytes of the copies with which an engine of transformers multiplies on a CPU (`rl.packed_linear`)."""
+    model = params.model
+    sizes = [prod(shape) for shape in model.layer_shapes if len(shape) == 2] * model.layers + [
+        model.vocab * model.hidden
+    ]
+    large = sum(size for size in sizes if size >= PACKED_FROM)
+    return config.model.itemsize * large if config.rollout.device == "cpu" else 0
 
 
 def arriving_itemsize(config: RunConfig) -> int:
