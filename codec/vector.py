@@ -104,7 +104,8 @@ class EntropyVector:
             _scale_bytes(scales),
             signs,
         ]
-        return _sealed(parts).to(x.device), _scaled(q.copysign_(x), scales * step)
+        # nothing sent is +0, as for who decodes: beside a weight of -0 the other zero would be another result
+        return _sealed(parts).to(x.device), _scaled(q.copysign_(x).add_(0.0), scales * step)
 
     def decode(self, payload: Tensor, n: int) -> Tensor:
         raw, blocks = _opened(payload, *self.limits(n)), _blocks(n)

@@ -9,6 +9,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import xxhash
+
 from rl.model_shape import ModelNotFound, ModelRefused, ModelShape, check_family, shape_of
 
 if TYPE_CHECKING:
@@ -73,8 +75,17 @@ def _parsed(reader: type[GGUFReader], file: Path, changed: int) -> GGUFReader:
 
 
 def converted_folder(file: Path) -> Path:
-    """Where a GGUF file's float32 safetensors are, or will be."""
-    return cache_folder() / f"{file.stem}-{file.stat().st_size}"
+    """Where a GGUF file's float32 safetensors are, or will be: by what it holds, as fine-tunes may share name and size."""
+    return cache_folder() / f"{file.stem}-{_digest(file, file.stat().st_mtime_ns)}"
+
+
+@lru_cache
+def _digest(file: Path, changed: int) -> str:
+    digest = xxhash.xxh3_128()
+    with file.open("rb") as f:
+        while some := f.read(1 << 24):
+            digest.update(some)
+    return digest.hexdigest()
 
 
 def convert(file: Path) -> Path:

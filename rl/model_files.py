@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import struct
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 from rl.config import ModelConfig
 from rl.gguf_files import convert, converted_folder, gguf_config, gguf_shape
@@ -139,7 +138,7 @@ def tensor_files(folder: Path) -> dict[str, Path]:
     """Tensor name -> safetensors file, read from the headers or the index."""
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        return {k: folder / v for k, v in json.loads(index.read_text())["weight_map"].items()}
+        return {k: folder / v for k, v in _parsed(index.read_bytes(), index).get("weight_map", {}).items()}
     found = {name: file for file in sorted(folder.glob("*.safetensors")) for name in tensor_specs(file)[0]}
     if not found:
         raise ModelNotFound(f"{folder} holds no *.safetensors file")
@@ -147,12 +146,25 @@ def tensor_files(folder: Path) -> dict[str, Path]:
 
 
 def tensor_specs(file: Path) -> tuple[dict[str, TensorSpec], int]:
-    """By name those of a safetensors file, and where their data begin."""
+    """By name those of a safetensors file, and where their data begin. Raises ModelNotFound if it is none, or cut."""
     with file.open("rb") as f:
-        (size,) = struct.unpack("<Q", f.read(8))
-        specs = json.loads(f.read(size))
+        size = int.from_bytes(f.read(8), "little")
+        if 8 + size > file.stat().st_size:
+            raise ModelNotFound(f"{file} is no whole safetensors file (a git-lfs pointer?): fetch it again")
+        specs = _parsed(f.read(size), file)
     specs.pop("__metadata__", None)
     return specs, 8 + size
+
+
+def _parsed(text: str | bytes, file: Path) -> dict[str, Any]:
+    """Of a JSON object. Raises ModelNotFound."""
+    try:
+        found = json.loads(text)
+        if not isinstance(found, dict):
+            raise ValueError("no JSON object")
+        return cast(dict[str, Any], found)
+    except ValueError as error:
+        raise ModelNotFound(f"{file} cannot be read ({error}): fetch it again") from error
 
 
 def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:

@@ -14,12 +14,12 @@ _ROWS = 16  # for how many the layout is made; other numbers are multiplied with
 
 
 class PackedLinears:
-    """The large matrices of a model, once more: a copy in oneDNN's layout. On another device than a CPU there are none."""
+    """The large matrices of a model, once more: a copy in oneDNN's layout. There are none where oneDNN cannot, or on a GPU."""
 
     def __init__(self, model: nn.Module):
-        there = torch.backends.mkldnn.is_available()
-        found = (m for m in model.modules() if isinstance(m, nn.Linear)) if there else ()
-        self.layers = [m for m in found if m.weight.numel() >= PACKED_FROM and m.weight.device.type == "cpu"]
+        found = (m for m in model.modules() if isinstance(m, nn.Linear))
+        large = [m for m in found if m.weight.numel() >= PACKED_FROM and m.weight.device.type == "cpu"]
+        self.layers = large if large and _can_pack(large[0].weight.dtype) else []
         self._packed: list[Callable[[Tensor], Tensor]] = []
 
     def forget(self) -> None:
@@ -38,6 +38,15 @@ class PackedLinears:
         finally:
             for layer in self.layers:
                 del vars(layer)["forward"]  # the class has its own
+
+
+def _can_pack(dtype: torch.dtype) -> bool:
+    """Whether this build of torch has oneDNN, and this CPU what oneDNN needs: in bf16 more than for a plain product."""
+    try:
+        torch.ops.mkldnn._reorder_linear_weight(torch.zeros(16, 16, dtype=dtype), _ROWS)
+    except (AttributeError, RuntimeError):
+        return False
+    return True
 
 
 def _product(layer: nn.Linear) -> Callable[[Tensor], Tensor]:

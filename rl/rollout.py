@@ -1,7 +1,7 @@
 """Rollouts: an engine samples answers from the uncompressed weights, a task scores them, batches come back.
 
-Same answers for any number of replicas, and with the engine `transformers` for any split in batches: every
-sample has its own random numbers, a function of (seed, split, step, prompt, sample) and its turn alone.
+Same answers for any number of replicas, at one `rollout.batch_size`: every sample has its own random numbers, a function of
+(seed, split, step, prompt, sample) and its turn alone. How many rows are multiplied together shows in the last bits.
 """
 
 from __future__ import annotations
@@ -198,5 +198,8 @@ def _failed(judged: list[Judged], examples: list[Example], texts: list[str]) -> 
     if not which:
         return {}
     first = which[0]
-    shown = {"prompt": examples[first].text[:_SHOWN], "response": texts[first][:_SHOWN]}
-    return {"count": len(which), "reason": judged[first].failed[:_SHOWN]} | shown
+    shown = {"reason": judged[first].failed, "prompt": examples[first].text, "response": texts[first]}
+    # half a surrogate pair, as the name of an undecodable file has, is no text that travels
+    return {"count": len(which)} | {
+        what: text[:_SHOWN].encode(errors="backslashreplace").decode() for what, text in shown.items()
+    }

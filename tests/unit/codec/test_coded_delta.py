@@ -38,6 +38,17 @@ def test_both_ends_hold_the_same_bits_and_come_nearer(n: int, coder: EntropyVect
     assert n < 1000 or np.square(new - held).sum() <= 0.5 * far  # of few values the scales are all that fits
 
 
+@pytest.mark.parametrize("coder", [CODER, SignVector()])
+def test_a_weight_of_minus_zero_is_the_same_at_both_ends(coder: EntropyVector | SignVector):
+    new, held = weights(0), weights(1)
+    new[::2] = held[::2] = -0.0  # as Q4_0 files have thousands
+    new[::4] = -1e-9
+    receiver = held.copy()
+    for _ in range(3):
+        receiver = decode(encode(new, held, coder), receiver, coder)
+        np.testing.assert_array_equal(receiver.view(np.int32), held.view(np.int32))
+
+
 def test_pieces_are_coded_one_after_the_other(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(coded_delta, "PIECE", 512)
     new, held = weights(0), weights(1)

@@ -10,12 +10,13 @@ import pytest
 
 from deploy.config import load
 from deploy.preflight import preflight
+from rl.gguf_files import converted_folder
 from rl.model_shape import ModelNotFound
 
 TOKENS = [*"0123456789+=", "12", "<|im_end|>"]
 
 
-def write_gguf(file: Path, rows: int, eos: int | None, merges: str = "1 2") -> None:
+def write_gguf(file: Path, rows: int, eos: int | None, merges: str = "1 2", filled: float = 0.01) -> None:
     """A random Llama of one layer whose embedding has `rows` rows, with a tokenizer of 14 tokens."""
     gguf = pytest.importorskip("gguf")
     writer = gguf.GGUFWriter(file, "llama")
@@ -40,7 +41,7 @@ def write_gguf(file: Path, rows: int, eos: int | None, merges: str = "1 2") -> N
     shapes |= {f"blk.0.attn_{name}": (n, 32) for name, n in (("q", 32), ("k", 16), ("v", 16), ("output", 32))}
     shapes |= {"blk.0.ffn_gate": (64, 32), "blk.0.ffn_up": (64, 32), "blk.0.ffn_down": (32, 64)}
     for name, shape in shapes.items():
-        writer.add_tensor(f"{name}.weight", np.full(shape, 0.01, np.float32))
+        writer.add_tensor(f"{name}.weight", np.full(shape, filled, np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -71,3 +72,16 @@ def test_a_gguf_file_is_checked_as_the_folder_that_it_becomes(
         return
     with pytest.raises(ModelNotFound, match=re.escape(says)):
         preflight(run)
+
+
+def test_files_of_one_name_and_size_are_two_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("NORTHSTAR_CACHE", str(tmp_path / "cache"))
+    files = [tmp_path / name / "model.gguf" for name in ("a", "b")]
+    for file, filled in zip(files, (0.01, 0.02)):
+        file.parent.mkdir()
+        write_gguf(file, rows=14, eos=13, filled=filled)
+    assert files[0].stat().st_size == files[1].stat().st_size
+    assert converted_folder(files[0]) != converted_folder(files[1])
+    before = converted_folder(files[1])
+    files[1].write_bytes(files[0].read_bytes())
+    assert converted_folder(files[1]) == converted_folder(files[0]) != before

@@ -10,7 +10,7 @@ import huggingface_hub
 import pytest
 
 from deploy.config import ConfigError, load
-from rl.model_files import BUILTIN, model_shape, resolve
+from rl.model_files import BUILTIN, model_shape, resolve, tensor_shapes
 from rl.model_shape import ModelNotFound
 
 TINY = BUILTIN / "tiny"
@@ -85,3 +85,22 @@ def test_a_chat_needs_a_template_wherever_the_tokenizer_has_it(tmp_path: Path, p
     else:
         with pytest.raises(ConfigError, match=r"task\.chat: .* has no chat template: set task\.chat=false"):
             load("k5", arguments)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 538090408\n",
+        b"",
+        (TINY / "model.safetensors").read_bytes()[:100],
+        (2).to_bytes(8, "little") + b"[]",
+        (9).to_bytes(8, "little") + b"no header",
+    ],
+    ids=["git-lfs pointer", "empty", "cut in its header", "not an object", "not JSON"],
+)
+def test_a_file_that_is_no_whole_safetensors_file_is_to_be_fetched_again(content: bytes, tmp_path: Path):
+    for name in ("config.json", "tokenizer.json"):
+        shutil.copy(TINY / name, tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(ModelNotFound, match="fetch it again"):
+        tensor_shapes(tmp_path)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +39,17 @@ def test_an_engine_samples_with_copies_of_the_newest_weights(tied_model: Path, d
         assert np.abs(np.concatenate(scored) - np.concatenate(samples.logprobs)).mean() < BARS[dtype]
         found.append(np.concatenate(samples.logprobs))
     assert len(found[0]) != len(found[1]) or not np.allclose(found[0], found[1], atol=1e-2)
+
+
+def test_where_onednn_cannot_the_plain_product_is_used():
+    """A CPU without AVX-512 multiplies bf16, and does not lay it out."""
+    code = "import torch; from torch import nn; from rl.packed_linear import PackedLinears; "
+    code += "m = nn.Linear(512, 512, dtype=torch.bfloat16); p = PackedLinears(m)\n"
+    code += "with torch.no_grad(), p.in_use(): m(torch.ones(2, 512, dtype=torch.bfloat16))\nprint(len(p.layers))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"}, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (0, "0\n"), done.stderr
 
 
 def test_large_matrices_alone_are_packed_and_only_while_they_are_in_use():

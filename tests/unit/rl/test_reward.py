@@ -10,11 +10,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+import msgpack
 import numpy as np
 import psutil
 import pytest
 
 from deploy.config import ConfigError, load
+from rl import rollout
 from rl.examples import Example
 from rl.reward import Judged, Reward, RewardError, make_reward, parts_of
 from rl.reward_function import check_reward
@@ -432,3 +434,10 @@ def test_a_name_that_is_not_there_is_refused_with_the_key(name: str, says: str):
     with pytest.raises(ConfigError) as refused:
         load("k5", [f"task.reward={name}"])
     assert all(part in str(refused.value) for part in ("task.reward", name, says))
+
+
+def test_what_is_told_of_a_failure_is_text_that_travels():
+    judged = [Judged(1.0), Judged(0.0, failed="no file \udcff.txt" + "x" * 1000)]
+    told = rollout._failed(judged, [EXAMPLE, EXAMPLE], ["fine", "half a pair \ud83d"])
+    assert told["count"] == 1 and told["reason"].startswith("no file \\udcff.txt")
+    assert msgpack.unpackb(msgpack.packb(told)) == told and told["response"] == "half a pair \\ud83d"
