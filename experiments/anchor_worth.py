@@ -179,6 +179,8 @@ def _kind(cell: Cell) -> Any:
 
 def _same(findings: Findings, cell: Cell, *apart: str) -> str:
     """What arms that are compared share: all settings but those of the merger, of the grid, and `apart`."""
-    settings = flat(cell.completed[0].settings).items()
-    kept = [(k, v) for k, v in settings if k not in findings.sweep.axes and not k.startswith((*APART, *apart))]
+    settings = flat(cell.completed[0].settings)
+    if settings.get("codec.kind") != "none":  # where it says nothing, tables are renewed at the anchor's cadence
+        settings["codec.q_cadence"] = settings.get("codec.q_cadence") or settings.get("anchor.cadence")
+    kept = [(k, v) for k, v in settings.items() if k not in findings.sweep.axes and not k.startswith((*APART, *apart))]
     return str(sorted((k, str(v)) for k, v in kept))

@@ -89,7 +89,7 @@ def frontier_in_words(findings: Findings) -> list[Sentence]:
         return []
     base, near = found.base.cell.arm, [spot for spot in found.smaller if spot.near]
     if not near:
-        return [_alike(found, base), *_nearest(found, base)]
+        return [sentence for sentence in (_alike(found, base), *_nearest(found, base)) if sentence.parts]
     sentences = [_alike(found, base), _smallest(near[0], f"The smallest total_ratio within {found.drop:g} of {base}")]
     certain = [spot for spot in near if spot.gate.certain]
     if certain and certain[0] is not near[0]:

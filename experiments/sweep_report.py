@@ -91,7 +91,7 @@ def _how(findings: Findings) -> str:
         )
     if findings.sweep.extend:
         text += f" An arm whose best was at an end of the grid got points beyond it, {findings.sweep.extend} at most."
-    elif findings.sweep.grid:
+    elif findings.sweep.grid and not findings.sweep.tuning:
         text += (
             " Each arm is shown at its best point of the grid, chosen by the same seeds that are reported: "
             "a little optimistic for every arm alike."

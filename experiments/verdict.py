@@ -118,6 +118,9 @@ def _gate(cell: Cell, base: Cell | None, floor: Cell | None, gates: Gates) -> Se
         against = f"{at} (gate {gates.drop:g})" if gate.passed else f" against {cell_in_words(base)}{at}"
         said.append([words, number, against + ("" if gate.certain else ", not certain over these seeds")])
         good = gate.passed and gate.certain
+    elif base and gates.step and paired(cell.values, base.values).n:
+        said.append([f"is not judged beside {cell_in_words(base)}: no validation at step {gates.step}"])
+        good = False
     if floor and (gate := above_floor(cell.values, floor.values)).found.n:
         number = Number(interval(paired(cell.values, floor.values)), cell.name)
         doubt = "" if gate.found.distinguishable else ", not distinguishable from it"

@@ -17,6 +17,11 @@ def ask_for(run: Path, dp: int) -> None:
     replace_text(_file(run), json.dumps({"dp": dp}))
 
 
+def forget(run: Path) -> None:
+    """Nothing is asked for any more."""
+    _file(run).unlink(missing_ok=True)
+
+
 def wanted(run: Path) -> int | None:
     """None if nothing was asked for."""
     try:

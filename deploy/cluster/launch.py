@@ -22,8 +22,9 @@ from deploy.cluster.lives import Lives
 from deploy.cluster.loopback import ADDRESS, loopback, without_helpers
 from deploy.cluster.placement import SPARE, placement, tags
 from deploy.cluster.takedown import shut_down
-from deploy.config import to_toml
+from deploy.config import load, to_toml
 from deploy.resume import Resume
+from swarm import scale
 from swarm.fleet import Fleet
 from swarm.json_lines import replace_text
 from swarm.loggers import Loggers
@@ -132,7 +133,7 @@ def drive(
             lives = Lives(config, fleet, telemetry, run, notice)
             if resume:
                 lives.begin(resume)
-                replace_text(run / "config.toml", to_toml(config))
+                _goes_on(run, config)
             outcome.lives, outcome.begun = lives, True
             lives.coordinator.progress.event("started", workers=len(fleet.workers))
             lives.run()
@@ -143,6 +144,14 @@ def drive(
             raise
     assert outcome.summary is not None  # written at every end that is not raised
     return outcome.summary
+
+
+def _goes_on(run: Path, config: RunConfig) -> None:
+    """What the folder says of the run's last end is over, and with another `swarm.dp` what `northstar scale` asked for."""
+    if load(str(run / "config.toml"), given=()).swarm.dp != config.swarm.dp:
+        scale.forget(run)
+    replace_text(run / "config.toml", to_toml(config))
+    (run / "summary.json").unlink(missing_ok=True)
 
 
 class _Outcome:

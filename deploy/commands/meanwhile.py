@@ -21,7 +21,10 @@ def scale_command(
     stored = run / "config.toml"
     if not stored.is_file():
         raise refused(ValueError(f"{run} holds no run: it has no config.toml"))
-    grpo = load(str(stored), given=()).grpo
+    try:
+        grpo = load(str(stored), given=()).grpo
+    except ValueError as error:
+        raise refused(error) from error
     samples = grpo.ppo_mini_batch_size * grpo.group_size
     if samples % dp:
         fits = ", ".join(str(n) for n in range(1, samples + 1) if samples % n == 0)

@@ -109,16 +109,25 @@ def sweep_command(
 
 
 def _sweep(call: _SweepCall, first: list[SweepRun], address: str | None, lanes: int | None) -> None:
+    from anchor_service.errors import described
     from deploy.cluster.sweep_runs import check_runs
     from experiments.sweep import SweepError
 
     try:
         check_runs(first)
+        _check_same_sweep(call)
     except SweepError as error:
         raise refused(error) from error
     with alone_in(call.folder):
-        finished, runs = _run_all(call, first, address, lanes)
-        _write_report(call.folder)
+        try:
+            finished, runs = _run_all(call, first, address, lanes)
+        except SweepError as error:
+            raise refused(error) from error
+        except Exception as error:
+            typer.secho(described(error), fg="red", err=True)
+            raise typer.Exit(1) from error
+        finally:
+            _write_report(call.folder)
     typer.echo(f"sweep folder {call.folder}; the same command goes on with what is not completed", err=True)
     if finished and all(run.state == "completed" for run in runs):
         raise typer.Exit(0)
@@ -211,6 +220,20 @@ def _called(
     return _SweepCall(sweep, out or Path("runs") / sweep.name, set_ or [], wanted)
 
 
+def _check_same_sweep(call: _SweepCall) -> None:
+    """What the report of a folder is about does not change under the runs that are there. Raises SweepError."""
+    from experiments.sweep import FILE, SweepError, read_sweep
+
+    if not (call.folder / FILE).is_file():
+        return
+    there = read_sweep(call.folder / FILE)
+    for key in ("name", "axes", "tuning"):
+        before, now = getattr(there, key), getattr(call.sweep, key)
+        if before != now:
+            says = f"{call.folder} holds the sweep {there.name} with {key} = {before!r}, and this one has {now!r}"
+            raise SweepError(f"{says}: choose another --out")
+
+
 def _run_all(
     call: _SweepCall, first: list[SweepRun], address: str | None, lanes: int | None
 ) -> tuple[bool, list[SweepRun]]:
@@ -240,7 +263,12 @@ def _run_all(
 def _not_known(call: _SweepCall, known: set[Path]) -> list[SweepRun]:
     """The runs beyond the grid that this call has not looked at yet. One that fails is an answer, and not asked twice."""
     from experiments.cells import beyond_grid
+    from experiments.sweep import SweepError
 
-    found = [run for run in call.runs(call.sweep.jobs_beyond(beyond_grid(call.folder))) if run.folder not in known]
+    try:
+        planned = call.runs(call.sweep.jobs_beyond(beyond_grid(call.folder)))
+    except SweepError as error:
+        raise SweepError(f"{error}; a point beyond the grid, which a smaller `extend` leaves out") from error
+    found = [run for run in planned if run.folder not in known]
     known.update(run.folder for run in found)
     return found

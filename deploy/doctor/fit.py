@@ -10,7 +10,7 @@ from deploy.cluster.placement import counts, placement, tags
 from deploy.doctor.checks import GB, Finding, error, ok, warning
 from deploy.doctor.facts import NodeFacts
 from deploy.estimate.bytes import correction_bytes, snapshot_itemsize
-from deploy.estimate.memory import memory, peak
+from deploy.estimate.memory import LEAVES, Part, memory, peak
 from deploy.estimate.parameters import Params, parameters, stage_parameters
 from swarm.run_config import RunConfig
 
@@ -115,16 +115,20 @@ def ram(config: RunConfig, params: Params, hosts: list[Host]) -> Iterator[Findin
 
 
 def gpu_memory(config: RunConfig, params: Params, hosts: list[Host]) -> Iterator[Finding]:
-    """The largest of each kind of process against the smallest GPU that it may get."""
+    """The largest of each kind of process, and who shares its GPU, against the smallest GPU that it may get."""
     parts = memory(config, params)
     for role, (_, device) in roles(config).items():
+        if role in _guests(config):
+            continue  # counted with the workers
         tag = _tag(config, role)
         mine = [host.facts for host in hosts if host.facts and (not tag or host.resources.get(tag))]
         sizes = [gpu.bytes for facts in mine for gpu in facts.gpus]
         if device != "cuda" or not sizes:  # without any, `room` has said so
             continue
-        needed = peak(parts, role, "device")
-        says = f"{role} holds about {needed / GB:.1f} GB, the smallest GPU has {min(sizes) / GB:.1f} GB"
+        beside = [guest for guest, n in _guests(config).items() if role in (f"worker stage {p}" for p in range(n))]
+        needed = peak(parts, role, "device") + sum(_stays(parts, guest) for guest in beside)
+        who = " and ".join([role, *beside]) + (" hold" if beside else " holds")
+        says = f"{who} about {needed / GB:.1f} GB, the smallest GPU has {min(sizes) / GB:.1f} GB"
         knob = {"engine": "rollout.batch_size", "anchor worker": "anchor.micro_batch_size"}.get(
             role, "swarm.micro_batch_size, or raise swarm.pp"
         )
@@ -134,6 +138,22 @@ def gpu_memory(config: RunConfig, params: Params, hosts: list[Host]) -> Iterator
             yield warning("GPU memory", says, f"lower {knob}; activations are an estimate")
         else:
             yield ok("GPU memory", says)
+
+
+def _guests(config: RunConfig) -> dict[str, int]:
+    """Processes of each role that share GPUs of workers, of the first ones."""
+    _, engines, anchors, diagnosers = counts(config)
+    found = {"engine": engines} if config.rollout.placement == "colocated" else {}
+    beside = {"anchor worker": anchors, "diagnoser": diagnosers} if config.anchor.placement == "colocated" else {}
+    return {role: n for role, n in (found | beside).items() if n}
+
+
+def _stays(parts: list[Part], guest: str) -> float:
+    """Bytes of a guest while its worker trains: an engine sleeps, and keeps its weights."""
+    if guest != "engine":
+        return peak(parts, guest, "device")
+    kept = (part for part in parts if (part.role, part.where, part.rough) == (guest, "device", False))
+    return sum(part.bytes for part in kept if part.name not in LEAVES)
 
 
 def _tag(config: RunConfig, role: str) -> str | None:

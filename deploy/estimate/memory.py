@@ -38,6 +38,9 @@ EXPECTED = {
 }
 
 
+LEAVES = ("vLLM's weights", "KV cache")  # the GPU, while a colocated engine sleeps
+
+
 @dataclass(frozen=True)
 class Part:
     """Bytes of one thing that a role holds."""

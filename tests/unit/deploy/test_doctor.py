@@ -233,6 +233,27 @@ def test_memory_is_held_against_the_plans():
     assert levels(fit.ram(c, params, [Host({}, SOUND)])) == {"ok"}
 
 
+def test_who_shares_a_gpu_is_held_against_it_together():
+    sets = (
+        "swarm.device=cuda",
+        "swarm.pp=2",
+        "swarm.boundaries=[2]",
+        "anchor.device=cuda",
+        "anchor.placement=colocated",
+    )
+    c = config(*sets)
+    params, parts = parameters(c), memory(c, parameters(c))
+    both = sum(peak(parts, role, "device") for role in ("worker stage 0", "anchor worker"))
+    node = replace(SOUND, gpus=(Gpu("H100", int(both * 0.99)),) * 2)
+    stage0, stage1 = fit.gpu_memory(c, params, [Host({}, node)])
+    assert stage0.level == "error" and "worker stage 0 and anchor worker hold" in stage0.says and stage1.level == "ok"
+    engine = config("swarm.device=cuda", "rollout.device=cuda", "rollout.placement=colocated", "rollout.replicas=1")
+    worker = peak(memory(engine, params), "worker stage 0", "device")
+    for times, level in ((1.02, "error"), (1.5, "ok")):
+        node = replace(SOUND, gpus=(Gpu("H100", int(worker * times)),))
+        assert levels(fit.gpu_memory(engine, params, [Host({}, node)])) == {level}
+
+
 def test_the_anchor_is_held_against_its_own_node():
     c = config("anchor.device=cuda", "anchor.resource=anchor")
     tiny, large = (replace(SOUND, gpus=(Gpu("g", size),)) for size in (1, int(80e9)))

@@ -12,6 +12,7 @@ from deploy.cli import app
 from deploy.cluster import launch
 from deploy.config import ConfigError, load, to_toml
 from deploy.resume import Resume, check_resumes
+from swarm import scale
 
 
 def test_a_run_goes_on_as_the_experiment_that_it_was(tmp_path: Path):
@@ -109,3 +110,22 @@ def test_how_two_replicas_sum_may_not_change(tmp_path: Path):
     stored.write_text(to_toml(load("demo")))
     with pytest.raises(ConfigError, match=r"codec\.gradient\.bits 0\.25 -> 0\.5"):
         check_resumes(stored, load("demo", ["codec.gradient.bits=0.5"]))
+
+
+@pytest.mark.parametrize(("dp", "kept"), [(1, True), (2, False)])
+def test_a_run_that_goes_on_has_not_ended_and_another_number_of_replicas_is_the_newer_wish(
+    dp: int, kept: bool, tmp_path: Path
+):
+    (tmp_path / "config.toml").write_text(to_toml(load("k5")))
+    (tmp_path / "summary.json").write_text('{"status": "completed"}')
+    scale.ask_for(tmp_path, 4)
+    launch._goes_on(tmp_path, load("k5", [f"swarm.dp={dp}"]))
+    assert not (tmp_path / "summary.json").exists()
+    assert load(str(tmp_path / "config.toml"), given=()).swarm.dp == dp
+    assert scale.wanted(tmp_path) == (4 if kept else None)
+
+
+def test_to_scale_a_run_whose_config_does_not_load_is_refused(tmp_path: Path):
+    (tmp_path / "config.toml").write_text(to_toml(load("k5")).replace("seed = 0", 'seed = "none"'))
+    result = CliRunner().invoke(app, ["scale", str(tmp_path), "--dp", "2"])
+    assert result.exit_code == 2 and "run.seed" in result.output and scale.wanted(tmp_path) is None

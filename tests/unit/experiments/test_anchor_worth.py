@@ -146,3 +146,27 @@ def test_a_sweep_says_where_the_anchor_was_worth_its_bytes(tmp_path: Path, grid:
 def test_two_seeds_are_no_verdict_on_the_anchor(tmp_path: Path):
     words = [w for w in said(fill(tmp_path / "s", seeds=[0, 1])) if w.startswith("The anchor")]
     assert len(words) == 1 and words[0].startswith("The anchor made no difference") and "helps" in words[0]
+
+
+def test_an_arm_whose_tables_are_renewed_at_the_anchors_cadence_is_no_other_arm_without_one(tmp_path: Path):
+    """Else what the tables do is taken for what the anchor does."""
+    codec, no_codec = {"codec.kind": "powersgd", "codec.rank": 4}, {"codec.kind": "none"}
+    without = {"anchor.enabled": False, "anchor.cadence": 5, "merger.kind": "none"}
+    twenty = {"anchor.delay_k": 20, "anchor.cadence": 20, "merger.kind": "signed_ema"}
+    arms = {
+        "none": codec | without,
+        "rarely": codec | twenty,
+        "as-often": codec | twenty | {"codec.q_cadence": 5},
+        "dense": no_codec | without,
+        "dense-rarely": no_codec | twenty,
+    }
+    sweep = Sweep.model_validate({"name": "w", "base": "k5", "seeds": [0, 1, 2], "cells": arms})
+    keep_sweep(sweep, tmp_path / "s")
+    for job in sweep.jobs():
+        ends = {"none": 0.6, "rarely": 0.2, "as-often": 0.7}.get(job.cell, 0.8 if "rarely" in job.cell else 0.5)
+        leave(tmp_path / "s", job, ends + 0.001 * job.seed)
+        if arms[job.cell].get("anchor.enabled", True):
+            file = tmp_path / "s" / job.folder / "summary.json"
+            file.write_text(json.dumps(json.loads(file.read_text()) | {"bytes": BYTES}))
+    words = " ".join(w for w in said(tmp_path / "s") if w.startswith("The anchor"))
+    assert "as-often +0.100" in words and "dense-rarely +0.300" in words and "; rarely" not in words

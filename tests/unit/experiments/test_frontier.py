@@ -87,6 +87,7 @@ def test_without_one_near_the_base_the_nearest_is_named(tmp_path: Path):
     words = said(make(tmp_path / "s", {"dense": (1.0, 0.8), "half": (0.5, 0.7), "eighth": (0.1, 0.6)}))
     (no,) = [w for w in words if w.startswith("No cell that sends less than dense is within 0.01 of it")]
     assert "; the nearest is half, by −0.100 [−0.101, −0.099]." in no
+    assert all(words)
 
 
 def test_a_cell_that_sends_more_than_the_base_is_never_the_smallest(tmp_path: Path):

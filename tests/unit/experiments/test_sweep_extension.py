@@ -17,7 +17,7 @@ from deploy.cluster.sweep_runs import SweepRun
 from deploy.config import to_toml
 from experiments.cells import beyond_grid, chosen
 from experiments.report import report_markdown
-from experiments.sweep import Job, keep_sweep
+from experiments.sweep import Job, Sweep, keep_sweep
 from tests.unit.experiments.test_sweep_report import CELLS, decouple, leave, said
 
 
@@ -107,3 +107,34 @@ def test_a_point_beyond_the_grid_that_was_not_run_yet_is_missing(tmp_path: Path)
         assert chosen(tmp_path / "s") == ({} if extend else {"A": {"grpo.lr": 3e-5}})
     assert beyond_grid(tmp_path / "s") == {"A": [{"grpo.lr": 9e-5}]}
     assert said(tmp_path / "s")[0].endswith("only completed ones count: 1 not run.")
+
+
+def test_a_point_beyond_the_grid_that_no_run_may_have_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """And the page is there: what has run is not lost."""
+    text = 'name = "x"\nbase = "k5"\nseeds = [0, 1]\ntuning = 1\nextend = 3\n[grid]\nanchor.beta_anc = [0.5, 0.75]\n[cells]\nA = {}\n'
+    (tmp_path / "x.toml").write_text(text)
+
+    def execute(runs: list[Any], *_: object) -> bool:
+        for run in runs:
+            leave(tmp_path / "s", run.job, run.job.point["anchor.beta_anc"])
+            run.state = "completed"
+        return True
+
+    monkeypatch.setattr(sweep_lanes, "execute_sweep", execute)
+    monkeypatch.setattr(sweep_runs, "check_runs", lambda runs: None)
+    result = CliRunner().invoke(cli.app, ["sweep", str(tmp_path / "x.toml"), "--out", str(tmp_path / "s")])
+    assert (
+        result.exit_code == 2 and "anchor.beta_anc = 1.125" in result.output and "a smaller `extend`" in result.output
+    )
+    assert (tmp_path / "s" / "report.html").exists()
+
+
+def test_a_folder_is_of_one_sweep(tmp_path: Path):
+    keep_sweep(Sweep.model_validate({"name": "x", "base": "k5", "seeds": [0], "cells": {"A": {}}}), tmp_path / "s")
+    (tmp_path / "x.toml").write_text(
+        'name = "x"\nbase = "k5"\nseeds = [0]\n[grid]\ngrpo.lr = [1e-5, 2e-5]\n[cells]\nA = {}\n'
+    )
+    before = (tmp_path / "s" / "sweep.toml").read_bytes()
+    result = CliRunner().invoke(cli.app, ["sweep", str(tmp_path / "x.toml"), "--out", str(tmp_path / "s")])
+    assert result.exit_code == 2 and "choose another --out" in result.output and "grpo.lr" in result.output
+    assert (tmp_path / "s" / "sweep.toml").read_bytes() == before

@@ -189,7 +189,7 @@ def test_seeds_that_tune_choose_the_point_and_do_not_judge_it(tmp_path: Path):
     }  # fmt: skip
     table = report_markdown([tmp_path / "s"])
     assert "| A − floor | each at its best | +0.100" in table and "| A − floor | lr" not in table
-    assert "judged by the others alone" in table
+    assert "judged by the others alone" in table and "a little optimistic" not in table
 
 
 def test_an_arm_that_was_not_tuned_or_only_failed_hinders_no_other(tmp_path: Path):
@@ -290,3 +290,19 @@ def test_cells_that_were_diagnosed_have_a_table_of_means_over_seeds(tmp_path: Pa
     html = (folder / "report.html").read_text()
     for title in ("<h2>Diagnosis", "Agreement with the true gradient", "Error of the correction", "Predicted gain"):
         assert title in html
+
+
+def test_a_gate_at_a_step_that_was_not_validated_is_said_and_never_passed(tmp_path: Path):
+    ends = {"A": 0.8, "B": 0.6, "floor": 0.2}
+    sweep = decouple(
+        cells={arm: CELLS[arm] for arm in ends},
+        two_by_two=[],
+        gates={"base": "A", "floor": "floor", "step": 7, "drop": 0.05},
+        seeds=[0, 1, 2],
+    )
+    keep_sweep(sweep, tmp_path / "s")
+    for job in sweep.jobs():
+        leave(tmp_path / "s", job, ends[job.cell] + 0.001 * job.seed)
+    sentences = {"".join(map(str, s.parts)): s.good for s in verdict(load_sweep(tmp_path / "s"))}
+    (b,) = [s for s in sentences if s.startswith("B") and "above the floor" in s]
+    assert "is not judged beside A: no validation at step 7 and ends above the floor" in b and not sentences[b]
