@@ -9,7 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
+from anchor_service.clock import Lockstep
 from anchor_service.config import correction_payload
+from anchor_service.lag import agenda
 from codec.costs import FP32, gradient_cost
 from deploy.estimate.bytes import correction_bytes, full, snapshot_itemsize
 from deploy.estimate.parameters import (
@@ -118,7 +120,10 @@ def worker(config: RunConfig, params: Params, p: int) -> list[Part]:
 
 def _fires_under_way(config: RunConfig) -> int:
     """At most."""
-    return -(-config.anchor.delay_k // config.anchor.cadence) if config.anchor.enabled else 0
+    anchor = config.anchor
+    if anchor.enabled and anchor.clock == "lockstep":
+        return Lockstep(agenda(anchor, config.run.seed, config.ticks)).bound()
+    return -(-anchor.delay_k // anchor.cadence) if anchor.enabled else 0
 
 
 def activations(
