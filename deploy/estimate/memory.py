@@ -102,6 +102,7 @@ def worker(config: RunConfig, params: Params, p: int) -> list[Part]:
         _frozen(config, role, sum(map(prod, beneath))),
         Part(role, "Adam moments", 2 * FP32 * n),
         Part(role, "correction held", held),
+        Part(role, "placebo", _placebo(config, n)),
         Part(role, "merger's state", merger.cost(config.merger, n).state),
         Part(role, "error feedback", error),
         Part(
@@ -121,9 +122,17 @@ def worker(config: RunConfig, params: Params, p: int) -> list[Part]:
 def _fires_under_way(config: RunConfig) -> int:
     """At most."""
     anchor = config.anchor
-    if anchor.enabled and anchor.clock == "lockstep":
+    if not (anchor.enabled or config.merger.placebo):
+        return 0
+    if anchor.clock == "lockstep":
         return Lockstep(agenda(anchor, config.run.seed, config.ticks)).bound()
-    return -(-anchor.delay_k // anchor.cadence) if anchor.enabled else 0
+    return -(-anchor.delay_k // anchor.cadence)
+
+
+def _placebo(config: RunConfig, n: int) -> float:
+    """Its signs, int8, and with `own` an average and the gradients of ticks from which a fire is under way."""
+    own = FP32 * (1 + _fires_under_way(config)) if config.merger.placebo == "own" else 0
+    return (1 + own) * n if config.merger.placebo else 0
 
 
 def activations(

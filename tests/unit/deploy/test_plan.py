@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from anchor_service.clock import Lockstep
+from anchor_service.lag import agenda
 from deploy.cli import app
 from deploy.estimate.bytes import correction_bytes, head_bytes, tick_bytes
 from deploy.estimate.memory import memory, peak
@@ -208,6 +210,20 @@ def test_memory_of_a_worker_by_hand(tiny: Path, monkeypatch: pytest.MonkeyPatch)
     parts = {p.name: p.bytes for p in memory(config(tiny), parameters(config(tiny))) if p.role == "worker stage 1"}
     assert parts["correction held"] == 696 / 4
     assert "compute copy" not in parts and "bases of deltas" not in parts
+
+
+def test_what_is_kept_for_fires_under_way_is_counted_by_the_lags_of_the_run(tiny: Path):
+    def held(name: str, *overrides: str) -> float:
+        parts = memory(config(tiny, *overrides), parameters(config(tiny)))
+        return sum(p.bytes for p in parts if (p.role, p.name) == ("worker stage 1", name))
+
+    pareto = ("anchor.lag.kind=pareto", "anchor.lag.mean=40", "run.steps=75")
+    most = Lockstep(agenda(config(tiny, *pareto).anchor, 0, 150)).bound()
+    assert most > 2 and held("gradients of source ticks", "merger.kind=delta", *pareto) == 4 * 696 * most
+    assert held("gradients of source ticks", "merger.kind=delta") == 4 * 696 * 2  # a lag of 3, a fire every 2 ticks
+    without = ("anchor.enabled=false", "merger.placebo=own")
+    assert held("placebo", *without) == 696 * (1 + 4 * (1 + 2)) and held("placebo") == 0
+    assert held("placebo", "anchor.enabled=false", "merger.placebo=random") == 696
 
 
 def test_the_peak_counts_backward_and_merge_scratch_once(tiny: Path):
