@@ -25,12 +25,12 @@ exec "$@" """,
 trap 'echo "down $NODE" >>"$LOG"; exit' TERM
 echo "ray $NODE $* $RAY_AUTH_MODE $(cksum <"$RAY_AUTH_TOKEN_PATH") $GLOO_SOCKET_IFNAME $NCCL_SOCKET_IFNAME" >>"$LOG"
 while :; do sleep 0.05; done""",
-    "northstar": """echo "$*" >>"$LOG"
+    "northstar": """[[ $1 == run ]] && trap 'echo stopping >>"$LOG"; sleep 0.3; echo stopped >>"$LOG"; exit 130' TERM
+echo "$*" >>"$LOG"
 if [[ $1 == doctor ]]; then # it waits for all nodes
   until (($(grep -c "^ray " "$LOG") == NODES)); do sleep 0.05; done
   exit "${DOCTOR:-0}"
 fi
-trap 'echo stopping >>"$LOG"; sleep 0.3; echo stopped >>"$LOG"; exit 130' TERM
 for ((i = 0; i < WAIT_DS; i++)); do sleep 0.1; done
 exit "$STATUS" """,
 }
