@@ -138,10 +138,11 @@ def tensor_files(folder: Path) -> dict[str, Path]:
     """Tensor name -> safetensors file, read from the headers or the index."""
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        return {k: folder / v for k, v in _parsed(index.read_bytes(), index).get("weight_map", {}).items()}
-    found = {name: file for file in sorted(folder.glob("*.safetensors")) for name in tensor_specs(file)[0]}
+        found = {k: folder / v for k, v in _parsed(index.read_bytes(), index).get("weight_map", {}).items()}
+    else:
+        found = {name: file for file in sorted(folder.glob("*.safetensors")) for name in tensor_specs(file)[0]}
     if not found:
-        raise ModelNotFound(f"{folder} holds no *.safetensors file")
+        raise ModelNotFound(f"{folder} holds no *.safetensors file, or names none in {index.name}")
     return found
 
 

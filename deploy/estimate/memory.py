@@ -39,7 +39,6 @@ EXPECTED = {
     "frozen weights",
 }
 
-
 LEAVES = ("vLLM's weights", "KV cache")  # the GPU, while a colocated engine sleeps
 
 
@@ -190,10 +189,8 @@ def engine(config: RunConfig, params: Params) -> list[Part]:
 def _packed(config: RunConfig, params: Params) -> float:
     """Bytes of the copies with which an engine of transformers multiplies on a CPU (`rl.packed_linear`)."""
     model = params.model
-    sizes = [prod(shape) for shape in model.layer_shapes if len(shape) == 2] * model.layers + [
-        model.vocab * model.hidden
-    ]
-    large = sum(size for size in sizes if size >= PACKED_FROM)
+    of_layers = [shape for shape in model.layer_shapes if len(shape) == 2] * model.layers
+    large = sum(n for n in map(prod, [*of_layers, (model.vocab, model.hidden)]) if n >= PACKED_FROM)
     return config.model.itemsize * large if config.rollout.device == "cpu" else 0
 
 
