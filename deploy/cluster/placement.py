@@ -46,6 +46,14 @@ def counts(config: RunConfig) -> tuple[int, int, int, int]:
     return config.swarm.dp * config.swarm.pp, config.rollout.replicas, anchors, int(bool(config.diagnostics.every))
 
 
+def guests(config: RunConfig) -> tuple[int, int, int]:
+    """Engines, anchor workers and diagnosers that share GPUs of workers, of the first ones."""
+    sections = config.rollout, config.anchor, config.anchor
+    found = (n if section.placement == "colocated" else 0 for section, n in zip(sections, counts(config)[1:]))
+    engines, anchors, diagnosers = found
+    return engines, anchors, diagnosers
+
+
 def placement(config: RunConfig) -> Placement:
     """One bundle an actor; with `swarm.placement = "replicas"` one for all stages of a replica.
 
@@ -93,11 +101,10 @@ def _taken(bundle: Mapping[str, float], left: Sequence[dict[str, float]]) -> boo
 def demand(config: RunConfig, actor: int) -> dict[str, float]:
     """CPUs and GPUs of one actor, by its place in `Placement.of_actor`."""
     workers, *others = counts(config)
-    sections = config.rollout, config.anchor, config.anchor
     if actor < workers:
-        beside = (n for section, n in zip(sections, others) if section.placement == "colocated")
-        gpu = 1 - GUEST_SHARE * sum(actor < n for n in beside) if config.swarm.device == "cuda" else 0.0
+        gpu = 1 - GUEST_SHARE * sum(actor < n for n in guests(config)) if config.swarm.device == "cuda" else 0.0
     else:
+        sections = config.rollout, config.anchor, config.anchor
         section = [section for section, n in zip(sections, others) for _ in range(n)][actor - workers]
         gpu = {"cpu": 0.0, "cuda": GUEST_SHARE if section.placement == "colocated" else 1.0}[section.device]
     return {"CPU": 1, "GPU": gpu}

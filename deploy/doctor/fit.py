@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from deploy.cluster.placement import counts, placement, tags
+from deploy.cluster.placement import counts, guests, placement, tags
 from deploy.doctor.checks import GB, Finding, error, ok, warning
 from deploy.doctor.facts import NodeFacts
 from deploy.estimate.bytes import correction_bytes, snapshot_itemsize
@@ -117,15 +117,16 @@ def ram(config: RunConfig, params: Params, hosts: list[Host]) -> Iterator[Findin
 def gpu_memory(config: RunConfig, params: Params, hosts: list[Host]) -> Iterator[Finding]:
     """The largest of each kind of process, and who shares its GPU, against the smallest GPU that it may get."""
     parts = memory(config, params)
+    shared = {role: n for role, n in zip(("engine", "anchor worker", "diagnoser"), guests(config)) if n}
     for role, (_, device) in roles(config).items():
-        if role in _guests(config):
+        if role in shared:
             continue  # counted with the workers
         tag = _tag(config, role)
         mine = [host.facts for host in hosts if host.facts and (not tag or host.resources.get(tag))]
         sizes = [gpu.bytes for facts in mine for gpu in facts.gpus]
         if device != "cuda" or not sizes:  # without any, `room` has said so
             continue
-        beside = [guest for guest, n in _guests(config).items() if role in (f"worker stage {p}" for p in range(n))]
+        beside = [guest for guest, n in shared.items() if role in (f"worker stage {p}" for p in range(n))]
         needed = peak(parts, role, "device") + sum(_stays(parts, guest) for guest in beside)
         who = " and ".join([role, *beside]) + (" hold" if beside else " holds")
         says = f"{who} about {needed / GB:.1f} GB, the smallest GPU has {min(sizes) / GB:.1f} GB"
@@ -138,14 +139,6 @@ def gpu_memory(config: RunConfig, params: Params, hosts: list[Host]) -> Iterator
             yield warning("GPU memory", says, f"lower {knob}; activations are an estimate")
         else:
             yield ok("GPU memory", says)
-
-
-def _guests(config: RunConfig) -> dict[str, int]:
-    """Processes of each role that share GPUs of workers, of the first ones."""
-    _, engines, anchors, diagnosers = counts(config)
-    found = {"engine": engines} if config.rollout.placement == "colocated" else {}
-    beside = {"anchor worker": anchors, "diagnoser": diagnosers} if config.anchor.placement == "colocated" else {}
-    return {role: n for role, n in (found | beside).items() if n}
 
 
 def _stays(parts: list[Part], guest: str) -> float:

@@ -132,9 +132,8 @@ def test_a_grid_of_four_keeps_replicas_equal_and_names_a_flipped_bit(tmp_path: P
 
 def test_dead_engines_and_anchors_are_renewed_as_if_nothing_had_happened_and_a_dead_worker_is_named(tmp_path: Path):
     """Engines killed before the first weights, and again in the middle of a run; the anchor with a fire under way."""
-    config = small(
-        "run.steps=3", "rollout.replicas=2", "anchor.slowdown=20"
-    )  # a fire that is still under way when it is killed
+    # slow enough that its fire is still under way when it is killed
+    config = small("run.steps=3", "rollout.replicas=2", "anchor.slowdown=20")
     calm = run_kept(config, tmp_path / "calm")
     folder = _made(tmp_path / "deadly")
     with new_actors(config) as actors:

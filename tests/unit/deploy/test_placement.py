@@ -80,11 +80,7 @@ def test_colocated_anchors_and_a_diagnoser_take_no_gpu_of_their_own(overrides: t
 
 @pytest.mark.parametrize("overrides", [(), ("anchor.enabled=false", "merger.kind=none")], ids=" ".join)
 def test_one_gpu_holds_a_preset(overrides: tuple[str, ...]):
-    built_in = (
-        "model.path=builtin:tiny",
-        "swarm.boundaries=[2]",
-        "task.chat=false",
-    )  # the preset's own must be fetched
+    built_in = "model.path=builtin:tiny", "swarm.boundaries=[2]"  # the preset's own must be fetched
     assert placement(load("smollm2-gpu", [*built_in, *overrides])).total["GPU"] == 1
 
 
