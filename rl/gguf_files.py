@@ -9,8 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import xxhash
-
+from rl.file_digest import file_digest
 from rl.model_shape import ModelNotFound, ModelRefused, ModelShape, check_family, shape_of
 
 if TYPE_CHECKING:
@@ -81,11 +80,7 @@ def converted_folder(file: Path) -> Path:
 
 @lru_cache
 def _digest(file: Path, changed: int) -> str:
-    digest = xxhash.xxh3_128()
-    with file.open("rb") as f:
-        while some := f.read(1 << 24):
-            digest.update(some)
-    return digest.hexdigest()
+    return file_digest(file)
 
 
 def convert(file: Path) -> Path:

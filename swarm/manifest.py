@@ -9,10 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import xxhash
+from rl.file_digest import file_digest
 
 NAME = "manifest.json"
-_PIECE = 1 << 24  # bytes
 
 Entry = dict[str, Any]  # {"size": bytes, "digest": hex}
 
@@ -44,7 +43,7 @@ def writing(path: Path) -> Generator[None]:
 def entry(file: Path) -> Entry:
     """Of a file that is complete: it is on the disk when this returns, and read back from there."""
     sync(file)
-    return {"size": file.stat().st_size, "digest": _digest(file)}
+    return {"size": file.stat().st_size, "digest": file_digest(file)}
 
 
 def write(folder: Path, entries: dict[str, Entry]) -> None:
@@ -65,7 +64,7 @@ def check(folder: Path) -> None:
         size = file.stat().st_size
         if size != said["size"]:
             raise CheckpointError(f"{file} has {size:,} bytes, {said['size']:,} were written")
-        if _digest(file) != said["digest"]:
+        if file_digest(file) != said["digest"]:
             raise CheckpointError(f"{file} is damaged: its digest is not that of what was written")
 
 
@@ -80,14 +79,6 @@ def _read(folder: Path) -> dict[str, Entry]:
         ) from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{file} is damaged ({type(error).__name__}: {error})") from None
-
-
-def _digest(file: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with file.open("rb") as f:
-        while piece := f.read(_PIECE):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def sync(path: Path) -> None:
