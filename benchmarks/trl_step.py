@@ -71,7 +71,7 @@ class Case(NamedTuple):
 
 CASES = {
     "tiny": Case(
-        ("dense", ["snapshot.encoding=full"]), ("demo", ["grpo.lr=6e-5", "swarm.micro_batch_size=32"]), 16, 16, 6
+        ("dense", ["snapshot.encoding=full", "swarm.share_prompts=true"]), ("demo", ["grpo.lr=6e-5", "swarm.micro_batch_size=32", "swarm.share_prompts=true"]), 16, 16, 6
     ),
     "smollm2": Case(
         (

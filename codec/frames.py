@@ -52,16 +52,18 @@ def pack(header: dict[str, Any], arrays: dict[str, np.ndarray]) -> np.ndarray:
             raise TypeError(f"array {name!r} has dtype {array.dtype}; frames carry {', '.join(sorted(_DTYPES))}")
         table.append([name, array.dtype.name, list(array.shape), offset])
         offset += -(-array.nbytes // _ALIGN) * _ALIGN
-    body = np.zeros(offset, np.uint8)
-    for (_, _, _, start), array in zip(table, arrays.values()):
-        native = np.ascontiguousarray(array, array.dtype.name)  # a big-endian array is called the same
-        body[start : start + array.nbytes] = native.reshape(-1).view(np.uint8)
     head: bytes = msgpack.packb({"fields": header, "arrays": table})  # pyright: ignore[reportAssignmentType]: never None
     if len(head) > MAX_HEADER:
         raise ValueError(f"frame header of {len(head)} bytes; at most {MAX_HEADER} fit")
-    padded = head + bytes(_body_start(len(head)) - _PREFIX - len(head))
-    prefix = MAGIC + len(head).to_bytes(4, "little") + bytes.fromhex(digest(padded, body))
-    return np.concatenate([np.frombuffer(prefix + padded, np.uint8), body])
+    behind = _body_start(len(head))
+    frame = np.zeros(behind + offset, np.uint8)
+    frame[_PREFIX : _PREFIX + len(head)] = np.frombuffer(head, np.uint8)
+    for (_, _, _, start), array in zip(table, arrays.values()):
+        native = np.ascontiguousarray(array, array.dtype.name)  # a big-endian array is called the same
+        frame[behind + start : behind + start + array.nbytes] = native.reshape(-1).view(np.uint8)
+    prefix = MAGIC + len(head).to_bytes(4, "little") + bytes.fromhex(digest(frame[_PREFIX:]))
+    frame[:_PREFIX] = np.frombuffer(prefix, np.uint8)
+    return frame
 
 
 def _body_start(head: int) -> int:

@@ -15,6 +15,7 @@ from transformers.masking_utils import create_causal_mask
 
 from codec.rows import pack_rows, unpack_rows
 from rl.distinct import Distinct, registered
+from rl.lookup import Lookup
 from rl.lora import NO_LORA, adapt, is_adapter
 from rl.lora_config import LoraConfig
 from rl.spans import Span
@@ -72,7 +73,6 @@ class Stage(nn.Module):
         self.span, self.config, self.checkpointing = span, model.config, checkpointing
         tied_away = is_tied(model) and span.last and not span.first
         embed, norm, head = model.model.embed_tokens, model.model.norm, model.lm_head
-        self.embed: nn.Module | None = embed if span.first else None
         self.layers = nn.ModuleList(model.model.layers[span.lo : span.hi])
         self.norm: nn.Module | None = norm if span.last else None
         self.lm_head: nn.Module | None = head if span.last else None
@@ -90,6 +90,7 @@ class Stage(nn.Module):
         self.weights = Weights(parts, folder, dtype, device, trainable, owned if tied_away else None, lora)
         if span.first and span.last and is_tied(model):
             head.weight = embed.weight
+        self.embed: nn.Module | None = Lookup(embed, tied=span.last and is_tied(model)) if span.first else None
         self.eval()  # no dropout, whatever config.json says: the ratio is to the policy that sampled
 
     def forward(
