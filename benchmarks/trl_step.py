@@ -10,7 +10,8 @@ Neither counts start-up, validation, checkpoints or writing logs; the first step
 the policy, in fp32 on a CPU, prompts in their order, answers to each, their longest length, temperature, samples of a
 microbatch, the objective (old log-probs are the update's own), AdamW and its numbers, one update a step, threads of a process,
 torch and transformers. Both sample, so answers are not the same ones: their mean length is printed. Gradient checkpointing, TRL's
-default, is off, as here. What is here by default stays, such as prompts that are computed once for all their answers.
+default, is off, as here. Prompts are computed once for all their answers here, which the built-in policy is told to do, and all
+others do by default.
 
 `no codec` is ordinary GRPO in one worker, one engine, no anchor, weights sent whole. The second row is the preset's codec, its
 boundaries within the one worker, with its encoding of weights for the engine. Rounds in turn, so that drift of the machine hits all: ratios of
@@ -43,12 +44,10 @@ from rl.model_files import resolve
 from rl.tasks import make_task
 from swarm.run_config import RunConfig
 
-ONE_PROCESS = [
-    "swarm.dp=1",
+ALONE = [
     "swarm.pp=1",
     "anchor.enabled=false",
     "merger.kind=none",
-    "rollout.replicas=1",
     "rollout.max_staleness=0",
     "grpo.old_logprobs=tick",
     "grpo.rollout_is=none",
@@ -71,7 +70,11 @@ class Case(NamedTuple):
 
 CASES = {
     "tiny": Case(
-        ("dense", ["snapshot.encoding=full", "swarm.share_prompts=true"]), ("demo", ["grpo.lr=6e-5", "swarm.micro_batch_size=32", "swarm.share_prompts=true"]), 16, 16, 6
+        ("dense", ["snapshot.encoding=full", "swarm.share_prompts=true"]),
+        ("demo", ["grpo.lr=6e-5", "swarm.micro_batch_size=32", "swarm.share_prompts=true"]),
+        16,
+        16,
+        6,
     ),
     "smollm2": Case(
         (
@@ -95,13 +98,15 @@ class Steps(NamedTuple):
     tokens: float
 
 
-def configs(case: Case, threads: int) -> dict[str, RunConfig]:
-    """By row: one update a step, whose prompts one call of the engine answers."""
+def configs(case: Case, threads: int, replicas: int = 1) -> dict[str, RunConfig]:
+    """By row: one update a step, whose prompts one call of each engine answers; as many engines as replicas of the swarm."""
     sizes = [f"{key}={case.prompts}" for key in ("train_batch_size", "ppo_mini_batch_size")]
     common = [
-        *ONE_PROCESS,
+        *ALONE,
         *(f"grpo.{size}" for size in sizes),
-        f"rollout.batch_size={case.prompts}",
+        f"swarm.dp={replicas}",
+        f"rollout.replicas={replicas}",
+        f"rollout.batch_size={case.prompts // replicas}",
         f"run.steps={case.steps}",
         f"val.every={case.steps}",
         f"swarm.threads={threads}",
@@ -161,12 +166,12 @@ class _Clock(TrainerCallback):
         self.cpu.append(time.process_time() - self.start_cpu)
 
 
-def steps_of_trl(config: RunConfig, folder: Path) -> Steps:
+def steps_of_trl(config: RunConfig, threads: int, folder: Path) -> Steps:
     from datasets import Dataset
     from trl import GRPOConfig as TrlConfig  # pyright: ignore[reportMissingImports]
     from trl import GRPOTrainer  # pyright: ignore[reportMissingImports]
 
-    torch.set_num_threads(config.swarm.threads)
+    torch.set_num_threads(threads)
     task, model = make_task(config.task, config.run.seed, val_size=1), resolve(config.model.path)
     examples = [task.example("train", i) for i in range(config.run.steps * config.grpo.train_batch_size)]
     lengths: list[float] = []
@@ -250,12 +255,16 @@ def table_of(found: dict[str, list[Steps]]) -> list[str]:
     return lines
 
 
-def compare_steps(name: str, case: Case, threads: int) -> None:
-    found = configs(case, threads)
+def compare_steps(name: str, case: Case, threads: int, replicas: int) -> None:
+    found = configs(case, threads, replicas)
     plain = found[PLAIN]
-    jobs: dict[str, Callable[[Path], Steps]] = {TRL: lambda folder: steps_of_trl(plain, folder)}
+    jobs: dict[str, Callable[[Path], Steps]] = {TRL: lambda folder: steps_of_trl(plain, threads * replicas, folder)}
     jobs |= {row: lambda folder, config=config: steps_here(config, folder) for row, config in found.items()}
-    print(f"{name}, threads of a process: {threads}; {case.prompts} prompts x {plain.grpo.group_size} answers a step")
+    here = f"{replicas} workers and engines" if replicas > 1 else "a worker and an engine"
+    print(
+        f"{name}, threads of TRL: {threads * replicas}, here {here} of {threads}; "
+        f"{case.prompts} prompts x {plain.grpo.group_size} answers a step"
+    )
     with tempfile.TemporaryDirectory() as temporary, cluster(plain, address=None):
         seen = in_rounds(jobs, case.rounds, Path(temporary), lambda line: print(line, flush=True))
     print("\n".join(table_of(seen)), flush=True)
@@ -269,7 +278,11 @@ def main() -> None:
     parser.add_argument(
         "--models", nargs="+", choices=CASES, default=there, help="default: those whose files are there"
     )
-    parser.add_argument("--threads", type=int, default=1, help="torch threads of each process, of both sides")
+    cores = parser.add_mutually_exclusive_group()
+    cores.add_argument("--threads", type=int, default=1, help="torch threads of each process, of both sides")
+    cores.add_argument(
+        "--replicas", type=int, default=1, help="workers and engines here, of a thread each; TRL's threads"
+    )
     parser.add_argument("--rounds", type=int, help="default: 6 of the built-in model, 3 of SmolLM2")
     asked = parser.parse_args()
     if importlib.util.find_spec("trl") is None:
@@ -278,7 +291,7 @@ def main() -> None:
     os.environ.setdefault("RAY_worker_niceness", "0")  # Ray starts workers at 15: beside other work TRL alone would run
     for name in asked.models:
         case = CASES[name]
-        compare_steps(name, case._replace(rounds=asked.rounds or case.rounds), asked.threads)
+        compare_steps(name, case._replace(rounds=asked.rounds or case.rounds), asked.threads, asked.replicas)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,12 @@ class SwarmConfig(Section):
     activation_checkpointing: bool = Field(
         default=False, description="keep a layer's input alone and compute it again in the backward; anchor likewise"
     )
-    threads: int = Field(default=1, ge=1, description="torch threads of each process")
+    threads: int = Field(
+        default=1,
+        ge=1,
+        description="torch threads of each process; they wait for each other by spinning, so where other processes are busy on the "
+        "same cores set OMP_WAIT_POLICY=passive in the environment",
+    )
     check_every: int = Field(
         default=1, ge=0, description="compare the replicas' weight digests every so many ticks; 0: never"
     )

@@ -28,6 +28,12 @@ def test_both_rows_and_trl_are_asked_for_the_same_work(name: str):
     assert config.grpo.ppo_mini_batch_size == config.grpo.train_batch_size == config.rollout.batch_size == case.prompts
 
 
+def test_replicas_share_the_prompts_of_a_step():
+    for config in configs(CASES["tiny"], threads=1, replicas=2).values():
+        assert config.swarm.dp == config.rollout.replicas == 2 and config.shares_prompts
+        assert 2 * config.rollout.batch_size == config.grpo.train_batch_size == CASES["tiny"].prompts
+
+
 def test_microbatches_that_do_not_divide_a_step_are_refused():
     config = configs(CASES["tiny"], threads=1)[PLAIN]
     config = config.model_copy(update={"swarm": config.swarm.model_copy(update={"micro_batch_size": 48})})
@@ -57,7 +63,7 @@ def test_a_ratio_is_of_the_medians_of_one_round():
 def test_the_picture_of_the_page_is_of_its_numbers():
     """Those that a panel's title and a bar's name stand for, and in the page's own words."""
     panels = bars_of((RESULTS / "data" / "speed.csv").read_text())
-    assert [len(bars) for bars in panels.values()] == [4, 6, 2, 2]
+    assert [len(bars) for bars in panels.values()] == [4, 6, 4, 2]
     picture, page = (RESULTS / "speed.svg").read_text(), (RESULTS / "speed.md").read_text()
     for title, bars in panels.items():
         assert title.partition("'")[0] in picture

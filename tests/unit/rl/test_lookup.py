@@ -20,7 +20,9 @@ from tests.conftest import make_batch
 CPU = torch.device("cpu")
 
 
-def gradients(folder: Path, boundaries: list[int], dtype: torch.dtype, share: bool, by_rows: bool) -> list[torch.Tensor]:
+def gradients(
+    folder: Path, boundaries: list[int], dtype: torch.dtype, share: bool, by_rows: bool
+) -> list[torch.Tensor]:
     """Of each stage, after three microbatches."""
     stages = [Stage(folder, span, dtype, CPU) for span in spans(4, boundaries, len(boundaries) + 1)]
     lookup = stages[0].embed
