@@ -291,6 +291,8 @@ def main() -> None:
     os.environ.setdefault("RAY_worker_niceness", "0")  # Ray starts workers at 15: beside other work TRL alone would run
     for name in asked.models:
         case = CASES[name]
+        if case.prompts % asked.replicas:
+            parser.error(f"--replicas {asked.replicas} must divide the {case.prompts} prompts of a step of {name}")
         compare_steps(name, case._replace(rounds=asked.rounds or case.rounds), asked.threads, asked.replicas)
 
 
