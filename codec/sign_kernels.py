@@ -16,7 +16,8 @@ from torch import Tensor
 # Triton reads annotations as code:
 # pyright: reportMissingParameterType=false, reportUnknownParameterType=false, reportArgumentType=false
 
-ROWS = 256  # bytes of a plane that one program takes, and eight times as many numbers
+ROWS = 64  # bytes of a plane in a block, and eight times as many numbers
+PROGRAMS = 2112  # at most, each taking every so many blocks: sixteen for each multiprocessor of an H100 or H200
 
 
 def packed(values: Tensor) -> tuple[Tensor, Tensor | None, bool]:
@@ -24,11 +25,7 @@ def packed(values: Tensor) -> tuple[Tensor, Tensor | None, bool]:
     device; whether there is a NaN. Bits beyond n are 0."""
     rows = -(-values.numel() // 8)
     plus, zero = (torch.empty(rows, dtype=torch.uint8, device=values.device) for _ in range(2))
-    programs = triton.cdiv(rows, ROWS)
-    seen = torch.empty(2, programs, dtype=torch.int32, device=values.device)
-    if rows:
-        cast(Any, _pack)[(programs,)](values, plus, zero, seen, values.numel(), ROWS=ROWS)
-    nans, zeros = seen.sum(1).tolist()
+    nans, zeros = _counted(_pack, values, plus, zero)
     return plus, zero if zeros else None, nans > 0
 
 
@@ -38,45 +35,59 @@ def merge_planes(g: Tensor, plus: Tensor, zero: Tensor | None, a: float, b: floa
     How many signs were those of g, and how many of g it has turned.
     """
     assert g.is_contiguous()
-    programs = triton.cdiv(g.numel(), 8 * ROWS)
-    counts = torch.empty(2, programs, dtype=torch.int32, device=g.device)
-    if programs:
-        planes = (plus, plus if zero is None else zero)
-        kernel: Any = cast(Any, _merge)[(programs,)]
-        kernel(g, *planes, counts, g.numel(), a, b, ZEROS=zero is not None, ROWS=ROWS, enable_fp_fusion=False)
-    agree, flips = counts.sum(1).tolist()
-    return agree, flips
+    planes = (plus, plus if zero is None else zero)
+    return _counted(_merge, g, *planes, a, b, ZEROS=zero is not None, enable_fp_fusion=False)
+
+
+def _counted(kernel: object, values: Tensor, *given: object, **known: object) -> tuple[int, int]:
+    """Run over `values`; the sums of the two counts of each program, on the host: a sum there would be a kernel more."""
+    programs = min(PROGRAMS, -(-values.numel() // (8 * ROWS)))
+    if not programs:
+        return 0, 0
+    counts = torch.empty(2, programs, dtype=torch.int32, device=values.device)
+    cast(Any, kernel)[(programs,)](values, *given, counts, values.numel(), ROWS=ROWS, **known)
+    first, second = counts.cpu().numpy().sum(1).tolist()
+    return first, second
 
 
 @triton.jit
-def _pack(values, plus, zero, seen, n, ROWS: tl.constexpr):
-    program = tl.program_id(0).to(tl.int64)
-    rows, lanes = program * ROWS + tl.arange(0, ROWS), tl.arange(0, 8)
-    at = rows[:, None] * 8 + lanes[None, :]
-    x = tl.load(values + at, mask=at < n, other=-1.0)  # neither positive nor 0
+def _pack(values, plus, zero, counts, n, ROWS: tl.constexpr):
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    lanes = tl.arange(0, 8)
     bits = (1 << lanes)[None, :]
-    zeros = tl.where(x == 0.0, bits, 0)
-    inside = rows * 8 < n
-    tl.store(plus + rows, tl.sum(tl.where(x > 0.0, bits, 0), axis=1).to(tl.uint8), mask=inside)
-    tl.store(zero + rows, tl.sum(zeros, axis=1).to(tl.uint8), mask=inside)
-    tl.store(seen + program, tl.sum(tl.sum((x != x).to(tl.int32), axis=1)))
-    tl.store(seen + tl.num_programs(0) + program, tl.sum(tl.sum((zeros > 0).to(tl.int32), axis=1)))
+    nans, zeros = tl.zeros([ROWS, 8], tl.int32), tl.zeros([ROWS], tl.int32)
+    for block in tl.range(program, tl.cdiv(n, 8 * ROWS), programs):
+        rows = block * ROWS + tl.arange(0, ROWS).to(tl.int64)
+        at, inside = rows[:, None] * 8 + lanes[None, :], rows * 8 < n
+        x = tl.load(values + at, mask=at < n, other=-1.0)  # neither positive nor 0
+        none = tl.sum(tl.where(x == 0.0, bits, 0), axis=1)
+        tl.store(plus + rows, tl.sum(tl.where(x > 0.0, bits, 0), axis=1).to(tl.uint8), mask=inside)
+        tl.store(zero + rows, none.to(tl.uint8), mask=inside)
+        nans += (x != x).to(tl.int32)
+        zeros += (none != 0).to(tl.int32)
+    tl.store(counts + program, tl.sum(nans))
+    tl.store(counts + programs + program, tl.sum(zeros))
 
 
 @triton.jit
-def _merge(g, plus, zero, counts, n, a, b, ZEROS: tl.constexpr, ROWS: tl.constexpr):
-    program = tl.program_id(0).to(tl.int64)
-    rows, lanes = program * ROWS + tl.arange(0, ROWS), tl.arange(0, 8)
-    at, inside = rows[:, None] * 8 + lanes[None, :], rows * 8 < n
-    x = tl.load(g + at, mask=at < n, other=0.0)
-    is_plus = ((tl.load(plus + rows, mask=inside, other=0)[:, None] >> lanes[None, :]) & 1) != 0
-    sign = tl.where(is_plus, 1.0, -1.0)
-    same = tl.where(is_plus, x > 0.0, x < 0.0)
-    if ZEROS:
-        is_zero = ((tl.load(zero + rows, mask=inside, other=0)[:, None] >> lanes[None, :]) & 1) != 0
-        sign = tl.where(is_zero, 0.0, sign)
-        same = tl.where(is_zero, (x <= 0.0) & (x >= 0.0), same) & (at < n)
-    merged = (tl.abs(x) * sign - x) * a * b + x
-    tl.store(g + at, merged, mask=at < n)
-    tl.store(counts + program, tl.sum(tl.sum(same.to(tl.int32), axis=1)))
-    tl.store(counts + tl.num_programs(0) + program, tl.sum(tl.sum((merged * x < 0.0).to(tl.int32), axis=1)))
+def _merge(g, plus, zero, a, b, counts, n, ZEROS: tl.constexpr, ROWS: tl.constexpr):
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    lanes = tl.arange(0, 8)
+    bits = (1 << lanes)[None, :]
+    agree, flips = tl.zeros([ROWS, 8], tl.int32), tl.zeros([ROWS, 8], tl.int32)
+    for block in tl.range(program, tl.cdiv(n, 8 * ROWS), programs):
+        rows = block * ROWS + tl.arange(0, ROWS).to(tl.int64)
+        at, inside = rows[:, None] * 8 + lanes[None, :], rows * 8 < n
+        x = tl.load(g + at, mask=at < n, other=0.0)
+        sign = tl.where((tl.load(plus + rows, mask=inside, other=0)[:, None] & bits) != 0, 1.0, -1.0)
+        same = x * sign > 0.0
+        if ZEROS:
+            is_zero = (tl.load(zero + rows, mask=inside, other=0)[:, None] & bits) != 0
+            sign = tl.where(is_zero, 0.0, sign)
+            same = tl.where(is_zero, x == 0.0, same) & (at < n)
+        merged = (tl.abs(x) * sign - x) * a * b + x
+        tl.store(g + at, merged, mask=at < n)
+        agree += same.to(tl.int32)
+        flips += (merged * x < 0.0).to(tl.int32)
+    tl.store(counts + program, tl.sum(agree))
+    tl.store(counts + programs + program, tl.sum(flips))

@@ -152,8 +152,8 @@ class Held:
         if held is None or outcome.expired:
             return outcome
         agree, flips = self._apply(g_comp, held, outcome.age, norm)
-        outcome = replace(outcome, merged=True, dose=self.merger.dose, merger=self.merger.metrics())
-        return replace(outcome, sign_agreement=agree, flip_fraction=flips)
+        merger, dose = self.merger.metrics(), self.merger.dose
+        return replace(outcome, merged=True, dose=dose, merger=merger, sign_agreement=agree, flip_fraction=flips)
 
     def _apply(
         self, g_comp: Tensor, held: Correction, age: int, norm: Callable[[Tensor], float]
@@ -170,12 +170,20 @@ class Held:
 
     def _standing(self, plan: TickPlan, reason: str) -> MergeOutcome:
         """What is held, if anything, and `reason`, if any, why the version that came was refused."""
-        held, since, outcome = self.correction, self.merger.holds.since, MergeOutcome()
-        if held is not None and since is not None:
-            age, lag = plan.tick - since, plan.tick - held.source_tick
-            outcome = MergeOutcome(held.version, held.source_tick, lag, age, held.values is not None)
-            outcome = replace(outcome, expired=self.anchor.max_age is not None and age > self.anchor.max_age)
-        return replace(outcome, refused=self.seen if reason else None, reason=reason)
+        held, since, refused = self.correction, self.merger.holds.since, self.seen if reason else None
+        if held is None or since is None:
+            return MergeOutcome(refused=refused, reason=reason)
+        age, max_age = plan.tick - since, self.anchor.max_age
+        return MergeOutcome(
+            held.version,
+            held.source_tick,
+            lag=plan.tick - held.source_tick,
+            age=age,
+            whole=held.values is not None,
+            expired=max_age is not None and age > max_age,
+            refused=refused,
+            reason=reason,
+        )
 
     def _adopt(self, plan: TickPlan) -> str:
         """Take over the newest version that all ranks hold; or why not, the same on all of them but in its wording."""

@@ -9,7 +9,7 @@ import math
 import numpy as np
 import torch
 
-from codec import signs
+from codec import sign_kernels, signs
 from codec.sign_kernels import ROWS, merge_planes, packed
 from tests.unit.codec.test_sign_loops import in_whole_arrays, numbers, same_bits
 
@@ -48,6 +48,9 @@ def hold(device: str) -> None:
     """All of them."""
     for n in LENGTHS:
         every_length_is_packed_and_merged_as_whole_arrays_are(n, device)
+    programs, sign_kernels.PROGRAMS = sign_kernels.PROGRAMS, 2  # more than one block for each
+    every_length_is_packed_and_merged_as_whole_arrays_are(5 * BLOCK - 3, device)
+    sign_kernels.PROGRAMS = programs
     for at in (0, BLOCK - 1, BLOCK, BLOCK + 999):
         a_nan_is_seen_wherever_it_is(at, device)
     bits_beyond_the_last_number_mean_nothing(device)

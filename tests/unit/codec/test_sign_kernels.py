@@ -31,11 +31,11 @@ def test_they_compile_and_no_product_is_fused_with_a_sum(zeros: bool | None, gen
     from codec import sign_kernels
 
     known = {"ROWS": sign_kernels.ROWS} | ({} if zeros is None else {"ZEROS": zeros})
-    rows = {"plus": "*u8", "zero": "*u8", "n": "i64"} | dict.fromkeys(known, "constexpr")
+    rows = {"plus": "*u8", "zero": "*u8", "counts": "*i32", "n": "i64"} | dict.fromkeys(known, "constexpr")
     if zeros is None:
-        source = ASTSource(sign_kernels._pack, {"values": "*fp32", "seen": "*i32"} | rows, known)
+        source = ASTSource(sign_kernels._pack, {"values": "*fp32"} | rows, known)
     else:
-        floats = {"g": "*fp32", "counts": "*i32", "a": "fp32", "b": "fp32"}
+        floats = {"g": "*fp32", "a": "fp32", "b": "fp32"}
         source = ASTSource(sign_kernels._merge, floats | rows, known)
     made = triton.compile(source, target=GPUTarget("cuda", generation, 32), options={"enable_fp_fusion": False})
     assert made.asm["cubin"] and "fma" not in made.asm["ptx"] and "ftz" not in made.asm["ptx"]
