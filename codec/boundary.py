@@ -85,7 +85,7 @@ class Boundary:
         """Hidden states as `rows` hold them -> payload, upstream side. `observe` adds x to the statistics of the next refresh."""
         kept = rows.leaving(x, self.share_prefixes)
         coded, exact = self._split(rows)
-        sent = kept[coded] if exact.numel() else kept
+        sent = kept.index_select(0, coded) if exact.numel() else kept
         room = Room(len(rows), 2 * exact.numel() * self.hidden)
         self._rekey("fwd", rows)
         payload, x_hat = self._coded(self.forward, sent, room, observe)
@@ -164,10 +164,10 @@ class Boundary:
 
     def _split(self, rows: Rows) -> tuple[Tensor, Tensor]:
         """Indices, among the kept rows, of the coded ones and of the ones sent exactly."""
-        first = self._first(rows)
         if not self.exact_first:
+            first = self._first(rows)
             return torch.arange(len(first), device=first.device), first.new_empty(0, dtype=torch.int64)
-        return (~first).nonzero().squeeze(1), first.nonzero().squeeze(1)
+        return rows.kept_parted if self.share_prefixes else rows.parted
 
     def _first(self, rows: Rows) -> Tensor:
         """Which of the kept rows are token 0 of a sample, bool [n]."""

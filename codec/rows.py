@@ -39,6 +39,16 @@ class Rows:
         """Where each row is found among the kept ones, int64 [N]."""
         return torch.searchsorted(self.kept, self.keeper)
 
+    @cached_property
+    def parted(self) -> tuple[Tensor, Tensor]:
+        """Rows that are not token 0 of a sample, and those that are, int64."""
+        return _parted(self.first)
+
+    @cached_property
+    def kept_parted(self) -> tuple[Tensor, Tensor]:
+        """The same, counted among the kept rows."""
+        return _parted(self.first[self.kept])
+
     def redrawn(self, draw: int) -> Rows:
         """The same rows with other keys, for each `draw` others."""
         return replace(self, keys=mix(self.keys + draw))
@@ -48,12 +58,12 @@ class Rows:
     def leaving(self, x: Tensor, shared: bool) -> Tensor:
         if shared == self.distinct:
             return x
-        return x[self.kept] if shared else x[self.source]
+        return x.index_select(0, self.kept if shared else self.source)
 
     def arrived(self, x: Tensor, shared: bool) -> Tensor:
         if shared == self.distinct:
             return x
-        return x[self.source] if shared else x[self.kept]
+        return x.index_select(0, self.source if shared else self.kept)
 
     def leaving_back(self, dx: Tensor, shared: bool) -> Tensor:
         """Of gradients: the sum of all stands with the kept row."""
@@ -74,6 +84,10 @@ class Rows:
     def _alone(self, dx: Tensor) -> Tensor:
         """[n, H] -> [N, H], zeros where a row is not kept."""
         return dx.new_zeros(len(self), dx.shape[1]).index_copy_(0, self.kept, dx)
+
+
+def _parted(first: Tensor) -> tuple[Tensor, Tensor]:
+    return (~first).nonzero().squeeze(1), first.nonzero().squeeze(1)
 
 
 def rows_of(ids: np.ndarray, real: np.ndarray, device: torch.device, tick: int = 0, distinct: bool = False) -> Rows:

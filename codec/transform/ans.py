@@ -21,7 +21,7 @@ class WordWriter:
         self.parts: list[tuple[np.ndarray, np.ndarray]] = []
 
     def put(self, symbols: np.ndarray, counts: np.ndarray) -> None:
-        """`symbols`: int32 [m] below the length of `counts`, int64 [symbols]."""
+        """`symbols`: int32 [m] below the length of `counts`, whole numbers [symbols]; as float64 they are taken as they are."""
         if symbols.size:
             self.parts.append((symbols, counts))
 
@@ -29,7 +29,7 @@ class WordWriter:
         """uint32, little-endian."""
         coder = stream.stack.AnsCoder()  # a stack: the last symbols first
         for symbols, counts in reversed(self.parts):
-            coder.encode_reverse(symbols, _model(counts))
+            coder.encode_reverse(symbols, _model(counts, lazy=False))
         return coder.get_compressed().astype("<u4")
 
 
@@ -42,10 +42,10 @@ class WordReader:
         except ValueError as error:
             raise ValueError(f"the words are damaged: {error}") from error
 
-    def take(self, size: int, counts: np.ndarray) -> np.ndarray:
-        """The next `size` symbols, int32 [size]."""
+    def take(self, size: int, counts: np.ndarray, small: bool = False) -> np.ndarray:
+        """The next `size` symbols, int32 [size]. `small`: most are near 0, where a search from there on finds them sooner."""
         try:
-            return self.coder.decode(_model(counts), size)
+            return self.coder.decode(_model(counts, lazy=small), size)
         except AssertionError as error:
             raise ValueError(f"the words are damaged: {error}") from error
 
@@ -55,5 +55,6 @@ class WordReader:
             raise ValueError(f"the words are damaged: {self.coder.num_valid_bits()} bits are left over")
 
 
-def _model(counts: np.ndarray) -> object:
-    return stream.model.Categorical(counts.astype(np.float64), perfect=False)
+def _model(counts: np.ndarray, lazy: bool) -> object:
+    """`lazy` decides how a symbol is searched for, not what is found: by adding up counts from 0, not in halves of a table."""
+    return stream.model.Categorical(counts.astype(np.float64, copy=False), perfect=False, lazy=lazy)

@@ -50,7 +50,7 @@ class Directions:
 
     def synthesise(self, z: Tensor) -> Tensor:
         """z [n, k] -> rows [n, H]."""
-        return z @ self.synthesis + self.mean
+        return (z @ self.synthesis).add_(self.mean)
 
 
 def pack_directions(mean: Tensor, basis: Tensor, deviations: Tensor) -> Tensor:

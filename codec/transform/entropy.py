@@ -4,8 +4,8 @@
                                  └─▶ signs, low bits of large |q| ─▶ plain bits
     ẑ = q · step
 
-Classes and histograms are those of codec/transform/symbol_statistics.py; both ends learn from the decoded symbols alone. All
-symbols of a class are coded in one call (codec/transform/ans.py), which is what makes it fast. A body:
+Classes and histograms are those of codec/transform/symbol_statistics.py; both ends learn from the decoded symbols alone. The
+words are made by codec/transform/symbol_arrays.py. A body:
 
     count of words u32 │ words u32 … │ signs of what is not 0 │ low bits of large |q|      (little-endian)
 
@@ -21,17 +21,20 @@ References: Schuchman 1964, "Dither Signals and Their Effect on Quantization Noi
 
 from __future__ import annotations
 
+import math
+import struct
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from codec.keyed import centred_uniforms
-from codec.transform.ans import WordReader, WordWriter
-from codec.transform.symbol_statistics import CLASSES, ENERGIES, Contexts, first_counts, tally
-from codec.transform.symbols import DIRECT, MAGNITUDE_BITS, pack_bits, plain_bits, symbols_of, unpack_bits
+from codec.transform import symbol_arrays
+from codec.transform.symbol_arrays import Read
+from codec.transform.symbol_statistics import ENERGIES, Contexts, Expected, cost, first_counts
+from codec.transform.symbols import MAGNITUDE_BITS, pack_bits, plain_bits, symbols_of, unpack_bits
 
 # Squared steps that a bit is worth. At high rates the squared error is step²/12 and a bit less costs 2·ln 2 of
 # it. Against one offset of 0.4 for all this saves 4 % of the bytes, and it leaves magnitudes so near the middle
@@ -39,14 +42,22 @@ from codec.transform.symbols import DIRECT, MAGNITUDE_BITS, pack_bits, plain_bit
 _PRICE = 0.1155
 _MIN_OFFSET = 0.1  # |z| of 0.9 steps and more is never rounded to 0, however dear
 _PLAIN_OFFSET = 0.35  # before the classes are known: for the energies, which decide them
+_STEP = struct.Struct("<f")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class EncodeStats:
-    """`bits`: all symbols at exactly -log2 p, and the plain bits; `escapes`: how many |q| need low bits."""
+    """`escapes`: how many |q| need low bits; `plain`: all plain bits."""
 
-    bits: float
+    # how often symbols were seen, and the histograms that they were coded with
+    coded: tuple[tuple[np.ndarray, np.ndarray], ...]
+    plain: int
     escapes: int
+
+    @property
+    def bits(self) -> float:
+        """All symbols at exactly -log2 p, and the plain bits."""
+        return sum(cost(seen, counts) for seen, counts in self.coded) + self.plain
 
 
 class EntropyCoder:
@@ -60,9 +71,7 @@ class EntropyCoder:
         self.device = deviations.device
         self.dithered = dithered
         self.contexts = Contexts(deviations.detach().cpu().numpy(), dithered)
-        # Never learns: what is rounded to what must depend on nothing but rows, step and tables. Log-probs that
-        # are computed before an update and in it are then equal, and so are those of another layout.
-        self.prior = first_counts()
+        self.offsets: tuple[Expected, Tensor] | None = None  # of a sender that does not dither
 
     def encode(self, z: Tensor, step: float, keys: Tensor | None = None) -> tuple[np.ndarray, Tensor, EncodeStats]:
         """Coefficients [N, k] -> (body, uint8; what decode makes of it, float32 [N, k]; statistics). Then learns.
@@ -71,22 +80,23 @@ class EntropyCoder:
         """
         step = _checked(step)
         z = z.detach().float()
-        a = z.abs() / step
-        if a.numel() and not a.max() < 2.0**MAGNITUDE_BITS:
-            raise ValueError(f"the largest coefficient is {a.max().item():g} steps of {step:g}: cannot be coded")
-        dither = self._dither(keys)
+        a = z.abs().div_(step)
+        largest = a.max().item() if a.numel() else 0.0
+        if not largest < 2.0**MAGNITUDE_BITS:
+            raise ValueError(f"the largest coefficient is {largest:g} steps of {step:g}: cannot be coded")
+        dither, expected = self._dither(keys), self.contexts.expected(step)
         if dither is None:
             energy = _energies((a + _PLAIN_OFFSET).floor_())
-            classes = self.contexts.classes(energy, step)
-            q = torch.copysign(self._rounded(a, classes), z).to(torch.int32)
-            sent = q.any(1)  # of other rows nothing but their energy is
+            offsets = self._offsets(expected, z.device).index_select(0, energy)
+            q = torch.copysign(offsets.add_(a).floor_(), z).to(torch.int32)
+            whole, sent = q.cpu().numpy(), None
+            rows = whole.any(1)  # of other rows nothing but their energy is sent
         else:
             sent = z.any(1)
             q = (z / step).add_(dither).round_().mul_(sent[:, None]).to(torch.int32)
             energy = _energies(q.abs())
-            classes = self.contexts.classes(energy, step)
-        energy[~sent.cpu().numpy()] = 0
-        body, stats = self._write(q.cpu().numpy(), energy, classes)
+            whole, rows = q.cpu().numpy(), sent.cpu().numpy()
+        body, stats = self._write(whole, energy.cpu().numpy() * rows, expected)
         return body, _values(q, step, dither, sent), stats
 
     def decode(self, body: np.ndarray, n: int, step: float, keys: Tensor | None = None) -> Tensor:
@@ -96,9 +106,9 @@ class EntropyCoder:
         """
         step = _checked(step)
         q, rows = self._read(body, n, step)
-        sent = torch.zeros(n, dtype=torch.bool, device=self.device)
-        sent[torch.from_numpy(rows).to(self.device)] = True
-        return _values(torch.from_numpy(q).to(self.device), step, self._dither(keys), sent)
+        dither = self._dither(keys)
+        sent = None if dither is None else torch.from_numpy(rows).to(self.device)
+        return _values(torch.from_numpy(q).to(self.device), step, dither, sent)
 
     def rebase(self, deviations: Tensor) -> None:
         """A new basis: what is known of each coefficient starts from its deviation, the histograms stay."""
@@ -123,83 +133,70 @@ class EntropyCoder:
         assert keys is not None  # `Codec.rekey` comes before rows
         return centred_uniforms(keys, self.contexts.deviations.size)
 
-    def _rounded(self, a: Tensor, classes: np.ndarray) -> Tensor:
-        """|z| in steps, float32 [N, k], and the class of each -> |q|, float32 [N, k].
+    def _offsets(self, expected: Expected, device: torch.device) -> Tensor:
+        """By the energy of a row: what is added to |z| in steps before it is rounded down, float32 [ENERGIES, k]."""
+        if self.offsets is None or self.offsets[0] is not expected:
+            self.offsets = expected, torch.from_numpy(_offset_of_class().take(expected.classes)).to(device)
+        return self.offsets[1]
 
-        1 is better than 0 if  (a - 1)² + price · bits(1) < a² + price · bits(0).  The offset to which this
-        comes for a class serves its larger magnitudes too, where it matters little.
-        """
-        zeros, ones = self.prior[:, 0], self.prior[:, 1]
-        dearer = np.log2(zeros / ones) + 1  # the 1 is the sign
-        offset = np.clip(0.5 - _PRICE / 2 * dearer, _MIN_OFFSET, 0.5).astype(np.float32)
-        offset_of_class = torch.from_numpy(offset).to(a.device)
-        return torch.take(offset_of_class, torch.from_numpy(classes).to(a.device).long()).add_(a).floor_()
-
-    def _write(self, q: np.ndarray, energy: np.ndarray, classes: np.ndarray) -> tuple[np.ndarray, EncodeStats]:
-        """q, int32 [N, k], energies [N] and classes [N, k] -> body. Learns."""
-        rows = energy > 0
-        q, classes = q[rows].reshape(-1), classes[rows].reshape(-1)
-        magnitude = np.abs(q)
-        symbols = symbols_of(magnitude)
-        order, runs = _by_class(classes)
-        in_order, writer = symbols.take(order), WordWriter()
-        writer.put(energy, self.contexts.energy_counts[0])
-        for c, run in runs:
-            writer.put(in_order[run], self.contexts.counts[c])
-        words = writer.words()
-        large = symbols >= DIRECT
-        smallest, lengths = plain_bits(symbols[large])
-        signs = np.packbits(q.compress(magnitude > 0) < 0, bitorder="little")
-        parts = [np.array([words.size], "<u4"), words, signs, pack_bits(magnitude[large] - smallest, lengths)]
-
-        seen = tally(classes, symbols)
-        plain = int(np.count_nonzero(magnitude)) + int(lengths.sum())
-        stats = EncodeStats(self.contexts.bits(energy, seen) + plain, lengths.size)
-        self.contexts.learn(energy, seen)
-        return np.concatenate([part.view(np.uint8) for part in parts]), stats
+    def _write(self, q: np.ndarray, energy: np.ndarray, expected: Expected) -> tuple[np.ndarray, EncodeStats]:
+        """q, int32 [N, k], and energies [N] -> body. Learns."""
+        known = self.contexts
+        found = symbol_arrays.write(q, energy, expected, known)
+        count, words = np.array([found.words.size], "<u4"), found.words.astype("<u4", copy=False)
+        parts = [count.view(np.uint8), words.view(np.uint8), np.packbits(found.negative, bitorder="little")]
+        plain = found.negative.size
+        if found.large.size:
+            smallest, lengths = plain_bits(symbols_of(found.large))
+            parts.append(pack_bits(found.large - smallest, lengths))
+            plain += int(lengths.sum())
+        coded = (found.seen, known.counts), (found.energies[None], known.energy_counts)
+        known.learn(found.learnt)
+        return np.concatenate(parts), EncodeStats(coded, plain, found.large.size)
 
     def _read(self, body: np.ndarray, n: int, step: float) -> tuple[np.ndarray, np.ndarray]:
-        """Inverse of `_write`: int32 [n, k], and which rows were sent at all. Learns."""
+        """Inverse of `_write`: int32 [n, k], and which rows were sent at all, bool [n]. Learns."""
         words, plain = _split(body, n)
-        reader = WordReader(words)
-        energy = reader.take(n, self.contexts.energy_counts[0])
-        rows = np.flatnonzero(energy)
-        classes = self.contexts.classes(energy[rows], step).reshape(-1)
-        order, runs = _by_class(classes)
-        symbols = np.empty(classes.size, np.int32)
-        for c, run in runs:
-            symbols[order[run]] = reader.take(run.stop - run.start, self.contexts.counts[c])
-        reader.finish()
-        q = np.zeros((n, self.contexts.deviations.size), np.int32)
-        q[rows] = _with_plain_bits(symbols, plain).reshape(rows.size, q.shape[1])
-        self.contexts.learn(energy, tally(classes, symbols))
-        return q, rows
+        found = symbol_arrays.read(words, n, step, self.contexts)
+        q = _with_plain_bits(found, plain).reshape(n, self.contexts.deviations.size)
+        self.contexts.learn(found.learnt)
+        return q, found.energy > 0
 
 
 def _checked(step: float) -> float:
     """The step as both ends use it: rounded to float32."""
-    with np.errstate(over="ignore"):
-        rounded = float(np.float32(step))
-    if not 0 < rounded < np.inf:
+    try:
+        (rounded,) = _STEP.unpack(_STEP.pack(step))
+    except OverflowError:
+        rounded = math.inf
+    if not 0 < rounded < math.inf:
         raise ValueError(f"step {step} is no positive float32")
     return rounded
 
 
-def _energies(magnitudes: Tensor) -> np.ndarray:
+@cache
+def _offset_of_class() -> np.ndarray:
+    """What is added to |z| in steps before it is rounded down, float32 [CLASSES].
+
+    1 is better than 0 if  (a - 1)² + price · bits(1) < a² + price · bits(0).  The offset to which this
+    comes for a class serves its larger magnitudes too, where it matters little.
+
+    By the first histograms, which never learn: what is rounded to what must depend on nothing but rows, step and tables.
+    Log-probs that are computed before an update and in it are then equal, and so are those of another layout.
+    """
+    zeros, ones = first_counts()[:, 0], first_counts()[:, 1]
+    dearer = np.log2(zeros / ones) + 1  # the 1 is the sign
+    return np.clip(0.5 - _PRICE / 2 * dearer, _MIN_OFFSET, 0.5).astype(np.float32)
+
+
+def _energies(magnitudes: Tensor) -> Tensor:
     """|q| [N, k], or about them -> class of each row's Σ|q|, int32 [N], 1 and up. It is sent, so any would do."""
-    return (2 * magnitudes.sum(1).log2() + 1).round_().clamp_(1, ENERGIES - 1).to(torch.int32).cpu().numpy()
+    return magnitudes.sum(1).log2().mul_(2).add_(1).round_().clamp_(1, ENERGIES - 1).to(torch.int32)
 
 
-def _values(q: Tensor, step: float, dither: Tensor | None, sent: Tensor) -> Tensor:
+def _values(q: Tensor, step: float, dither: Tensor | None, sent: Tensor | None) -> Tensor:
     values = q.float()
-    return values.mul_(step) if dither is None else values.sub_(dither).mul_(step).mul_(sent[:, None])
-
-
-def _by_class(classes: np.ndarray) -> tuple[np.ndarray, list[tuple[int, slice]]]:
-    """Classes, uint8 [m] -> (order that brings each class together, int64 [m]; classes with their runs in it)."""
-    ends = np.cumsum(np.bincount(classes, minlength=CLASSES)).tolist()
-    runs = [(c, slice(first, end)) for c, (first, end) in enumerate(pairwise([0, *ends])) if first < end]
-    return np.argsort(classes, kind="stable"), runs
+    return values.mul_(step) if sent is None or dither is None else values.sub_(dither).mul_(step).mul_(sent[:, None])
 
 
 def _split(body: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
@@ -212,16 +209,15 @@ def _split(body: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
     return body[4 : 4 + 4 * count].view("<u4"), body[4 + 4 * count :]
 
 
-def _with_plain_bits(symbols: np.ndarray, plain: np.ndarray) -> np.ndarray:
-    """Symbols, int32 [m], and the plain bits -> q, int32 [m]."""
-    nonzero, large = np.flatnonzero(symbols > 0), np.flatnonzero(symbols >= DIRECT)
-    smallest, lengths = plain_bits(symbols[large])
-    signs, low = nonzero.size, int(lengths.sum())
-    border = -(-signs // 8)
-    if plain.size != border + -(-low // 8):
-        raise ValueError(f"{plain.size} bytes of plain bits for {signs} signs and {low} low bits")
-    negative = np.zeros(symbols.size, bool)
-    negative[nonzero] = np.unpackbits(plain[:border], count=signs, bitorder="little")
-    magnitude = symbols.copy()
-    magnitude[large] = smallest + unpack_bits(plain[border:], lengths)
-    return np.where(negative, -magnitude, magnitude)
+def _with_plain_bits(found: Read, plain: np.ndarray) -> np.ndarray:
+    """Symbols and the plain bits -> q, int32 [N · k]."""
+    border = -(-found.signs // 8)
+    if plain.size != border + -(-found.low // 8):
+        raise ValueError(f"{plain.size} bytes of plain bits for {found.signs} signs and {found.low} low bits")
+    q, large = found.signed(plain[:border])
+    if large.size:
+        symbols = q[large]
+        smallest, lengths = plain_bits(np.abs(symbols))
+        magnitude = smallest + unpack_bits(plain[border:], lengths)
+        q[large] = np.where(symbols < 0, -magnitude, magnitude)
+    return q

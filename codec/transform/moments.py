@@ -27,9 +27,10 @@ class Moments:
     def add(self, x: Tensor) -> None:
         """Rows [n, H]."""
         x = x.float() - self.shift
-        self.fresh[0] += len(x)
-        self.fresh[1 : 1 + self.hidden] += x.sum(0)
-        self.fresh[1 + self.hidden :].view(self.hidden, self.hidden).addmm_(x.T, x)
+        count, total, square = self.fresh.split([1, self.hidden, self.hidden * self.hidden])
+        count.add_(len(x))
+        total.add_(x.sum(0))
+        square.view(self.hidden, self.hidden).addmm_(x.T, x)
 
     def gathered(self) -> Tensor:
         """Fresh sums for a sum over replicas: of the symmetric part only the upper triangle, float32."""

@@ -31,8 +31,10 @@ class Payload:
 
 def pack_payload(payload: Payload) -> Tensor:
     """Flat uint8, under a digest."""
-    rest = torch.cat([payload.tables.to(payload.body.device), payload.body])
-    fields = (payload.rows, payload.knob, payload.scale, payload.tables.numel(), payload.agreement)
+    rest, tables = payload.body, payload.tables.numel()
+    if tables:
+        rest = torch.cat([payload.tables.to(rest.device), rest])
+    fields = (payload.rows, payload.knob, payload.scale, tables, payload.agreement)
     header = _HEADER.pack(_MAGIC, *fields, _seal(fields, rest))
     return torch.cat([torch.frombuffer(bytearray(header), dtype=torch.uint8).to(rest.device), rest])
 

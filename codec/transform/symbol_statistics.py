@@ -15,6 +15,8 @@ derived from them uses only + - * / and sqrt, which IEEE 754 rounds exactly. No 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cache
 from math import fsum, sqrt
 
 import numpy as np
@@ -42,8 +44,25 @@ def _powers(root: float, count: int) -> np.ndarray:
 _SHARES = 1 / _powers(sqrt(sqrt(sqrt(2.0))), 8 * 40)[::-1]  # eighths of an octave from 2^-40, the last is 1
 
 
+@dataclass(frozen=True, eq=False)
+class Expected:
+    """Classes of symbols, by the energy of their row: all that a step and a basis decide."""
+
+    classes: np.ndarray  # uint8 [ENERGIES, k]
+    sizes: (
+        np.ndarray
+    )  # int64 [ENERGIES, CLASSES]: how many symbols of such a row each class has; none of a row of zeros
+
+
+_FINE_ENERGIES = (_FINE * (np.arange(ENERGIES) - 1 - _LOWEST)).astype(np.int16)
+_FIRST_CLASSES = CLASSES * np.arange(ENERGIES)[:, None]
+
+
 class Contexts:
-    """The shared expectations of one direction of a link. Both ends call `learn` with the same symbols."""
+    """The shared expectations of one direction of a link. Both ends `learn` from the same symbols.
+
+    Arrays are replaced, never written to: whoever holds one has it as it was.
+    """
 
     def __init__(self, deviations: np.ndarray, dithered: bool = False):
         """`deviations`: float32 [k]. Raises ValueError if one is negative or not finite."""
@@ -57,31 +76,40 @@ class Contexts:
         if not (np.isfinite(deviations).all() and (deviations >= 0).all()):
             raise ValueError("deviations must be finite and not negative")
         self.deviations = deviations.astype(np.float32)
+        self.last: tuple[float, Expected] | None = None  # a step changes between ticks, if at all
 
-    def classes(self, energy: np.ndarray, step: float) -> np.ndarray:
-        """Energies of rows, int [n], 1 and up -> class of each symbol, uint8 [n, k]."""
-        row = _FINE * (energy.astype(np.int16) - 1 - _LOWEST)
-        fine = np.add.outer(row, self._shares(step)) >> 2  # floor division by _FINE
-        return fine.clip(0, CLASSES - 1, out=fine).astype(np.uint8)
+    def expected(self, step: float) -> Expected:
+        if self.last is None or self.last[0] != step:
+            self.last = step, self._expected(step)
+        return self.last[1]
+
+    def _expected(self, step: float) -> Expected:
+        fine = np.add.outer(_FINE_ENERGIES, self._shares(step)) >> 2  # floor division by _FINE
+        classes = np.minimum(np.maximum(fine, 0), CLASSES - 1)
+        sizes = np.bincount((classes + _FIRST_CLASSES).reshape(-1), minlength=ENERGIES * CLASSES)
+        sizes[:CLASSES] = 0
+        return Expected(classes.astype(np.uint8), sizes.reshape(ENERGIES, CLASSES))
 
     def _shares(self, step: float) -> np.ndarray:
         """Share of each coefficient in Σ|q| of a row, in eighths of an octave, int16 [k].
 
         As of Laplacian coefficients: mean |q| = Σ P(|z| > (j - 0.4) step) over j = 1, 2, …; dithered, mean |z| in steps.
         """
-        width = np.clip(self.deviations.astype(np.float64) / (step * sqrt(2)), 1e-6, 1e6)  # mean |z| in steps
-        mean = width if self.dithered else _decay(0.6 / width) / (1 - _decay(1 / width))
-        below = np.searchsorted(_SHARES, mean / fsum(mean), "right")  # fsum is exact in any order
+        width = self.deviations.astype(np.float64) / (step * sqrt(2))  # mean |z| in steps
+        width = np.minimum(np.maximum(width, 1e-6), 1e6)
+        mean = width
+        if not self.dithered:
+            first, ratio = _decay(np.divide.outer((0.6, 1.0), width))
+            mean = first / (1 - ratio)
+        below = _SHARES.searchsorted(mean / fsum(mean.tolist()), "right")  # fsum is exact in any order
         return (below - _SHARES.size).astype(np.int16)
 
-    def bits(self, energy: np.ndarray, seen: np.ndarray) -> float:
-        """Cost at -log2 p of what `learn` takes; only for statistics."""
-        return _cost(seen, self.counts) + _cost(_tally_energies(energy), self.energy_counts)
+    def learnt(self, energies: np.ndarray, seen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Counts after a payload: how often each energy was seen, int64 [ENERGIES], and each symbol in each class."""
+        return _added(self.counts, seen), _added(self.energy_counts, energies[None])
 
-    def learn(self, energy: np.ndarray, seen: np.ndarray) -> None:
-        """One payload: energies of its rows, int [N], and how often each symbol was seen in each class."""
-        _add(self.counts, seen)
-        _add(self.energy_counts, _tally_energies(energy))
+    def learn(self, learnt: tuple[np.ndarray, np.ndarray]) -> None:
+        self.counts, self.energy_counts = learnt
 
     def state(self) -> dict[str, Tensor]:
         """A copy of everything that both ends share."""
@@ -93,7 +121,8 @@ class Contexts:
             saved = state[name].cpu().numpy()
             if saved.shape != array.shape or saved.dtype != array.dtype:
                 raise ValueError(f"{name!r} is {saved.dtype} {saved.shape}, not {array.dtype} {array.shape}")
-            array[...] = saved
+            setattr(self, name, saved.copy())
+        self.last = None
 
     def digest(self) -> int:
         """64-bit xxh3 of everything that both ends share."""
@@ -106,25 +135,17 @@ class Contexts:
         return {"deviations": self.deviations, "counts": self.counts, "energy_counts": self.energy_counts}
 
 
-def tally(classes: np.ndarray, symbols: np.ndarray) -> np.ndarray:
-    """How often each symbol stands in each class, int64 [CLASSES, SYMBOLS]."""
-    pairs = classes.astype(np.int64) * SYMBOLS + symbols
-    return np.bincount(pairs, minlength=CLASSES * SYMBOLS).reshape(CLASSES, SYMBOLS)
-
-
-def _tally_energies(energy: np.ndarray) -> np.ndarray:
-    return np.bincount(energy, minlength=ENERGIES)[None]
-
-
-def _add(counts: np.ndarray, seen: np.ndarray) -> None:
-    """Into histograms, int64 [histograms, symbols], in place; those that grow too heavy are halved."""
-    counts += _SEEN * seen
+def _added(counts: np.ndarray, seen: np.ndarray) -> np.ndarray:
+    """Histograms, int64 [histograms, symbols], with what was seen; those that grow too heavy are halved."""
+    counts = counts + _SEEN * seen
     heavy = counts.sum(1) > _FORGET
-    counts[heavy] -= counts[heavy] >> 1  # never to 0
+    if heavy.any():
+        counts[heavy] -= counts[heavy] >> 1  # never to 0
+    return counts
 
 
-def _cost(seen: np.ndarray, counts: np.ndarray) -> float:
-    """Bits of the symbols `seen` under histograms `counts`."""
+def cost(seen: np.ndarray, counts: np.ndarray) -> float:
+    """Bits of the symbols `seen` under histograms `counts`, at exactly -log2 p."""
     return float((seen * np.log2(counts.sum(1, keepdims=True) / counts)).sum())
 
 
@@ -133,8 +154,9 @@ def _decay(x: np.ndarray) -> np.ndarray:
     return 1 / (1 + x * (1 + x / 2 * (1 + x / 3 * (1 + x / 4))))
 
 
+@cache
 def first_counts() -> np.ndarray:
-    """Geometric histograms with the mean that each class stands for, int64 [CLASSES, SYMBOLS]."""
+    """Geometric histograms with the mean that each class stands for, int64 [CLASSES, SYMBOLS], for all who begin with them."""
     mean = _powers(sqrt(2.0), CLASSES) / 2.0 ** (-_LOWEST // 2)
     ratio = mean / (1 + mean)
     # P(|q| >= m) = ratio^m at the smallest magnitude m of each symbol: 0 to DIRECT, then by squaring
@@ -144,4 +166,6 @@ def first_counts() -> np.ndarray:
         tail += [one_and_half, twice]
         one_and_half, twice = one_and_half**2, twice**2
     probability = -np.diff(np.stack(tail, axis=1), axis=1)
-    return 1 + (probability * (_PRIOR * _SEEN)).astype(np.int64)
+    counts = 1 + (probability * (_PRIOR * _SEEN)).astype(np.int64)
+    counts.flags.writeable = False
+    return counts

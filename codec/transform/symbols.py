@@ -14,21 +14,25 @@ DIRECT = 1 << _DIRECT_BITS
 MAGNITUDE_BITS = 31  # of a magnitude
 SYMBOLS = DIRECT + 2 * (MAGNITUDE_BITS - _DIRECT_BITS)
 
+# 2^octave <= |q| of each symbol from DIRECT up, and the next
+_OCTAVES = np.arange(SYMBOLS - DIRECT + 1) // 2 + _DIRECT_BITS
+LOW_BITS = _OCTAVES - 1  # plain bits of each
+_SMALLEST = (2 + np.arange(_OCTAVES.size) % 2) << LOW_BITS  # magnitude of each
+
 
 def symbols_of(magnitude: np.ndarray) -> np.ndarray:
     """Magnitudes below 2^MAGNITUDE_BITS, int32 [m] -> symbols, int32 [m]."""
+    large = (magnitude >= DIRECT).nonzero()[0]
     symbol = magnitude.copy()
-    large = np.flatnonzero(magnitude >= DIRECT)
-    m = magnitude[large]
-    octave = np.frexp(m.astype(np.float64))[1] - 1  # 2^octave <= m, exact
-    symbol[large] = DIRECT + 2 * (octave - _DIRECT_BITS) + (m >> (octave - 1) & 1)
+    if large.size:
+        symbol[large] = _SMALLEST.searchsorted(magnitude[large], "right") + (DIRECT - 1)
     return symbol
 
 
 def plain_bits(symbol: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Symbols from DIRECT up, int [m] -> (smallest magnitude of each, plain bits of each), int64 [m]."""
-    octave = (symbol.astype(np.int64) - DIRECT) // 2 + _DIRECT_BITS
-    return (2 + (symbol - DIRECT) % 2) << (octave - 1), octave - 1
+    at = symbol - DIRECT
+    return _SMALLEST.take(at), LOW_BITS.take(at)
 
 
 def pack_bits(values: np.ndarray, lengths: np.ndarray) -> np.ndarray:

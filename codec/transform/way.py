@@ -77,7 +77,7 @@ class Transform(Codec):
         scale = 1.0 if self.centred else float32(math.sqrt(energy))
         if not len(x) or scale == 0.0:  # nothing but zeros: all rewards of a microbatch were equal
             return self._send(Payload(len(x), 1.0, 0.0, 0, _nothing(x), _nothing(x)), room, 0), torch.zeros_like(x)
-        x, tables = x / scale, _nothing(x)
+        x, tables = x if scale == 1.0 else x / scale, _nothing(x)
         directions = self.axes.directions
         if directions is None:
             directions = self._bootstrap(x, room)
@@ -88,7 +88,7 @@ class Transform(Codec):
         if not observe:
             return payload, None
         self.axes.moments.add(x)
-        return payload, directions.synthesise(z_hat) * scale
+        return payload, _scaled(directions.synthesise(z_hat), scale)
 
     def decode(self, payload: Tensor, n: int, dtype: torch.dtype) -> Tensor:
         """Raises CodecError if the payload is damaged, or was made with other tables than this side has."""
@@ -106,7 +106,7 @@ class Transform(Codec):
             z_hat = self.receiver.decode(found.body, n, found.knob)
         except ValueError as error:
             raise CodecError(f"body: {error}") from error
-        return (directions.synthesise(z_hat) * found.scale).to(dtype)
+        return _scaled(directions.synthesise(z_hat), found.scale).to(dtype)
 
     def limits(self, n: int, dtype: torch.dtype) -> tuple[int, int]:
         most = HEADER_BYTES + packed_size(self.hidden, self.hidden) + self.sender.most_bytes(n, self.hidden)
@@ -125,7 +125,8 @@ class Transform(Codec):
         own = raw.numel() - tables + room.taken
         coded = payload.rows if payload.body.numel() else 0  # zeros say nothing of what a knob spends
         self.held.books.count(own, 2 * self.hidden * room.dense_rows, coded, HEADER_BYTES + room.taken)
-        self.held.count_side(tables)
+        if tables:
+            self.held.count_side(tables)
         self.bits += 8 * own
         self.rows += room.dense_rows
         self.escapes += escapes
@@ -175,6 +176,11 @@ class Transform(Codec):
 def _agreement(directions: Directions, coder: Coder) -> int:
     """Digest of all that both ends must have alike, 64 bits."""
     return (directions.digest ^ coder.digest()) & (2**64 - 1)
+
+
+def _scaled(rows: Tensor, scale: float) -> Tensor:
+    """In place."""
+    return rows if scale == 1.0 else rows.mul_(scale)
 
 
 def _nothing(like: Tensor) -> Tensor:

@@ -387,6 +387,25 @@ def test_coefficients_of_2_to_the_31_steps_are_refused_and_nothing_is_learnt():
     assert coder.digest() == before
 
 
+def test_a_coder_that_was_rebased_or_restored_expects_what_a_new_one_does():
+    """Whatever it has kept of the step and the basis before."""
+    before, after = 4 * torch.ones(8), torch.arange(1.0, 9.0)
+    z = torch.randn(20, 8, generator=torch.Generator().manual_seed(0)) * after
+    fresh = EntropyCoder(after)
+    start, body = fresh.state(), fresh.encode(z, 0.5)[0]
+    rebased, restored = EntropyCoder(before), EntropyCoder(before)
+    for coder in (rebased, restored):
+        counts = coder.state()
+        coder.encode(z, 0.5)
+        coder.restore(counts)
+        coder.encode(z, 0.5)
+        coder.restore(counts)
+    rebased.rebase(after)
+    restored.restore(start)
+    for coder in (rebased, restored):
+        assert np.array_equal(coder.encode(z, 0.5)[0], body) and coder.digest() == fresh.digest()
+
+
 # --- damage ------------------------------------------------------------------------------------
 
 CASES = {"entropy": 80_000, "fixed": 20_000}
