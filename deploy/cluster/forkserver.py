@@ -66,6 +66,7 @@ def forkserver(threads: int) -> Generator[dict[str, str]]:
         finally:
             server.kill()
             server.communicate()
+            _end_forks(server.pid)
 
 
 @contextmanager
@@ -89,6 +90,7 @@ def fork_ahead(threads: int) -> Generator[None]:
         os.kill(server, signal.SIGKILL)
         os.waitpid(server, 0)
         os.close(alive)
+        _end_forks(server)
         shutil.rmtree(folder)
 
 
@@ -165,7 +167,18 @@ def _serve(listener: socket.socket, watched: int | None) -> None:
             used = time.monotonic()
         elif watched is None and time.monotonic() > used + IDLE_S:
             break
+    if watched is not None:  # who made the folder, and would end the forks, was killed
+        _end_forks(os.getpid())
+        shutil.rmtree(Path(listener.getsockname()).parent, ignore_errors=True)
     os._exit(0)
+
+
+def _end_forks(server: int) -> None:
+    """Who is left in its session: a worker that was still starting waits half a minute for a Ray that is gone."""
+    for process in filter(str.isdigit, os.listdir("/proc")):
+        with suppress(OSError):
+            if os.getsid(int(process)) == server != int(process):
+                os.kill(int(process), signal.SIGKILL)
 
 
 def _has_forks() -> bool:
