@@ -17,10 +17,11 @@ import ray
 from anchor_service.errors import WaitTimeout, described
 from deploy.cluster.endings import Notice, can_go_on
 from deploy.cluster.forkserver import forkserver, may_fork
+from deploy.cluster.head import end_head, head_place
 from deploy.cluster.kept_actors import new_actors
 from deploy.cluster.lives import Lives
-from deploy.cluster.loopback import ADDRESS, loopback, without_helpers
-from deploy.cluster.placement import SPARE, placement, tags
+from deploy.cluster.loopback import join_head, loopback, start_head
+from deploy.cluster.placement import OwnCluster
 from deploy.cluster.takedown import shut_down
 from deploy.config import load, to_toml
 from deploy.resume import Resume
@@ -33,7 +34,6 @@ from swarm.sample_file import SampleFile
 from swarm.telemetry import Listener, Telemetry
 
 KNOCK_S = 10.0
-SETUP = str(Path(__file__).with_name("worker_setup.py"))  # Ray joins it to its folder: an absolute path stays
 
 
 @contextmanager
@@ -49,22 +49,15 @@ def cluster(config: RunConfig, address: str | None, lanes: int = 1) -> Generator
             _knock(address)
             ray.init(address=address, log_to_driver=False)
         else:
-            stack.enter_context(loopback())
+            size = OwnCluster.of(config, lanes)
+            head = head_place(size, config.swarm.start_timeout_s)
+            stack.callback(end_head)
+            stack.enter_context(loopback(head.token if head else None))
             environment = stack.enter_context(forkserver(config.swarm.threads)) if may_fork(config) else {}
-            if environment:
-                ray._private.ray_constants.SETUP_WORKER_FILENAME = SETUP  # pyright: ignore
-            needed = lanes * int(placement(config).total["CPU"])
-            # Logical CPUs, so that a small machine can run every role; each process uses `swarm.threads` threads
-            with without_helpers():
-                ray.init(
-                    address="local",  # else Ray joins any cluster that it finds on this machine, or that RAY_ADDRESS names
-                    num_cpus=max(os.cpu_count() or 1, needed),
-                    resources=dict.fromkeys([SPARE, *tags(config).values()], 1.0),
-                    include_dashboard=False,
-                    log_to_driver=False,
-                    runtime_env=environment,
-                    _node_ip_address=ADDRESS,
-                )
+            if head:
+                join_head(head.address, environment)
+            else:
+                start_head(size, environment, forks=bool(environment))
         try:
             yield
         finally:

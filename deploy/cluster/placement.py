@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from anchor_service.config import AnchorConfig
@@ -38,6 +39,20 @@ class Placement:
     def total(self) -> dict[str, float]:
         """Every resource that all of it needs, CPUs first."""
         return dict(sum((Counter(bundle) for bundle in self.bundles), Counter()))
+
+
+@dataclass(frozen=True)
+class OwnCluster:
+    """What a cluster of our own has: one node, this machine."""
+
+    cpus: int  # logical, so that a small machine can run every role; each process uses `swarm.threads` threads
+    tags: tuple[str, ...]  # custom resources
+
+    @classmethod
+    def of(cls, config: RunConfig, lanes: int = 1) -> OwnCluster:
+        """With room for `lanes` runs like `config` side by side."""
+        needed = lanes * int(placement(config).total["CPU"])
+        return cls(max(os.cpu_count() or 1, needed), (SPARE, *tags(config).values()))
 
 
 def counts(config: RunConfig) -> tuple[int, int, int, int]:
@@ -76,6 +91,11 @@ def placement(config: RunConfig) -> Placement:
             seats += range(len(bundles), len(bundles) + count)
             bundles += [_bundle(section) for _ in range(count)]
     return Placement(bundles, seats, "SPREAD" if apart else "PACK")
+
+
+def largest(configs: Iterable[RunConfig]) -> RunConfig:
+    """The one that needs the most CPUs, the first of several."""
+    return max(configs, key=lambda config: placement(config).total["CPU"])
 
 
 def runs_that_fit(bundles: Sequence[Mapping[str, float]], nodes: Sequence[Mapping[str, float]]) -> int:

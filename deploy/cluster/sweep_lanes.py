@@ -18,7 +18,7 @@ import ray
 from anchor_service.errors import described
 from deploy.cluster.kept_actors import KeptActors
 from deploy.cluster.launch import drive, session
-from deploy.cluster.placement import placement, runs_that_fit
+from deploy.cluster.placement import largest, placement, runs_that_fit
 from deploy.cluster.sweep_runs import SweepRun
 from swarm.run_config import RunConfig
 
@@ -39,16 +39,12 @@ def execute_sweep(runs: list[SweepRun], watcher: Watcher, address: str | None = 
     todo = [run for run in runs if run.state != "completed"]
     if not todo:
         return True
-    largest = max((run.config for run in todo), key=_needs)
+    most = largest(run.config for run in todo)
     try:
-        with session(largest, address, lanes or 1):
-            return Lanes(todo, watcher).run(min(lanes or _room(largest), len(todo)))
+        with session(most, address, lanes or 1):
+            return Lanes(todo, watcher).run(min(lanes or _room(most), len(todo)))
     except KeyboardInterrupt:
         return False
-
-
-def _needs(config: RunConfig) -> int:
-    return int(placement(config).total["CPU"])
 
 
 def _room(config: RunConfig) -> int:

@@ -43,7 +43,7 @@ def run_command(
     the same command with --resume can go on: after SIGTERM, or the loss of a process that the run did not get over."""
     config = checked_config(source, set_)
     folder = _run_folder(config, out, resume or auto_resume)
-    with _workers_ahead([config], address):
+    with _started_ahead([config], address):
         _run(config, folder, resume, auto_resume, address)
 
 
@@ -104,7 +104,7 @@ def sweep_command(
         first = call.runs(call.sweep.jobs())
     except SweepError as error:
         raise refused(error) from error
-    with _workers_ahead([run.config for run in first if run.state != "completed"], address):
+    with _started_ahead([run.config for run in first if run.state != "completed"], address, lanes):
         _sweep(call, first, address, lanes)
 
 
@@ -135,14 +135,16 @@ def _sweep(call: _SweepCall, first: list[SweepRun], address: str | None, lanes: 
 
 
 @contextmanager
-def _workers_ahead(configs: list[RunConfig], address: str | None) -> Generator[None]:
-    """Before torch and Ray: whatever runs here imports torch once, for itself and for its workers."""
+def _started_ahead(configs: list[RunConfig], address: str | None, lanes: int | None = None) -> Generator[None]:
+    """Before torch and Ray: what runs here imports torch once, for itself and its workers, and meanwhile Ray starts."""
     from deploy.cluster.forkserver import fork_ahead, may_fork
+    from deploy.cluster.head import head_ahead
+    from deploy.cluster.placement import OwnCluster, largest
 
     if address or not configs or not all(map(may_fork, configs)) or "ray" in sys.modules:
         yield
         return
-    with fork_ahead(configs[0].swarm.threads):
+    with head_ahead(OwnCluster.of(largest(configs), lanes or 1)), fork_ahead(configs[0].swarm.threads):
         yield
 
 

@@ -78,7 +78,7 @@ def _left_behind(marker: str) -> list[str]:
 
 @pytest.mark.parametrize(("sent", "to_group"), [(signal.SIGINT, False), (signal.SIGTERM, True)])
 def test_a_signal_ends_the_run_cleanly(sent: signal.Signals, to_group: bool, tmp_path: Path):
-    """To the command alone, and to its whole process group, Ray's own processes included, as batch systems do."""
+    """To the command alone, and to its whole process group, as batch systems do: Ray's processes are not in it."""
     run, marker = tmp_path / "run", f"NORTHSTAR_TEST_MARK={os.getpid()}-{sent.name}-{to_group}"
     sizes = SMALL if to_group else (*SIZES, "anchor.enabled=false", "merger.kind=none")
     arguments = [x for override in (*sizes, "run.steps=5000") for x in ("--set", override)]
@@ -92,12 +92,11 @@ def test_a_signal_ends_the_run_cleanly(sent: signal.Signals, to_group: bool, tmp
         assert open_to_others(members(marker.split("=")[1])) == []
         os.killpg(process.pid, sent) if to_group else process.send_signal(sent)
         output, _ = process.communicate(timeout=120)
-    # with its control store gone, Ray may abort the command after the summary is written
-    assert process.returncode == 130 or (to_group and process.returncode != 0), output
+    assert process.returncode == (75 if sent == signal.SIGTERM else 130), output
     summary = json.loads((run / "summary.json").read_text())
     assert summary["status"] == "interrupted" and summary["steps"] >= 2
     assert all(json.loads(line) for line in metrics.read_text().splitlines())
-    assert to_group or "interrupted" in output
+    assert "interrupted" in output
     assert _left_behind(marker) == []
 
 

@@ -34,8 +34,8 @@ from ray.core.generated import autoscaler_pb2
 from anchor_service.places import Drains
 from deploy.cluster.forkserver import forkserver
 from deploy.cluster.kept_actors import new_actors
-from deploy.cluster.launch import SETUP, drive
-from deploy.cluster.loopback import ADDRESS, loopback
+from deploy.cluster.launch import drive
+from deploy.cluster.loopback import ADDRESS, SETUP, loopback
 from swarm import scale
 from swarm.coordinator import Coordinator
 from swarm.fleet import Fleet
