@@ -35,6 +35,7 @@ LEVELS = 127  # largest |q|, whatever the step
 FARTHEST = 8.0  # rms of its block: what lies beyond is sent with the next vector, as all that is lost
 TRIED = 128  # blocks on which a step is tried
 HALVINGS = 24  # of an interval of 14 octaves: right to 1e-6, as Adam's first step needs, whose values are all alike
+NEAR_ZERO = 1.5  # bits a value below which symbols are found sooner from 0 on than in halves
 _DIGEST, _HEAD = 8, struct.Struct("<fI")
 
 
@@ -91,11 +92,12 @@ class EntropyVector:
         q = self._whole(relative, step)
         magnitude = q.to(torch.int32).cpu().numpy()
         sent, writer = _sent(magnitude, scales), WordWriter()
-        counts = _counts(sent)
-        writer.put(sent, counts.astype(np.int64))
+        nonzero = (magnitude != 0).nonzero()[0]
+        counts = _counts(magnitude.take(nonzero), sent.size)
+        writer.put(sent, counts)
         words = writer.words()
         head = _HEAD.pack(step, counts.size)
-        signs = np.packbits((x < 0).cpu().numpy()[magnitude > 0], bitorder="little")
+        signs = np.packbits((x < 0).cpu().numpy().take(nonzero), bitorder="little")
         parts = [
             np.frombuffer(head, np.uint8),
             counts,
@@ -117,9 +119,9 @@ class EntropyVector:
         words, raw = _taken(raw, int(size[0]), "<u4", "words")
         scales = _read_scales(raw[: 2 * blocks])
         reader = WordReader(words)
-        magnitude = _received(lambda m: reader.take(m, counts.astype(np.int64)), scales, n)
+        magnitude = _received(lambda m: reader.take(m, counts, small=self.bits < NEAR_ZERO), scales, n)
         reader.finish()
-        nonzero, signs = np.flatnonzero(magnitude), raw[2 * blocks :]
+        nonzero, signs = (magnitude != 0).nonzero()[0], raw[2 * blocks :]
         if signs.size != -(-nonzero.size // 8):
             raise ValueError(f"signs: {signs.size} bytes for {nonzero.size} values: the payload is damaged")
         negative = np.unpackbits(signs, count=nonzero.size, bitorder="little").view(bool)
@@ -255,10 +257,9 @@ def _taken(raw: np.ndarray, count: int, dtype: str, field: str) -> tuple[np.ndar
     return raw[:size].copy().view(dtype), raw[size:]
 
 
-def _counts(magnitude: np.ndarray) -> np.ndarray:
-    """How often each magnitude occurs, in 65,535ths, u16: what occurs at all has one."""
-    nonzero = magnitude[magnitude > 0]
+def _counts(nonzero: np.ndarray, size: int) -> np.ndarray:
+    """How often each of `size` magnitudes occurs, given those that are not 0, in 65,535ths, u16: what occurs at all has one."""
     counts = np.bincount(nonzero, minlength=2)
-    counts[0] = magnitude.size - nonzero.size
-    share = np.round(counts * (65_535 / max(1, magnitude.size)))
+    counts[0] = size - nonzero.size
+    share = np.round(counts * (65_535 / max(1, size)))
     return np.where(counts > 0, np.clip(share, 1, 65_535), 0).astype("<u2")
