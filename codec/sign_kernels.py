@@ -6,6 +6,7 @@ multiply-add). Triton comes with every torch for CUDA, and asks for a C compiler
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -16,8 +17,16 @@ from torch import Tensor
 # Triton reads annotations as code:
 # pyright: reportMissingParameterType=false, reportUnknownParameterType=false, reportArgumentType=false
 
-ROWS = 64  # bytes of a plane in a block, and eight times as many numbers
-PROGRAMS = 2112  # at most, each taking every so many blocks: sixteen for each multiprocessor of an H100 or H200
+
+@dataclass(frozen=True)
+class KernelBlocks:
+    """How a kernel's work is parted. Of those tried on an H200, which has 132 multiprocessors, the fastest for each."""
+
+    rows: int  # bytes of a plane in a block, and eight times as many numbers
+    programs: int  # at most, each taking every so many blocks
+
+
+PACKING, MERGING = KernelBlocks(256, 8 * 132), KernelBlocks(64, 16 * 132)
 
 
 def packed(values: Tensor) -> tuple[Tensor, Tensor | None, bool]:
@@ -25,7 +34,7 @@ def packed(values: Tensor) -> tuple[Tensor, Tensor | None, bool]:
     device; whether there is a NaN. Bits beyond n are 0."""
     rows = -(-values.numel() // 8)
     plus, zero = (torch.empty(rows, dtype=torch.uint8, device=values.device) for _ in range(2))
-    nans, zeros = _counted(_pack, values, plus, zero)
+    nans, zeros = _counted(_pack, PACKING, values, plus, zero)
     return plus, zero if zeros else None, nans > 0
 
 
@@ -36,16 +45,16 @@ def merge_planes(g: Tensor, plus: Tensor, zero: Tensor | None, a: float, b: floa
     """
     assert g.is_contiguous()
     planes = (plus, plus if zero is None else zero)
-    return _counted(_merge, g, *planes, a, b, ZEROS=zero is not None, enable_fp_fusion=False)
+    return _counted(_merge, MERGING, g, *planes, a, b, ZEROS=zero is not None, enable_fp_fusion=False)
 
 
-def _counted(kernel: object, values: Tensor, *given: object, **known: object) -> tuple[int, int]:
+def _counted(kernel: object, blocks: KernelBlocks, values: Tensor, *given: object, **known: object) -> tuple[int, int]:
     """Run over `values`; the sums of the two counts of each program, on the host: a sum there would be a kernel more."""
-    programs = min(PROGRAMS, -(-values.numel() // (8 * ROWS)))
+    programs = min(blocks.programs, -(-values.numel() // (8 * blocks.rows)))
     if not programs:
         return 0, 0
     counts = torch.empty(2, programs, dtype=torch.int32, device=values.device)
-    cast(Any, kernel)[(programs,)](values, *given, counts, values.numel(), ROWS=ROWS, **known)
+    cast(Any, kernel)[(programs,)](values, *given, counts, values.numel(), ROWS=blocks.rows, **known)
     first, second = counts.cpu().numpy().sum(1).tolist()
     return first, second
 

@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deploy.cluster.fork_request import peer_user
+from deploy.cluster.takedown import end_session
 
 if TYPE_CHECKING:
     from swarm.run_config import RunConfig
@@ -66,7 +67,7 @@ def forkserver(threads: int) -> Generator[dict[str, str]]:
         finally:
             server.kill()
             server.communicate()
-            _end_forks(server.pid)
+            end_session(server.pid)  # a worker that was still starting waits half a minute for a Ray that is gone
 
 
 @contextmanager
@@ -90,7 +91,7 @@ def fork_ahead(threads: int) -> Generator[None]:
         os.kill(server, signal.SIGKILL)
         os.waitpid(server, 0)
         os.close(alive)
-        _end_forks(server)
+        end_session(server)
         shutil.rmtree(folder)
 
 
@@ -168,17 +169,9 @@ def _serve(listener: socket.socket, watched: int | None) -> None:
         elif watched is None and time.monotonic() > used + IDLE_S:
             break
     if watched is not None:  # who made the folder, and would end the forks, was killed
-        _end_forks(os.getpid())
+        end_session(os.getpid())
         shutil.rmtree(Path(listener.getsockname()).parent, ignore_errors=True)
     os._exit(0)
-
-
-def _end_forks(server: int) -> None:
-    """Who is left in its session: a worker that was still starting waits half a minute for a Ray that is gone."""
-    for process in filter(str.isdigit, os.listdir("/proc")):
-        with suppress(OSError):
-            if os.getsid(int(process)) == server != int(process):
-                os.kill(int(process), signal.SIGKILL)
 
 
 def _has_forks() -> bool:

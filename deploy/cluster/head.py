@@ -25,7 +25,7 @@ from typing import NoReturn
 
 from anchor_service.errors import WaitTimeout
 from deploy.cluster.placement import OwnCluster
-from deploy.cluster.takedown import CALL_S, TAKEDOWN_S, shut_down, stuck
+from deploy.cluster.takedown import CALL_S, TAKEDOWN_S, end_session, shut_down, stuck
 
 LONGEST = 1 << 12  # of what it says
 
@@ -92,6 +92,7 @@ def end_head() -> None:
         if stuck() or not _ended(head.line, TAKEDOWN_S + CALL_S):
             os.kill(head.process, signal.SIGKILL)  # the kernel ends Ray's processes with it, as Ray has asked for
     os.waitpid(head.process, 0)
+    end_session(head.process)
 
 
 def _ended(line: socket.socket, seconds: float) -> bool:
@@ -124,4 +125,5 @@ def _own(size: OwnCluster, line: socket.socket) -> NoReturn:
                 line.recv(1)
             shut_down()
     finally:
+        end_session(os.getpid())  # with their control store gone, Ray's agents would look for it half a minute
         os._exit(0)

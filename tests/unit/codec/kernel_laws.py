@@ -5,15 +5,17 @@ has to be asked for before Triton is imported: TRITON_INTERPRET=1 python -m test
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
+import pytest
 import torch
 
 from codec import sign_kernels, signs
-from codec.sign_kernels import ROWS, merge_planes, packed
+from codec.sign_kernels import PACKING, merge_planes, packed
 from tests.unit.codec.test_sign_loops import in_whole_arrays, numbers, same_bits
 
-BLOCK = 8 * ROWS
+BLOCK = 8 * PACKING.rows  # a few of those of merging
 LENGTHS = [0, 1, 7, 8, 9, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK + 13]
 
 
@@ -48,9 +50,10 @@ def hold(device: str) -> None:
     """All of them."""
     for n in LENGTHS:
         every_length_is_packed_and_merged_as_whole_arrays_are(n, device)
-    programs, sign_kernels.PROGRAMS = sign_kernels.PROGRAMS, 2  # more than one block for each
-    every_length_is_packed_and_merged_as_whole_arrays_are(5 * BLOCK - 3, device)
-    sign_kernels.PROGRAMS = programs
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("PACKING", "MERGING"):
+            patch.setattr(sign_kernels, name, replace(getattr(sign_kernels, name), programs=2))
+        every_length_is_packed_and_merged_as_whole_arrays_are(5 * BLOCK - 3, device)  # several blocks for each
     for at in (0, BLOCK - 1, BLOCK, BLOCK + 999):
         a_nan_is_seen_wherever_it_is(at, device)
     bits_beyond_the_last_number_mean_nothing(device)

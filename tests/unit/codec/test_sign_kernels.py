@@ -30,7 +30,8 @@ def test_they_compile_and_no_product_is_fused_with_a_sum(zeros: bool | None, gen
 
     from codec import sign_kernels
 
-    known = {"ROWS": sign_kernels.ROWS} | ({} if zeros is None else {"ZEROS": zeros})
+    blocks = sign_kernels.PACKING if zeros is None else sign_kernels.MERGING
+    known = {"ROWS": blocks.rows} | ({} if zeros is None else {"ZEROS": zeros})
     rows = {"plus": "*u8", "zero": "*u8", "counts": "*i32", "n": "i64"} | dict.fromkeys(known, "constexpr")
     if zeros is None:
         source = ASTSource(sign_kernels._pack, {"values": "*fp32"} | rows, known)
