@@ -31,7 +31,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deploy.cluster.fork_request import peer_user
-from deploy.cluster.takedown import end_session
 
 if TYPE_CHECKING:
     from swarm.run_config import RunConfig
@@ -172,6 +171,14 @@ def _serve(listener: socket.socket, watched: int | None) -> None:
         end_session(os.getpid())
         shutil.rmtree(Path(listener.getsockname()).parent, ignore_errors=True)
     os._exit(0)
+
+
+def end_session(leader: int) -> None:
+    """Whoever is left in the session of process `leader`, which stays as it is: at once, asked by nobody."""
+    for process in filter(str.isdigit, os.listdir("/proc")):
+        with suppress(OSError):
+            if os.getsid(int(process)) == leader != int(process):
+                os.kill(int(process), signal.SIGKILL)
 
 
 def _has_forks() -> bool:

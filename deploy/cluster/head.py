@@ -24,8 +24,9 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from anchor_service.errors import WaitTimeout
+from deploy.cluster.forkserver import end_session
 from deploy.cluster.placement import OwnCluster
-from deploy.cluster.takedown import CALL_S, TAKEDOWN_S, end_session, shut_down, stuck
+from deploy.cluster.takedown import CALL_S, TAKEDOWN_S, shut_down, stuck
 
 LONGEST = 1 << 12  # of what it says
 

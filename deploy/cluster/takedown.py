@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import threading
 import warnings
@@ -38,14 +37,6 @@ def shut_down() -> None:
     if not bounded(ray.shutdown, TAKEDOWN_S) and node is not None:
         with suppress(Exception):
             node.kill_all_processes(check_alive=False)
-
-
-def end_session(leader: int) -> None:
-    """Whoever is left in the session of process `leader`, which stays as it is: at once, asked by nobody."""
-    for process in filter(str.isdigit, os.listdir("/proc")):
-        with suppress(OSError):
-            if os.getsid(int(process)) == leader != int(process):
-                os.kill(int(process), signal.SIGKILL)
 
 
 def stuck() -> bool:
