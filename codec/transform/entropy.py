@@ -151,7 +151,7 @@ class EntropyCoder:
             parts.append(pack_bits(found.large - smallest, lengths))
             plain += int(lengths.sum())
         coded = (found.seen, known.counts), (found.energies[None], known.energy_counts)
-        known.learn(found.learnt)
+        known.learn(found.energies, found.seen)
         return np.concatenate(parts), EncodeStats(coded, plain, found.large.size)
 
     def _read(self, body: np.ndarray, n: int, step: float) -> tuple[np.ndarray, np.ndarray]:
@@ -159,7 +159,7 @@ class EntropyCoder:
         words, plain = _split(body, n)
         found = symbol_arrays.read(words, n, step, self.contexts)
         q = _with_plain_bits(found, plain).reshape(n, self.contexts.deviations.size)
-        self.contexts.learn(found.learnt)
+        self.contexts.learn(found.energies, found.seen)
         return q, found.energy > 0
 
 

@@ -27,7 +27,6 @@ class Written:
     large: np.ndarray  # int32: |q| that need low bits
     energies: np.ndarray  # int64 [ENERGIES]: how often each was seen
     seen: np.ndarray  # int64 [CLASSES, SYMBOLS], the same of symbols
-    learnt: tuple[np.ndarray, np.ndarray]  # of `Contexts.learnt`
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +36,8 @@ class Read:
     energy: np.ndarray  # int32 [N]
     signs: int  # how many plain bits must have come: of signs
     low: int  # and of large |q|
-    learnt: tuple[np.ndarray, np.ndarray]
+    energies: np.ndarray  # these two as in `Written`
+    seen: np.ndarray
     # signs, uint8 -> ± symbols, int32 [N · k], and which of them are large
     signed: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
@@ -54,7 +54,7 @@ def write(q: np.ndarray, energy: np.ndarray, expected: Expected, known: Contexts
         writer.put(in_order[run], models[c])
     negative = (q < 0).take((magnitude > 0).nonzero()[0]).view(np.uint8)
     large, seen = magnitude[magnitude >= DIRECT], layout.tally(symbols)
-    return Written(writer.words(), negative, large, layout.energies, seen, known.learnt(layout.energies, seen))
+    return Written(writer.words(), negative, large, layout.energies, seen)
 
 
 def read(words: np.ndarray, n: int, step: float, known: Contexts) -> Read:
@@ -82,7 +82,7 @@ def read(words: np.ndarray, n: int, step: float, known: Contexts) -> Read:
 
     of_symbols = seen.sum(0)
     signs, low = int(of_symbols[1:].sum()), int(of_symbols[DIRECT:] @ LOW_BITS[:-1])
-    return Read(energy, signs, low, known.learnt(layout.energies, seen), signed)
+    return Read(energy, signs, low, layout.energies, seen, signed)
 
 
 class _Layout:

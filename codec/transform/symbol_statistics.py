@@ -104,12 +104,9 @@ class Contexts:
         below = _SHARES.searchsorted(mean / fsum(mean.tolist()), "right")  # fsum is exact in any order
         return (below - _SHARES.size).astype(np.int16)
 
-    def learnt(self, energies: np.ndarray, seen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Counts after a payload: how often each energy was seen, int64 [ENERGIES], and each symbol in each class."""
-        return _added(self.counts, seen), _added(self.energy_counts, energies[None])
-
-    def learn(self, learnt: tuple[np.ndarray, np.ndarray]) -> None:
-        self.counts, self.energy_counts = learnt
+    def learn(self, energies: np.ndarray, seen: np.ndarray) -> None:
+        """One payload: how often each energy was seen, int64 [ENERGIES], and each symbol in each class."""
+        self.counts, self.energy_counts = _added(self.counts, seen), _added(self.energy_counts, energies[None])
 
     def state(self) -> dict[str, Tensor]:
         """A copy of everything that both ends share."""
